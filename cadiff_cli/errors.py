@@ -1,0 +1,49 @@
+"""Errors a user can meet: what was seen, what to do, and the exit code.
+
+Exit codes follow the BIDS execution specification (sysexits): 64 usage, 65 bad data, 66 no
+input, 73 cannot create output, 74 I/O error.
+"""
+
+
+class CadiffError(Exception):
+    """An error with a remedy.  The command line prints both on one line, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.remedy}" if self.remedy else self.message
+
+
+class UsageError(CadiffError):
+    """The request makes no sense (a wrong option, an unknown name)."""
+
+    exit_code = 64
+
+
+class DataError(CadiffError):
+    """The input was read but cannot be segmented (empty, 4-D, absurd affine...)."""
+
+    exit_code = 65
+
+
+class InputMissing(CadiffError):
+    """An input, template or weights file is absent or unreadable."""
+
+    exit_code = 66
+
+
+class OutputError(CadiffError):
+    """The output cannot be created (permission, a file in the way)."""
+
+    exit_code = 73
+
+
+class DiskError(CadiffError):
+    """Writing failed half-way (disk full, quota)."""
+
+    exit_code = 74

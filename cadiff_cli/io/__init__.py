@@ -1,0 +1,1 @@
+"""Doors to files: NIfTI, templates, weights, BIDS derivatives."""

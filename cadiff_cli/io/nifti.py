@@ -1,0 +1,209 @@
+"""Read scans and write images.  The only module that opens image files with nibabel."""
+
+import gzip
+import logging
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from cadiff_cli.errors import DataError, DiskError, InputMissing, OutputError
+from cadiff_cli.products import Scan
+from cadiff_cli.spatial.grid import Grid, Volume
+
+MIN_EDGE_VOXELS = 8
+"""A scan with fewer voxels along an axis cannot hold a brain."""
+MAX_SPACING_MM = 10.0
+"""A voxel longer than this tells nothing about the structures drawn here."""
+MIN_EDGE_MM = 60.0
+"""A field of view shorter than this does not hold a brain (an adult one is at least 90 mm high)."""
+MAX_EDGE_MM = 1000.0
+"""A field of view longer than a person's head and shoulders is a header in the wrong unit."""
+MAX_VOXELS = 600_000_000
+"""More than an 0.25 mm head; refuse before memory runs out."""
+
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
+
+log = logging.getLogger(__name__)
+
+
+def stem(path: Path) -> str:
+    """File name without its image suffix: ``sub-01_T1w.nii.gz`` -> ``sub-01_T1w``."""
+    for suffix in IMAGE_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def load_volume(path: Path) -> Volume:
+    """Read a 3-D image (a 4-D one with a single volume is squeezed), scaled by its header.
+
+    Raises ``InputMissing`` if it is absent, ``DataError`` if it is not a readable image.
+    """
+    if not path.exists():
+        raise InputMissing(f"no such file: {path}", "check the path")
+    if path.is_dir():
+        raise InputMissing(f"{path} is a folder", "give one image; for a dataset use cadiff run")
+    if not os.access(path, os.R_OK):
+        raise InputMissing(f"cannot read {path}", "check its permissions")
+    if not path.name.lower().endswith(IMAGE_SUFFIXES):
+        raise DataError(f"{path.name} is not an image", f"give {', '.join(IMAGE_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path.name} is empty (0 bytes)", "copy or download it again")
+    try:
+        image = nib.load(path)
+        shape = tuple(int(n) for n in image.shape)  # type: ignore[attr-defined]
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) != 3:
+            raise DataError(
+                f"{path.name} is {len(shape)}-D with shape {shape}",
+                "give a single 3-D T1-weighted volume",
+            )
+        if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
+            raise DataError(
+                f"{path.name} has {np.prod(shape, dtype=np.int64):,} voxels",
+                f"at most {MAX_VOXELS:,} are supported: resample it",
+            )
+        grid = Grid(shape, image.affine)  # type: ignore[arg-type, attr-defined]
+        data = np.asanyarray(image.dataobj).reshape(shape)  # type: ignore[attr-defined]
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+        raise DataError(
+            f"{path.name} is not a readable image ({error})", "give NIfTI or MGH"
+        ) from error
+    except (OSError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+        raise DataError(
+            f"{path.name} is damaged or truncated ({error})", "copy or download it again"
+        ) from error
+    if data.dtype.kind not in "iufb":
+        raise DataError(
+            f"{path.name} holds {data.dtype} values", "give a scalar image (not RGB or complex)"
+        )
+    return Volume(data, grid)
+
+
+def load_scan(path: Path) -> Scan:
+    """Read a T1-weighted scan and check that it can hold a brain.
+
+    NaN and infinite voxels (some tools mark the background so) become 0, with a warning.
+    """
+    volume = load_volume(path)
+    grid, name = volume.grid, path.name
+    edges_mm = np.array(grid.shape) * grid.spacing_mm
+    described = f"{'x'.join(map(str, grid.shape))} voxels of {np.round(grid.spacing_mm, 2)} mm"
+    if min(grid.shape) < MIN_EDGE_VOXELS:
+        raise DataError(
+            f"{name} has {described}", f"at least {MIN_EDGE_VOXELS} voxels a side are needed"
+        )
+    if grid.spacing_mm.max() > MAX_SPACING_MM:
+        raise DataError(f"{name} has {described}", f"at most {MAX_SPACING_MM:g} mm is allowed")
+    if edges_mm.min() < MIN_EDGE_MM or edges_mm.max() > MAX_EDGE_MM:
+        raise DataError(
+            f"{name} covers {np.round(edges_mm)} mm",
+            f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side hold a head: check the header's voxel size",
+        )
+    data = np.asarray(volume.data, dtype=np.float32)
+    warnings = []
+    bad = data.size - int(np.count_nonzero(np.isfinite(data)))
+    if bad == data.size:
+        raise DataError(f"{name} holds only NaN or infinite values", "check how it was written")
+    if bad:
+        warnings.append(f"{bad:,} NaN or infinite voxels of {name} were set to 0")
+        data = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)
+    if data.min() == data.max():
+        kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
+        raise DataError(f"{name} is {kind}", "give a T1-weighted image")
+    if np.percentile(data, 1) < -500 and np.percentile(data, 90) > -500:
+        raise DataError(
+            f"{name} looks like a CT in Hounsfield units (1st percentile"
+            f" {np.percentile(data, 1):.0f})",
+            "give a T1-weighted MR image",
+        )
+    if grid.spacing_mm.max() > 3.0:
+        warnings.append(
+            f"voxels of {np.round(grid.spacing_mm, 2).tolist()} mm are coarse:"
+            " small structures will be unreliable"
+        )
+    for text in warnings:
+        log.warning(text)
+    return Scan(Volume(data, grid), path, tuple(warnings))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name when the block ends well.
+
+    An earlier file stays untouched until then; after an error nothing is left behind.  Raises
+    ``OutputError`` or ``DiskError``.
+    """
+    suffix = "".join(path.suffixes[-2:])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskError(f"no space left for {path}", "free some and run again") from error
+        raise OutputError(
+            f"cannot write to {path.parent} ({error.strerror})", "choose a folder you may write to"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise DiskError(
+            f"writing {path.name} failed ({error.strerror or error})",
+            "check the free space (df -h) and run again",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_volume(path: Path, data: np.ndarray, grid: Grid, like: Path | None = None) -> None:
+    """Write ``data`` ((X, Y, Z) or (X, Y, Z, n)) as NIfTI, atomically.
+
+    ``like``: an image on the same grid whose header (qform and sform with their codes, units) is
+    kept; data type, scaling and display range are set anew.
+    """
+    header = None
+    affine: np.ndarray | None = grid.affine
+    if like is not None and like.name.lower().endswith((".nii", ".nii.gz")):
+        header = nib.load(like).header.copy()  # type: ignore[attr-defined]
+        header.extensions.clear()
+        header["cal_min"] = header["cal_max"] = 0
+        header["descrip"] = b""
+        header["aux_file"] = b""
+        header["intent_code"] = 0
+        header["intent_name"] = b""
+        header.set_slope_inter(1, 0)
+        affine = None  # the header's own qform and sform, bit for bit
+    dtype = np.uint8 if data.dtype == bool else data.dtype
+    if dtype == np.float16:
+        dtype = np.float32
+    klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    if max(data.shape) > 32767:
+        klass = nib.Nifti2Image
+    image = klass(data.astype(dtype, copy=False), affine, header)
+    image.set_data_dtype(dtype)
+    if header is None:
+        image.header.set_xyzt_units("mm")
+        image.set_sform(grid.affine, code="scanner")
+        image.set_qform(grid.affine, code="scanner", strip_shears=True)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+_FULL = {28, 122}  # ENOSPC, EDQUOT

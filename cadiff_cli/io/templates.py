@@ -1,0 +1,155 @@
+"""Find templates: in TemplateFlow's cache, by its client, or inside nilearn's package.
+
+The TemplateFlow client downloads with a bare connection error, or silently returns an empty list;
+files may be 0 bytes (never fetched) or half a download.  So files are looked up and checked here,
+and the client is asked only when a download is both needed and allowed.
+"""
+
+import json
+import logging
+import os
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.errors import CadiffError, DataError, InputMissing, UsageError
+from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.products import Template
+from cadiff_cli.spatial.grid import Volume
+
+log = logging.getLogger(__name__)
+
+PREFERRED = "MNIColin27"
+EMBEDDED = "MNI152NLin2009aSym"
+
+
+def registry() -> dict[str, dict[str, Any]]:
+    """Known templates and where their origin and extents lie (``data/templates.json``)."""
+    text = files("cadiff_cli").joinpath("data/templates.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def templateflow_home() -> Path:
+    """The TemplateFlow cache: ``$TEMPLATEFLOW_HOME``, else the client's own default."""
+    if home := os.environ.get("TEMPLATEFLOW_HOME"):
+        return Path(home)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "templateflow"
+
+
+def load_template(name: str = "auto", *, offline: bool = False) -> Template:
+    """The template called ``name``; ``"auto"`` is Colin27 if it can be had, else the embedded one.
+
+    ``offline`` forbids downloads.  Raises ``UsageError`` for an unknown name and ``InputMissing``
+    or ``DataError`` with the remedy when its files cannot be had or are damaged.
+    """
+    if name != "auto":
+        return _load(name, offline)
+    try:
+        return _load(PREFERRED, offline)
+    except CadiffError as error:
+        reason = error.message
+    warning = (
+        f"template {PREFERRED} is not available ({reason}); {EMBEDDED}, which comes with nilearn,"
+        " is used instead"
+    )
+    log.warning(warning)
+    return _load(EMBEDDED, offline, (warning,))
+
+
+def _load(name: str, offline: bool, warnings: tuple[str, ...] = ()) -> Template:
+    known = registry()
+    if name not in known:
+        raise UsageError(f"unknown template {name!r}", f"choose from auto, {', '.join(known)}")
+    entry = known[name]
+    head: Volume | None
+    if entry["source"] == "nilearn":
+        brain, mask, head, source = (*_nilearn_brain(), None, "nilearn package data")
+    else:
+        head, mask = (
+            _checked(_fetch(name, entry, part, offline), name) for part in ("head", "mask")
+        )
+        if head.grid.shape != mask.grid.shape:
+            raise DataError(
+                f"{name}: image {head.grid.shape} and mask {mask.grid.shape} differ",
+                _refetch(name, templateflow_home()),
+            )
+        mask = Volume(mask.data > 0.5, mask.grid)
+        litres = np.count_nonzero(mask.data) * mask.grid.voxel_volume_mm3 / 1e6
+        if not 0.8 < litres < 2.5:
+            raise DataError(
+                f"{name}: its brain mask holds {litres:.2f} l, a brain 0.8 to 2.5 l",
+                _refetch(name, templateflow_home()),
+            )
+        brain = Volume(np.where(mask.data, head.data, 0).astype(np.float32), head.grid)
+        source = "templateflow"
+    extents = {key: tuple(map(float, entry[key])) for key in ("ac_mm", "low_mm", "high_mm")}
+    return Template(
+        name, brain, **extents, head=head, mask=mask, source=source, warnings=warnings
+    )
+
+
+@cache
+def _nilearn_brain() -> tuple[Volume, Volume]:
+    from nilearn.datasets import load_mni152_template
+
+    image = load_mni152_template(resolution=1)
+    from cadiff_cli.spatial.grid import Grid
+
+    data = np.asarray(image.dataobj, dtype=np.float32)
+    grid = Grid(data.shape, image.affine)
+    return Volume(data, grid), Volume(data > 0, grid)
+
+
+def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
+    """Path of a non-empty file of the template, downloaded if needed and allowed."""
+    home = templateflow_home()
+    path = home / entry[part]
+    if path.exists() and path.stat().st_size > 0:
+        return path
+    state = "is empty (0 bytes)" if path.exists() else "is not there"
+    if offline:
+        raise InputMissing(f"{path} {state} and --offline forbids a download", _refetch(name, home))
+    log.info("downloading template %s", name)
+    try:
+        os.environ["TEMPLATEFLOW_HOME"] = str(home)
+        from templateflow.client import TemplateFlowClient
+
+        suffix = {"head": {"suffix": "T1w", "desc": None}, "mask": {"suffix": "mask", "desc": "brain"}}
+        got = TemplateFlowClient(root=home).get(
+            raise_empty=True, extension=".nii.gz", **entry["query"], **suffix[part]
+        )
+    except Exception as error:  # the client raises bare Exception, RuntimeError, OSError...
+        raise InputMissing(
+            f"{path} {state} and downloading it failed ({type(error).__name__})",
+            _refetch(name, home),
+        ) from error
+    if isinstance(got, list):
+        raise InputMissing(f"templateflow has {len(got)} files for {name} {part}", "name one")
+    return Path(got)
+
+
+def _checked(path: Path, name: str) -> Volume:
+    try:
+        volume = load_volume(path)
+        np.asarray(volume.data).sum()
+    except CadiffError as error:
+        raise DataError(
+            f"template file {path}: {error.message}", _refetch(name, templateflow_home())
+        ) from error
+    if min(volume.grid.shape) < 32 or volume.data.max() <= volume.data.min():
+        raise DataError(
+            f"template file {path} is not a head (shape {volume.grid.shape})",
+            _refetch(name, templateflow_home()),
+        )
+    return volume
+
+
+def _refetch(name: str, home: Path) -> str:
+    return (
+        f"delete it if it is there, then on a machine with a network run"
+        f" 'TEMPLATEFLOW_HOME={home} templateflow get {name}', or use --atlas {EMBEDDED}"
+    )

@@ -1,0 +1,109 @@
+"""The structures that cadiff draws: one table, read from ``data/labels.tsv``.
+
+Networks work with *classes* (0 is background, 1..n in table order); files hold *codes* (FreeSurfer
+aseg codes where one exists; 91/92 and 630-632 are Mindboggle's codes for the basal forebrain and
+the vermal lobules).  ``LabelTable`` is the only place where the two meet.
+"""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+
+import numpy as np
+
+from cadiff_cli.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One row of the table.  ``mirror`` is the code of its partner in the other hemisphere."""
+
+    code: int
+    name: str
+    abbreviation: str
+    color: str
+    mapping: int
+    mirror: int
+    neuromorphometrics: str
+    malc27: bool
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """An ordered list of structures; class ``k`` (1-based) is ``structures[k - 1]``."""
+
+    structures: tuple[Structure, ...]
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes with background."""
+        return len(self.structures) + 1
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """(n_classes,) int16: the code written for each class."""
+        return np.array([0, *(s.code for s in self.structures)], dtype=np.int16)
+
+    @cached_property
+    def mirror_classes(self) -> np.ndarray:
+        """(n_classes,) int64: the class that each class becomes when left and right swap."""
+        of_code = {int(code): k for k, code in enumerate(self.codes)}
+        return np.array([0, *(of_code[s.mirror] for s in self.structures)])
+
+    def subset(self, name: str) -> tuple[int, ...]:
+        """Classes of a named subset: ``"all"`` or ``"malc27"`` (the CA-Diff paper's 27)."""
+        if name not in ("all", "malc27"):
+            raise UsageError(f"unknown label subset {name!r}", "use 'all' or 'malc27'")
+        return tuple(
+            k for k, s in enumerate(self.structures, start=1) if name == "all" or s.malc27
+        )
+
+    def encode(self, codes: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
+        """Turn a foreign label map into classes (uint8); ids absent from ``mapping`` become 0."""
+        top = int(codes.max(initial=0))
+        if codes.min(initial=0) < 0:
+            raise DataError(f"label map holds {int(codes.min())}", "labels must not be negative")
+        lut = np.zeros(top + 1, dtype=np.uint8)
+        for source, target in mapping.items():
+            if source <= top:
+                lut[source] = target
+        return lut[codes.astype(np.int64)]
+
+    def neuromorphometrics_mapping(self) -> dict[int, int]:
+        """Neuromorphometrics id -> class.  Cortical parcels (>= 100): odd left, even right."""
+        parcels = {"odd>=100": range(101, 208, 2), "even>=100": range(100, 208, 2)}
+        return {
+            int(source): k
+            for k, s in enumerate(self.structures, start=1)
+            for source in parcels.get(s.neuromorphometrics, [s.neuromorphometrics])
+        }
+
+    def identity_mapping(self) -> dict[int, int]:
+        """Code (as this package writes it) -> class."""
+        return {int(code): k for k, code in enumerate(self.codes) if k}
+
+
+def load_table() -> LabelTable:
+    """Read the table that ships with the package."""
+    text = files("cadiff_cli").joinpath("data/labels.tsv").read_text(encoding="utf-8")
+    rows = csv.DictReader(text.splitlines(), delimiter="\t")
+    return LabelTable(
+        tuple(
+            Structure(
+                code=int(row["index"]),
+                name=row["name"],
+                abbreviation=row["abbreviation"],
+                color=row["color"],
+                mapping=int(row["mapping"]),
+                mirror=int(row["mirror"]),
+                neuromorphometrics=row["neuromorphometrics"],
+                malc27=row["malc27"] == "1",
+            )
+            for row in rows
+        )
+    )

@@ -1,0 +1,1 @@
+"""The CA-Diff network.  Tensors in, tensors out; no files, no sampling."""

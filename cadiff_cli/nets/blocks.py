@@ -1,0 +1,115 @@
+"""Building blocks: two time embeddings, residual blocks, time-adapted channel attention.
+
+Convolutions run in ``channels_last_3d`` and, under autocast, in bfloat16: on a CPU both decide the
+speed.  Normalisation is per voxel over channels, so that a patch and the whole volume see the same
+network away from their borders.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of each voxel; (B, C, X, Y, Z)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = x.permute(0, 2, 3, 4, 1)
+        shape = self.weight.shape
+        normed = F.layer_norm(last, shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return normed.permute(0, 4, 1, 2, 3)
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1], (B,) -> (B, channels): sines and cosines, then a two-layer perceptron."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        frequencies = torch.exp(torch.linspace(0.0, math.log(1000.0), half))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.frequencies: Tensor
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * half, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t[:, None] * self.frequencies[None]
+        embedded: Tensor = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+        return embedded
+
+
+class ResidualBlock(nn.Module):
+    """Two 3^3 convolutions; the two times enter through separate linear layers (section II-C).
+
+    Each linear layer yields half of the channels; the halves are concatenated and added to the
+    feature map, as the paper says.
+    """
+
+    def __init__(self, c_in: int, c_out: int, c_time: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = ChannelNorm(c_in), ChannelNorm(c_out)
+        self.conv_1 = nn.Conv3d(c_in, c_out, 3, padding=1)
+        self.conv_2 = nn.Conv3d(c_out, c_out, 3, padding=1)
+        self.time_field = nn.Linear(c_time, c_out // 2)
+        self.time_label = nn.Linear(c_time, c_out - c_out // 2)
+        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.conv_2.weight)
+        assert self.conv_2.bias is not None
+        nn.init.zeros_(self.conv_2.bias)
+
+    def forward(self, x: Tensor, e_field: Tensor, e_label: Tensor) -> Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        e = torch.cat([self.time_field(e_field), self.time_label(e_label)], dim=1)
+        h = h + e.to(h.dtype)[:, :, None, None, None]
+        h = self.conv_2(F.silu(self.norm_2(h)))
+        out: Tensor = self.skip(x) + h
+        return out
+
+
+class DynamicConv1d(nn.Module):
+    """A 1-D convolution whose kernel is a time-dependent mixture of K kernels (eq. 11)."""
+
+    def __init__(self, size: int, c_time: int, n_kernels: int = 4) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.randn(n_kernels, size) / math.sqrt(size))
+        self.bias = nn.Parameter(torch.zeros(n_kernels))
+        self.mixture = nn.Linear(c_time, n_kernels)
+
+    def forward(self, pooled: Tensor, e: Tensor) -> Tensor:
+        """``pooled`` (B, C), ``e`` (B, c_time) -> (B, C)."""
+        pi = self.mixture(e).softmax(dim=1)
+        weight, bias = pi @ self.weight.to(pi.dtype), pi @ self.bias.to(pi.dtype)
+        # One kernel per sample: samples become groups.
+        out = F.conv1d(
+            pooled[None], weight[:, None], bias, padding=self.size // 2, groups=pooled.shape[0]
+        )
+        return out[0]
+
+
+class TimeAdaptedChannelAttention(nn.Module):
+    """TACA (section II-E, eqs. 9-12): reweight a skip connection's channels by the current times."""
+
+    def __init__(self, c_time: int, sizes: Sequence[int] = (7, 11, 15)) -> None:
+        super().__init__()
+        self.time = nn.Linear(2 * c_time, c_time)
+        self.convs = nn.ModuleList(DynamicConv1d(size, c_time) for size in sizes)
+        self.fuse = nn.Conv1d(len(sizes), 1, 1)
+
+    def forward(self, encoder: Tensor, decoder: Tensor, e_field: Tensor, e_label: Tensor) -> Tensor:
+        """Features (B, C, X, Y, Z) of both sides -> (B, 2 C, X, Y, Z)."""
+        joined = torch.cat([encoder, decoder], dim=1)
+        pooled = joined.float().mean(dim=(2, 3, 4))
+        with torch.autocast(joined.device.type, enabled=False):
+            e = self.time(torch.cat([e_field, e_label], dim=1).float())
+            mask = self.fuse(torch.stack([conv(pooled, e) for conv in self.convs], dim=1))[:, 0]
+        return joined * (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]

@@ -1,0 +1,192 @@
+"""The collaborative diffusion U-Net (paper, Fig. 2): image, noisy field, noisy labels -> both clean.
+
+Field and labels are diffused at half resolution (``Trunk``); labels become 1 mm logits in a light
+full-resolution ``head``, which only the last sampling step needs.
+
+States: the field is stored in [0, 1] and diffused as ``2 D - 1``; labels are diffused as
+``2 P - 1``, where P holds the fraction of each class in a 2 mm voxel.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from cadiff_cli.diffusion.process import expand, levels
+from cadiff_cli.nets.blocks import ResidualBlock, TimeAdaptedChannelAttention, TimeEmbedding
+
+STRIDE = 2
+FIELD_STD = 0.35
+"""Spread of the field's state over a brain: what is known of it before anything is seen."""
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """Sizes of the network.  ``prior_shape`` is the label prior's grid over the field (x, y, z)."""
+
+    n_classes: int = 41
+    channels: tuple[int, ...] = (32, 64, 128, 192)
+    head_channels: int = 16
+    head_blocks: int = 2
+    time_channels: int = 128
+    embed_channels: int = 24
+    prior_shape: tuple[int, int, int] = (42, 52, 46)
+    taca_sizes: tuple[int, ...] = (7, 11, 15)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a weights file's metadata."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "NetConfig":
+        """Read back what ``to_dict`` wrote."""
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return NetConfig(**tuples)
+
+
+@dataclass(frozen=True, eq=False)
+class Coarse:
+    """The trunk's answer at 2 mm.
+
+    ``features`` (B, C, x, y, z); ``field`` (B, 3, x, y, z), the estimate of D_0 in [-1, 1];
+    ``logits`` (B, classes, x, y, z).
+    """
+
+    features: Tensor
+    field: Tensor
+    logits: Tensor
+
+
+class LabelPrior(nn.Module):
+    """How likely each class is at each position of the field: a grid of log-probabilities.
+
+    Counted over the training people (``training.prior``) and then fixed: the paper's idea, that a
+    position in the field predicts an anatomy, written down as the network's starting point.
+    """
+
+    def __init__(self, n_classes: int, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.zeros(1, n_classes, *shape))
+        self.logits: Tensor
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Field state (B, 3, x, y, z) in [-1, 1] -> logits (B, classes, x, y, z)."""
+        points = state.float().permute(0, 2, 3, 4, 1).flip(-1)
+        grid = self.logits.float().expand(state.shape[0], -1, -1, -1, -1)
+        return F.grid_sample(grid, points, padding_mode="border", align_corners=True)
+
+
+class CADiffNet(nn.Module):
+    """phi_theta of eq. 3: (D_td, M_tm, I, t_d, t_m) -> (D_0, M_0)."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, e, k = config.channels, config.time_channels, config.n_classes
+        self.time_field, self.time_label = TimeEmbedding(e), TimeEmbedding(e)
+        self.prior = LabelPrior(k, config.prior_shape)
+        self.embed_prior = nn.Conv3d(k, config.embed_channels, 1)
+        self.embed_label = nn.Conv3d(k, config.embed_channels, 1)
+        self.stem = nn.Conv3d(STRIDE**3 + 3 + 2 * config.embed_channels, c[0], 3, padding=1)
+        self.encoder = nn.ModuleList(
+            nn.ModuleList([ResidualBlock(n, n, e), ResidualBlock(n, n, e)]) for n in c
+        )
+        self.down = nn.ModuleList(
+            nn.Conv3d(a, b, 2, stride=2) for a, b in zip(c[:-1], c[1:], strict=True)
+        )
+        self.up = nn.ModuleList(
+            nn.Conv3d(b, a, 1) for a, b in zip(c[:-1], c[1:], strict=True)
+        )
+        self.taca = nn.ModuleList(
+            TimeAdaptedChannelAttention(e, config.taca_sizes) for _ in c[:-1]
+        )
+        self.decoder = nn.ModuleList(ResidualBlock(2 * n, n, e) for n in c[:-1])
+        self.to_field = nn.Conv3d(c[0], 3, 3, padding=1)
+        self.to_label = nn.Conv3d(c[0], k, 1)
+        h = config.head_channels
+        self.head_image = nn.Conv3d(1, h, 3, padding=1)
+        self.head_features = nn.Conv3d(c[0], h, 1)
+        self.head = nn.ModuleList(ResidualBlock(h, h, e) for _ in range(config.head_blocks))
+        self.head_label = nn.Conv3d(h, k, 1)
+        for layer in (self.to_field, self.to_label, self.head_label):
+            nn.init.zeros_(layer.weight)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def trunk(self, image: Tensor, d_t: Tensor, m_t: Tensor, t_d: Tensor, t_m: Tensor) -> Coarse:
+        """Estimate both clean states at 2 mm.
+
+        ``image`` (B, 1, 2x, 2y, 2z) in [0, 1]; ``d_t`` (B, 3, x, y, z) and ``m_t``
+        (B, classes, x, y, z) are noisy states at times ``t_d`` and ``t_m`` (B,).
+        """
+        e_d, e_m = self.time_field(t_d), self.time_label(t_m)
+        # The best guess of the field from its noisy version alone (a Wiener filter): exactly the
+        # field at t_d = 0, its mean at t_d = 1, so the prior never sees more than d_t tells.
+        alpha, sigma = (expand(level, d_t) for level in levels(t_d))
+        power = (alpha * FIELD_STD) ** 2 + sigma**2
+        guess = alpha * FIELD_STD**2 / power * d_t
+        prior = self.prior(guess)
+        x = torch.cat(
+            [
+                2 * unshuffle(image) - 1,
+                d_t,
+                self.embed_label(last(m_t)),
+                self.embed_prior(last(prior.softmax(dim=1))),
+            ],
+            dim=1,
+        )
+        x = self.stem(last(x))
+        skips = []
+        for level, blocks in enumerate(self.encoder):
+            if level:
+                x = self.down[level - 1](x)
+            for block in blocks:  # type: ignore[union-attr]
+                x = block(x, e_d, e_m)
+            skips.append(x)
+        for level in reversed(range(len(self.decoder))):
+            x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest")
+            x = self.taca[level](skips[level], x, e_d, e_m)
+            x = self.decoder[level](x, e_d, e_m)
+        correction = self.to_field(x).float()
+        field = guess + sigma * FIELD_STD / power.sqrt() * correction
+        if (t_d > 0).any():
+            prior = self.prior(field.detach())
+        logits = prior + self.to_label(x).float()
+        return Coarse(x, field, logits)
+
+    def refine(self, image: Tensor, coarse: Coarse, t_d: Tensor, t_m: Tensor) -> Tensor:
+        """1 mm logits (B, classes, 2x, 2y, 2z) from the trunk's answer and the image."""
+        e_d, e_m = self.time_field(t_d), self.time_label(t_m)
+        x = self.head_features(coarse.features)
+        x = F.interpolate(x, scale_factor=STRIDE, mode="trilinear") + self.head_image(
+            last(2 * image - 1)
+        )
+        for block in self.head:
+            x = block(x, e_d, e_m)
+        up = F.interpolate(
+            last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear"
+        )
+        out: Tensor = up + self.head_label(x)
+        return out
+
+    def forward(
+        self, image: Tensor, d_t: Tensor, m_t: Tensor, t_d: Tensor, t_m: Tensor
+    ) -> tuple[Coarse, Tensor]:
+        """Both resolutions: (``Coarse``, 1 mm logits)."""
+        coarse = self.trunk(image, d_t, m_t, t_d, t_m)
+        return coarse, self.refine(image, coarse, t_d, t_m)
+
+
+def last(x: Tensor) -> Tensor:
+    """``x`` in ``channels_last_3d`` memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def unshuffle(image: Tensor) -> Tensor:
+    """(B, 1, 2x, 2y, 2z) -> (B, 8, x, y, z): nothing is lost, unlike pooling."""
+    b, _, x, y, z = image.shape
+    s = STRIDE
+    blocks = image.reshape(b, x // s, s, y // s, s, z // s, s)
+    return blocks.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, s**3, x // s, y // s, z // s)

@@ -1,0 +1,139 @@
+"""What flows through cadiff, in the order in which it is made.
+
+A scan is stripped, registered to a template, given a coordinate field, turned into the network's
+conditions, and segmented.  Each product is immutable and carries the ones it was made from only
+where a later stage needs them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.labels import LabelTable
+from cadiff_cli.spatial.grid import Grid, Volume
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A T1-weighted image as the user gave it: ``t1`` is 3-D, finite, on its own grid."""
+
+    t1: Volume
+    path: Path
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """An atlas to register: ``brain`` (stripped) on a grid in the template's world.
+
+    ``ac_mm`` is the anterior commissure.  ``low_mm`` and ``high_mm`` are the fixed extents, relative
+    to the AC, that the distance field maps to 0 and 1; x is symmetric, so 0.5 is the midplane.
+    ``head`` and ``mask`` allow skull stripping; templates without a skull have ``head=None``.
+    """
+
+    name: str
+    brain: Volume
+    ac_mm: tuple[float, float, float]
+    low_mm: tuple[float, float, float]
+    high_mm: tuple[float, float, float]
+    head: Volume | None = None
+    mask: Volume | None = None
+    source: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Stripped:
+    """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``."""
+
+    t1: Volume
+    mask: Volume
+    method: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """A transform between the scan and a template.
+
+    ``from_template`` and ``to_template`` are ITK composite transforms (``.h5``) that resample
+    template images onto the scan and scan images onto the template.  ``score`` is the normalised
+    mutual information of the two brains inside the scan's mask (higher is better).
+    """
+
+    template: Template
+    from_template: Path
+    to_template: Path
+    kind: str
+    score: float
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateField:
+    """The distance field of section II-B: ``data`` (3, X, Y, Z) float32 in [0, 1] on ``grid``."""
+
+    data: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What the network is given: a crop around the brain.
+
+    ``image`` (X, Y, Z) float32 in [0, 1] on a 1 mm grid, 0 outside ``mask``; ``field`` covers the
+    same crop at ``field.grid``'s spacing.  Sizes are multiples of 16.
+    """
+
+    image: Volume
+    mask: Volume
+    field: CoordinateField
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """Label codes (int16) on the scan's own grid.
+
+    ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for.
+    """
+
+    labels: Volume
+    table: LabelTable
+    steps: int
+    seed: int
+    posteriors: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything before the network."""
+
+    scan: Scan
+    stripped: Stripped
+    registered: Registered
+    conditions: Conditions
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Everything a run produced.  ``seconds`` maps a stage's name to its wall time."""
+
+    prepared: Prepared
+    segmentation: Segmentation
+    volumes_mm3: Mapping[int, float]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Everything a user should know, in the order in which it happened."""
+        p = self.prepared
+        return (
+            *p.scan.warnings,
+            *p.registered.template.warnings,
+            *p.stripped.warnings,
+            *p.registered.warnings,
+        )

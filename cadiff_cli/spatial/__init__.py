@@ -1,0 +1,1 @@
+"""Grids, volumes and resampling.  Knows millimetres, not brains or files."""

@@ -1,0 +1,1 @@
+"""What happens to a scan: each stage is a function from product to product."""

@@ -1,0 +1,53 @@
+"""From a registered brain to what the network is given: normalise, crop, attach the field."""
+
+import numpy as np
+
+from cadiff_cli.errors import DataError
+from cadiff_cli.products import Conditions, Registered, Stripped
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.field import coordinate_field
+
+MARGIN_VOXELS = 6
+MULTIPLE = 16
+FIELD_STRIDE = 2
+"""The field is smooth: the network reads it (and diffuses labels) at 2 mm."""
+
+
+def condition(stripped: Stripped, registered: Registered) -> Conditions:
+    """Crop to the brain, scale intensities and sample the distance field on the crop."""
+    grid = brain_crop(stripped.mask)
+    image, mask = (resample(v, grid) for v in (stripped.t1, stripped.mask))
+    return Conditions(
+        image=Volume(normalise(image.data, mask.data), grid),
+        mask=mask,
+        field=coordinate_field(registered, grid.coarsen(FIELD_STRIDE)),
+    )
+
+
+def brain_crop(mask: Volume) -> Grid:
+    """The box around ``mask`` with a margin, grown to multiples of 16 (it may leave the image)."""
+    if not mask.data.any():
+        raise DataError("the brain mask is empty", "check the input, or give a mask with --mask")
+    low, high = [], []
+    for axis in range(3):
+        rest = tuple(a for a in range(3) if a != axis)
+        (inside,) = np.nonzero(mask.data.any(axis=rest))
+        low.append(int(inside[0]) - MARGIN_VOXELS)
+        high.append(int(inside[-1]) + 1 + MARGIN_VOXELS)
+    size = np.subtract(high, low)
+    shape = -(-size // MULTIPLE) * MULTIPLE
+    start = np.array(low) - (shape - size) // 2
+    return mask.grid.crop(tuple(start), tuple(shape))
+
+
+def normalise(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Intensities in [0, 1]: percentiles 0.5 and 99.5 of the brain; 0 outside."""
+    inside = image[mask]
+    low, high = np.percentile(inside, [0.5, 99.5])
+    if not high > low:
+        raise DataError(
+            f"the brain is constant ({low:g})", "is this a T1-weighted image with its own mask?"
+        )
+    scaled = np.clip((image - low) / (high - low), 0.0, 1.0)
+    return np.where(mask, scaled, 0.0).astype(np.float32)

@@ -1,0 +1,39 @@
+"""The distance field (paper, section II-B): where each voxel lies in the template."""
+
+import numpy as np
+
+from cadiff_cli.products import CoordinateField, Registered, Template
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.register import warp
+
+MARGIN_MM = 60.0
+"""How far beyond the extents coordinates are known, so that no voxel near a brain lacks one."""
+STEP_MM = 10.0
+"""Coordinates are linear, so a coarse grid carries them exactly through linear interpolation."""
+
+
+def template_coordinates(template: Template) -> tuple[Volume, Volume, Volume]:
+    """The field in the template's own world: x, y and z relative to the AC, extents -> [0, 1].
+
+    x is 0.5 on the midsagittal plane.  Values beyond the extents go below 0 and above 1; they are
+    clipped only after they have been carried to a scan.
+    """
+    ac, low, high = (np.array(v) for v in (template.ac_mm, template.low_mm, template.high_mm))
+    start = ac + low - MARGIN_MM
+    shape = tuple(np.ceil((high - low + 2 * MARGIN_MM) / STEP_MM).astype(int) + 1)
+    affine = np.diag([STEP_MM, STEP_MM, STEP_MM, 1.0])
+    affine[:3, 3] = start
+    grid = Grid(shape, affine)
+    world = grid.to_world(np.stack(np.indices(shape), axis=-1))
+    scaled = (world - ac - low) / (high - low)
+    x, y, z = (Volume(scaled[..., axis].astype(np.float32), grid) for axis in range(3))
+    return x, y, z
+
+
+def coordinate_field(registered: Registered, grid: Grid) -> CoordinateField:
+    """The distance field on ``grid``, in the scan's world: (3, X, Y, Z) float32 in [0, 1]."""
+    channels = [
+        warp(channel, registered, grid).data
+        for channel in template_coordinates(registered.template)
+    ]
+    return CoordinateField(np.clip(np.stack(channels), 0.0, 1.0).astype(np.float32), grid)

@@ -1,0 +1,194 @@
+"""Register a template's brain to the scan with ANTs.  The only module that imports ants.
+
+ITK works in LPS millimetres; ``_to_ants`` and ``_grid_of`` are where the convention changes.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.config import RegisterConfig
+from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.products import Registered, Stripped, Template
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+
+log = logging.getLogger(__name__)
+
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
+POOR_SCORE = 1.08
+"""Normalised mutual information below which a registration is reported as suspicious."""
+
+
+def settings(name: str) -> dict[str, Any]:
+    """Named registration settings (``data/registration/NAME.json``)."""
+    folder = files("cadiff_cli").joinpath("data/registration")
+    path = folder.joinpath(f"{name}.json")
+    if not path.is_file():
+        known = sorted(p.name.removesuffix(".json") for p in folder.iterdir())
+        raise UsageError(f"unknown registration {name!r}", f"choose from {', '.join(known)}")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def register(
+    stripped: Stripped, template: Template, config: RegisterConfig, work_dir: Path
+) -> Registered:
+    """Find the transform between the scan's brain and the template's brain.
+
+    Transforms are written into ``work_dir``.  If the deformable registration fails, the affine one
+    is used, with a warning.
+    """
+    wanted = settings(config.name)
+    warnings: list[str] = []
+    kind = config.name
+    try:
+        forward, inverse = _run(stripped.t1, template.brain, wanted, config.seed, work_dir)
+    except Exception as error:  # ITK errors arrive as RuntimeError or ValueError
+        if config.name == "affine":
+            raise DataError(
+                f"the template cannot be registered ({error})", "is this a T1-weighted brain?"
+            ) from error
+        warnings.append(
+            f"deformable registration failed ({str(error).splitlines()[0]}); affine is used"
+        )
+        kind = "affine"
+        try:
+            forward, inverse = _run(
+                stripped.t1, template.brain, settings("affine"), config.seed, work_dir
+            )
+        except Exception as last:
+            raise DataError(
+                f"the template cannot be registered ({last})", "is this a T1-weighted brain?"
+            ) from last
+    registered = Registered(template, forward, inverse, kind, 0.0)
+    warped = warp(template.brain, registered, stripped.t1.grid.coarsen(2))
+    score = similarity(resample(stripped.t1, warped.grid).data, warped.data)
+    log.info("registration score (normalised mutual information) %.3f", score)
+    if score < POOR_SCORE:
+        warnings.append(
+            f"registration score {score:.3f} is below {POOR_SCORE}: look at the result with care"
+        )
+    for text in warnings:
+        log.warning(text)
+    return Registered(template, forward, inverse, kind, score, tuple(warnings))
+
+
+def warp(
+    volume: Volume, registered: Registered, grid: Grid, *, inverse: bool = False, fill: float = 0.0
+) -> Volume:
+    """Resample a template image onto ``grid`` in the scan's world (linear; the other way if ``inverse``)."""
+    ants = _ants()
+    path = registered.to_template if inverse else registered.from_template
+    with _quiet():
+        moved = ants.apply_transforms(
+            _empty(grid), _to_ants(volume), [str(path)], interpolator="linear", defaultvalue=fill
+        )
+    return Volume(moved.numpy(), grid)
+
+
+def similarity(a: np.ndarray, b: np.ndarray, bins: int = 32) -> float:
+    """Normalised mutual information (H(a) + H(b)) / H(a, b) where either is non-zero; 1 to 2."""
+    inside = (a > 0) | (b > 0)
+    if np.count_nonzero(inside) < 100:
+        return 1.0
+
+    def level(x: np.ndarray) -> np.ndarray:
+        top = np.percentile(x, 99.5)
+        return np.clip(x / max(top, 1e-6), 0, 1)
+
+    joint, _, _ = np.histogram2d(level(a[inside]), level(b[inside]), bins=bins)
+    p = joint / joint.sum()
+
+    def entropy(q: np.ndarray) -> float:
+        q = q[q > 0]
+        return float(-(q * np.log(q)).sum())
+
+    return (entropy(p.sum(0)) + entropy(p.sum(1))) / max(entropy(p.ravel()), 1e-9)
+
+
+def _run(
+    fixed: Volume, moving: Volume, wanted: dict[str, Any], seed: int, work_dir: Path
+) -> tuple[Path, Path]:
+    ants = _ants()
+    spacing = float(wanted["spacing_mm"])
+    images = [
+        _to_ants(resample(v, v.grid.working(spacing, tolerance=0.0))) for v in (fixed, moving)
+    ]
+    prefix = work_dir / f"{wanted['type_of_transform'].split('[')[-1].rstrip(']')}_"
+    options = {
+        key: value
+        for key, value in wanted.items()
+        if key not in ("description", "spacing_mm")
+    }
+    ants.config._random_seed = seed + 1  # ITK takes 0 as "seed from the clock"
+    with _quiet():
+        ants.registration(
+            images[0],
+            images[1],
+            outprefix=str(prefix),
+            write_composite_transform=True,
+            **options,
+        )
+    forward, inverse = work_dir / "from_template.h5", work_dir / "to_template.h5"
+    shutil.move(f"{prefix}Composite.h5", forward)
+    shutil.move(f"{prefix}InverseComposite.h5", inverse)
+    return forward, inverse
+
+
+def _to_ants(volume: Volume) -> Any:
+    ants = _ants()
+    lps = RAS_TO_LPS @ volume.grid.affine[:3, :3]
+    spacing = np.linalg.norm(lps, axis=0)
+    return ants.from_numpy(
+        np.ascontiguousarray(volume.data, dtype=np.float32),
+        origin=tuple(RAS_TO_LPS @ volume.grid.affine[:3, 3]),
+        spacing=tuple(spacing),
+        direction=_orthonormal(lps / spacing),
+    )
+
+
+def _empty(grid: Grid) -> Any:
+    return _to_ants(Volume(np.zeros(grid.shape, dtype=np.float32), grid))
+
+
+def _orthonormal(matrix: np.ndarray) -> np.ndarray:
+    """The nearest rotation or reflection: ITK refuses directions that are off by rounding."""
+    u, _, v = np.linalg.svd(matrix)
+    return np.asarray(u @ v)
+
+
+def _ants() -> Any:
+    """The ants module, imported with one ITK thread unless the user set another number.
+
+    ITK reads the number once per process.  With more threads its sums are added in changing order,
+    and the same seed gives slightly different transforms.
+    """
+    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+    import ants
+
+    return ants
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """ANTs writes progress to the process's stdout; keep ours for results."""
+    import sys
+
+    sys.stdout.flush()
+    saved = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)

@@ -1,0 +1,143 @@
+"""Find the brain.  ``strip`` chooses between a given mask, an already stripped scan and a template.
+
+A method is a function from the working image to a mask; a learned one will be another entry.
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from cadiff_cli.config import RegisterConfig, StripConfig
+from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.products import Scan, Stripped, Template
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+
+log = logging.getLogger(__name__)
+
+METHODS = ("auto", "template", "none")
+STRIPPED_LITRES = (0.4, 2.3)
+"""Non-background volume of a scan that is already stripped; a head holds more than this."""
+PLAUSIBLE_LITRES = (0.7, 2.2)
+"""Brain masks outside this range (children to large adults) are reported as suspicious."""
+
+
+def strip(scan: Scan, template: Template, config: StripConfig, work_dir: Path) -> Stripped:
+    """The brain on the working grid, 0 outside its mask."""
+    working = scan.t1.grid.working()
+    t1 = resample(scan.t1, working, order=3)
+    t1 = Volume(np.clip(t1.data, scan.t1.data.min(), scan.t1.data.max()), working)
+    method, note = config.method, None
+    if config.mask is not None:
+        method, mask = "mask file", _given(config.mask, scan, working)
+    else:
+        if method not in METHODS:
+            raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
+        stripped_already = already_stripped(scan.t1)
+        if method == "auto":
+            method = "none" if stripped_already else "template"
+            log.info(
+                "the scan %s skull-stripped already", "is" if stripped_already else "is not"
+            )
+        elif method == "template" and stripped_already:
+            note = "the scan looks skull-stripped already: --skull-strip none would leave it alone"
+        elif method == "none" and not stripped_already:
+            note = (
+                "the scan does not look skull-stripped, and --skull-strip none was asked for:"
+                " labels will be unreliable outside the brain"
+            )
+        if method == "none":
+            mask = resample(Volume(_foreground(scan.t1.data), scan.t1.grid), working, order=0)
+        else:
+            mask = _from_template(t1, template, work_dir)
+    mask = Volume(_tidy(mask.data), working)
+    litres = np.count_nonzero(mask.data) * working.voxel_volume_mm3 / 1e6
+    if litres == 0:
+        raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
+    warnings = [] if note is None else [note]
+    if not PLAUSIBLE_LITRES[0] <= litres <= PLAUSIBLE_LITRES[1]:
+        warnings.append(
+            f"the brain mask ({method}) holds {litres:.2f} l, outside"
+            f" {PLAUSIBLE_LITRES[0]} to {PLAUSIBLE_LITRES[1]} l: look at it"
+        )
+    for text in warnings:
+        log.warning(text)
+    background = _background(scan.t1.data)
+    brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
+    return Stripped(Volume(brain, working), mask, method, tuple(warnings))
+
+
+def already_stripped(t1: Volume) -> bool:
+    """Whether one constant value surrounds an object as large as a brain and smaller than a head.
+
+    Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a head holds
+    more than 2.3 litres.
+    """
+    foreground = _foreground(t1.data)
+    if foreground.mean() > 0.6:
+        return False
+    faces = [
+        np.take(foreground, index, axis=axis).mean() for axis in range(3) for index in (0, -1)
+    ]
+    litres = np.count_nonzero(foreground) * t1.grid.voxel_volume_mm3 / 1e6
+    # A brain touches at most one face of its field of view, and that one hardly.
+    return STRIPPED_LITRES[0] < litres < STRIPPED_LITRES[1] and float(np.median(faces)) < 0.01
+
+
+def _background(data: np.ndarray) -> float:
+    """The value of the image's corners and faces: their median."""
+    faces = [np.take(data, index, axis=axis).ravel() for axis in range(3) for index in (0, -1)]
+    return float(np.median(np.concatenate(faces)))
+
+
+def _foreground(data: np.ndarray) -> np.ndarray:
+    return np.asarray(data != _background(data))
+
+
+def _given(path: Path, scan: Scan, working: Grid) -> Volume:
+    mask = load_volume(path)
+    same = mask.grid.shape == scan.t1.grid.shape and np.allclose(
+        mask.grid.affine, scan.t1.grid.affine, atol=1e-2
+    )
+    if not same:
+        raise DataError(
+            f"mask {path.name} lies on {mask.grid!r}, the scan on {scan.t1.grid!r}",
+            "give a mask on the scan's own grid",
+        )
+    inside = np.nan_to_num(np.asarray(mask.data, dtype=np.float32)) > 0.5
+    if not inside.any():
+        raise DataError(f"mask {path.name} is empty", "give a mask with the brain above 0.5")
+    return Volume(
+        resample(Volume(inside.astype(np.float32), mask.grid), working).data > 0.5, working
+    )
+
+
+def _from_template(t1: Volume, template: Template, work_dir: Path) -> Volume:
+    """Register the template's whole head and carry its brain mask over."""
+    from cadiff_cli.stages.register import register, warp
+
+    if template.head is None or template.mask is None:
+        raise UsageError(
+            f"template {template.name} has no skull, so it cannot strip a whole head",
+            "use --atlas MNIColin27 (needs TemplateFlow), or give --mask FILE, or strip the scan"
+            " first",
+        )
+    head = Volume(t1.data - min(float(t1.data.min()), 0.0), t1.grid)
+    stage = Stripped(head, Volume(np.ones(t1.grid.shape, dtype=bool), t1.grid), "head")
+    whole = Template(
+        template.name, template.head, template.ac_mm, template.low_mm, template.high_mm
+    )
+    registered = register(stage, whole, RegisterConfig(), work_dir)
+    inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
+    return Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)
+
+
+def _tidy(mask: np.ndarray) -> np.ndarray:
+    """The largest component, with its holes filled."""
+    parts, n = ndimage.label(mask)
+    if n > 1:
+        mask = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    return np.asarray(ndimage.binary_fill_holes(mask))

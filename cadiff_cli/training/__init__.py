@@ -1,0 +1,1 @@
+"""Train the network: data, augmentation, losses, loop."""
