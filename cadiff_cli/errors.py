@@ -31,7 +31,7 @@ class DataError(CadiffError):
     exit_code = 65
 
 
-class InputMissing(CadiffError):
+class MissingInputError(CadiffError):
     """An input, template or weights file is absent or unreadable."""
 
     exit_code = 66

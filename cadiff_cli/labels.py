@@ -59,9 +59,7 @@ class LabelTable:
         """Classes of a named subset: ``"all"`` or ``"malc27"`` (the CA-Diff paper's 27)."""
         if name not in ("all", "malc27"):
             raise UsageError(f"unknown label subset {name!r}", "use 'all' or 'malc27'")
-        return tuple(
-            k for k, s in enumerate(self.structures, start=1) if name == "all" or s.malc27
-        )
+        return tuple(k for k, s in enumerate(self.structures, start=1) if name == "all" or s.malc27)
 
     def encode(self, codes: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
         """Turn a foreign label map into classes (uint8); ids absent from ``mapping`` become 0."""

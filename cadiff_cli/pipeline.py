@@ -1,16 +1,85 @@
 """The order of the stages.  Inference, training and evaluation all begin with ``prepare``."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cadiff_cli.config import Config
-from cadiff_cli.products import Prepared, Scan, Template
+from cadiff_cli.products import Prepared, Result, Scan, Template
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
 from cadiff_cli.stages.strip import strip
+from cadiff_cli.stages.volumes import volumes_mm3
+
+if TYPE_CHECKING:
+    from cadiff_cli.io.weights import Model
+
+Announce = Callable[[str], None]
+"""Called with a stage's name when it begins."""
 
 
-def prepare(scan: Scan, template: Template, config: Config, work_dir: Path) -> Prepared:
+class Stopwatch:
+    """Seconds per stage, announced as they begin."""
+
+    def __init__(self, announce: Announce | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._announce = announce or (lambda _name: None)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block under ``name``."""
+        self._announce(name)
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begun, 3)
+
+
+def prepare(
+    scan: Scan,
+    template: Template,
+    config: Config,
+    work_dir: Path,
+    watch: Stopwatch | None = None,
+) -> Prepared:
     """Everything before the network; transforms are written into ``work_dir``."""
-    stripped = strip(scan, template, config.strip, work_dir)
-    registered = register(stripped, template, config.register, work_dir)
-    return Prepared(scan, stripped, registered, condition(stripped, registered))
+    watch = watch or Stopwatch()
+    with watch.stage("strip"):
+        stripped = strip(scan, template, config.strip, work_dir)
+    with watch.stage("register"):
+        registered = register(stripped, template, config.register, work_dir)
+    with watch.stage("field"):
+        conditions = condition(stripped, registered)
+    return Prepared(scan, stripped, registered, conditions)
+
+
+def run(
+    scan: Scan,
+    template: Template,
+    model: "Model",
+    config: Config,
+    work_dir: Path,
+    announce: Announce | None = None,
+) -> Result:
+    """From a scan to labels and volumes; nothing is written but the transforms in ``work_dir``."""
+    from cadiff_cli.stages.segment import segment
+
+    watch = Stopwatch(announce)
+    prepared = prepare(scan, template, config, work_dir, watch)
+    with watch.stage("segment"):
+        mask = native_mask(prepared)
+        segmentation = segment(scan, prepared.conditions, mask, model, config.sample)
+    return Result(
+        prepared, mask, segmentation, volumes_mm3(segmentation), model, config, watch.seconds
+    )
+
+
+def native_mask(prepared: Prepared) -> Volume:
+    """The brain mask on the scan's own grid."""
+    mask, grid = prepared.stripped.mask, prepared.scan.t1.grid
+    return Volume(resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5, grid)

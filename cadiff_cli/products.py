@@ -8,12 +8,16 @@ where a later stage needs them.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cadiff_cli.config import Config
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.spatial.grid import Grid, Volume
+
+if TYPE_CHECKING:
+    from cadiff_cli.io.weights import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +33,9 @@ class Scan:
 class Template:
     """An atlas to register: ``brain`` (stripped) on a grid in the template's world.
 
-    ``ac_mm`` is the anterior commissure.  ``low_mm`` and ``high_mm`` are the fixed extents, relative
-    to the AC, that the distance field maps to 0 and 1; x is symmetric, so 0.5 is the midplane.
+    ``ac_mm`` is the anterior commissure.  ``low_mm`` and ``high_mm`` are the fixed extents,
+    relative to the AC, that the distance field maps to 0 and 1; x is symmetric, so 0.5
+    is the midplane.
     ``head`` and ``mask`` allow skull stripping; templates without a skull have ``head=None``.
     """
 
@@ -119,13 +124,19 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Everything a run produced.  ``seconds`` maps a stage's name to its wall time."""
+    """Everything a run produced.
+
+    ``mask`` is the brain on the scan's own grid; ``volumes_mm3`` maps a code to mm^3; ``seconds``
+    maps a stage to its wall time.
+    """
 
     prepared: Prepared
+    mask: Volume
     segmentation: Segmentation
     volumes_mm3: Mapping[int, float]
+    model: "Model"
+    config: Config
     seconds: Mapping[str, float] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadiff_cli.errors import DataError, InputMissing
+from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.nifti import stem
 
 
@@ -37,7 +37,9 @@ def source_entities(path: Path) -> str:
 def labelled_scans(dataset: Path) -> list[LabelledScan]:
     """Every T1w of a BIDS-like folder that has a dseg with the same subject, session and run."""
     if not dataset.is_dir():
-        raise InputMissing(f"no dataset at {dataset}", "give a BIDS-like folder of T1w and dseg")
+        raise MissingInputError(
+            f"no dataset at {dataset}", "give a BIDS-like folder of T1w and dseg"
+        )
     from bids.layout import parse_file_entities
 
     def key(path: Path) -> tuple[str, ...]:

@@ -1,18 +1,20 @@
 """Read scans and write images.  The only module that opens image files with nibabel."""
 
 import gzip
-import logging
 import os
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
-from cadiff_cli.errors import DataError, DiskError, InputMissing, OutputError
+from cadiff_cli.errors import DataError, DiskError, MissingInputError, OutputError
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -29,8 +31,6 @@ MAX_VOXELS = 600_000_000
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 
-log = logging.getLogger(__name__)
-
 
 def stem(path: Path) -> str:
     """File name without its image suffix: ``sub-01_T1w.nii.gz`` -> ``sub-01_T1w``."""
@@ -43,21 +43,23 @@ def stem(path: Path) -> str:
 def load_volume(path: Path) -> Volume:
     """Read a 3-D image (a 4-D one with a single volume is squeezed), scaled by its header.
 
-    Raises ``InputMissing`` if it is absent, ``DataError`` if it is not a readable image.
+    Raises ``MissingInputError`` if it is absent, ``DataError`` if it is not a readable image.
     """
     if not path.exists():
-        raise InputMissing(f"no such file: {path}", "check the path")
+        raise MissingInputError(f"no such file: {path}", "check the path")
     if path.is_dir():
-        raise InputMissing(f"{path} is a folder", "give one image; for a dataset use cadiff run")
+        raise MissingInputError(
+            f"{path} is a folder", "give one image; for a dataset use cadiff run"
+        )
     if not os.access(path, os.R_OK):
-        raise InputMissing(f"cannot read {path}", "check its permissions")
+        raise MissingInputError(f"cannot read {path}", "check its permissions")
     if not path.name.lower().endswith(IMAGE_SUFFIXES):
         raise DataError(f"{path.name} is not an image", f"give {', '.join(IMAGE_SUFFIXES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty (0 bytes)", "copy or download it again")
     try:
-        image = nib.load(path)
-        shape = tuple(int(n) for n in image.shape)  # type: ignore[attr-defined]
+        image: Any = nib.load(path)
+        shape = tuple(int(n) for n in image.shape)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) != 3:
@@ -70,9 +72,9 @@ def load_volume(path: Path) -> Volume:
                 f"{path.name} has {np.prod(shape, dtype=np.int64):,} voxels",
                 f"at most {MAX_VOXELS:,} are supported: resample it",
             )
-        grid = Grid(shape, image.affine)  # type: ignore[arg-type, attr-defined]
-        data = np.asanyarray(image.dataobj).reshape(shape)  # type: ignore[attr-defined]
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+        grid = Grid(shape, image.affine)
+        data = np.asanyarray(image.dataobj).reshape(shape)
+    except (ImageFileError, HeaderDataError) as error:
         raise DataError(
             f"{path.name} is not a readable image ({error})", "give NIfTI or MGH"
         ) from error
@@ -105,7 +107,7 @@ def load_scan(path: Path) -> Scan:
     if edges_mm.min() < MIN_EDGE_MM or edges_mm.max() > MAX_EDGE_MM:
         raise DataError(
             f"{name} covers {np.round(edges_mm)} mm",
-            f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side hold a head: check the header's voxel size",
+            f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side are allowed: check the voxel size",
         )
     data = np.asarray(volume.data, dtype=np.float32)
     warnings = []
@@ -129,8 +131,6 @@ def load_scan(path: Path) -> Scan:
             f"voxels of {np.round(grid.spacing_mm, 2).tolist()} mm are coarse:"
             " small structures will be unreliable"
         )
-    for text in warnings:
-        log.warning(text)
     return Scan(Volume(data, grid), path, tuple(warnings))
 
 
@@ -175,7 +175,7 @@ def save_volume(path: Path, data: np.ndarray, grid: Grid, like: Path | None = No
     header = None
     affine: np.ndarray | None = grid.affine
     if like is not None and like.name.lower().endswith((".nii", ".nii.gz")):
-        header = nib.load(like).header.copy()  # type: ignore[attr-defined]
+        header = nib.load(like).header.copy()
         header.extensions.clear()
         header["cal_min"] = header["cal_max"] = 0
         header["descrip"] = b""
@@ -184,9 +184,9 @@ def save_volume(path: Path, data: np.ndarray, grid: Grid, like: Path | None = No
         header["intent_name"] = b""
         header.set_slope_inter(1, 0)
         affine = None  # the header's own qform and sform, bit for bit
-    dtype = np.uint8 if data.dtype == bool else data.dtype
-    if dtype == np.float16:
-        dtype = np.float32
+    # NIfTI has neither booleans nor half precision.
+    stored: dict[str, type] = {"bool": np.uint8, "float16": np.float32}
+    dtype = np.dtype(stored.get(data.dtype.name, data.dtype))
     klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     if max(data.shape) > 32767:
         klass = nib.Nifti2Image

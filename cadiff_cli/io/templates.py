@@ -15,15 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.errors import CadiffError, DataError, InputMissing, UsageError
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.products import Template
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.grid import Grid, Volume
 
 log = logging.getLogger(__name__)
 
 PREFERRED = "MNIColin27"
 EMBEDDED = "MNI152NLin2009aSym"
+PARTS: dict[str, dict[str, Any]] = {
+    "head": {"suffix": "T1w", "desc": None},
+    "mask": {"suffix": "mask", "desc": "brain"},
+}
+"""Which files of a TemplateFlow template are needed."""
 
 
 def registry() -> dict[str, dict[str, Any]]:
@@ -43,7 +48,7 @@ def templateflow_home() -> Path:
 def load_template(name: str = "auto", *, offline: bool = False) -> Template:
     """The template called ``name``; ``"auto"`` is Colin27 if it can be had, else the embedded one.
 
-    ``offline`` forbids downloads.  Raises ``UsageError`` for an unknown name and ``InputMissing``
+    ``offline`` forbids downloads.  Raises ``UsageError`` for an unknown name, ``MissingInputError``
     or ``DataError`` with the remedy when its files cannot be had or are damaged.
     """
     if name != "auto":
@@ -86,10 +91,10 @@ def _load(name: str, offline: bool, warnings: tuple[str, ...] = ()) -> Template:
             )
         brain = Volume(np.where(mask.data, head.data, 0).astype(np.float32), head.grid)
         source = "templateflow"
-    extents = {key: tuple(map(float, entry[key])) for key in ("ac_mm", "low_mm", "high_mm")}
-    return Template(
-        name, brain, **extents, head=head, mask=mask, source=source, warnings=warnings
-    )
+    extents: dict[str, Any] = {
+        key: tuple(map(float, entry[key])) for key in ("ac_mm", "low_mm", "high_mm")
+    }
+    return Template(name, brain, **extents, head=head, mask=mask, source=source, warnings=warnings)
 
 
 @cache
@@ -97,8 +102,6 @@ def _nilearn_brain() -> tuple[Volume, Volume]:
     from nilearn.datasets import load_mni152_template
 
     image = load_mni152_template(resolution=1)
-    from cadiff_cli.spatial.grid import Grid
-
     data = np.asarray(image.dataobj, dtype=np.float32)
     grid = Grid(data.shape, image.affine)
     return Volume(data, grid), Volume(data > 0, grid)
@@ -107,28 +110,29 @@ def _nilearn_brain() -> tuple[Volume, Volume]:
 def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
     """Path of a non-empty file of the template, downloaded if needed and allowed."""
     home = templateflow_home()
-    path = home / entry[part]
+    path = home / str(entry[part])
     if path.exists() and path.stat().st_size > 0:
         return path
     state = "is empty (0 bytes)" if path.exists() else "is not there"
     if offline:
-        raise InputMissing(f"{path} {state} and --offline forbids a download", _refetch(name, home))
+        raise MissingInputError(
+            f"{path} {state} and --offline forbids a download", _refetch(name, home)
+        )
     log.info("downloading template %s", name)
     try:
         os.environ["TEMPLATEFLOW_HOME"] = str(home)
         from templateflow.client import TemplateFlowClient
 
-        suffix = {"head": {"suffix": "T1w", "desc": None}, "mask": {"suffix": "mask", "desc": "brain"}}
-        got = TemplateFlowClient(root=home).get(
-            raise_empty=True, extension=".nii.gz", **entry["query"], **suffix[part]
-        )
+        query = dict(entry["query"], extension=".nii.gz")
+        query |= PARTS[part]
+        got = TemplateFlowClient(root=home).get(raise_empty=True, **query)
     except Exception as error:  # the client raises bare Exception, RuntimeError, OSError...
-        raise InputMissing(
+        raise MissingInputError(
             f"{path} {state} and downloading it failed ({type(error).__name__})",
             _refetch(name, home),
         ) from error
     if isinstance(got, list):
-        raise InputMissing(f"templateflow has {len(got)} files for {name} {part}", "name one")
+        raise MissingInputError(f"templateflow has {len(got)} files for {name} {part}", "name one")
     return Path(got)
 
 

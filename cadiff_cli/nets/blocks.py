@@ -22,6 +22,7 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
         last = x.permute(0, 2, 3, 4, 1)
         shape = self.weight.shape
         normed = F.layer_norm(last, shape, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -42,6 +43,7 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        """Embed a batch of times."""
         angle = t[:, None] * self.frequencies[None]
         embedded: Tensor = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
         return embedded
@@ -67,6 +69,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv_2.bias)
 
     def forward(self, x: Tensor, e_field: Tensor, e_label: Tensor) -> Tensor:
+        """(B, c_in, X, Y, Z) and two embeddings (B, c_time) -> (B, c_out, X, Y, Z)."""
         h = self.conv_1(F.silu(self.norm_1(x)))
         e = torch.cat([self.time_field(e_field), self.time_label(e_label)], dim=1)
         h = h + e.to(h.dtype)[:, :, None, None, None]
@@ -90,14 +93,14 @@ class DynamicConv1d(nn.Module):
         pi = self.mixture(e).softmax(dim=1)
         weight, bias = pi @ self.weight.to(pi.dtype), pi @ self.bias.to(pi.dtype)
         # One kernel per sample: samples become groups.
-        out = F.conv1d(
+        out: Tensor = F.conv1d(
             pooled[None], weight[:, None], bias, padding=self.size // 2, groups=pooled.shape[0]
         )
         return out[0]
 
 
 class TimeAdaptedChannelAttention(nn.Module):
-    """TACA (section II-E, eqs. 9-12): reweight a skip connection's channels by the current times."""
+    """TACA (section II-E, eqs. 9-12): reweight a skip connection's channels by the times."""
 
     def __init__(self, c_time: int, sizes: Sequence[int] = (7, 11, 15)) -> None:
         super().__init__()
@@ -112,4 +115,5 @@ class TimeAdaptedChannelAttention(nn.Module):
         with torch.autocast(joined.device.type, enabled=False):
             e = self.time(torch.cat([e_field, e_label], dim=1).float())
             mask = self.fuse(torch.stack([conv(pooled, e) for conv in self.convs], dim=1))[:, 0]
-        return joined * (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]
+        weighted: Tensor = joined * (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]
+        return weighted

@@ -1,4 +1,4 @@
-"""The collaborative diffusion U-Net (paper, Fig. 2): image, noisy field, noisy labels -> both clean.
+"""The collaborative diffusion U-Net (paper, Fig. 2): image and noisy states -> clean states.
 
 Field and labels are diffused at half resolution (``Trunk``); labels become 1 mm logits in a light
 full-resolution ``head``, which only the last sampling step needs.
@@ -8,6 +8,7 @@ States: the field is stored in [0, 1] and diffused as ``2 D - 1``; labels are di
 """
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.diffusion.process import expand, levels
-from cadiff_cli.nets.blocks import ResidualBlock, TimeAdaptedChannelAttention, TimeEmbedding
+from cadiff_cli.nets.blocks import (
+    ChannelNorm,
+    ResidualBlock,
+    TimeAdaptedChannelAttention,
+    TimeEmbedding,
+)
 
 STRIDE = 2
 FIELD_STD = 0.35
@@ -42,7 +48,9 @@ class NetConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
         """Read back what ``to_dict`` wrote."""
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        tuples: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return NetConfig(**tuples)
 
 
@@ -93,22 +101,18 @@ class CADiffNet(nn.Module):
         self.encoder = nn.ModuleList(
             nn.ModuleList([ResidualBlock(n, n, e), ResidualBlock(n, n, e)]) for n in c
         )
-        self.down = nn.ModuleList(
-            nn.Conv3d(a, b, 2, stride=2) for a, b in zip(c[:-1], c[1:], strict=True)
-        )
-        self.up = nn.ModuleList(
-            nn.Conv3d(b, a, 1) for a, b in zip(c[:-1], c[1:], strict=True)
-        )
-        self.taca = nn.ModuleList(
-            TimeAdaptedChannelAttention(e, config.taca_sizes) for _ in c[:-1]
-        )
+        self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
+        self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(c))
+        self.taca = nn.ModuleList(TimeAdaptedChannelAttention(e, config.taca_sizes) for _ in c[:-1])
         self.decoder = nn.ModuleList(ResidualBlock(2 * n, n, e) for n in c[:-1])
+        self.out_norm = ChannelNorm(c[0])
         self.to_field = nn.Conv3d(c[0], 3, 3, padding=1)
         self.to_label = nn.Conv3d(c[0], k, 1)
         h = config.head_channels
         self.head_image = nn.Conv3d(1, h, 3, padding=1)
         self.head_features = nn.Conv3d(c[0], h, 1)
         self.head = nn.ModuleList(ResidualBlock(h, h, e) for _ in range(config.head_blocks))
+        self.head_norm = ChannelNorm(h)
         self.head_label = nn.Conv3d(h, k, 1)
         for layer in (self.to_field, self.to_label, self.head_label):
             nn.init.zeros_(layer.weight)
@@ -142,13 +146,14 @@ class CADiffNet(nn.Module):
         for level, blocks in enumerate(self.encoder):
             if level:
                 x = self.down[level - 1](x)
-            for block in blocks:  # type: ignore[union-attr]
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, e_d, e_m)
             skips.append(x)
         for level in reversed(range(len(self.decoder))):
             x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest")
             x = self.taca[level](skips[level], x, e_d, e_m)
             x = self.decoder[level](x, e_d, e_m)
+        x = F.silu(self.out_norm(x))
         correction = self.to_field(x).float()
         field = guess + sigma * FIELD_STD / power.sqrt() * correction
         if (t_d > 0).any():
@@ -165,10 +170,8 @@ class CADiffNet(nn.Module):
         )
         for block in self.head:
             x = block(x, e_d, e_m)
-        up = F.interpolate(
-            last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear"
-        )
-        out: Tensor = up + self.head_label(x)
+        up = F.interpolate(last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear")
+        out: Tensor = up + self.head_label(F.silu(self.head_norm(x)))
         return out
 
     def forward(
@@ -177,6 +180,12 @@ class CADiffNet(nn.Module):
         """Both resolutions: (``Coarse``, 1 mm logits)."""
         coarse = self.trunk(image, d_t, m_t, t_d, t_m)
         return coarse, self.refine(image, coarse, t_d, t_m)
+
+
+def channels_last(net: CADiffNet) -> CADiffNet:
+    """``net`` with its convolution weights in ``channels_last_3d`` memory (in place)."""
+    net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return net
 
 
 def last(x: Tensor) -> Tensor:
@@ -190,3 +199,11 @@ def unshuffle(image: Tensor) -> Tensor:
     s = STRIDE
     blocks = image.reshape(b, x // s, s, y // s, s, z // s, s)
     return blocks.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, s**3, x // s, y // s, z // s)
+
+
+def shuffle(blocks: Tensor) -> Tensor:
+    """The inverse of ``unshuffle``: (B, 8, x, y, z) -> (B, 1, 2x, 2y, 2z)."""
+    b, _, x, y, z = blocks.shape
+    s = STRIDE
+    parts = blocks.reshape(b, s, s, s, 1, x, y, z)
+    return parts.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, 1, x * s, y * s, z * s)

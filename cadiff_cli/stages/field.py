@@ -20,14 +20,15 @@ def template_coordinates(template: Template) -> tuple[Volume, Volume, Volume]:
     """
     ac, low, high = (np.array(v) for v in (template.ac_mm, template.low_mm, template.high_mm))
     start = ac + low - MARGIN_MM
-    shape = tuple(np.ceil((high - low + 2 * MARGIN_MM) / STEP_MM).astype(int) + 1)
+    x, y, z = (int(n) + 1 for n in np.ceil((high - low + 2 * MARGIN_MM) / STEP_MM))
+    shape = (x, y, z)
     affine = np.diag([STEP_MM, STEP_MM, STEP_MM, 1.0])
     affine[:3, 3] = start
     grid = Grid(shape, affine)
-    world = grid.to_world(np.stack(np.indices(shape), axis=-1))
+    world = grid.to_world(np.moveaxis(np.indices(shape), 0, -1))
     scaled = (world - ac - low) / (high - low)
-    x, y, z = (Volume(scaled[..., axis].astype(np.float32), grid) for axis in range(3))
-    return x, y, z
+    d_x, d_y, d_z = (Volume(scaled[..., a].astype(np.float32), grid) for a in range(3))
+    return d_x, d_y, d_z
 
 
 def coordinate_field(registered: Registered, grid: Grid) -> CoordinateField:

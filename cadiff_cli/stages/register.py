@@ -84,7 +84,7 @@ def register(
 def warp(
     volume: Volume, registered: Registered, grid: Grid, *, inverse: bool = False, fill: float = 0.0
 ) -> Volume:
-    """Resample a template image onto ``grid`` in the scan's world (linear; the other way if ``inverse``)."""
+    """Resample a template image onto ``grid`` in the scan's world; ``inverse`` reverses."""
     ants = _ants()
     path = registered.to_template if inverse else registered.from_template
     with _quiet():
@@ -102,7 +102,7 @@ def similarity(a: np.ndarray, b: np.ndarray, bins: int = 32) -> float:
 
     def level(x: np.ndarray) -> np.ndarray:
         top = np.percentile(x, 99.5)
-        return np.clip(x / max(top, 1e-6), 0, 1)
+        return np.asarray(np.clip(x / max(top, 1e-6), 0, 1))
 
     joint, _, _ = np.histogram2d(level(a[inside]), level(b[inside]), bins=bins)
     p = joint / joint.sum()
@@ -124,9 +124,7 @@ def _run(
     ]
     prefix = work_dir / f"{wanted['type_of_transform'].split('[')[-1].rstrip(']')}_"
     options = {
-        key: value
-        for key, value in wanted.items()
-        if key not in ("description", "spacing_mm")
+        key: value for key, value in wanted.items() if key not in ("description", "spacing_mm")
     }
     ants.config._random_seed = seed + 1  # ITK takes 0 as "seed from the clock"
     with _quiet():

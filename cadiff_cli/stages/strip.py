@@ -39,9 +39,7 @@ def strip(scan: Scan, template: Template, config: StripConfig, work_dir: Path) -
         stripped_already = already_stripped(scan.t1)
         if method == "auto":
             method = "none" if stripped_already else "template"
-            log.info(
-                "the scan %s skull-stripped already", "is" if stripped_already else "is not"
-            )
+            log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         elif method == "template" and stripped_already:
             note = "the scan looks skull-stripped already: --skull-strip none would leave it alone"
         elif method == "none" and not stripped_already:
@@ -79,12 +77,11 @@ def already_stripped(t1: Volume) -> bool:
     foreground = _foreground(t1.data)
     if foreground.mean() > 0.6:
         return False
-    faces = [
-        np.take(foreground, index, axis=axis).mean() for axis in range(3) for index in (0, -1)
-    ]
+    faces = [np.take(foreground, index, axis=axis).mean() for axis in range(3) for index in (0, -1)]
     litres = np.count_nonzero(foreground) * t1.grid.voxel_volume_mm3 / 1e6
     # A brain touches at most one face of its field of view, and that one hardly.
-    return STRIPPED_LITRES[0] < litres < STRIPPED_LITRES[1] and float(np.median(faces)) < 0.01
+    low, high = STRIPPED_LITRES
+    return bool(low < litres < high and np.median(faces) < 0.01)
 
 
 def _background(data: np.ndarray) -> float:

@@ -34,7 +34,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """``image`` (1, 1, N, N, N) in [0, 1]; ``classes`` (1, N, N, N) int64; ``field`` (1, 3, N/2...)."""
+    """Image (1, 1, N, N, N) in [0, 1], classes (1, N, N, N) int64, field (1, 3, N/2, N/2, N/2)."""
 
     image: Tensor
     classes: Tensor
@@ -92,7 +92,7 @@ def draw_patch(
 
 
 def recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Bias field, contrast, blur, low resolution and noise inside the brain; (X, Y, Z) in [0, 1]."""
+    """Bias field, contrast, blur, low resolution, noise inside the brain; (X, Y, Z) in [0, 1]."""
     if strength <= 0:
         return image
     chain = mt.Compose(

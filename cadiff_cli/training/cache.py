@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.config import Config, RegisterConfig, StripConfig
-from cadiff_cli.errors import DataError, InputMissing
+from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.nifti import load_scan, load_volume, replacing
 from cadiff_cli.io.templates import load_template
@@ -97,7 +97,7 @@ def load_all(folder: Path) -> list[Sample]:
     """Every sample of a cache folder, in name order."""
     paths = sorted(folder.glob("*.npz"))
     if not paths:
-        raise InputMissing(f"no prepared scans in {folder}", "run cadiff train DATASET first")
+        raise MissingInputError(f"no prepared scans in {folder}", "run cadiff train DATASET first")
     return [load(path) for path in paths]
 
 

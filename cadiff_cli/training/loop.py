@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.diffusion.process import corrupt
-from cadiff_cli.nets.unet import STRIDE, CADiffNet
+from cadiff_cli.nets.unet import STRIDE, CADiffNet, channels_last
 from cadiff_cli.training.augment import AugmentConfig, Patch, draw_patch
 from cadiff_cli.training.cache import Sample
 from cadiff_cli.training.losses import (
@@ -82,8 +82,8 @@ def rate_factor(step: int, config: TrainConfig) -> float:
 
 def new_state(net: CADiffNet, config: TrainConfig) -> State:
     """A fresh start from ``net``'s weights."""
-    net = net.to(memory_format=torch.channels_last_3d)
-    ema = CADiffNet(net.config).to(memory_format=torch.channels_last_3d)
+    channels_last(net)
+    ema = channels_last(CADiffNet(net.config))
     ema.load_state_dict(net.state_dict())
     ema.requires_grad_(False)
     optimiser = torch.optim.AdamW(
@@ -194,7 +194,7 @@ def fit(
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 losses = step_losses(state.net, patch, config, generator)
             state.optimiser.zero_grad(set_to_none=True)
-            losses.total.backward()
+            losses.total.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
             for group in state.optimiser.param_groups:
                 group["lr"] = config.rate * rate_factor(state.step, config)

@@ -18,13 +18,11 @@ class Losses:
     field: Tensor
 
     COARSE_WEIGHT = 0.5
-    FIELD_WEIGHT = 10.0
-    """Brings the field's MSE (units of the extents squared) to the size of the label loss."""
 
     @property
     def total(self) -> Tensor:
-        """Weighted sum."""
-        return self.label + self.COARSE_WEIGHT * self.coarse + self.FIELD_WEIGHT * self.field
+        """Eq. 4, plus the label loss at 2 mm that intermediate sampling steps rely on."""
+        return self.label + self.COARSE_WEIGHT * self.coarse + self.field
 
 
 def fractions(classes: Tensor, n_classes: int, stride: int = 1) -> Tensor:

@@ -21,8 +21,8 @@ def count_prior(
     """Log-probability of each class per field cell, (1, classes, *shape) float32.
 
     Every voxel of every sample, with every template's field, votes for the cell at its field value
-    (cells are centred like ``grid_sample`` with ``align_corners``); mirrored brains vote too, so the
-    prior is symmetric.  Cells without votes say background.
+    (cells are centred like ``grid_sample`` with ``align_corners``); mirrored brains vote too, so
+    the prior is symmetric.  Cells without votes say background.
     """
     counts = np.zeros((table.n_classes, *shape))
     top = np.array(shape) - 1

@@ -1,0 +1,90 @@
+"""The command line: options in, one library call, errors as one line and an exit code.
+
+Commands live in modules of their own and are imported when they are asked for, and heavy libraries
+when they are run, so that ``--help`` is instant.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+import click
+
+from cadiff_cli import __version__
+from cadiff_cli.errors import CadiffError, DiskError, UsageError
+
+COMMANDS = {
+    "seg": "Segment one T1-weighted scan.",
+    "train": "Train the network on labelled scans.",
+    "evaluate": "Score segmentations against references.",
+}
+
+
+class Lazy(click.Group):
+    """A group that imports a command's module only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which a newcomer needs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"cadiff_cli.cli.{cmd_name}").command
+        return command
+
+
+@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cadiff")
+def cadiff() -> None:
+    """Brain structures and their volumes from T1-weighted MRI."""
+
+
+def main() -> None:
+    """Entry point of ``cadiff``."""
+    sys.exit(guarded(lambda: cadiff.main(prog_name="cadiff", standalone_mode=False)))
+
+
+def segment_main() -> None:
+    """Entry point of ``cadiff-seg``, the same command as ``cadiff seg``."""
+    from cadiff_cli.cli.seg import command
+
+    sys.exit(guarded(lambda: command.main(prog_name="cadiff-seg", standalone_mode=False)))
+
+
+def guarded(call: Callable[[], object]) -> int:
+    """Run a command; every error becomes one line on stderr and a documented exit code."""
+    try:
+        code = call()
+        return code if isinstance(code, int) else 0
+    except CadiffError as error:
+        return _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        hint = f" Try '{error.ctx.command_path} --help'." if error.ctx else ""
+        return _fail(f"{error.format_message()}{hint}", UsageError.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except MemoryError:
+        return _fail("out of memory. Close other programs, or use --tile 96", 1)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        return _fail(
+            f"{error.strerror or error} ({error.filename or 'no file'})", DiskError.exit_code
+        )
+    except Exception as error:
+        import logging
+
+        logging.getLogger("cadiff_cli").debug("unexpected error", exc_info=True)
+        text = str(error).splitlines()[0] if str(error) else ""
+        return _fail(
+            f"unexpected {type(error).__name__}: {text}. This is a bug: please report it with the"
+            " log file in the output folder",
+            1,
+        )
+
+
+def _fail(text: str, code: int) -> int:
+    click.echo(f"cadiff: error: {' '.join(text.split())}", err=True)
+    return code

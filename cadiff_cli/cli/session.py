@@ -1,0 +1,115 @@
+"""One run of ``cadiff seg`` as a person sees it: checks first, a line per stage, a log file."""
+
+import logging
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+
+import cadiff_cli
+from cadiff_cli.config import Config
+from cadiff_cli.errors import UsageError
+from cadiff_cli.io.derivatives import Derivatives, save_result
+from cadiff_cli.io.nifti import load_scan
+from cadiff_cli.io.templates import load_template, registry
+from cadiff_cli.products import Result
+
+LOGGER = logging.getLogger("cadiff_cli")
+
+
+def segment_file(
+    t1: Path,
+    out: Path,
+    config: Config,
+    *,
+    atlas: str = "auto",
+    model: str = "cadiff-malc",
+    offline: bool = False,
+    save_field: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+    verbosity: int = 0,
+) -> Result:
+    """Segment one file and write its derivatives; the body of ``cadiff seg``.
+
+    Input and output are checked before anything costly begins; an error leaves no result behind.
+    """
+    console = Console(stderr=True, highlight=False)
+    # Other libraries' warnings go to the log, not to the user.
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    scan = load_scan(t1)
+    if atlas != "auto" and atlas not in registry():
+        raise UsageError(
+            f"unknown template {atlas!r}", f"choose from auto, {', '.join(registry())}"
+        )
+    place = Derivatives(out, t1)
+    place.claim(overwrite=overwrite)
+    show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
+    log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    handlers = _handlers(console, log_path, verbosity)
+    begun = time.perf_counter()
+    try:
+        LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, t1, scan.t1)
+        LOGGER.info("settings %s", config)
+        for text in scan.warnings:
+            LOGGER.warning(text)
+        if show:
+            console.print(f"[bold]cadiff {cadiff_cli.__version__}[/]  {t1.name}")
+
+        def announce(stage: str) -> None:
+            LOGGER.info("stage %s", stage)
+            if show:
+                console.print(f"  {time.perf_counter() - begun:6.1f} s  {stage}")
+
+        announce("load")
+        template = load_template(atlas, offline=offline)
+        from cadiff_cli.io.weights import load_model
+        from cadiff_cli.pipeline import run
+        from cadiff_cli.stages.field import coordinate_field
+
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        loaded = load_model(model)
+        with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+            result = run(scan, template, loaded, config, Path(work), announce)
+            field = (
+                coordinate_field(result.prepared.registered, scan.t1.grid) if save_field else None
+            )
+            announce("write")
+            save_result(result, out, field)
+        LOGGER.info("seconds per stage: %s", dict(result.seconds))
+        if show:
+            console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
+        return result
+    except Exception:
+        LOGGER.debug("the run failed", exc_info=True)
+        raise
+    finally:
+        for logger, handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _handlers(
+    console: Console, path: Path, verbosity: int
+) -> list[tuple[logging.Logger, logging.Handler]]:
+    """Warnings to the terminal (more with -v), everything to the log file."""
+    screen = logging.StreamHandler(console.file)
+    screen.setFormatter(logging.Formatter("cadiff: %(levelname)s: %(message)s"))
+    screen.setLevel({-1: logging.WARNING, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, 10))
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    LOGGER.setLevel(logging.DEBUG)
+    LOGGER.propagate = False
+    LOGGER.addHandler(screen)
+    added: list[tuple[logging.Logger, logging.Handler]] = [(LOGGER, screen)]
+    for logger in (LOGGER, logging.getLogger("py.warnings")):
+        logger.addHandler(file)
+        added.append((logger, file))
+    return added

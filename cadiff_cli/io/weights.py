@@ -1,0 +1,123 @@
+"""Released models: a safetensors file that describes itself, its checksum, and a model card.
+
+A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha256`` and
+``README.md``.  It is packed into the wheel, so that a run needs no network.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.io.nifti import replacing
+from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
+
+DEFAULT = "cadiff-malc"
+FORMAT = "cadiff-1"
+PRIOR_STEP = 1 / 16
+"""The label prior is stored as int8 in units of this (log-probability): error at most 0.03."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network ready to run, and where it came from."""
+
+    net: CADiffNet
+    table: LabelTable
+    name: str
+    sha256: str
+    metadata: Mapping[str, Any]
+
+
+def weights_folder() -> Path:
+    """Where releases live: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "weights"
+    return installed if installed.is_dir() else package.parent / "weights"
+
+
+def load_model(name: str = DEFAULT) -> Model:
+    """Load a released model by name, or a ``.safetensors`` file by path, and verify its checksum.
+
+    Raises ``MissingInputError`` if it is not there, ``DataError`` if it is not what it should be.
+    """
+    given = Path(name)
+    path = (
+        given if given.suffix == ".safetensors" else weights_folder() / name / "model.safetensors"
+    )
+    if not path.is_file():
+        known = sorted(p.parent.name for p in weights_folder().glob("*/model.safetensors"))
+        raise MissingInputError(
+            f"no model at {path}",
+            f"use --model with {', '.join(known) or 'a released name'} or a .safetensors file",
+        )
+    got = sha256(path)
+    record = path.with_suffix(".sha256")
+    if record.is_file():
+        want = record.read_text(encoding="utf-8").split()[0]
+        if got != want:
+            raise DataError(
+                f"{path} has checksum {got[:12]}, its record says {want[:12]}",
+                "the file is damaged or was replaced: reinstall cadiff",
+            )
+    elif given.suffix != ".safetensors":
+        raise DataError(f"{record} is missing", "reinstall cadiff")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            header = dict(stored.metadata() or {})
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a weights file ({error})", "reinstall cadiff") from error
+    table = load_table()
+    if header.get("format") != FORMAT:
+        raise DataError(
+            f"{path} has format {header.get('format')!r}, not {FORMAT!r}",
+            "use weights written by cadiff train",
+        )
+    metadata = json.loads(header["cadiff"])
+    if metadata["codes"] != table.codes.tolist():
+        raise DataError(
+            f"{path} was trained on another label table", "use weights that fit this version"
+        )
+    net = CADiffNet(NetConfig.from_dict(metadata["net"]))
+    tensors["prior.logits"] = tensors["prior.logits"].float() * PRIOR_STEP
+    net.load_state_dict({key: value.float() for key, value in tensors.items()})
+    net.requires_grad_(False).eval()
+    label = path.parent.name if given.suffix != ".safetensors" else path.name
+    return Model(channels_last(net), table, label, got, metadata)
+
+
+def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str, Any]) -> str:
+    """Write half-precision weights with their description and checksum; returns the sha256."""
+    tensors = {
+        key: value.detach().half().contiguous()
+        for key, value in net.state_dict().items()
+        if key != "prior.logits"
+    }
+    steps = (net.prior.logits / PRIOR_STEP).round().clamp(-128, 127)
+    tensors["prior.logits"] = steps.to(torch.int8).contiguous()
+    described = {
+        "net": net.config.to_dict(),
+        "codes": table.codes.tolist(),
+        "training": training,
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format": FORMAT, "cadiff": json.dumps(described)})
+    digest = sha256(path)
+    with replacing(path.with_suffix(".sha256")) as temporary:
+        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    return digest
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

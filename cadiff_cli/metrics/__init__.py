@@ -1,0 +1,1 @@
+"""Agreement of two label maps: thin over MONAI."""

@@ -1,0 +1,13 @@
+"""Volumes: label count times voxel volume, nothing else."""
+
+import numpy as np
+
+from cadiff_cli.products import Segmentation
+
+
+def volumes_mm3(segmentation: Segmentation) -> dict[int, float]:
+    """Code -> mm^3 for every structure of the table (0.0 where it was not found)."""
+    labels = segmentation.labels
+    counts = np.bincount(labels.data.ravel(), minlength=int(segmentation.table.codes.max()) + 1)
+    voxel = labels.grid.voxel_volume_mm3
+    return {s.code: float(counts[s.code] * voxel) for s in segmentation.table.structures}

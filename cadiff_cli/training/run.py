@@ -1,0 +1,112 @@
+"""``cadiff train`` as one function: prepare, count the prior, fit, export.  Resumes by itself."""
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cadiff_cli.config import as_dict, fingerprint
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.io.bids import labelled_scans
+from cadiff_cli.io.weights import save_model
+from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.nets.unet import CADiffNet, NetConfig
+from cadiff_cli.training import cache
+from cadiff_cli.training.loop import TrainConfig, fit, load_checkpoint, new_state
+from cadiff_cli.training.prior import count_prior
+
+log = logging.getLogger(__name__)
+
+
+def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
+    """Source id -> class: ``neuromorphometrics``, ``cadiff`` (our own codes) or a TSV file.
+
+    A TSV has columns ``source`` (the id in your label maps) and ``index`` (our code, see dseg.tsv).
+    """
+    if name == "neuromorphometrics":
+        return table.neuromorphometrics_mapping()
+    ours = table.identity_mapping()
+    if name == "cadiff":
+        return ours
+    path = Path(name)
+    if not path.is_file():
+        raise MissingInputError(
+            f"no mapping {name!r}", "use neuromorphometrics, cadiff, or a TSV with source and index"
+        )
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    try:
+        pairs = [(int(row["source"]), int(row["index"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
+        ) from error
+    if unknown := sorted({code for _, code in pairs if code and code not in ours}):
+        raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
+    return {source: ours.get(code, 0) for source, code in pairs}
+
+
+def prepare_dataset(
+    dataset: Path, mapping: dict[int, int], templates: Sequence[str], folder: Path
+) -> list[cache.Sample]:
+    """Prepare every labelled scan once (kept in ``folder``) and load them all."""
+    scans, table = labelled_scans(dataset), load_table()
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, scan in enumerate(scans, start=1):
+        cache.build(scan, templates, table, mapping, folder)
+        log.info("%d of %d scans prepared", index, len(scans))
+    return cache.load_all(folder)
+
+
+def train(
+    samples: Sequence[cache.Sample],
+    run: Path,
+    config: TrainConfig,
+    *,
+    hold_out: Sequence[str] = (),
+    net_config: NetConfig | None = None,
+    max_minutes: float = math.inf,
+) -> Path:
+    """Fit on every subject not in ``hold_out``; returns the exported weights (the EMA's).
+
+    ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run.
+    """
+    table = load_table()
+    subjects = {s.subject for s in samples}
+    if missing := set(hold_out) - subjects:
+        raise UsageError(f"--hold-out names {sorted(missing)}", f"there are {sorted(subjects)}")
+    chosen = [s for s in samples if s.subject not in set(hold_out)]
+    if not chosen:
+        raise UsageError("every subject is held out", "leave some to train on")
+    run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    net = CADiffNet(net_config or NetConfig())
+    state = new_state(net, config)
+    checkpoint = run / "checkpoint.pt"
+    if checkpoint.exists():
+        load_checkpoint(checkpoint, state)
+        log.info("continuing at step %d", state.step)
+    else:
+        prior = count_prior(chosen, table, net.config.prior_shape)
+        for model in (state.net, state.ema):
+            model.prior.logits.copy_(prior)
+    described: dict[str, Any] = {
+        "train": as_dict(config),
+        "fingerprint": fingerprint(config),
+        "net": net.config.to_dict(),
+        "trained_on": sorted({s.subject for s in chosen}),
+        "held_out": sorted(hold_out),
+    }
+    (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    mirror = torch.from_numpy(table.mirror_classes)
+    fit(state, chosen, mirror, config, checkpoint, max_minutes=max_minutes)
+    path = run / "model.safetensors"
+    described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
+    save_model(path, state.ema, table, described)
+    log.info("wrote %s after %d steps", path, state.step)
+    return path
