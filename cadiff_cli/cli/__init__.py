@@ -16,6 +16,7 @@ from cadiff_cli.errors import CadiffError, DiskError, UsageError
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
     "train": "Train the network on labelled scans.",
+    "example": "Write a scan to try cadiff on.",
     "evaluate": "Score segmentations against references.",
 }
 

@@ -1,0 +1,201 @@
+"""The distance field and the registration that carries it: signs, origins and extents."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cadiff_cli.config import Config, RegisterConfig
+from cadiff_cli.errors import UsageError
+from cadiff_cli.pipeline import native_mask, prepare
+from cadiff_cli.products import Stripped
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.condition import brain_crop, normalise
+from cadiff_cli.stages.field import coordinate_field, template_coordinates
+from cadiff_cli.stages.register import register, settings, similarity, warp
+
+
+def world_of(grid):
+    return grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
+
+
+def closed_form(template, world):
+    """(3, ...) coordinates of world positions in the template's frame."""
+    ac, low, high = (np.array(v) for v in (template.ac_mm, template.low_mm, template.high_mm))
+    return np.moveaxis((world - ac - low) / (high - low), -1, 0)
+
+
+def test_template_coordinates_have_a_closed_form(toy_template):
+    template = toy_template(shift_mm=(3, -4, 5), spacing=8.0)
+    channels = template_coordinates(template)
+    expected = closed_form(template, world_of(channels[0].grid))
+    np.testing.assert_allclose([c.data for c in channels], expected, atol=1e-5)
+
+
+def test_template_coordinates_are_centred_on_the_ac(toy_template, identity):
+    """0.5 on the AC's sagittal plane, less on the left, and 0 to 1 between the extents."""
+    template = toy_template(shift_mm=(3, -4, 5), spacing=8.0)
+    at_ac = Grid((3, 1, 1), np.diag([10.0, 1, 1, 1])).crop((0, 0, 0), (3, 1, 1))
+    affine = at_ac.affine.copy()
+    affine[:3, 3] = np.array(template.ac_mm) - (10, 0, 0)
+    left, middle, right = coordinate_field(identity(template), Grid((3, 1, 1), affine)).data[0]
+    assert middle.item() == pytest.approx(0.5, abs=1e-5)
+    assert left.item() < 0.5 < right.item()
+
+
+def test_field_under_the_identity_is_the_closed_form(toy_template, identity, grid_of, orientation):
+    """In any orientation, and clipped outside the extents."""
+    template = toy_template(shift_mm=(3, -4, 5), spacing=8.0)
+    grid = grid_of(orientation, (6.0, 7.0, 8.0), scale=1.25)
+    field = coordinate_field(identity(template), grid)
+    expected = closed_form(template, world_of(grid))
+    assert expected.min() < 0
+    assert expected.max() > 1
+    np.testing.assert_allclose(field.data, np.clip(expected, 0, 1), atol=1e-4)
+
+
+def test_an_image_is_warped_in_any_orientation(phantom, toy_template, identity, grid_of):
+    """Both directions of the identity put an image where world coordinates say."""
+    head, grid = phantom("oblique", 2.0, noise=0.0), grid_of("LPS", 3.0)
+    expected = phantom("LPS", 3.0, noise=0.0).t1.data
+    for inverse in (False, True):
+        moved = warp(head.t1, identity(toy_template(spacing=8.0)), grid, inverse=inverse).data
+        assert np.corrcoef(moved.ravel(), expected.ravel())[0, 1] > 0.97
+
+
+@pytest.fixture(scope="module")
+def moved_template(toy_template, tmp_path_factory):
+    """A scan that is the template's brain, 10 mm to the right of it, registered by ANTs."""
+    template = toy_template(spacing=2.0)
+    affine = template.brain.grid.affine.copy()
+    affine[0, 3] += 10
+    t1 = Volume(template.brain.data, Grid(template.brain.grid.shape, affine))
+    stripped = Stripped(t1, Volume(t1.data > 0, t1.grid), "none")
+    work = tmp_path_factory.mktemp("moved")
+    return stripped, register(stripped, template, RegisterConfig("affine"), work)
+
+
+def test_the_field_goes_from_the_scan_to_the_template(moved_template):
+    """The scan's point p is the template's point p - 10 mm: fixes the direction for ever."""
+    stripped, registered = moved_template
+    template, grid, inside = registered.template, stripped.t1.grid, stripped.mask.data
+    field = coordinate_field(registered, grid).data[:, inside]
+    expected = closed_form(template, world_of(grid)[inside] - (10, 0, 0))
+    extent = np.subtract(template.high_mm, template.low_mm)
+    error_mm = abs(field - expected) * extent[:, None]
+    assert error_mm.max() < 1.5
+
+
+def test_transforms_invert_each_other(moved_template):
+    stripped, registered = moved_template
+    brain, grid = registered.template.brain, stripped.t1.grid
+    there = warp(brain, registered, grid)
+    np.testing.assert_allclose(there.data[stripped.mask.data].mean(), 75, atol=15)
+    assert np.corrcoef(there.data.ravel(), stripped.t1.data.ravel())[0, 1] > 0.98
+    back = warp(there, registered, brain.grid, inverse=True)
+    assert np.corrcoef(back.data.ravel(), brain.data.ravel())[0, 1] > 0.97
+
+
+def test_a_seed_makes_registration_repeatable(moved_template, tmp_path):
+    stripped, first = moved_template
+    again = register(stripped, first.template, RegisterConfig("affine"), tmp_path)
+    a, b = (coordinate_field(r, stripped.t1.grid).data for r in (first, again))
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_deformable_registration_finds_an_oblique_head(
+    phantom, toy_template, scan_of, tmp_path
+):
+    """The whole way to the network's input, where the truth is known at every voxel."""
+    head = phantom("oblique", (1.6, 2.0, 2.4))
+    template = toy_template(shift_mm=(4, -6, 5))
+    scan = scan_of(head)
+    prepared = prepare(scan, template, Config(register=RegisterConfig("fast")), tmp_path)
+    conditions = prepared.conditions
+
+    assert prepared.registered.kind == "fast"
+    assert prepared.registered.score > 1.2
+    assert not prepared.registered.warnings
+    field = conditions.field
+    inside = conditions.mask.data[::2, ::2, ::2]
+    extent = np.subtract(template.high_mm, template.low_mm)
+    error_mm = (abs(field.data - head.field(field.grid))[:, inside] * extent[:, None]).max(0)
+    assert np.median(error_mm) < 1
+    assert np.percentile(error_mm, 95) < 3
+
+    grid = conditions.image.grid
+    assert all(n % 16 == 0 for n in grid.shape)
+    assert field.grid.shape == tuple(n // 2 for n in grid.shape)
+    assert field.data.dtype == np.float32
+    assert (conditions.image.data[~conditions.mask.data] == 0).all()
+    agreement = native_mask(prepared).data == (head.codes > 0)
+    assert agreement.mean() > 0.995
+
+
+def test_a_failed_deformation_falls_back_to_affine(
+    phantom, toy_template, stripped_of, identity, monkeypatch, tmp_path
+):
+    template = toy_template(spacing=4.0)
+    found = identity(template)
+
+    def run(fixed, moving, wanted, seed, work_dir):
+        if wanted == settings("fast"):
+            raise RuntimeError("ITK gave up\nwith a long story")
+        return found.from_template, found.to_template
+
+    monkeypatch.setattr("cadiff_cli.stages.register._run", run)
+    stripped = stripped_of(phantom("RAS", 4.0))
+    registered = register(stripped, template, RegisterConfig("fast"), tmp_path)
+    assert registered.kind == "affine"
+    assert any("ITK gave up" in text for text in registered.warnings)
+
+
+def test_unknown_settings_name_the_known_ones():
+    with pytest.raises(UsageError, match=r"fast") as caught:
+        settings("perfect")
+    assert caught.value.exit_code == 64
+
+
+def test_similarity_is_two_for_equal_images_and_one_for_unrelated():
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(1, 2, (2, 40, 40, 40))
+    assert similarity(a, a) == pytest.approx(2)
+    assert similarity(a, b) < 1.02
+    assert similarity(a, b) == pytest.approx(similarity(b, a))
+    # Mutual information cares about relations, not about brightness.
+    assert similarity(a, 5 * a) == pytest.approx(2)
+    assert similarity(np.zeros(8), np.zeros(8)) == 1
+
+
+def test_crop_holds_the_brain_with_a_margin(phantom, stripped_of):
+    mask = stripped_of(phantom("oblique", 2.0, scale=0.5)).mask
+    grid = brain_crop(mask)
+    assert all(n % 16 == 0 for n in grid.shape)
+    offset = np.linalg.inv(mask.grid.affine) @ [*grid.affine[:3, 3], 1]
+    start = np.round(offset[:3]).astype(int)
+    np.testing.assert_allclose(offset[:3], start, atol=1e-6)
+    inside = np.argwhere(mask.data)
+    assert (inside.min(0) - start >= 6).all()
+    assert (start + grid.shape - 1 - inside.max(0) >= 6).all()
+
+
+def test_normalised_intensities_do_not_depend_on_units():
+    rng = np.random.default_rng(0)
+    image, mask = rng.uniform(50, 60, (20, 20, 20)), rng.random((20, 20, 20)) > 0.5
+    scaled = normalise(image, mask)
+    assert scaled.min() == 0
+    assert scaled.max() == 1
+    assert (scaled[~mask] == 0).all()
+    np.testing.assert_allclose(normalise(image * 1000 - 7, mask), scaled, atol=1e-6)
+
+
+def test_template_position_does_not_matter(toy_template, identity, grid_of):
+    """Field values are relative to the AC: moving template and grid together changes nothing."""
+    here = coordinate_field(identity(toy_template(spacing=8.0)), grid_of("RAS", 8.0))
+    shift = np.array([7.0, -3, 11])
+    there_template = replace(toy_template(spacing=8.0), ac_mm=tuple(shift))
+    there = coordinate_field(identity(there_template), grid_of("RAS", 8.0, shift_mm=shift))
+    np.testing.assert_allclose(here.data, there.data, atol=1e-5)
+
+

@@ -1,0 +1,90 @@
+"""The label table: one meeting place of classes and codes, left and right."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from cadiff_cli.errors import DataError, UsageError
+
+MIDLINE = {"3rd-Ventricle", "4th-Ventricle", "Brain-Stem", "CSF", "Optic-Chiasm"}
+
+
+def names(table, classes):
+    return [table.structures[k - 1].name for k in classes]
+
+
+def test_sizes(table):
+    assert len(table) == 40
+    assert table.n_classes == 41
+    assert len(table.subset("all")) == 40
+    assert len(table.subset("malc27")) == 27
+    with pytest.raises(UsageError, match="subset"):
+        table.subset("malc28")
+
+
+def test_codes_names_and_abbreviations_are_unique(table):
+    for attribute in ("code", "name", "abbreviation"):
+        values = [getattr(s, attribute) for s in table.structures]
+        assert len(set(values)) == len(values), attribute
+    assert table.codes[0] == 0
+    assert (table.codes[1:] > 0).all()
+
+
+def test_mirror_is_an_involution_that_swaps_sides(table):
+    mirror = table.mirror_classes
+    np.testing.assert_array_equal(mirror[mirror], np.arange(table.n_classes))
+    for k, s in enumerate(table.structures, start=1):
+        (partner,) = names(table, [mirror[k]])
+        swap = {"Left": "Right", "Right": "Left"}
+        side, _, rest = s.name.partition("-")
+        assert partner == (f"{swap[side]}-{rest}" if side in swap else s.name)
+    assert {s.name for s in table.structures if s.mirror == s.code} >= MIDLINE
+
+
+def test_each_neuromorphometrics_id_belongs_to_one_structure(table):
+    ids = [s.neuromorphometrics for s in table.structures]
+    assert len(set(ids)) == len(ids)
+    mapping = table.neuromorphometrics_mapping()
+    assert set(mapping.values()) == set(range(1, 41))
+    single = [source for source in mapping if source < 100]
+    assert len(single) == 38
+
+
+def test_cortical_parcels_are_odd_left_even_right(table):
+    mapping = table.neuromorphometrics_mapping()
+    for parcel in range(100, 208):
+        side = "Left" if parcel % 2 else "Right"
+        assert names(table, [mapping[parcel]]) == [f"{side}-Cerebral-Cortex"]
+
+
+def test_subset_agrees_with_the_reference(table):
+    path = ROOT.parent / "shared" / "reference" / "malc27.json"
+    if not path.exists():
+        pytest.skip(f"reference table: no {path}")
+    mapping = table.neuromorphometrics_mapping()
+    found = set()
+    for row in json.loads(path.read_text())["structures"]:
+        # Several ids mean the cortex, whose parcels must all land in one class.
+        (k,) = {mapping[source] for source in row["neuromorphometrics_ids"] if source in mapping}
+        s = table.structures[k - 1]
+        assert s.name.split("-")[0].lower() in row["name"].lower()
+        if row.get("freesurfer_aseg_id"):
+            assert s.code == row["freesurfer_aseg_id"]
+        found.add(k)
+    assert found == set(table.subset("malc27"))
+
+
+def test_encoding_our_own_codes_inverts(table):
+    classes = np.arange(41).reshape(1, 1, 41)
+    codes = table.codes[classes]
+    np.testing.assert_array_equal(table.encode(codes, table.identity_mapping()), classes)
+
+
+def test_encoding_drops_what_it_does_not_know(table):
+    codes = np.array([0, 2, 3, 1999, 7])
+    mapping = {2: 5, 7: 40, 100_000: 3}
+    np.testing.assert_array_equal(table.encode(codes, mapping), [0, 5, 0, 0, 40])
+    with pytest.raises(DataError, match="-3"):
+        table.encode(np.array([-3, 1]), mapping)

@@ -1,0 +1,181 @@
+"""The network: shapes, times, and what it can know when."""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from cadiff_cli.nets.blocks import (
+    ChannelNorm,
+    DynamicConv1d,
+    TimeAdaptedChannelAttention,
+    TimeEmbedding,
+)
+from cadiff_cli.nets.unet import CADiffNet, LabelPrior, NetConfig, last, shuffle, unshuffle
+
+SPACE = (32, 16, 48)
+HALF = tuple(n // 2 for n in SPACE)
+
+
+@pytest.fixture
+def draw():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+@pytest.fixture
+def inputs(draw):
+    return draw(1, 1, *SPACE).sigmoid(), draw(1, 3, *HALF), draw(1, 41, *HALF)
+
+
+@pytest.fixture
+def fresh_net(tiny_config):
+    """As training begins, with a prior that is not flat."""
+    torch.manual_seed(0)
+    net = CADiffNet(tiny_config).eval().requires_grad_(False)
+    net.prior.logits.normal_()
+    return net
+
+
+def at(t):
+    return torch.full((1,), float(t))
+
+
+def test_answers_have_the_promised_shapes(tiny_net, inputs):
+    coarse, logits = tiny_net(*inputs, at(0), at(1))
+    assert coarse.features.shape == (1, 8, *HALF)
+    assert coarse.field.shape == (1, 3, *HALF)
+    assert coarse.logits.shape == (1, 41, *HALF)
+    assert logits.shape == (1, 41, *SPACE)
+    assert logits.isfinite().all()
+
+
+def test_convolutions_stay_channels_last(tiny_net, inputs):
+    """Both the weights and what flows: a silent copy to the other layout costs half the speed."""
+    assert tiny_net.stem.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    coarse, _ = tiny_net(*inputs, at(0), at(1))
+    assert coarse.features.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_shuffle_inverts_unshuffle(draw):
+    image, blocks = draw(2, 1, 4, 6, 8), draw(2, 8, 2, 3, 4)
+    torch.testing.assert_close(shuffle(unshuffle(image)), image, rtol=0, atol=0)
+    torch.testing.assert_close(unshuffle(shuffle(blocks)), blocks, rtol=0, atol=0)
+
+
+def test_unshuffled_voxels_stay_in_their_block(draw):
+    image = draw(1, 1, 4, 6, 8)
+    torch.testing.assert_close(unshuffle(image).mean(1), F.avg_pool3d(image, 2)[:, 0])
+
+
+def test_config_survives_plain_values(tiny_config):
+    assert NetConfig.from_dict(tiny_config.to_dict()) == tiny_config
+
+
+@pytest.mark.parametrize("which", ["field", "label"])
+def test_both_times_matter(tiny_net, inputs, which):
+    def answer(t):
+        times = (at(t), at(0.5)) if which == "field" else (at(0.5), at(t))
+        return tiny_net.trunk(*inputs, *times).features
+
+    assert (answer(0.2) - answer(0.8)).abs().max() > 1e-3
+
+
+def test_a_known_field_is_returned_as_it_is(tiny_net, fresh_net, inputs):
+    """At t_d = 0 whatever the weights say is multiplied by zero."""
+    image, d_t, m_t = inputs
+    for net in (tiny_net, fresh_net):
+        coarse = net.trunk(image, d_t, m_t, at(0), at(0.6))
+        torch.testing.assert_close(coarse.field, d_t, rtol=0, atol=1e-6)
+
+
+def test_pure_noise_tells_nothing_of_the_field(fresh_net, inputs, draw):
+    """At t_d = 1 a fresh network says "the middle" whatever the noise is: no leak."""
+    image, _, m_t = inputs
+    one, two = (fresh_net.trunk(image, 3 * draw(1, 3, *HALF), m_t, at(1), at(1)) for _ in range(2))
+    for coarse in (one, two):
+        torch.testing.assert_close(
+            coarse.field, torch.zeros_like(coarse.field), rtol=0, atol=1e-6
+        )
+    torch.testing.assert_close(one.logits, two.logits, rtol=0, atol=1e-4)
+
+
+def test_a_fresh_network_answers_with_its_prior(fresh_net, inputs):
+    image, d_t, m_t = inputs
+    coarse, fine = fresh_net(image, d_t, m_t, at(0), at(1))
+    prior = fresh_net.prior(d_t)
+    torch.testing.assert_close(coarse.logits, prior)
+    torch.testing.assert_close(fine, F.interpolate(prior, scale_factor=2, mode="trilinear"))
+
+
+def test_the_prior_is_read_where_the_field_points():
+    prior = LabelPrior(2, (5, 4, 3))
+    prior.logits.normal_(generator=torch.Generator().manual_seed(0))
+    cell = torch.tensor([3, 1, 2])
+    state = (2 * cell / torch.tensor([4, 3, 2]) - 1).reshape(1, 3, 1, 1, 1)
+    read = prior(state)[0, :, 0, 0, 0]
+    torch.testing.assert_close(read, prior.logits[0, :, 3, 1, 2], atol=1e-5, rtol=1e-5)
+    # Beyond the extents the border goes on.
+    torch.testing.assert_close(
+        prior(torch.full((1, 3, 1, 1, 1), 9.0))[0, :, 0, 0, 0], prior.logits[0, :, -1, -1, -1]
+    )
+
+
+def test_attention_with_silent_fusion_is_a_constant(draw):
+    """sigmoid(0) = 1/2: every channel is multiplied by 1.5."""
+    taca = TimeAdaptedChannelAttention(16, (3, 5)).requires_grad_(False)
+    torch.nn.init.zeros_(taca.fuse.weight)
+    torch.nn.init.zeros_(taca.fuse.bias)
+    a, b, e = draw(2, 4, 3, 3, 3), draw(2, 4, 3, 3, 3), draw(2, 16)
+    torch.testing.assert_close(taca(a, b, e, e), 1.5 * torch.cat([a, b], dim=1))
+
+
+def test_attention_scales_channels_between_one_and_two(draw):
+    torch.manual_seed(0)
+    taca = TimeAdaptedChannelAttention(16, (3, 5)).requires_grad_(False)
+    a, b = draw(2, 4, 3, 3, 3), draw(2, 4, 3, 3, 3)
+    e_1, e_2 = draw(2, 16), draw(2, 16)
+    joined = torch.cat([a, b], dim=1)
+    factor = taca(a, b, e_1, e_2) / joined
+    torch.testing.assert_close(factor, factor[:, :, :1, :1, :1].expand_as(factor))
+    assert ((factor > 1) & (factor < 2)).all()
+    assert (factor - taca(a, b, e_2, e_1) / joined).abs().max() > 1e-4
+
+
+def test_a_mixture_of_equal_kernels_is_a_convolution(draw):
+    """Whatever the time, and for each sample alone."""
+    conv = DynamicConv1d(5, 16).requires_grad_(False)
+    kernel = draw(5)
+    conv.weight.copy_(kernel.expand(4, 5))
+    conv.bias.fill_(0.3)
+    pooled = draw(3, 20)
+    plain = F.conv1d(pooled[:, None], kernel[None, None], padding=2)[:, 0] + 0.3
+    torch.testing.assert_close(conv(pooled, draw(3, 16)), plain)
+
+
+def test_each_sample_has_its_own_kernel(draw):
+    torch.manual_seed(0)
+    conv = DynamicConv1d(5, 16).requires_grad_(False)
+    pooled, e = draw(1, 20).expand(2, 20), draw(2, 16)
+    together = conv(pooled, e)
+    assert (together[0] - together[1]).abs().max() > 1e-4
+    for b in range(2):
+        torch.testing.assert_close(together[b : b + 1], conv(pooled[b : b + 1], e[b : b + 1]))
+
+
+def test_norm_is_per_voxel(draw):
+    """So that a patch and the whole volume agree: a voxel's norm ignores its neighbours."""
+    norm, x = ChannelNorm(6), draw(2, 6, 4, 4, 4)
+    normed = norm(x)
+    torch.testing.assert_close(norm(x[:, :, 1:3, :2]), normed[:, :, 1:3, :2])
+    torch.testing.assert_close(normed.mean(1), torch.zeros(2, 4, 4, 4), atol=1e-5, rtol=0)
+
+
+def test_time_embeddings_differ():
+    torch.manual_seed(0)
+    embedded = TimeEmbedding(16)(torch.linspace(0, 1, 11))
+    assert torch.cdist(embedded, embedded)[~torch.eye(11, dtype=torch.bool)].min() > 1e-3
+
+
+def test_channels_last_keeps_values(draw):
+    x = draw(1, 3, 4, 4, 4)
+    torch.testing.assert_close(last(x), x, rtol=0, atol=0)

@@ -1,0 +1,139 @@
+"""Finding the brain: what is stripped already, what a mask must be, and how one is tidied."""
+
+import numpy as np
+import pytest
+
+from cadiff_cli.config import StripConfig
+from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.stages.strip import _tidy, already_stripped, strip
+
+
+@pytest.fixture
+def head_of(phantom):
+    """A whole head: scalp and noisy air around the phantom's brain."""
+
+    def make(air=2.0):
+        brain = phantom("RAS", 2.0)
+        rng = np.random.default_rng(0)
+        ijk = np.indices(brain.t1.grid.shape) - np.reshape(brain.t1.grid.shape, (3, 1, 1, 1)) / 2
+        scalp = ((ijk / np.reshape([40, 48, 41], (3, 1, 1, 1))) ** 2).sum(0) < 1
+        noise = abs(air * rng.standard_normal(brain.t1.data.shape))
+        data = np.where(brain.codes > 0, brain.t1.data, np.where(scalp, 40, 0) + noise)
+        return Volume(data.astype(np.float32), brain.t1.grid)
+
+    return make
+
+
+def test_a_stripped_scan_is_recognised(phantom, orientation):
+    assert already_stripped(phantom(orientation, 2.0).t1)
+
+
+@pytest.mark.parametrize("value", [-1000.0, 7.0])
+def test_the_background_may_have_any_value(phantom, value):
+    head = phantom("RAS", 2.0)
+    assert already_stripped(Volume(np.where(head.codes > 0, head.t1.data, value), head.t1.grid))
+
+
+def test_a_head_is_recognised(head_of):
+    assert not already_stripped(head_of(air=2.0))
+
+
+def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
+    """A scanner that writes 0 outside the head does not make it a brain."""
+    assert not already_stripped(head_of(air=0.0))
+
+
+def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):
+    head = phantom(orientation, 2.0)
+    stripped = strip(scan_of(head), toy_template(spacing=8.0), StripConfig(), tmp_path)
+    assert stripped.method == "none"
+    assert not stripped.warnings
+    litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
+    truth = np.count_nonzero(head.codes) * head.t1.grid.voxel_volume_mm3 / 1e6
+    assert litres == pytest.approx(truth, rel=0.02)
+    assert (stripped.t1.data[~stripped.mask.data] == 0).all()
+    # The mask is a brain's, not its field of view's.
+    assert stripped.t1.data[stripped.mask.data].mean() == pytest.approx(
+        head.t1.data[head.codes > 0].mean(), rel=0.02
+    )
+
+
+def test_a_dark_background_does_not_lift_the_brain(phantom, toy_template, scan_of, tmp_path):
+    """Background below 0 is subtracted: brain minus background is what counts."""
+    head = phantom("RAS", 2.0, scale=0.8)
+    lowered = np.where(head.codes > 0, head.t1.data - 50, -50).astype(np.float32)
+    dark = type(head)(Volume(lowered, head.t1.grid), head.codes, 0.8, head.shift_mm)
+    plain, moved = (
+        strip(scan_of(h), toy_template(spacing=8.0), StripConfig("none"), tmp_path)
+        for h in (head, dark)
+    )
+    np.testing.assert_array_equal(plain.mask.data, moved.mask.data)
+    np.testing.assert_allclose(plain.t1.data, moved.t1.data, atol=1e-2)
+
+
+def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
+    head = phantom("oblique", 2.0)
+    only_right = (head.codes > 0) & (head.codes >= 40)
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, only_right, head.t1.grid)
+    stripped = strip(scan_of(head), toy_template(spacing=8.0), StripConfig(mask=path), tmp_path)
+    assert stripped.method == "mask file"
+    ijk = np.argwhere(stripped.mask.data)
+    assert np.median(stripped.mask.grid.to_world(ijk)[:, 0]) > 15
+    litres = len(ijk) * stripped.mask.grid.voxel_volume_mm3 / 1e6
+    assert litres == pytest.approx(np.count_nonzero(only_right) * 8e-6, rel=0.03)
+
+
+def test_a_mask_on_another_grid_is_refused(phantom, toy_template, scan_of, tmp_path):
+    head, other = phantom("RAS", 2.0, scale=0.5), phantom("RAS", 2.0, 0.5, shift_mm=(2, 0, 0))
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, other.codes > 0, other.t1.grid)
+    with pytest.raises(DataError, match="mask") as caught:
+        strip(scan_of(head), toy_template(spacing=8.0), StripConfig(mask=path), tmp_path)
+    assert caught.value.remedy
+
+
+def test_an_empty_mask_is_refused(phantom, toy_template, scan_of, tmp_path):
+    head = phantom("RAS", 2.0, scale=0.5)
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, np.zeros(head.t1.grid.shape, dtype=np.uint8), head.t1.grid)
+    with pytest.raises(DataError, match="empty"):
+        strip(scan_of(head), toy_template(spacing=8.0), StripConfig(mask=path), tmp_path)
+
+
+def test_implausible_brains_are_reported(phantom, toy_template, scan_of, tmp_path):
+    small = phantom("RAS", 2.0, scale=0.75)
+    stripped = strip(scan_of(small), toy_template(spacing=8.0), StripConfig(), tmp_path)
+    assert any("look at it" in text for text in stripped.warnings)
+
+
+def test_a_head_left_unstripped_is_reported(phantom, head_of, toy_template, scan_of, tmp_path):
+    brain = phantom("RAS", 2.0)
+    head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
+    stripped = strip(scan_of(head), toy_template(spacing=8.0), StripConfig("none"), tmp_path)
+    assert any("does not look skull-stripped" in text for text in stripped.warnings)
+
+
+def test_a_template_without_a_skull_cannot_strip(
+    phantom, head_of, toy_template, scan_of, tmp_path
+):
+    brain = phantom("RAS", 2.0)
+    head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
+    with pytest.raises(UsageError, match="no skull") as caught:
+        strip(scan_of(head), toy_template(spacing=8.0), StripConfig("auto"), tmp_path)
+    assert "--mask" in caught.value.remedy
+    with pytest.raises(UsageError, match="skull-strip"):
+        strip(scan_of(head), toy_template(spacing=8.0), StripConfig("magic"), tmp_path)
+
+
+def test_tidy_keeps_the_largest_part_and_fills_it():
+    mask = np.zeros((20, 20, 20), dtype=bool)
+    mask[2:12, 2:12, 2:12] = True
+    solid = mask.copy()
+    mask[5:7, 5:7, 5:7] = False
+    mask[15:18, 15:18, 15:18] = True
+    np.testing.assert_array_equal(_tidy(mask), solid)
+    np.testing.assert_array_equal(_tidy(_tidy(mask)), solid)
+    assert not _tidy(np.zeros_like(mask)).any()
