@@ -122,7 +122,8 @@ def mean_over(scores: Sequence[Score], key: str, measure: str) -> dict[str, floa
     groups: dict[str, list[float]] = {}
     for s in scores:
         groups.setdefault(getattr(s, key), []).append(getattr(s, measure))
-    return {name: float(np.nanmean(values)) for name, values in groups.items()}
+    known = {name: [v for v in values if not np.isnan(v)] for name, values in groups.items()}
+    return {name: sum(v) / len(v) if v else float("nan") for name, v in known.items()}
 
 
 def _dsegs(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cadiff_cli.io.nifti import save_volume
-from cadiff_cli.io.weights import Model, save_model
+from cadiff_cli.io.weights import DEFAULT, Model, save_model, weights_folder
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
 from cadiff_cli.products import (
@@ -29,6 +29,9 @@ from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.training.cache import Sample, pool
 from cadiff_cli.training.prior import count_prior
+
+# On a busy machine threads wait for one another longer than tensors this small take.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 ORIENTATIONS = ("RAS", "LAS", "LPS", "oblique")
@@ -174,8 +177,8 @@ def orientation(request):
 
 @pytest.fixture(scope="session")
 def small_head():
-    """A head of half size at 1 mm: quick to segment."""
-    return make_phantom("RAS", 1.0, scale=0.5)
+    """A head of 0.4 times the size at 1 mm: quick to segment."""
+    return make_phantom("RAS", 1.0, scale=0.4)
 
 
 @pytest.fixture(scope="session")
@@ -302,7 +305,7 @@ def shared():
 @pytest.fixture(scope="session")
 def released():
     """Path of the released weights, or skip."""
-    path = ROOT / "weights" / "cadiff-malc" / "model.safetensors"
+    path = weights_folder() / DEFAULT / "model.safetensors"
     if not path.exists():
         pytest.skip(f"no released weights at {path}")
     return path

@@ -104,9 +104,7 @@ def test_a_seed_makes_registration_repeatable(moved_template, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_deformable_registration_finds_an_oblique_head(
-    phantom, toy_template, scan_of, tmp_path
-):
+def test_a_deformable_registration_finds_an_oblique_head(phantom, toy_template, scan_of, tmp_path):
     """The whole way to the network's input, where the truth is known at every voxel."""
     head = phantom("oblique", (1.6, 2.0, 2.4))
     template = toy_template(shift_mm=(4, -6, 5))
@@ -197,5 +195,3 @@ def test_template_position_does_not_matter(toy_template, identity, grid_of):
     there_template = replace(toy_template(spacing=8.0), ac_mm=tuple(shift))
     there = coordinate_field(identity(there_template), grid_of("RAS", 8.0, shift_mm=shift))
     np.testing.assert_allclose(here.data, there.data, atol=1e-5)
-
-

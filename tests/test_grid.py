@@ -79,7 +79,9 @@ def test_crop_keeps_world_positions(grid_of, orientation):
 def test_coarsen_keeps_block_centres_and_composes(grid_of, orientation):
     grid = grid_of(orientation, 1.0).crop((0, 0, 0), (32, 48, 64))
     coarse = grid.coarsen(2)
-    np.testing.assert_allclose(coarse.to_world(np.array([3, 0, 7])), grid.to_world([6.5, 0.5, 14.5]))
+    np.testing.assert_allclose(
+        coarse.to_world(np.array([3, 0, 7])), grid.to_world([6.5, 0.5, 14.5])
+    )
     np.testing.assert_allclose(coarse.coarsen(2).affine, grid.coarsen(4).affine)
     assert coarse.voxel_volume_mm3 == pytest.approx(8 * grid.voxel_volume_mm3)
     np.testing.assert_allclose(corners(coarse), corners(grid))

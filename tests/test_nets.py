@@ -93,9 +93,7 @@ def test_pure_noise_tells_nothing_of_the_field(fresh_net, inputs, draw):
     image, _, m_t = inputs
     one, two = (fresh_net.trunk(image, 3 * draw(1, 3, *HALF), m_t, at(1), at(1)) for _ in range(2))
     for coarse in (one, two):
-        torch.testing.assert_close(
-            coarse.field, torch.zeros_like(coarse.field), rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(coarse.field, torch.zeros_like(coarse.field), rtol=0, atol=1e-6)
     torch.testing.assert_close(one.logits, two.logits, rtol=0, atol=1e-4)
 
 
@@ -103,8 +101,11 @@ def test_a_fresh_network_answers_with_its_prior(fresh_net, inputs):
     image, d_t, m_t = inputs
     coarse, fine = fresh_net(image, d_t, m_t, at(0), at(1))
     prior = fresh_net.prior(d_t)
-    torch.testing.assert_close(coarse.logits, prior)
-    torch.testing.assert_close(fine, F.interpolate(prior, scale_factor=2, mode="trilinear"))
+    # Points on their way through a Wiener filter of 1 lose a rounding error.
+    close = {"atol": 1e-3, "rtol": 0}
+    torch.testing.assert_close(coarse.logits, prior, **close)
+    up = F.interpolate(prior, scale_factor=2, mode="trilinear")
+    torch.testing.assert_close(fine, up, **close)
 
 
 def test_the_prior_is_read_where_the_field_points():

@@ -116,9 +116,7 @@ def test_a_head_left_unstripped_is_reported(phantom, head_of, toy_template, scan
     assert any("does not look skull-stripped" in text for text in stripped.warnings)
 
 
-def test_a_template_without_a_skull_cannot_strip(
-    phantom, head_of, toy_template, scan_of, tmp_path
-):
+def test_a_template_without_a_skull_cannot_strip(phantom, head_of, toy_template, scan_of, tmp_path):
     brain = phantom("RAS", 2.0)
     head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
     with pytest.raises(UsageError, match="no skull") as caught:

@@ -48,9 +48,7 @@ def load_volume(path: Path) -> Volume:
     if not path.exists():
         raise MissingInputError(f"no such file: {path}", "check the path")
     if path.is_dir():
-        raise MissingInputError(
-            f"{path} is a folder", "give one image; for a dataset use cadiff run"
-        )
+        raise MissingInputError(f"{path} is a folder", "give one image file")
     if not os.access(path, os.R_OK):
         raise MissingInputError(f"cannot read {path}", "check its permissions")
     if not path.name.lower().endswith(IMAGE_SUFFIXES):

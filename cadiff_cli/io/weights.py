@@ -22,6 +22,8 @@ from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
 
 DEFAULT = "cadiff-malc"
 FORMAT = "cadiff-1"
+METADATA_KEY = "cadiff"
+"""The only key: safetensors writes several in changing order, and the checksum with them."""
 PRIOR_STEP = 1 / 16
 """The label prior is stored as int8 in units of this (log-probability): error at most 0.03."""
 
@@ -77,12 +79,12 @@ def load_model(name: str = DEFAULT) -> Model:
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a weights file ({error})", "reinstall cadiff") from error
     table = load_table()
-    if header.get("format") != FORMAT:
+    metadata = json.loads(header.get(METADATA_KEY, "{}"))
+    if metadata.get("format") != FORMAT:
         raise DataError(
-            f"{path} has format {header.get('format')!r}, not {FORMAT!r}",
+            f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}",
             "use weights written by cadiff train",
         )
-    metadata = json.loads(header["cadiff"])
     if metadata["codes"] != table.codes.tolist():
         raise DataError(
             f"{path} was trained on another label table", "use weights that fit this version"
@@ -105,12 +107,13 @@ def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str
     steps = (net.prior.logits / PRIOR_STEP).round().clamp(-128, 127)
     tensors["prior.logits"] = steps.to(torch.int8).contiguous()
     described = {
+        "format": FORMAT,
         "net": net.config.to_dict(),
         "codes": table.codes.tolist(),
         "training": training,
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, "cadiff": json.dumps(described)})
+        save_file(tensors, temporary, {METADATA_KEY: json.dumps(described)})
     digest = sha256(path)
     with replacing(path.with_suffix(".sha256")) as temporary:
         temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")

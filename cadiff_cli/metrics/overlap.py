@@ -1,5 +1,6 @@
 """Dice and surface Dice per class.  A class missing on one side counts 0, on both sides NaN."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,12 +36,15 @@ def surface_dice(
             continue
         box = _bounding_box(p | r)
         pair = (torch.from_numpy(np.stack([~m[box], m[box]])[None]) for m in (p, r))
-        score = compute_surface_dice(
-            *pair,
-            class_thresholds=[tolerance_mm],
-            spacing=[float(s) for s in spacing_mm],
-            use_subvoxels=True,
-        )
+        with warnings.catch_warnings():
+            # MONAI 1.6 calls its own deprecated argument.
+            warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
+            score = compute_surface_dice(
+                *pair,
+                class_thresholds=[tolerance_mm],
+                spacing=[float(s) for s in spacing_mm],
+                use_subvoxels=True,
+            )
         out[index] = float(score)
     return out
 

@@ -49,8 +49,9 @@ class Grid:
 
     @property
     def voxel_volume_mm3(self) -> float:
-        """Volume of a voxel, from the affine's determinant (right for sheared grids too)."""
-        return float(abs(np.linalg.det(self.affine[:3, :3])))
+        """Volume of a voxel, the triple product of its edges (right for sheared grids too)."""
+        a, b, c = self.affine[:3, :3].T
+        return float(abs(a @ np.cross(b, c)))
 
     def to_world(self, ijk: np.ndarray) -> np.ndarray:
         """(..., 3) voxel indices -> (..., 3) RAS mm."""

@@ -6,6 +6,12 @@ from scipy import ndimage
 from cadiff_cli.spatial.grid import Grid, Volume
 
 
+def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
+    """Whether a voxel map (4, 4) only flips, permutes and shifts by whole voxels."""
+    whole = np.allclose(to_source, np.round(to_source), atol=atol)
+    return bool(whole and abs(abs(np.linalg.det(to_source[:3, :3])) - 1) < atol)
+
+
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:
     """``volume`` on ``grid``: spline interpolation of ``order``; ``fill`` outside.
 
@@ -15,7 +21,7 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
     """
     to_source = volume.grid.voxel_map(grid)
     data = volume.data
-    if np.allclose(to_source, np.round(to_source), atol=1e-3):
+    if same_lattice(to_source):
         to_source, order = np.round(to_source), 0
     elif order > 0:
         data = data.astype(np.float32)

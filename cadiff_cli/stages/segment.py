@@ -22,7 +22,7 @@ from cadiff_cli.labels import LabelTable
 from cadiff_cli.nets.unet import STRIDE, CADiffNet, shuffle, unshuffle
 from cadiff_cli.products import Conditions, Scan, Segmentation
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import resample, same_lattice
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def segment(
         posteriors[1:, ~mask.data] = 0
         posteriors[0, ~mask.data] = 1
         classes = posteriors.argmax(axis=0)
-    elif np.allclose(between, np.round(between), atol=1e-3):
+    elif same_lattice(between):
         best = Volume(p.argmax(dim=0).to(torch.uint8).numpy(), grid)
         classes = resample(best, native, order=0).data
     else:
@@ -63,16 +63,27 @@ def class_probabilities(conditions: Conditions, model: Model, config: SampleConf
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
     field = torch.from_numpy(conditions.field.data.copy())[None]
     net = model.net.to(device)
-    tile = config.tile
-    if tile is None and image.numel() * BYTES_PER_VOXEL > free_bytes(device):
-        tile = TILE
-        log.info("not enough memory for the whole volume: using tiles of %d voxels", tile)
-    generator = torch.Generator().manual_seed(config.seed)
-    p = denoise(net, image, field, config.steps, generator, device, tile)
-    if config.flip:
-        q = denoise(net, *mirrored(image, field), config.steps, generator, device, tile)
-        p = p.add_(unmirrored(q, model.table)).div_(2)
-    return p
+
+    def predict(tile: int | None) -> Tensor:
+        generator = torch.Generator().manual_seed(config.seed)
+        p = denoise(net, image, field, config.steps, generator, device, tile)
+        if config.flip:
+            q = denoise(net, *mirrored(image, field), config.steps, generator, device, tile)
+            p = p.add_(unmirrored(q, model.table)).div_(2)
+        return p
+
+    if config.tile is not None:
+        return predict(config.tile)
+    if image.numel() * BYTES_PER_VOXEL < free_bytes(device):
+        try:
+            return predict(None)
+        except MemoryError:
+            pass
+        except RuntimeError as error:  # what torch raises when it cannot allocate
+            if "memory" not in str(error):
+                raise
+    log.warning("not enough memory for the whole volume: using tiles of %d voxels", TILE)
+    return predict(TILE)
 
 
 @torch.no_grad()

@@ -21,9 +21,14 @@ FIELD_EXTENT_MM = 190.0
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far a patch may stray from its scan; all zero gives plain patches."""
+    """How far a patch may stray from its scan; all zero gives plain patches.
+
+    ``deform`` is the share of patches that are rotated, scaled and bent; the others are copied
+    voxel by voxel, as sharp as what inference sees.
+    """
 
     flip: float = 0.5
+    deform: float = 0.5
     rotation_deg: float = 12.0
     scale: float = 0.1
     elastic_mm: float = 2.0
@@ -55,16 +60,18 @@ def draw_patch(
     centre = torch.tensor(np.unravel_index(int(inside[pick]), sample.classes.shape)).float()
     margin = size // 2 - 8
     centre = torch.minimum(torch.maximum(centre, torch.tensor(margin)), shape - 1.0 - margin)
+    centre = centre - 0.5  # the middle of an even number of voxels lies between two
 
     axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    matrix = _rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
-        1 + config.scale * uniform(-1, 1, 1)
-    )
-    points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + centre[:, None, None, None]
-    points = points + _smooth_noise(
-        config.elastic_mm, config.elastic_spacing_mm, size, size, generator
-    )
+    if float(uniform(0, 1, 1)) < config.deform:
+        matrix = _rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
+            1 + config.scale * uniform(-1, 1, 1)
+        )
+        offsets = torch.einsum("ab,bxyz->axyz", matrix, offsets) + _smooth_noise(
+            config.elastic_mm, config.elastic_spacing_mm, size, size, generator
+        )
+    points = offsets + centre[:, None, None, None]
 
     image = _read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
     nearest = points.round().long()

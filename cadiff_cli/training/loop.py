@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.diffusion.process import corrupt
+from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.unet import STRIDE, CADiffNet, channels_last
 from cadiff_cli.training.augment import AugmentConfig, Patch, draw_patch
 from cadiff_cli.training.cache import Sample
@@ -56,10 +57,18 @@ class TrainConfig:
     patch: int = 96
     fine: int = 64
     p_noise: float = 0.5
-    p_clean_field: float = 0.6
+    p_clean_field: float = 0.75
     p_recycle: float = 1.0
     seed: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if self.patch < 64 or self.patch % 32 or self.fine % 2 or self.fine > self.patch:
+            # Below 64 the deepest level is 2 voxels wide, where torch's bfloat16 gradients fail.
+            raise UsageError(
+                f"patch {self.patch} and fine {self.fine}",
+                "patch: 64 or more, a multiple of 32; fine: even, at most patch",
+            )
 
 
 @dataclass

@@ -1,0 +1,324 @@
+"""The commands as a person meets them: quick help, one-line errors, complete results."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from cadiff_cli.cli import COMMANDS, cadiff, guarded
+from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
+from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.weights import sha256
+from cadiff_cli.labels import load_table
+
+HEAVY = {"torch", "ants", "nibabel", "monai", "numpy", "scipy", "bids", "templateflow", "nilearn"}
+
+
+def call(program, *arguments, home=None, cwd=None):
+    """Run ``cadiff`` or ``cadiff-seg`` as the installed script would, not in a terminal."""
+    entry = {"cadiff": "main", "cadiff-seg": "segment_main"}[program]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TEMPLATEFLOW_HOME": str(home or "/nonexistent"),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", f"from cadiff_cli.cli import {entry}; {entry}()", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=cwd,
+        timeout=300,
+    )
+
+
+def one_line(done):
+    """The single line on stderr of a failed command."""
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cadiff: error: ")
+    assert "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["seg", "--help"], ["--version"]])
+def test_help_is_instant(arguments):
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = call("cadiff", *arguments)
+        seconds.append(time.perf_counter() - begun)
+        assert done.returncode == 0
+        assert done.stderr == ""
+    assert min(seconds) < 1.5
+
+
+def test_the_installed_script_shows_help():
+    script = Path(sys.executable).with_name("cadiff-seg")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+    assert "cadiff-seg [OPTIONS] T1" in done.stdout
+    assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["seg", "--help"], ["train", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys; from cadiff_cli.cli import cadiff, guarded;"
+        f"guarded(lambda: cadiff.main({arguments}, standalone_mode=False));"
+        "print(' '.join(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert "click" in loaded
+    assert not loaded & HEAVY
+
+
+def test_every_command_is_known_and_explained():
+    context = click.Context(cadiff)
+    assert cadiff.list_commands(context) == list(COMMANDS)
+    for name in COMMANDS:
+        command = cadiff.get_command(context, name)
+        assert command.name == name
+        assert command.help
+    assert cadiff.get_command(context, "nonsense") is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["scan.nii"],
+        ["scan.nii", "-o", "out", "--stepz", "3"],
+        ["scan.nii", "-o", "out", "--steps", "-1"],
+        ["scan.nii", "-o", "out", "--steps", "many"],
+        ["scan.nii", "-o", "out", "--tile", "50"],
+        ["scan.nii", "-o", "out", "--skull-strip", "magic"],
+    ],
+    ids=["nothing", "no out", "typo", "negative", "text", "tile", "choice"],
+)
+def test_usage_errors_exit_64(arguments, capsys):
+    from cadiff_cli.cli.seg import command
+
+    code = guarded(lambda: command.main(arguments, prog_name="cadiff-seg", standalone_mode=False))
+    assert code == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--help" in line
+
+
+def test_a_missing_file_exits_66_with_one_line(tmp_path):
+    done = call("cadiff-seg", str(tmp_path / "gone.nii.gz"), "-o", str(tmp_path / "out"))
+    assert done.returncode == 66
+    assert "gone.nii.gz" in one_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data_exits_65_before_anything_is_written(write_image, tmp_path):
+    path = write_image(np.zeros((70, 70, 70), dtype=np.float32))
+    done = call("cadiff", "seg", str(path), "-o", str(tmp_path / "out"))
+    assert done.returncode == 65
+    assert "all zero" in one_line(done)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (CadiffError("it broke", "mend it"), 1, "it broke. mend it"),
+        (DataError("bad\nscan", "a\tb"), 65, "bad scan. a b"),
+        (MissingInputError("gone"), 66, "gone"),
+        (OutputError("no room"), 73, "no room"),
+        (DiskError("full"), 74, "full"),
+        (OSError(28, "No space left on device", "/x"), 74, "No space left on device (/x)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 1, "out of memory"),
+        (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else None,
+)
+def test_errors_become_one_line_and_a_code(error, code, text, capsys):
+    def fail():
+        raise error
+
+    assert guarded(fail) == code
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert text in line
+    assert captured.out == ""
+
+
+def test_success_is_zero():
+    assert guarded(lambda: None) == 0
+    assert guarded(lambda: 3) == 3
+
+
+@pytest.fixture(scope="module")
+def segmented(phantom, tiny_weights, tmp_path_factory):
+    """One real run from file to files, offline, with the embedded template."""
+    folder = tmp_path_factory.mktemp("run")
+    head = phantom("oblique", (2.0, 2.0, 2.4))
+    source = folder / "sub-01_ses-a_T1w.nii.gz"
+    save_volume(source, head.t1.data, head.t1.grid)
+    arguments = [
+        *(str(source), "-o", str(folder / "out"), "--model", str(tiny_weights)),
+        *("--atlas", "MNI152NLin2009aSym", "--registration", "affine", "--offline"),
+        *("--steps", "1", "--no-flip", "--seed", "5", "--threads", "1"),
+        *("--posteriors", "--save-field"),
+    ]
+    return call("cadiff-seg", *arguments), source, folder / "out", arguments
+
+
+def anat(out, suffix):
+    return out / "sub-01" / "ses-a" / "anat" / f"sub-01_ses-a_{suffix}"
+
+
+def test_a_run_is_silent_when_not_in_a_terminal(segmented):
+    done, *_ = segmented
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    # Warnings may be said, each on a line of ours.
+    assert all(line.startswith("cadiff: WARNING") for line in done.stderr.splitlines())
+
+
+def test_every_result_is_there(segmented):
+    _, _, out, _ = segmented
+    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    logs = {name for name in found if name.startswith("logs/")}
+    assert len(logs) == 1
+    prefix = "sub-01/ses-a/anat/sub-01_ses-a_"
+    images = ("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg")
+    transforms = ("from-MNI152NLin2009aSym_to-T1w", "from-T1w_to-MNI152NLin2009aSym")
+    assert found - logs == {
+        *("dataset_description.json", ".bidsignore", "dseg.tsv"),
+        *(f"{prefix}{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
+        *(f"{prefix}{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
+        *(f"{prefix}desc-distance_field.{suffix}" for suffix in ("nii.gz", "json")),
+        *(f"{prefix}desc-volumetric_morph.{suffix}" for suffix in ("tsv", "json")),
+    }
+
+
+def test_results_lie_on_the_scan(segmented):
+    _, source, out, _ = segmented
+    scan = nib.load(source)
+    for suffix in ("seg-cadiff_dseg", "desc-brain_mask", "seg-cadiff_probseg"):
+        image = nib.load(anat(out, f"{suffix}.nii.gz"))
+        assert image.shape[:3] == scan.shape
+        np.testing.assert_array_equal(image.affine, scan.affine)
+    assert nib.load(anat(out, "seg-cadiff_probseg.nii.gz")).shape[3] == 41
+    assert nib.load(anat(out, "desc-distance_field.nii.gz")).shape == (*scan.shape, 3)
+
+
+def test_the_phantom_is_found(segmented, phantom):
+    """Left on the left, and the brain where it is."""
+    _, _, out, _ = segmented
+    head = phantom("oblique", (2.0, 2.0, 2.4))
+    labels = np.asarray(nib.load(anat(out, "seg-cadiff_dseg.nii.gz")).dataobj)
+    mask = np.asarray(nib.load(anat(out, "desc-brain_mask.nii.gz")).dataobj)
+    assert (mask == (head.codes > 0)).mean() > 0.995
+    x = head.t1.grid.to_world(np.moveaxis(np.indices(labels.shape), 0, -1))[..., 0]
+    assert x[np.isin(labels, (2, 3))].mean() < -10
+    assert x[np.isin(labels, (41, 42))].mean() > 10
+
+
+def test_volumes_are_label_counts_times_the_voxel(segmented):
+    _, _, out, _ = segmented
+    image = nib.load(anat(out, "seg-cadiff_dseg.nii.gz"))
+    labels, voxel = np.asarray(image.dataobj), abs(np.linalg.det(image.affine[:3, :3]))
+    with anat(out, "desc-volumetric_morph.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    volumes = {row["index"]: float(row["volume-mm3"]) for row in rows if row["index"] != "n/a"}
+    table = load_table()
+    assert set(volumes) == {str(s.code) for s in table.structures}
+    for code, mm3 in volumes.items():
+        expected = np.count_nonzero(labels == int(code)) * voxel
+        assert mm3 == pytest.approx(expected, abs=2e-3, rel=1e-6)
+    sums = {row["name"]: float(row["volume-mm3"]) for row in rows if row["index"] == "n/a"}
+    vessels = volumes["30"] + volumes["62"]
+    fluid = sum(volumes[code] for code in ("4", "43", "5", "44", "14", "15", "24"))
+    brain = sum(volumes.values()) - vessels
+    assert sums["Brain-Segmentation"] == pytest.approx(brain, abs=0.1)
+    assert sums["Brain-Segmentation-Not-CSF"] == pytest.approx(brain - fluid, abs=0.1)
+    shares = [float(row["percent-brain"]) for row in rows if row["name"] in ("Brain-Segmentation",)]
+    assert shares == [100]
+
+
+def test_the_sidecar_says_how(segmented, tiny_weights):
+    _, source, out, _ = segmented
+    sidecar = json.loads(anat(out, "seg-cadiff_dseg.json").read_text())
+    assert sidecar["Model"]["WeightsSHA256"] == sha256(tiny_weights)
+    assert (sidecar["Seed"], sidecar["Steps"]) == (5, 1)
+    assert sidecar["Template"]["Name"] == "MNI152NLin2009aSym"
+    assert sidecar["Template"]["Registration"] == "affine"
+    assert sidecar["Sources"] == [source.name]
+    assert set(sidecar["Seconds"]) == {"strip", "register", "field", "segment"}
+    assert all(seconds > 0 for seconds in sidecar["Seconds"].values())
+    assert sidecar["GeneratedBy"]["torch"]
+    assert sidecar["SkullStripping"] == "none"
+
+
+def test_posteriors_and_field_are_what_they_say(segmented):
+    _, _, out, _ = segmented
+    p = np.asarray(nib.load(anat(out, "seg-cadiff_probseg.nii.gz")).dataobj)
+    np.testing.assert_allclose(p.sum(-1), 1, atol=5e-3)
+    labels = np.asarray(nib.load(anat(out, "seg-cadiff_dseg.nii.gz")).dataobj)
+    np.testing.assert_array_equal(load_table().codes[p.argmax(-1)], labels)
+    field = np.asarray(nib.load(anat(out, "desc-distance_field.nii.gz")).dataobj)
+    left, right = (field[..., 0][labels == code] for code in (3, 42))
+    assert np.median(left) < 0.5 < np.median(right)
+
+
+def test_a_second_run_does_not_overwrite(segmented):
+    _, _, out, arguments = segmented
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = call("cadiff-seg", *arguments)
+    assert done.returncode == 73
+    assert "--overwrite" in one_line(done)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_failed_run_leaves_no_result(segmented, tmp_path):
+    """Missing weights are found after the checks; what is left is the log."""
+    _, source, _, _ = segmented
+    done = call(
+        *("cadiff-seg", str(source), "-o", str(tmp_path / "out")),
+        *("--atlas", "MNI152NLin2009aSym", "--offline", "--model", "none.safetensors"),
+    )
+    assert done.returncode == 66
+    assert "--model" in one_line(done)
+    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert [p.suffix for p in left] == [".log"]
+    assert "Traceback" in left[0].read_text()
+
+
+def test_evaluate_prints_a_table_and_nothing_else(segmented, tmp_path):
+    """A segmentation against itself; other libraries' warnings are not the user's business."""
+    _, _, out, _ = segmented
+    path, scores = str(anat(out, "seg-cadiff_dseg.nii.gz")), tmp_path / "scores.tsv"
+    done = call("cadiff", "evaluate", path, path, "--reference-labels", "cadiff", "-o", str(scores))
+    assert done.returncode == 0
+    assert done.stdout.count("1.0000") >= 8
+    assert scores.exists()
+    assert done.stderr == ""
+
+
+def test_the_readme_shows_options_that_exist():
+    context = click.Context(cadiff)
+    known = {"--help", "--version"}
+    for name in COMMANDS:
+        for parameter in cadiff.get_command(context, name).params:
+            known.update(parameter.opts, parameter.secondary_opts)
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in lines if line.strip().startswith(("cadiff ", "cadiff-seg "))]
+    assert shown
+    for line in shown:
+        options = {word.split("=")[0] for word in line.split() if word.startswith("--")}
+        assert options <= known, line

@@ -1,0 +1,89 @@
+"""Architecture: imports point downwards, and every foreign library has one door."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "cadiff_cli"
+RANKS = {
+    **dict.fromkeys(("errors", "labels", "config", "__init__"), 0),
+    "spatial": 1,
+    "products": 2,
+    **dict.fromkeys(("io", "diffusion", "nets", "metrics"), 3),
+    "stages": 4,
+    "pipeline": 5,
+    **dict.fromkeys(("training", "evaluation"), 6),
+    **dict.fromkeys(("cli", "__main__"), 8),
+}
+DOORS = {
+    "ants": ("stages/register.py",),
+    "bids": ("io/bids.py",),
+    "templateflow": ("io/templates.py",),
+    "nilearn": ("io/templates.py",),
+    "nibabel": ("io/nifti.py", "spatial/grid.py"),
+    "safetensors": ("io/weights.py",),
+    "click": ("cli/",),
+    "rich": ("cli/",),
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """(name, only for type checkers) of every module that ``path`` imports, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((name, id(node) in typing_only) for name in names)
+
+
+def rank(name):
+    """Rank of ``cadiff_cli.<room>...``; the package itself holds only its version."""
+    room = name.split(".")[1]
+    return RANKS["__init__" if room.startswith("__version") else room]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downwards(path):
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    upward = [
+        name
+        for name, typing_only in imported(path)
+        if name.startswith("cadiff_cli.") and not typing_only and rank(name) > RANKS[here]
+    ]
+    assert not upward
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_foreign_libraries_come_through_their_door(path):
+    place = path.relative_to(PACKAGE).as_posix()
+    for name, _ in imported(path):
+        doors = DOORS.get(name.split(".")[0], ("",))
+        assert place.startswith(doors), f"{place} imports {name}"
+
+
+def test_every_door_is_used():
+    """A door that nothing passes is a rule about a library that has left."""
+    used = {name.split(".")[0] for path in MODULES for name, _ in imported(path)}
+    assert set(DOORS) <= used
+
+
+def test_the_core_does_not_know_brains():
+    """``diffusion`` is about tensors only."""
+    for path in (PACKAGE / "diffusion").glob("*.py"):
+        assert all(
+            not name.startswith("cadiff_cli.") or name.startswith("cadiff_cli.diffusion.")
+            for name, _ in imported(path)
+        )

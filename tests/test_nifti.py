@@ -1,0 +1,255 @@
+"""Reading what people have, refusing what is no scan, and writing without losing anything."""
+
+import gzip
+import stat
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
+from cadiff_cli.io.nifti import load_scan, load_volume, replacing, save_volume, stem
+from cadiff_cli.spatial.grid import Grid
+
+SHAPE = (70, 72, 74)
+
+
+def noise(shape=SHAPE):
+    return np.random.default_rng(0).uniform(1, 100, shape).astype(np.float32)
+
+
+def raw_affine(path, matrix):
+    """Overwrite the sform as a damaged header would hold it; nibabel refuses to."""
+    image = nib.load(path)
+    header = image.header.copy()
+    header["qform_code"], header["sform_code"] = 0, 1
+    header["srow_x"], header["srow_y"], header["srow_z"] = matrix[:3]
+    plain = path.with_name("plain.nii")
+    with plain.open("wb") as stream:
+        header.set_data_offset(352)
+        header["magic"] = b"n+1"
+        stream.write(header.binaryblock + b"\0" * 4)
+        stream.write(np.asarray(image.dataobj, dtype=header.get_data_dtype()).tobytes(order="F"))
+    return plain
+
+
+def truncated(write):
+    path = write(noise())
+    path.write_bytes(path.read_bytes()[:20_000])
+    return path
+
+
+def plain_text(write):
+    path = write(noise())
+    path.write_text("not an image\n")
+    return path
+
+
+def gzipped_text(write):
+    path = write(noise())
+    path.write_bytes(gzip.compress(b"hello " * 999))
+    return path
+
+
+def zero_bytes(write):
+    path = write(noise())
+    path.write_bytes(b"")
+    return path
+
+
+def folder(write):
+    path = write(noise()).parent / "folder.nii.gz"
+    path.mkdir()
+    return path
+
+
+def rgb(write):
+    pixel = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    data = np.zeros(SHAPE, dtype=pixel)
+    data["R"][20:40] = 9
+    return write(data)
+
+
+def hounsfield(write):
+    data = np.full(SHAPE, -1000, dtype=np.float32)
+    data[20:60, 20:60, 20:60] = 40 + noise((40, 40, 40))
+    return write(data)
+
+
+BAD = {
+    "missing": (lambda w: w(noise()).with_name("gone.nii.gz"), MissingInputError),
+    "folder": (folder, MissingInputError),
+    "text": (plain_text, DataError),
+    "gzipped text": (gzipped_text, DataError),
+    "other suffix": (lambda w: w(noise()).rename(w(noise()).with_suffix(".png")), DataError),
+    "truncated": (truncated, DataError),
+    "0 bytes": (zero_bytes, DataError),
+    "2-D": (lambda w: w(noise((70, 72))), DataError),
+    "4-D": (lambda w: w(noise((*SHAPE, 2))), DataError),
+    "zeros": (lambda w: w(np.zeros(SHAPE, dtype=np.float32)), DataError),
+    "constant": (lambda w: w(np.full(SHAPE, 7, dtype=np.int16)), DataError),
+    "only NaN": (lambda w: w(np.full(SHAPE, np.nan, dtype=np.float32)), DataError),
+    "thin": (lambda w: w(noise((3, 72, 74)), np.diag([30.0, 1, 1, 1])), DataError),
+    "thick": (lambda w: w(noise((10, 72, 74)), np.diag([12.0, 1, 1, 1])), DataError),
+    "small": (lambda w: w(noise((40, 72, 74))), DataError),
+    "metres": (lambda w: w(noise(), np.diag([1e-3, 1e-3, 1e-3, 1])), DataError),
+    "huge": (lambda w: w(noise((130, 72, 74)), np.diag([9.0, 1, 1, 1])), DataError),
+    "zero affine": (lambda w: raw_affine(w(noise()), np.zeros((4, 4))), DataError),
+    "singular": (lambda w: raw_affine(w(noise()), np.diag([1.0, 1, 0, 1])), DataError),
+    "NaN affine": (lambda w: raw_affine(w(noise()), np.diag([1.0, np.nan, 1, 1])), DataError),
+    "RGB": (rgb, DataError),
+    "complex": (lambda w: w(noise().astype(np.complex64)), DataError),
+    "CT": (hounsfield, DataError),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_scan_is_refused_with_a_remedy(write_image, kind):
+    make, error = BAD[kind]
+    path = make(write_image)
+    with pytest.raises(CadiffError) as caught:
+        load_scan(path)
+    assert type(caught.value) is error
+    assert caught.value.exit_code == {DataError: 65, MissingInputError: 66}[error]
+    assert caught.value.remedy
+    assert caught.value.remedy in str(caught.value)
+
+
+def test_some_nan_becomes_zero_with_a_warning(write_image):
+    data = noise()
+    data[3, 4, 5], data[6, 7, 8] = np.nan, np.inf
+    scan = load_scan(write_image(data))
+    assert scan.t1.data[3, 4, 5] == scan.t1.data[6, 7, 8] == 0
+    assert any("2 NaN" in text for text in scan.warnings)
+    finite = np.isfinite(data)
+    np.testing.assert_array_equal(scan.t1.data[finite], data[finite])
+
+
+def test_coarse_voxels_are_reported(write_image):
+    scan = load_scan(write_image(noise((70, 72, 20)), np.diag([1.0, 1, 4, 1])))
+    assert any("coarse" in text for text in scan.warnings)
+    assert not load_scan(write_image(noise())).warnings
+
+
+def test_one_volume_in_4d_is_a_scan(write_image):
+    data = noise()
+    np.testing.assert_array_equal(load_scan(write_image(data[..., None])).t1.data, data)
+
+
+def test_scaled_integers_are_read_scaled(tmp_path):
+    stored = np.random.default_rng(0).integers(-999, 999, SHAPE).astype(np.int16)
+    image = nib.Nifti1Image(stored, np.eye(4))
+    image.header.set_slope_inter(0.25, 10)
+    path = tmp_path / "scaled.nii.gz"
+    nib.save(image, path)
+    np.testing.assert_allclose(load_volume(path).data, 0.25 * stored + 10)
+
+
+def test_mgz_is_read(tmp_path):
+    path, affine = tmp_path / "T1.mgz", np.diag([-1.0, 1, 1, 1])
+    nib.save(nib.MGHImage(noise(), affine), path)
+    scan = load_scan(path)
+    np.testing.assert_array_equal(scan.t1.data, noise())
+    np.testing.assert_allclose(scan.t1.grid.affine, affine)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sub-01_T1w.nii.gz", "sub-01_T1w"),
+        ("a.b.nii", "a.b"),
+        ("T1.MGZ", "T1"),
+        ("scan.NII.GZ", "scan"),
+        ("plain", "plain"),
+    ],
+)
+def test_stem_drops_image_suffixes_only(tmp_path, name, expected):
+    assert stem(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (1, 4), (0, 2), (3, 0)])
+def test_saving_keeps_both_forms_bit_for_bit(write_image, tmp_path, grid_of, codes):
+    """A viewer that prefers either form must overlay labels and scan alike."""
+    affine = grid_of("oblique", (1.0, 1.1, 0.9)).affine
+    source = write_image(noise(), affine)
+    image = nib.load(source)
+    other = affine.copy()
+    other[:3, 3] += 3
+    image.set_qform(other, code=codes[0])
+    image.set_sform(affine, code=codes[1])
+    image.header["descrip"] = b"a name that must not travel"
+    image.header.set_slope_inter(1, 0)
+    like = tmp_path / "like.nii.gz"
+    nib.save(image, like)
+
+    out = tmp_path / "out.nii.gz"
+    save_volume(out, np.ones(SHAPE, dtype=np.int16), load_volume(like).grid, like=like)
+    before, after = nib.load(like), nib.load(out)
+    for key in (
+        *("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "pixdim"),
+        *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+        "xyzt_units",
+    ):
+        np.testing.assert_array_equal(before.header[key], after.header[key], err_msg=key)
+    np.testing.assert_array_equal(before.affine, after.affine)
+    assert after.get_data_dtype() == np.int16
+    assert after.header["descrip"].item() == b""
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int16, np.float16, np.float32])
+def test_what_is_saved_is_loaded(tmp_path, grid_of, orientation, dtype):
+    grid = grid_of(orientation, 8.0)
+    data = np.random.default_rng(0).integers(0, 2, grid.shape).astype(dtype)
+    save_volume(tmp_path / "x.nii.gz", data, grid)
+    back = load_volume(tmp_path / "x.nii.gz")
+    np.testing.assert_array_equal(back.data, data)
+    np.testing.assert_allclose(back.grid.affine, grid.affine, atol=1e-5)
+    codes = nib.load(tmp_path / "x.nii.gz").header
+    assert codes["qform_code"] == codes["sform_code"] == 1
+
+
+def test_labels_on_an_mgz_scan_keep_its_affine(tmp_path, grid_of):
+    grid = grid_of("LPS", 2.5)
+    like = tmp_path / "T1.mgz"
+    nib.save(nib.MGHImage(np.ones(grid.shape, dtype=np.float32), grid.affine), like)
+    save_volume(tmp_path / "x.nii.gz", np.ones(grid.shape, np.int16), grid, like=like)
+    np.testing.assert_allclose(nib.load(tmp_path / "x.nii.gz").affine, grid.affine, atol=1e-5)
+
+
+def test_long_axes_are_saved(tmp_path):
+    grid = Grid((40_000, 1, 1), np.eye(4))
+    save_volume(tmp_path / "x.nii.gz", np.ones(grid.shape, np.uint8), grid)
+    assert load_volume(tmp_path / "x.nii.gz").grid.shape == grid.shape
+
+
+def test_replacing_puts_the_new_file_in_place(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("done")
+        assert not path.exists()
+    assert path.read_text() == "done"
+    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+
+def test_replacing_keeps_the_old_file_after_an_error(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_below_a_file_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError) as caught, replacing(tmp_path / "file" / "x.txt"):
+        pass
+    assert caught.value.exit_code == 73
+    assert caught.value.remedy

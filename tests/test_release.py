@@ -1,0 +1,67 @@
+"""The released weights on whole brains: nilearn's atlas, and a labelled person."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from cadiff_cli.config import Config, SampleConfig
+from cadiff_cli.evaluation import mean_over, score_pair
+from cadiff_cli.io.nifti import load_scan, save_volume
+from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template
+from cadiff_cli.io.weights import load_model
+from cadiff_cli.pipeline import run
+
+pytestmark = [
+    pytest.mark.slow,
+    # MONAI warns of its own call of its own function.
+    pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning"),
+]
+
+
+@pytest.fixture
+def all_threads():
+    """A full network on a whole brain is worth every core."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(few)
+
+
+def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, table):
+    template = load_template(EMBEDDED, offline=True)
+    path = tmp_path / "sub-mni_T1w.nii.gz"
+    save_volume(path, template.brain.data, template.brain.grid)
+    config = Config(sample=SampleConfig(flip=False))
+    result = run(load_scan(path), template, load_model(), config, tmp_path)
+
+    volumes = result.volumes_mm3
+    wanted = [table.structures[k - 1] for k in table.subset("malc27")]
+    assert all(volumes[s.code] > 0 for s in wanted), [s.name for s in wanted if not volumes[s.code]]
+    for s in wanted:
+        assert volumes[s.code] == pytest.approx(volumes[s.mirror], rel=0.25), s.name
+    assert 1.2e6 < sum(volumes.values()) < 2.2e6
+    labels = result.segmentation.labels
+    for s in wanted:
+        if s.name.startswith("Left"):
+            x = labels.grid.to_world(np.argwhere(labels.data == s.code))[:, 0]
+            assert x.mean() < 0, s.name
+
+
+def test_a_labelled_person_is_segmented(
+    released, shared, tmp_path, all_threads, monkeypatch, table
+):
+    """Held out or not, a person of the training study must come out well."""
+    folder = shared("malc/sub-1122")
+    (t1,) = sorted(folder.rglob("*ses-1*_T1w.nii.gz"))
+    (dseg,) = sorted(folder.rglob("*ses-1*_dseg.nii.gz"))
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(shared("templateflow")))
+    template = load_template(PREFERRED, offline=True)
+    result = run(load_scan(t1), template, load_model(), Config(), tmp_path)
+    labels = result.segmentation.labels
+    path = tmp_path / "sub-1122_seg-cadiff_dseg.nii.gz"
+    save_volume(path, labels.data, labels.grid, like=t1)
+    scores = score_pair(path, dseg, table, "malc27", table.neuromorphometrics_mapping())
+    (mean,) = mean_over(scores, "scan", "dice").values()
+    assert mean > 0.8

@@ -1,0 +1,209 @@
+"""Labels from conditions: repeatable, tiled or whole, mirrored, and on the scan's own grid."""
+
+import numpy as np
+import pytest
+import torch
+
+from cadiff_cli.config import SampleConfig
+from cadiff_cli.errors import UsageError
+from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.products import Scan
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.stages.segment import TILE, class_probabilities, mirrored, segment, unmirrored
+from cadiff_cli.stages.volumes import volumes_mm3
+
+SPACINGS = {
+    "RAS": 1.0,
+    "LAS": (1.0, 1.1, 1.3),
+    "LPS": (1.5, 0.9, 1.0),
+    "oblique": (1.0, 1.0, 1.25),
+}
+LARGE = (2, 41, 3, 42)
+PRIOR = SampleConfig(steps=0)
+
+
+def labels_of(head, model, conditions, config):
+    mask = Volume(head.codes > 0, head.t1.grid)
+    return segment(Scan(head.t1, "sub-01_T1w.nii.gz"), conditions, mask, model, config)
+
+
+@pytest.fixture(scope="module")
+def small_conditions(conditions_of, small_head):
+    return conditions_of(small_head)
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_model, small_conditions):
+    """Probabilities of one run, to compare others with."""
+    return class_probabilities(small_conditions, tiny_model, SampleConfig(steps=2, flip=False))
+
+
+def test_a_seed_decides(tiny_model, small_conditions, drawn):
+    config = SampleConfig(steps=2, flip=False)
+    again = class_probabilities(small_conditions, tiny_model, config)
+    torch.testing.assert_close(again, drawn, rtol=0, atol=0)
+    other = SampleConfig(steps=2, flip=False, seed=1)
+    assert (class_probabilities(small_conditions, tiny_model, other) - drawn).abs().max() > 1e-4
+
+
+def test_probabilities_sum_to_one(drawn):
+    torch.testing.assert_close(drawn.sum(0), torch.ones(drawn.shape[1:]), rtol=0, atol=1e-4)
+    assert drawn.min() >= 0
+
+
+def test_tiles_agree_with_the_whole(tiny_model, small_conditions, drawn):
+    """Away from tile borders the network sees the same; only pooled attention differs."""
+    config = SampleConfig(steps=2, flip=False, tile=64)
+    tiled = class_probabilities(small_conditions, tiny_model, config)
+    assert not torch.equal(tiled, drawn)
+    inside = torch.from_numpy(small_conditions.mask.data.copy())
+    assert (tiled.argmax(0) == drawn.argmax(0))[inside].float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError("Unable to allocate 9 GiB for an array"),
+        MemoryError(),
+    ],
+    ids=["torch", "numpy", "python"],
+)
+def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monkeypatch, error):
+    tiles = []
+
+    def denoise(net, image, field, steps, generator, device, tile=None):
+        tiles.append(tile)
+        if tile is None:
+            raise error
+        return torch.ones(41, 2, 2, 2)
+
+    monkeypatch.setattr("cadiff_cli.stages.segment.denoise", denoise)
+    class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
+    assert tiles == [None, TILE]
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(tiny_model, small_conditions, monkeypatch):
+    def denoise(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("cadiff_cli.stages.segment.denoise", denoise)
+    with pytest.raises(RuntimeError, match="mat1"):
+        class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
+
+
+def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
+    """The last step is the fine one, so n steps call the trunk n times and the head once."""
+    calls = []
+    net = tiny_model.net
+    trunk, refine = net.trunk, net.refine
+    monkeypatch.setattr(net, "trunk", lambda *a: (calls.append(float(a[-1])), trunk(*a))[1])
+    monkeypatch.setattr(net, "refine", lambda *a: (calls.append("head"), refine(*a))[1])
+    class_probabilities(small_conditions, tiny_model, SampleConfig(steps=3, flip=False))
+    assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
+
+
+def test_mirroring_is_an_involution(table):
+    generator = torch.Generator().manual_seed(0)
+    image, field = torch.rand(1, 1, 8, 6, 4), torch.rand(1, 3, 4, 3, 2, generator=generator)
+    back = mirrored(*mirrored(image, field))
+    torch.testing.assert_close(back[0], image, rtol=0, atol=0)
+    torch.testing.assert_close(back[1], field)
+    p = torch.rand(41, 8, 6, 4, generator=generator)
+    torch.testing.assert_close(unmirrored(unmirrored(p, table), table), p, rtol=0, atol=0)
+
+
+def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, small_conditions, table):
+    """``mirrored`` and ``unmirrored`` undo each other through the network's own prior."""
+    field = torch.from_numpy(small_conditions.field.data.copy())[None]
+    image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
+    _, flipped = mirrored(image, field)
+    straight = tiny_net.prior(2 * field - 1)[0]
+    back = unmirrored(tiny_net.prior(2 * flipped - 1)[0], table)
+    torch.testing.assert_close(back, straight, rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def prior_labels(phantom, conditions_of, tiny_model):
+    """Phantom and its segmentation by the prior, once for each orientation."""
+    made = {}
+
+    def get(orientation):
+        if orientation not in made:
+            head = phantom(orientation, SPACINGS[orientation], scale=0.5)
+            made[orientation] = head, labels_of(head, tiny_model, conditions_of(head), PRIOR)
+        return made[orientation]
+
+    return get
+
+
+def test_labels_lie_on_the_scan_in_any_orientation(prior_labels, orientation, table):
+    """With the true field the prior draws the phantom it was counted on; left stays left."""
+    head, segmentation = prior_labels(orientation)
+    assert segmentation.labels.grid is head.t1.grid
+    assert segmentation.labels.data.dtype == np.int16
+    drawn, truth = (
+        table.encode(codes, table.identity_mapping())
+        for codes in (segmentation.labels.data, head.codes)
+    )
+    large = [int(np.flatnonzero(table.codes == code)[0]) for code in LARGE]
+    assert dice(drawn, truth, large).min() > 0.85
+    assert (segmentation.labels.data[head.codes == 0] == 0).all()
+
+
+def test_orientation_does_not_change_volumes(prior_labels, orientation):
+    """Both sides together: voxels astride the midplane fall to one side or the other."""
+    reference, volumes = (volumes_mm3(prior_labels(o)[1]) for o in ("RAS", orientation))
+    for left, right in ((2, 41), (3, 42)):
+        expected = reference[left] + reference[right]
+        assert volumes[left] + volumes[right] == pytest.approx(expected, rel=0.03)
+
+
+def test_volumes_are_counts_times_the_voxel(prior_labels, orientation, table):
+    head, segmentation = prior_labels(orientation)
+    volumes = volumes_mm3(segmentation)
+    assert set(volumes) == {s.code for s in table.structures}
+    voxel = np.prod(SPACINGS[orientation] * np.ones(3))
+    for code, mm3 in volumes.items():
+        assert mm3 == pytest.approx(np.count_nonzero(segmentation.labels.data == code) * voxel)
+    assert sum(volumes.values()) == pytest.approx(np.count_nonzero(head.codes) * voxel, rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_posteriors_are_probabilities_whose_best_is_the_label(
+    phantom, conditions_of, tiny_model, table, steps
+):
+    head = phantom("oblique", (2.0, 2.0, 2.5), scale=0.5)
+    config = SampleConfig(steps=steps, flip=False, posteriors=True)
+    segmentation = labels_of(head, tiny_model, conditions_of(head), config)
+    posteriors = segmentation.posteriors
+    assert posteriors.shape == (41, *head.t1.grid.shape)
+    np.testing.assert_allclose(posteriors.astype(np.float32).sum(0), 1, atol=5e-3)
+    outside = head.codes == 0
+    assert (posteriors[0, outside] == 1).all()
+    best = table.codes[posteriors.argmax(0)]
+    np.testing.assert_array_equal(segmentation.labels.data[~outside], best[~outside])
+    plain = labels_of(head, tiny_model, conditions_of(head), SampleConfig(steps=steps, flip=False))
+    # Half precision may turn a tie the other way.
+    assert (plain.labels.data == segmentation.labels.data).mean() > 0.999
+
+
+def test_labels_do_not_leave_the_mask(small_head, small_conditions, tiny_model):
+    half = Volume((small_head.codes > 0) & (small_head.codes < 40), small_head.t1.grid)
+    scan = Scan(small_head.t1, "x.nii")
+    segmentation = segment(scan, small_conditions, half, tiny_model, PRIOR)
+    assert segmentation.labels.data[half.data].any()
+    assert not segmentation.labels.data[~half.data].any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SampleConfig(steps=-1), SampleConfig(device="abacus"), SampleConfig(device="cuda:99")],
+    ids=["steps", "device", "cuda"],
+)
+def test_senseless_requests_are_usage_errors(small_head, small_conditions, tiny_model, config):
+    if config.device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError) as caught:
+        labels_of(small_head, tiny_model, small_conditions, config)
+    assert caught.value.remedy

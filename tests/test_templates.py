@@ -1,0 +1,181 @@
+"""Templates: the embedded one always loads, and damaged downloads say what to do."""
+
+import gzip
+import sys
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, registry, templateflow_home
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def install(home):
+    """Put image and mask of the preferred template into an empty cache."""
+
+    def write(head, mask, spacing=2.0):
+        for part, data in (("head", head), ("mask", mask)):
+            path = home / registry()[PREFERRED][part]
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(data, bytes):
+                path.write_bytes(data)
+            else:
+                nib.save(nib.Nifti1Image(data, np.diag([spacing, spacing, spacing, 1])), path)
+
+    return write
+
+
+@pytest.fixture
+def good(phantom):
+    head = phantom("RAS", 2.0)
+    return head.t1.data.copy(), (head.codes > 0).astype(np.uint8)
+
+
+def test_the_embedded_template_needs_nothing():
+    template = load_template(EMBEDDED, offline=True)
+    inside = template.mask.data
+    litres = np.count_nonzero(inside) * template.mask.grid.voxel_volume_mm3 / 1e6
+    assert 1 < litres < 2.2
+    assert (template.brain.data[~inside] == 0).all()
+    assert template.head is None
+    assert not template.warnings
+    # Its origin lies in the brain, and x extents are symmetric so that 0.5 is the midplane.
+    ijk = np.linalg.solve(template.brain.grid.affine, [*template.ac_mm, 1])[:3]
+    assert inside[tuple(np.round(ijk).astype(int))]
+    # The world is left-right symmetric about the AC's plane.
+    x = template.brain.grid.to_world(np.argwhere(inside))[:, 0]
+    assert x.mean() == pytest.approx(template.ac_mm[0], abs=1)
+
+
+@pytest.mark.parametrize("name", registry())
+def test_extents_hold_a_brain_about_the_ac(name):
+    entry = registry()[name]
+    low, high = np.array(entry["low_mm"]), np.array(entry["high_mm"])
+    assert low[0] == -high[0]
+    assert (low < 0).all()
+    assert (high > 0).all()
+
+
+def test_an_unknown_name_is_a_usage_error():
+    with pytest.raises(UsageError, match="MNI153") as caught:
+        load_template("MNI153", offline=True)
+    assert PREFERRED in caught.value.remedy
+
+
+def test_an_installed_template_loads(install, good):
+    head, mask = good
+    install(head, mask)
+    template = load_template("auto", offline=True)
+    assert template.name == PREFERRED
+    assert not template.warnings
+    np.testing.assert_array_equal(template.mask.data, mask > 0)
+    np.testing.assert_array_equal(template.brain.data, np.where(mask > 0, head, 0))
+
+
+def test_auto_falls_back_and_says_so(home):
+    template = load_template("auto", offline=True)
+    assert template.name == EMBEDDED
+    (warning,) = template.warnings
+    assert PREFERRED in warning
+    assert "offline" in warning
+
+
+def damaged(kind, head, mask):
+    """(image, mask) with one thing wrong, and the error that says so."""
+    whole = gzip.compress(nib.Nifti1Image(head, np.eye(4)).to_bytes())
+    return {
+        "absent": (None, None, MissingInputError),
+        "empty": (b"", mask, MissingInputError),
+        "empty mask file": (head, b"", MissingInputError),
+        "half a download": (whole[: len(whole) // 2], mask, DataError),
+        "a web page": (b"<html>", mask, DataError),
+        "tiny": (head[:9, :9, :9], mask, DataError),
+        "constant": (np.ones_like(head), mask, DataError),
+        "another grid": (head[:-4], mask, DataError),
+        "mask of nothing": (head, np.where(np.indices(mask.shape)[0] < 1, 1, 0), DataError),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("absent", "empty", "empty mask file", "half a download", "a web page"),
+        *("tiny", "constant", "another grid", "mask of nothing"),
+    ],
+)
+def test_damage_names_its_remedy(install, home, good, kind):
+    head, mask, error = damaged(kind, *good)
+    if head is not None:
+        mask = mask if isinstance(mask, bytes) else mask.astype(np.uint8)
+        install(head, mask)
+    with pytest.raises(CadiffError) as caught:
+        load_template(PREFERRED, offline=True)
+    assert type(caught.value) is error
+    for advice in ("templateflow get", str(home), EMBEDDED):
+        assert advice in caught.value.remedy
+    fallback = load_template("auto", offline=True)
+    assert fallback.name == EMBEDDED
+    assert fallback.warnings
+
+
+def test_a_failed_download_is_one_clear_error(home, monkeypatch):
+    """Whatever the client raises; the real one would look for a network."""
+
+    class Client:
+        def __init__(self, root):
+            assert root == home
+
+        def get(self, **query):
+            assert query["template"] == PREFERRED
+            raise ConnectionError("no route to host")
+
+    fake = SimpleNamespace(TemplateFlowClient=Client)
+    monkeypatch.setitem(sys.modules, "templateflow.client", fake)
+    with pytest.raises(MissingInputError, match="ConnectionError") as caught:
+        load_template(PREFERRED)
+    assert "templateflow get" in caught.value.remedy
+
+
+def test_a_download_is_used(home, good, monkeypatch, write_image):
+    head, mask = good
+    paths = {
+        "T1w": write_image(head, np.diag([2.0, 2, 2, 1]), "head.nii.gz"),
+        "mask": write_image(mask, np.diag([2.0, 2, 2, 1]), "mask.nii.gz"),
+    }
+
+    class Client:
+        def __init__(self, root):
+            pass
+
+        def get(self, **query):
+            return paths[query["suffix"]]
+
+    fake = SimpleNamespace(TemplateFlowClient=Client)
+    monkeypatch.setitem(sys.modules, "templateflow.client", fake)
+    np.testing.assert_array_equal(load_template(PREFERRED).mask.data, mask > 0)
+
+
+def test_the_cache_lies_where_the_client_puts_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("TEMPLATEFLOW_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert templateflow_home() == tmp_path / "templateflow"
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "mine"))
+    assert templateflow_home() == tmp_path / "mine"
+
+
+def test_colin27_loads(shared, monkeypatch):
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(shared("templateflow")))
+    template = load_template(PREFERRED, offline=True)
+    assert template.head is not None
+    assert (template.brain.data[~template.mask.data] == 0).all()
+    ijk = np.linalg.solve(template.brain.grid.affine, [*template.ac_mm, 1])[:3]
+    assert template.mask.data[tuple(np.round(ijk).astype(int))]

@@ -1,0 +1,103 @@
+"""Weights files describe themselves, and damage is noticed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.io.weights import PRIOR_STEP, load_model, save_model, sha256
+
+
+def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):
+    model = load_model(str(tiny_weights))
+    assert model.net.config == tiny_config
+    assert model.name == "tiny.safetensors"
+    assert model.sha256 == sha256(tiny_weights)
+    assert not model.net.training
+    assert not any(p.requires_grad for p in model.net.parameters())
+    stored = model.net.state_dict()
+    for key, value in tiny_net.state_dict().items():
+        if key == "prior.logits":
+            torch.testing.assert_close(stored[key], value, rtol=0, atol=PRIOR_STEP / 2 + 1e-6)
+        else:
+            torch.testing.assert_close(stored[key], value.half().float(), rtol=0, atol=0)
+    # Half precision: the file is about a third of what float32 would be.
+    assert tiny_weights.stat().st_size < 2 * sum(v.numel() for v in stored.values())
+
+
+def test_saving_what_was_loaded_changes_nothing(tiny_weights, tmp_path):
+    model = load_model(str(tiny_weights))
+    again = tmp_path / "again.safetensors"
+    assert save_model(again, model.net, model.table, {}) == sha256(again)
+    first, second = load_file(tiny_weights), load_file(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_checksum_is_a_function_of_the_weights(tiny_net, table, tmp_path):
+    """Two exports of one network are one file: provenance names it by its checksum."""
+    digests = {save_model(tmp_path / "x.safetensors", tiny_net, table, {}) for _ in range(8)}
+    assert len(digests) == 1
+
+
+@pytest.fixture
+def copy(tiny_weights, tmp_path):
+    """A copy of the file, with or without its checksum."""
+
+    def make(record=True):
+        path = tmp_path / "copy.safetensors"
+        path.write_bytes(tiny_weights.read_bytes())
+        if record:
+            path.with_suffix(".sha256").write_text(f"{sha256(path)}  {path.name}\n")
+        return path
+
+    return make
+
+
+def test_one_flipped_bit_is_noticed(copy):
+    path = copy()
+    load_model(str(path))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="checksum") as caught:
+        load_model(str(path))
+    assert caught.value.remedy
+
+
+def test_a_truncated_file_is_noticed_without_a_checksum(copy):
+    path = copy(record=False)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="not a weights file"):
+        load_model(str(path))
+
+
+def test_another_label_table_is_refused(copy):
+    path = copy(record=False)
+    described = {"format": "cadiff-1", "net": {}, "codes": [0, 1, 2], "training": {}}
+    save_file(load_file(path), path, {"cadiff": json.dumps(described)})
+    with pytest.raises(DataError, match="label table"):
+        load_model(str(path))
+
+
+def test_foreign_weights_are_refused(copy):
+    path = copy(record=False)
+    save_file({"w": torch.zeros(3)}, path)
+    with pytest.raises(DataError, match="format"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("name", ["no-such-release", "no/such/file.safetensors"])
+def test_missing_weights_name_the_option(name):
+    with pytest.raises(MissingInputError, match="no model") as caught:
+        load_model(name)
+    assert "--model" in caught.value.remedy
+
+
+def test_the_release_is_what_its_record_says(released):
+    model = load_model()
+    assert model.name == "cadiff-malc"
+    assert released.with_suffix(".sha256").read_text().split()[0] == model.sha256
+    assert (released.parent / "README.md").read_text().strip()
