@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.io import templates
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, registry, templateflow_home
 
 
@@ -140,9 +141,21 @@ def test_a_failed_download_is_one_clear_error(home, monkeypatch):
 
     fake = SimpleNamespace(TemplateFlowClient=Client)
     monkeypatch.setitem(sys.modules, "templateflow.client", fake)
+    monkeypatch.setattr(templates, "_reachable", lambda: True)
     with pytest.raises(MissingInputError, match="ConnectionError") as caught:
         load_template(PREFERRED)
     assert "templateflow get" in caught.value.remedy
+
+
+def test_without_a_network_the_client_is_not_asked(home, monkeypatch):
+    """It would try for most of a minute."""
+    monkeypatch.setitem(sys.modules, "templateflow.client", None)  # importing it would fail
+    monkeypatch.setattr(templates, "_reachable", lambda: False)
+    with pytest.raises(MissingInputError, match="no network"):
+        load_template(PREFERRED)
+    fallback = load_template("auto")
+    assert fallback.name == EMBEDDED
+    assert "no network" in fallback.warnings[0]
 
 
 def test_a_download_is_used(home, good, monkeypatch, write_image):
@@ -161,6 +174,7 @@ def test_a_download_is_used(home, good, monkeypatch, write_image):
 
     fake = SimpleNamespace(TemplateFlowClient=Client)
     monkeypatch.setitem(sys.modules, "templateflow.client", fake)
+    monkeypatch.setattr(templates, "_reachable", lambda: True)
     np.testing.assert_array_equal(load_template(PREFERRED).mask.data, mask > 0)
 
 

@@ -66,7 +66,6 @@ def segment_file(
                 console.print(f"  {time.perf_counter() - begun:6.1f} s  {stage}")
 
         announce("load")
-        template = load_template(atlas, offline=offline)
         from cadiff_cli.io.weights import load_model
         from cadiff_cli.pipeline import run
         from cadiff_cli.stages.field import coordinate_field
@@ -76,6 +75,7 @@ def segment_file(
 
             torch.set_num_threads(threads)
         loaded = load_model(model)
+        template = load_template(atlas, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
             result = run(scan, template, loaded, config, Path(work), announce)
             field = (

@@ -5,9 +5,13 @@ files may be 0 bytes (never fetched) or half a download.  So files are looked up
 and the client is asked only when a download is both needed and allowed.
 """
 
+import io
 import json
 import logging
 import os
+import socket
+import urllib.request
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +28,7 @@ log = logging.getLogger(__name__)
 
 PREFERRED = "MNIColin27"
 EMBEDDED = "MNI152NLin2009aSym"
+SERVER = "templateflow.s3.amazonaws.com"
 PARTS: dict[str, dict[str, Any]] = {
     "head": {"suffix": "T1w", "desc": None},
     "mask": {"suffix": "mask", "desc": "brain"},
@@ -118,6 +123,8 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
         raise MissingInputError(
             f"{path} {state} and --offline forbids a download", _refetch(name, home)
         )
+    if not _reachable():
+        raise MissingInputError(f"{path} {state} and there is no network", _refetch(name, home))
     log.info("downloading template %s", name)
     try:
         os.environ["TEMPLATEFLOW_HOME"] = str(home)
@@ -125,7 +132,8 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
 
         query = dict(entry["query"], extension=".nii.gz")
         query |= PARTS[part]
-        got = TemplateFlowClient(root=home).get(raise_empty=True, **query)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            got = TemplateFlowClient(root=home).get(raise_empty=True, **query)
     except Exception as error:  # the client raises bare Exception, RuntimeError, OSError...
         raise MissingInputError(
             f"{path} {state} and downloading it failed ({type(error).__name__})",
@@ -134,6 +142,17 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
     if isinstance(got, list):
         raise MissingInputError(f"templateflow has {len(got)} files for {name} {part}", "name one")
     return Path(got)
+
+
+def _reachable(timeout_s: float = 3.0) -> bool:
+    """Whether TemplateFlow's server answers; the client itself would try for most of a minute."""
+    if urllib.request.getproxies():
+        return True  # only the client knows how to ask a proxy
+    try:
+        with socket.create_connection((SERVER, 443), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
 
 
 def _checked(path: Path, name: str) -> Volume:
