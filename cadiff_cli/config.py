@@ -43,7 +43,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a segmentation."""
+    """Everything that decides a segmentation, but for the template and the weights."""
 
     strip: StripConfig = StripConfig()
     register: RegisterConfig = RegisterConfig()
@@ -56,7 +56,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(plain, default=str)))
 
 
-def fingerprint(config: Any) -> str:
-    """Twelve hex digits that change when any setting changes."""
-    text = json.dumps(as_dict(config), sort_keys=True)
+def fingerprint(values: Any) -> str:
+    """Twelve hex digits that change when any of these plain values changes."""
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -70,7 +70,7 @@ class LabelTable:
         for source, target in mapping.items():
             if source <= top:
                 lut[source] = target
-        return lut[codes.astype(np.int64)]
+        return np.asarray(lut[np.rint(codes).astype(np.int64)])
 
     def neuromorphometrics_mapping(self) -> dict[int, int]:
         """Neuromorphometrics id -> class.  Cortical parcels (>= 100): odd left, even right."""

@@ -50,7 +50,7 @@ def prepare(
     """Everything before the network; transforms are written into ``work_dir``."""
     watch = watch or Stopwatch()
     with watch.stage("strip"):
-        stripped = strip(scan, template, config.strip, work_dir)
+        stripped = strip(scan, template, config, work_dir)
     with watch.stage("register"):
         registered = register(stripped, template, config.register, work_dir)
     with watch.stage("field"):

@@ -102,6 +102,7 @@ class Conditions:
 class Segmentation:
     """Label codes (int16) on the scan's own grid.
 
+    ``tile`` is the edge of the tiles the network saw, None for the whole volume.
     ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for.
     """
 
@@ -109,7 +110,9 @@ class Segmentation:
     table: LabelTable
     steps: int
     seed: int
+    tile: int | None = None
     posteriors: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,4 +150,5 @@ class Result:
             *p.registered.template.warnings,
             *p.stripped.warnings,
             *p.registered.warnings,
+            *self.segmentation.warnings,
         )

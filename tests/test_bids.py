@@ -70,6 +70,30 @@ def test_claim_refuses_to_lose_results(tmp_path):
     place.claim(overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["desc-preproc_T1w.nii.gz", "desc-brain_mask.nii.gz"])
+def test_no_run_overwrites_its_input(tmp_path, name):
+    """Segmenting a derivative into its own dataset, or with its own mask."""
+    place = Derivatives(tmp_path, Path("sub-01_desc-preproc_T1w.nii.gz"))
+    place.claim(overwrite=False)
+    source = place.path(name)
+    source.write_text("precious")
+    with pytest.raises(OutputError, match="is an input"):
+        place.claim(None, source, overwrite=True)
+    assert source.read_text() == "precious"
+
+
+def test_clear_removes_our_results_only(tmp_path):
+    place = Derivatives(tmp_path, Path("sub-01_T1w.nii"))
+    place.claim(overwrite=False)
+    ours = [place.path("seg-cadiff_dseg.json"), place.path("from-X_to-T1w_mode-image_xfm.h5")]
+    others = [place.path("seg-other_dseg.json"), place.folder / "sub-01_run-2_seg-cadiff_dseg.json"]
+    for path in (*ours, *others):
+        path.write_text("")
+    place.clear()
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in others)
+
+
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_claim_refuses_a_file_in_the_way(tmp_path, below):
     (tmp_path / "out").write_text("")

@@ -261,7 +261,8 @@ def test_the_sidecar_says_how(segmented, tiny_weights):
     assert sidecar["Sources"] == [source.name]
     assert set(sidecar["Seconds"]) == {"strip", "register", "field", "segment"}
     assert all(seconds > 0 for seconds in sidecar["Seconds"].values())
-    assert sidecar["GeneratedBy"]["torch"]
+    assert sidecar["SoftwareVersions"]["torch"]
+    assert sidecar["GeneratedBy"][0]["Name"] == "cadiff"
     assert sidecar["SkullStripping"] == "none"
 
 
@@ -270,7 +271,8 @@ def test_posteriors_and_field_are_what_they_say(segmented):
     p = np.asarray(nib.load(anat(out, "seg-cadiff_probseg.nii.gz")).dataobj)
     np.testing.assert_allclose(p.sum(-1), 1, atol=5e-3)
     labels = np.asarray(nib.load(anat(out, "seg-cadiff_dseg.nii.gz")).dataobj)
-    np.testing.assert_array_equal(load_table().codes[p.argmax(-1)], labels)
+    # Ties in half precision may fall either way.
+    assert (load_table().codes[p.argmax(-1)] == labels).mean() > 0.999
     field = np.asarray(nib.load(anat(out, "desc-distance_field.nii.gz")).dataobj)
     left, right = (field[..., 0][labels == code] for code in (3, 42))
     assert np.median(left) < 0.5 < np.median(right)

@@ -124,3 +124,17 @@ def test_volumes_are_read_only_and_fit_their_grid(grid_of):
         volume.grid.affine[0, 0] = 2
     with pytest.raises(DataError, match="grid of shape"):
         Volume(data, Grid((8, 8, 9), np.eye(4)))
+
+
+def test_a_sheared_grid_is_worked_on_without_shear():
+    """ITK knows only orthogonal axes; the field of view keeps its centre and spacing."""
+    affine = np.eye(4)
+    affine[1, 2] = 0.05
+    grid = Grid((100, 120, 90), affine)
+    working = grid.working()
+    directions = working.affine[:3, :3] / working.spacing_mm
+    np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-9)
+    middle = (np.array(grid.shape) - 1) / 2
+    np.testing.assert_allclose(
+        working.to_world((np.array(working.shape) - 1) / 2), grid.to_world(middle), atol=1e-9
+    )

@@ -216,12 +216,6 @@ def test_labels_on_an_mgz_scan_keep_its_affine(tmp_path, grid_of):
     np.testing.assert_allclose(nib.load(tmp_path / "x.nii.gz").affine, grid.affine, atol=1e-5)
 
 
-def test_long_axes_are_saved(tmp_path):
-    grid = Grid((40_000, 1, 1), np.eye(4))
-    save_volume(tmp_path / "x.nii.gz", np.ones(grid.shape, np.uint8), grid)
-    assert load_volume(tmp_path / "x.nii.gz").grid.shape == grid.shape
-
-
 def test_replacing_puts_the_new_file_in_place(tmp_path):
     path = tmp_path / "new" / "folder" / "x.txt"
     with replacing(path) as temporary:
@@ -253,3 +247,34 @@ def test_replacing_below_a_file_is_an_output_error(tmp_path):
         pass
     assert caught.value.exit_code == 73
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("codes", "mirror", "word"),
+    [((0, 0), False, "guess"), ((1, 1), True, "disagree"), ((1, 1), False, None)],
+)
+def test_doubts_about_left_and_right_are_told(phantom, tmp_path, codes, mirror, word):
+    head = phantom("RAS", 4.0)
+    image = nib.Nifti1Image(head.t1.data, head.t1.grid.affine)
+    other = np.diag([-1.0, 1, 1, 1]) @ head.t1.grid.affine if mirror else head.t1.grid.affine
+    image.set_sform(head.t1.grid.affine, codes[0])
+    image.set_qform(other, codes[1])
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    nib.save(image, path)
+    warnings = " ".join(t for t in load_scan(path).warnings if "left and right" in t)
+    assert (word in warnings) if word else not warnings
+
+
+def test_time_and_slices_of_the_scan_are_not_inherited(phantom, tmp_path):
+    head = phantom("RAS", 4.0)
+    image = nib.Nifti1Image(head.t1.data[..., None], head.t1.grid.affine)
+    image.header["pixdim"][4], image.header["slice_end"] = 2.3, 30
+    image.header["toffset"], image.header["intent_p1"] = 5, 7
+    path = tmp_path / "in.nii.gz"
+    nib.save(image, path)
+    save_volume(
+        tmp_path / "out.nii.gz", np.zeros((*head.t1.grid.shape, 2), np.float32), head.t1.grid, path
+    )
+    header = nib.load(tmp_path / "out.nii.gz").header
+    assert header["pixdim"][4] == 1
+    assert not any(header[key] for key in ("slice_end", "toffset", "intent_p1"))

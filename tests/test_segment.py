@@ -9,7 +9,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.segment import TILE, class_probabilities, mirrored, segment, unmirrored
+from cadiff_cli.stages.segment import TILE, add_unmirrored, class_probabilities, mirrored, segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
 SPACINGS = {
@@ -35,15 +35,16 @@ def small_conditions(conditions_of, small_head):
 @pytest.fixture(scope="module")
 def drawn(tiny_model, small_conditions):
     """Probabilities of one run, to compare others with."""
-    return class_probabilities(small_conditions, tiny_model, SampleConfig(steps=2, flip=False))
+    return class_probabilities(small_conditions, tiny_model, SampleConfig(steps=2, flip=False))[0]
 
 
 def test_a_seed_decides(tiny_model, small_conditions, drawn):
     config = SampleConfig(steps=2, flip=False)
-    again = class_probabilities(small_conditions, tiny_model, config)
+    again, _ = class_probabilities(small_conditions, tiny_model, config)
     torch.testing.assert_close(again, drawn, rtol=0, atol=0)
     other = SampleConfig(steps=2, flip=False, seed=1)
-    assert (class_probabilities(small_conditions, tiny_model, other) - drawn).abs().max() > 1e-4
+    different, _ = class_probabilities(small_conditions, tiny_model, other)
+    assert (different - drawn).abs().max() > 1e-4
 
 
 def test_probabilities_sum_to_one(drawn):
@@ -54,7 +55,8 @@ def test_probabilities_sum_to_one(drawn):
 def test_tiles_agree_with_the_whole(tiny_model, small_conditions, drawn):
     """Away from tile borders the network sees the same; only pooled attention differs."""
     config = SampleConfig(steps=2, flip=False, tile=64)
-    tiled = class_probabilities(small_conditions, tiny_model, config)
+    tiled, tile = class_probabilities(small_conditions, tiny_model, config)
+    assert tile == 64
     assert not torch.equal(tiled, drawn)
     inside = torch.from_numpy(small_conditions.mask.data.copy())
     assert (tiled.argmax(0) == drawn.argmax(0))[inside].float().mean() > 0.99
@@ -79,8 +81,9 @@ def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monke
         return torch.ones(41, 2, 2, 2)
 
     monkeypatch.setattr("cadiff_cli.stages.segment.denoise", denoise)
-    class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
+    _, tile = class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
     assert tiles == [None, TILE]
+    assert tile == TILE
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(tiny_model, small_conditions, monkeypatch):
@@ -103,6 +106,10 @@ def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
     assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
 
 
+def unmirrored(p, table):
+    return add_unmirrored(torch.zeros_like(p), p, table)
+
+
 def test_mirroring_is_an_involution(table):
     generator = torch.Generator().manual_seed(0)
     image, field = torch.rand(1, 1, 8, 6, 4), torch.rand(1, 3, 4, 3, 2, generator=generator)
@@ -114,7 +121,7 @@ def test_mirroring_is_an_involution(table):
 
 
 def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, small_conditions, table):
-    """``mirrored`` and ``unmirrored`` undo each other through the network's own prior."""
+    """``mirrored`` and ``add_unmirrored`` undo each other through the network's own prior."""
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
     _, flipped = mirrored(image, field)

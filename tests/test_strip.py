@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cadiff_cli.config import StripConfig
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.config import Config, StripConfig
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.strip import _tidy, already_stripped, strip
@@ -47,7 +47,7 @@ def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
 
 def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):
     head = phantom(orientation, 2.0)
-    stripped = strip(scan_of(head), toy_template(spacing=8.0), StripConfig(), tmp_path)
+    stripped = strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
     assert stripped.method == "none"
     assert not stripped.warnings
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
@@ -66,7 +66,7 @@ def test_a_dark_background_does_not_lift_the_brain(phantom, toy_template, scan_o
     lowered = np.where(head.codes > 0, head.t1.data - 50, -50).astype(np.float32)
     dark = type(head)(Volume(lowered, head.t1.grid), head.codes, 0.8, head.shift_mm)
     plain, moved = (
-        strip(scan_of(h), toy_template(spacing=8.0), StripConfig("none"), tmp_path)
+        strip(scan_of(h), toy_template(spacing=8.0), Config(StripConfig("none")), tmp_path)
         for h in (head, dark)
     )
     np.testing.assert_array_equal(plain.mask.data, moved.mask.data)
@@ -78,7 +78,9 @@ def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
     only_right = (head.codes > 0) & (head.codes >= 40)
     path = tmp_path / "mask.nii.gz"
     save_volume(path, only_right, head.t1.grid)
-    stripped = strip(scan_of(head), toy_template(spacing=8.0), StripConfig(mask=path), tmp_path)
+    stripped = strip(
+        scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
+    )
     assert stripped.method == "mask file"
     ijk = np.argwhere(stripped.mask.data)
     assert np.median(stripped.mask.grid.to_world(ijk)[:, 0]) > 15
@@ -91,7 +93,7 @@ def test_a_mask_on_another_grid_is_refused(phantom, toy_template, scan_of, tmp_p
     path = tmp_path / "mask.nii.gz"
     save_volume(path, other.codes > 0, other.t1.grid)
     with pytest.raises(DataError, match="mask") as caught:
-        strip(scan_of(head), toy_template(spacing=8.0), StripConfig(mask=path), tmp_path)
+        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path)
     assert caught.value.remedy
 
 
@@ -100,30 +102,32 @@ def test_an_empty_mask_is_refused(phantom, toy_template, scan_of, tmp_path):
     path = tmp_path / "mask.nii.gz"
     save_volume(path, np.zeros(head.t1.grid.shape, dtype=np.uint8), head.t1.grid)
     with pytest.raises(DataError, match="empty"):
-        strip(scan_of(head), toy_template(spacing=8.0), StripConfig(mask=path), tmp_path)
+        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path)
 
 
 def test_implausible_brains_are_reported(phantom, toy_template, scan_of, tmp_path):
     small = phantom("RAS", 2.0, scale=0.75)
-    stripped = strip(scan_of(small), toy_template(spacing=8.0), StripConfig(), tmp_path)
+    stripped = strip(scan_of(small), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
     assert any("look at it" in text for text in stripped.warnings)
 
 
 def test_a_head_left_unstripped_is_reported(phantom, head_of, toy_template, scan_of, tmp_path):
     brain = phantom("RAS", 2.0)
     head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
-    stripped = strip(scan_of(head), toy_template(spacing=8.0), StripConfig("none"), tmp_path)
+    stripped = strip(
+        scan_of(head), toy_template(spacing=8.0), Config(StripConfig("none")), tmp_path
+    )
     assert any("does not look skull-stripped" in text for text in stripped.warnings)
 
 
 def test_a_template_without_a_skull_cannot_strip(phantom, head_of, toy_template, scan_of, tmp_path):
     brain = phantom("RAS", 2.0)
     head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
-    with pytest.raises(UsageError, match="no skull") as caught:
-        strip(scan_of(head), toy_template(spacing=8.0), StripConfig("auto"), tmp_path)
+    with pytest.raises(MissingInputError, match="no skull") as caught:
+        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("auto")), tmp_path)
     assert "--mask" in caught.value.remedy
     with pytest.raises(UsageError, match="skull-strip"):
-        strip(scan_of(head), toy_template(spacing=8.0), StripConfig("magic"), tmp_path)
+        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("magic")), tmp_path)
 
 
 def test_tidy_keeps_the_largest_part_and_fills_it():

@@ -25,6 +25,7 @@ from cadiff_cli.training.loop import (
     new_state,
     rate_factor,
     save_checkpoint,
+    update_ema,
 )
 from cadiff_cli.training.losses import central, crop_coarse, dice_ce, field_mse, fractions
 from cadiff_cli.training.prior import count_prior
@@ -144,7 +145,9 @@ def test_without_augmentation_a_patch_is_a_piece_of_the_scan(ramp, mirror, seed)
 
 def test_augmentation_can_be_off(toy_sample, mirror):
     patch = draw_patch(toy_sample, 32, mirror, PLAIN, seeded())
-    again = draw_patch(toy_sample, 32, mirror, replace(PLAIN, rotation_deg=10.0), seeded())
+    again = draw_patch(
+        toy_sample, 32, mirror, replace(PLAIN, deform=1.0, rotation_deg=10.0), seeded()
+    )
     assert not torch.equal(patch.image, again.image)
     assert torch.equal(recolour(patch.image[0, 0], 0.0, seeded()), patch.image[0, 0])
 
@@ -235,12 +238,20 @@ def assert_equal(a, b):
             assert torch.equal(value, other.state_dict()[key]), key
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(start, toy_sample, mirror, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(start, toy_sample, mirror, tmp_path, monkeypatch):
     straight = start()
     fit(straight, [toy_sample], mirror, QUICK, tmp_path / "a.pt")
 
+    def interrupt(state, config):
+        """What Ctrl-C does, at a known step."""
+        update_ema(state, config)
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
     first = start()
-    fit(first, [toy_sample], mirror, QUICK, tmp_path / "b.pt", validate_every=3, validate=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr("cadiff_cli.training.loop.update_ema", interrupt)
+        fit(first, [toy_sample], mirror, QUICK, tmp_path / "b.pt")
     assert first.step == 3
     second = start()
     load_checkpoint(tmp_path / "b.pt", second)
@@ -248,11 +259,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(start, toy_sample, mirror, tmp_p
     fit(second, [toy_sample], mirror, QUICK, tmp_path / "b.pt")
     assert second.step == straight.step == 6
     assert_equal(straight, second)
-
-
-def stop(_net, _step):
-    """What Ctrl-C does, at a known step."""
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_signals_are_given_back(start, toy_sample, mirror, tmp_path):
@@ -310,13 +316,11 @@ def write_cache(sample, folder, name="sub-toy", subject="toy"):
 
 def test_a_cache_is_read_back(toy_sample, tmp_path):
     write_cache(toy_sample, tmp_path)
-    (back,) = cache.load_all(tmp_path)
+    back = cache.load(tmp_path / "sub-toy.npz")
     assert (back.name, back.subject) == ("sub-toy", "toy")
     np.testing.assert_array_equal(back.image, toy_sample.image)
     np.testing.assert_array_equal(back.classes, toy_sample.classes)
     np.testing.assert_array_equal(back.fields["toy"], toy_sample.fields["toy"])
-    with pytest.raises(MissingInputError):
-        cache.load_all(tmp_path / "empty")
 
 
 def test_a_sample_is_built_as_inference_would(
@@ -332,11 +336,13 @@ def test_a_sample_is_built_as_inference_would(
         save_volume(path, data, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(cache, "load_template", lambda name, offline: template)
-    monkeypatch.setattr("cadiff_cli.pipeline.register", lambda s, t, c, w: identity(t))
+    monkeypatch.setattr(cache, "register", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = cache.load(
         cache.build(scan, ["toy"], table, table.identity_mapping(), tmp_path / "cache")
     )
+    relabelled = cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
+    assert relabelled.name != cache.cached_path(scan, ["toy"], {10: 2}, tmp_path).name
     for code in (2, 41, 3, 42, 10):
         k = int(np.flatnonzero(table.codes == code)[0])
         assert np.count_nonzero(sample.classes == k) == np.count_nonzero(head.codes == code)
@@ -357,7 +363,7 @@ from test_training import QUICK
 from dataclasses import replace
 from cadiff_cli.training import cache, loop, run
 loop.fit.__kwdefaults__["save_minutes"] = 0.0
-samples = cache.load_all(Path({cache!r}))
+samples = [cache.load(Path({cache!r}) / "sub-toy.npz")]
 config = replace(QUICK, steps=int(sys.argv[1]))
 print("ready", flush=True)
 run.train(samples, Path({run!r}), config, net_config=conftest.TINY)
@@ -402,6 +408,8 @@ def test_held_out_people_are_not_trained_on(toy_sample, tmp_path, tiny_config):
     described = load_model(str(path)).metadata["training"]
     assert described["trained_on"] == ["toy"]
     assert described["held_out"] == ["other"]
+    with pytest.raises(UsageError, match="trained_on"):  # the checkpoint knows whom it has seen
+        train([toy_sample, other], tmp_path, config, net_config=tiny_config)
     for hold_out in (["nobody"], ["toy", "other"]):
         with pytest.raises(UsageError):
             train([toy_sample, other], tmp_path, config, hold_out=hold_out)

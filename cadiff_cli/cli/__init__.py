@@ -4,9 +4,13 @@ Commands live in modules of their own and are imported when they are asked for, 
 when they are run, so that ``--help`` is instant.
 """
 
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -56,11 +60,16 @@ def segment_main() -> None:
 
 def guarded(call: Callable[[], object]) -> int:
     """Run a command; every error becomes one line on stderr and a documented exit code."""
+    # A batch system ends a job with SIGTERM: leave through the clean-up code.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = call()
         return code if isinstance(code, int) else 0
     except CadiffError as error:
         return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return UsageError.exit_code
     except click.UsageError as error:
         hint = f" Try '{error.ctx.command_path} --help'." if error.ctx else ""
         return _fail(f"{error.format_message()}{hint}", UsageError.exit_code)
@@ -71,19 +80,22 @@ def guarded(call: Callable[[], object]) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        return _fail(
-            f"{error.strerror or error} ({error.filename or 'no file'})", DiskError.exit_code
-        )
+        where = error.filename or "no file"
+        return _fail(f"{error.strerror or error} ({where})", DiskError.exit_code)
     except Exception as error:
-        import logging
-
-        logging.getLogger("cadiff_cli").debug("unexpected error", exc_info=True)
-        text = str(error).splitlines()[0] if str(error) else ""
         return _fail(
-            f"unexpected {type(error).__name__}: {text}. This is a bug: please report it with the"
-            " log file in the output folder",
+            f"unexpected {type(error).__name__}: {error}. This is a bug: please report it with"
+            f" {_crash_file()}",
             1,
         )
+
+
+def _crash_file() -> Path:
+    """The traceback that the user is spared, for whoever mends it."""
+    handle, name = tempfile.mkstemp(prefix="cadiff-crash-", suffix=".txt")
+    with open(handle, "w", encoding="utf-8") as stream:
+        stream.write(f"cadiff {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    return Path(name)
 
 
 def _fail(text: str, code: int) -> int:

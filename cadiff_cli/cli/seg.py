@@ -23,7 +23,13 @@ import click
     help="MNIColin27, MNI152NLin2009cAsym (both TemplateFlow), MNI152NLin2009aSym (embedded)."
     " auto: Colin27 if it can be had, else the embedded one.",
 )
-@click.option("--registration", default="fast", show_default=True, help="fast or affine.")
+@click.option(
+    "--registration",
+    type=click.Choice(["fast", "affine"]),
+    default="fast",
+    show_default=True,
+    help="fast: affine and SyN at 2 mm.",
+)
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--model", default="cadiff-malc", show_default=True, help="Released name or file.")
 @click.option(

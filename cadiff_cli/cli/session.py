@@ -46,10 +46,9 @@ def segment_file(
             f"unknown template {atlas!r}", f"choose from auto, {', '.join(registry())}"
         )
     place = Derivatives(out, t1)
-    place.claim(overwrite=overwrite)
+    place.claim(t1, config.strip.mask, overwrite=overwrite)
     show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
     handlers = _handlers(console, log_path, verbosity)
     begun = time.perf_counter()
     try:
@@ -74,6 +73,9 @@ def segment_file(
             import torch
 
             torch.set_num_threads(threads)
+        from cadiff_cli.stages.segment import pick_device
+
+        pick_device(config.sample.device)
         loaded = load_model(model)
         template = load_template(atlas, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:

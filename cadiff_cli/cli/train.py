@@ -24,7 +24,7 @@ import click
     show_default=True,
     help="Templates whose fields are trained on (repeatable).",
 )
-@click.option("--hold-out", multiple=True, help="Subject label kept for validation (repeatable).")
+@click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
 @click.option("--steps", type=click.IntRange(1), default=3000, show_default=True)
 @click.option(
     "--decay",

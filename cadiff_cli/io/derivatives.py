@@ -31,6 +31,16 @@ log = logging.getLogger(__name__)
 BIDS_VERSION = "1.10.0"
 BIDSIGNORE = "*.html\nfigures\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
 CODE_URL = "https://pypi.org/project/cadiff/"
+OURS = (
+    "seg-cadiff_dseg.*",
+    "seg-cadiff_probseg.*",
+    "desc-preproc_T1w.*",
+    "desc-brain_mask.*",
+    "desc-volumetric_morph.*",
+    "desc-distance_field.*",
+    "from-*_mode-image_xfm.*",
+)
+"""What follows the source's entities in the names of the files that a run writes."""
 CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
 
 
@@ -49,24 +59,43 @@ class Derivatives:
 
     @property
     def commit(self) -> Path:
-        """The file written last."""
+        """The file written last: where it exists, everything else does."""
         return self.path("seg-cadiff_dseg.json")
 
-    def claim(self, *, overwrite: bool) -> None:
-        """Make sure that results can be written, and that none are lost; raises ``OutputError``."""
+    def existing(self) -> list[Path]:
+        """Files that are there already under names that a run may write."""
+        return sorted(p for name in OURS for p in self.folder.glob(f"{self.stem}_{name}"))
+
+    def claim(self, *inputs: Path | None, overwrite: bool) -> None:
+        """Make sure that results can be written, and that nothing is lost by it.
+
+        Existing results are refused unless ``overwrite`` is set; ``inputs`` of the run are never
+        overwritten.  Raises ``OutputError``.
+        """
         for parent in (self.out, *self.out.parents):
             if parent.exists():
                 if not parent.is_dir():
                     raise OutputError(f"{parent} is a file", "give a folder with -o")
                 break
-        existing = self.path("seg-cadiff_dseg.nii.gz")
-        if existing.exists() and not overwrite:
-            raise OutputError(
-                f"{existing} is there already", "use --overwrite, or another folder with -o"
-            )
-        with replacing(self.folder / ".writable"):
-            pass
-        (self.folder / ".writable").unlink(missing_ok=True)
+        for path in self.existing():
+            if any(source is not None and path.samefile(source) for source in inputs):
+                raise OutputError(
+                    f"{path} is an input and would be overwritten", "choose another folder with -o"
+                )
+            if not overwrite:
+                raise OutputError(
+                    f"{path} is there already", "use --overwrite, or another folder with -o"
+                )
+        for folder in (self.out / "logs", self.folder):
+            with replacing(folder / ".writable"):
+                pass
+            (folder / ".writable").unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove an earlier run's results, the one that vouches for the others first."""
+        self.commit.unlink(missing_ok=True)
+        for path in self.existing():
+            path.unlink(missing_ok=True)
 
 
 def save_result(result: Result, out: Path, field: CoordinateField | None = None) -> list[Path]:
@@ -85,6 +114,7 @@ def save_result(result: Result, out: Path, field: CoordinateField | None = None)
         written.append(path)
 
     about = {"Sources": [scan.path.name], "SpatialReference": scan.path.name}
+    place.clear()
     save_dataset_files(out, table)
     volume(
         "desc-preproc_T1w.nii.gz",
@@ -198,12 +228,18 @@ def _rows(result: Result) -> Iterable[tuple[object, ...]]:
 
 def provenance(result: Result) -> dict[str, Any]:
     """What made this segmentation: enough to make it again."""
-    registered = result.prepared.registered
+    registered, config = result.prepared.registered, result.config
+    settings = as_dict(config)
+    if config.strip.mask is not None:
+        settings["strip"]["mask"] = config.strip.mask.name  # paths may tell more than they should
+    model = {"Name": result.model.name, "WeightsSHA256": result.model.sha256}
     return {
-        "GeneratedBy": software(),
-        "Model": {"Name": result.model.name, "WeightsSHA256": result.model.sha256},
+        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
+        "SoftwareVersions": software(),
+        "Model": model,
         "Steps": result.segmentation.steps,
         "Seed": result.segmentation.seed,
+        "Tile": result.segmentation.tile,
         "Template": {
             "Name": registered.template.name,
             "Source": registered.template.source,
@@ -211,16 +247,16 @@ def provenance(result: Result) -> dict[str, Any]:
             "Score": round(registered.score, 4),
         },
         "SkullStripping": result.prepared.stripped.method,
-        "Settings": as_dict(result.config),
-        "Fingerprint": fingerprint(result.config),
+        "Settings": settings,
+        "Fingerprint": fingerprint([settings, model, registered.template.name]),
         "Seconds": dict(result.seconds),
         "Warnings": list(result.warnings),
     }
 
 
 def software() -> dict[str, str]:
-    """Versions of this package and of what its numbers depend on."""
-    found = {"cadiff": cadiff_cli.__version__, "python": platform.python_version()}
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
     for name in ("torch", "antspyx", "nibabel", "numpy", "scipy", "monai"):
         try:
             found[name] = version(name)

@@ -1,6 +1,6 @@
 """Read scans and write images.  The only module that opens image files with nibabel."""
 
-import gzip
+import logging
 import os
 import tempfile
 import zlib
@@ -11,6 +11,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -55,6 +56,8 @@ def load_volume(path: Path) -> Volume:
         raise DataError(f"{path.name} is not an image", f"give {', '.join(IMAGE_SUFFIXES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path.name} is empty (0 bytes)", "copy or download it again")
+    # nibabel describes header oddities on stderr; what matters is said below.
+    imageglobals.logger.setLevel(logging.CRITICAL)
     try:
         image: Any = nib.load(path)
         shape = tuple(int(n) for n in image.shape)
@@ -76,7 +79,7 @@ def load_volume(path: Path) -> Volume:
         raise DataError(
             f"{path.name} is not a readable image ({error})", "give NIfTI or MGH"
         ) from error
-    except (OSError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise DataError(
             f"{path.name} is damaged or truncated ({error})", "copy or download it again"
         ) from error
@@ -118,10 +121,10 @@ def load_scan(path: Path) -> Scan:
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise DataError(f"{name} is {kind}", "give a T1-weighted image")
-    if np.percentile(data, 1) < -500 and np.percentile(data, 90) > -500:
+    low, high = np.percentile(data, [1, 90])
+    if low < -500 < high:
         raise DataError(
-            f"{name} looks like a CT in Hounsfield units (1st percentile"
-            f" {np.percentile(data, 1):.0f})",
+            f"{name} looks like a CT in Hounsfield units (1st percentile {low:.0f})",
             "give a T1-weighted MR image",
         )
     if grid.spacing_mm.max() > 3.0:
@@ -129,7 +132,24 @@ def load_scan(path: Path) -> Scan:
             f"voxels of {np.round(grid.spacing_mm, 2).tolist()} mm are coarse:"
             " small structures will be unreliable"
         )
+    warnings.extend(_frame_warnings(path))
     return Scan(Volume(data, grid), path, tuple(warnings))
+
+
+def _frame_warnings(path: Path) -> list[str]:
+    """Reasons to doubt what a NIfTI header says of left and right."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return []
+    image: Any = nib.load(path)
+    (sform, s_code), (qform, q_code) = image.get_sform(coded=True), image.get_qform(coded=True)
+    if not s_code and not q_code:
+        return [
+            f"{path.name} does not say how it lies (qform and sform codes are 0):"
+            " left and right are a guess"
+        ]
+    if s_code and q_code and np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+        return [f"sform and qform of {path.name} disagree about left and right: sform is believed"]
+    return []
 
 
 @contextmanager
@@ -156,9 +176,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise DiskError(
-            f"writing {path.name} failed ({error.strerror or error})",
-            "check the free space (df -h) and run again",
+        if error.errno in _FULL:
+            raise DiskError(
+                f"writing {path.name} failed ({error.strerror})",
+                "free some space (df -h) and run again",
+            ) from error
+        raise OutputError(
+            f"writing {path} failed ({error.strerror or error})", "check the folder and run again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -178,16 +202,16 @@ def save_volume(path: Path, data: np.ndarray, grid: Grid, like: Path | None = No
         header["cal_min"] = header["cal_max"] = 0
         header["descrip"] = b""
         header["aux_file"] = b""
-        header["intent_code"] = 0
         header["intent_name"] = b""
+        for key in _STALE:
+            header[key] = 0
+        header["pixdim"][4:] = 1
         header.set_slope_inter(1, 0)
         affine = None  # the header's own qform and sform, bit for bit
     # NIfTI has neither booleans nor half precision.
     stored: dict[str, type] = {"bool": np.uint8, "float16": np.float32}
     dtype = np.dtype(stored.get(data.dtype.name, data.dtype))
     klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    if max(data.shape) > 32767:
-        klass = nib.Nifti2Image
     image = klass(data.astype(dtype, copy=False), affine, header)
     image.set_data_dtype(dtype)
     if header is None:
@@ -204,4 +228,16 @@ def _umask() -> int:
     return value
 
 
-_FULL = {28, 122}  # ENOSPC, EDQUOT
+_FULL = {5, 28, 122}  # EIO, ENOSPC, EDQUOT
+_STALE = [
+    "intent_code",
+    "intent_p1",
+    "intent_p2",
+    "intent_p3",
+    "toffset",
+    "slice_code",
+    "slice_start",
+    "slice_end",
+    "slice_duration",
+]
+"""Header fields that speak of the scan's acquisition or of time."""

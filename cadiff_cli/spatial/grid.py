@@ -7,6 +7,9 @@ from nibabel import orientations
 
 from cadiff_cli.errors import DataError
 
+MAX_SHEAR = 1e-3
+"""Cosine between two axes from which a grid counts as sheared rather than rounded."""
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -79,18 +82,24 @@ class Grid:
 
         Axes are permuted and flipped but never rotated, and an axis whose spacing is already
         within ``tolerance`` keeps it, so that a 1 mm scan in any orientation is not interpolated.
+        Sheared axes (gantry tilt) become the nearest orthogonal ones: ITK knows no others.
         """
         to_ras = orientations.io_orientation(self.affine)
         flip = orientations.inv_ornt_aff(to_ras, self.shape)
         affine = self.affine @ flip
         shape = np.array(self.shape)[np.argsort(to_ras[:, 0])]
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        centre = affine[:3, :3] @ ((shape - 1) / 2) + affine[:3, 3]
+        directions = affine[:3, :3] / spacing
+        if abs(directions.T @ directions - np.eye(3)).max() > MAX_SHEAR:
+            u, _, v = np.linalg.svd(directions)
+            affine[:3, :3] = (u @ v) * spacing
         step = np.where(abs(spacing / spacing_mm - 1) <= tolerance, 1.0, spacing_mm / spacing)
         new_shape = np.maximum(np.ceil(shape / step - 1e-6), 1).astype(int)
         scaled = affine.copy()
         scaled[:3, :3] = affine[:3, :3] * step
         # Both fields of view share their centre.
-        scaled[:3, 3] += affine[:3, :3] @ ((shape - 1) / 2 - step * (new_shape - 1) / 2)
+        scaled[:3, 3] = centre - scaled[:3, :3] @ ((new_shape - 1) / 2)
         return Grid(tuple(new_shape), scaled)
 
 

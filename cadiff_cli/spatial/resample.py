@@ -36,7 +36,7 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
         to_source[:3, 3],
         output_shape=grid.shape,
         order=order,
-        mode="constant",
+        mode="grid-constant",
         cval=fill,
     )
     return Volume(moved, grid)

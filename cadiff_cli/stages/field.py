@@ -6,8 +6,8 @@ from cadiff_cli.products import CoordinateField, Registered, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import warp
 
-MARGIN_MM = 60.0
-"""How far beyond the extents coordinates are known, so that no voxel near a brain lacks one."""
+MARGIN_MM = 200.0
+"""How far beyond the extents coordinates are known: as far as a field of view may reach."""
 STEP_MM = 10.0
 """Coordinates are linear, so a coarse grid carries them exactly through linear interpolation."""
 

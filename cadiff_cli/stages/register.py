@@ -54,11 +54,10 @@ def register(
     except Exception as error:  # ITK errors arrive as RuntimeError or ValueError
         if config.name == "affine":
             raise DataError(
-                f"the template cannot be registered ({error})", "is this a T1-weighted brain?"
+                f"the template cannot be registered ({_first_line(error)})",
+                "is this a T1-weighted brain?",
             ) from error
-        warnings.append(
-            f"deformable registration failed ({str(error).splitlines()[0]}); affine is used"
-        )
+        warnings.append(f"deformable registration failed ({_first_line(error)}); affine is used")
         kind = "affine"
         try:
             forward, inverse = _run(
@@ -66,7 +65,8 @@ def register(
             )
         except Exception as last:
             raise DataError(
-                f"the template cannot be registered ({last})", "is this a T1-weighted brain?"
+                f"the template cannot be registered ({_first_line(last)})",
+                "is this a T1-weighted brain?",
             ) from last
     registered = Registered(template, forward, inverse, kind, 0.0)
     warped = warp(template.brain, registered, stripped.t1.grid.coarsen(2))
@@ -161,6 +161,10 @@ def _orthonormal(matrix: np.ndarray) -> np.ndarray:
     """The nearest rotation or reflection: ITK refuses directions that are off by rounding."""
     u, _, v = np.linalg.svd(matrix)
     return np.asarray(u @ v)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _ants() -> Any:

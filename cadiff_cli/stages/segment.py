@@ -6,8 +6,9 @@ tiled inference run the same code: tiling only changes how the network is applie
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,29 +37,37 @@ def segment(
 ) -> Segmentation:
     """Label codes on the scan's own grid, 0 outside ``mask`` (which is on the scan's grid)."""
     if config.steps < 0:
-        raise UsageError(
-            f"--steps is {config.steps}", "use 5 (the default), or 0 for the prior alone"
-        )
-    p = class_probabilities(conditions, model, config)
+        raise UsageError(f"--steps is {config.steps}", "use 5 (the default), or 0 for the prior")
+    p, tile = class_probabilities(conditions, model, config)
     grid, native = conditions.image.grid, scan.t1.grid
-    posteriors = None
-    between = grid.voxel_map(native)
-    if config.posteriors:
-        posteriors = native_posteriors(p, grid, native)
-        posteriors[1:, ~mask.data] = 0
-        posteriors[0, ~mask.data] = 1
-        classes = posteriors.argmax(axis=0)
-    elif same_lattice(between):
+    if same_lattice(grid.voxel_map(native)):
         best = Volume(p.argmax(dim=0).to(torch.uint8).numpy(), grid)
         classes = resample(best, native, order=0).data
     else:
         classes = native_classes(p, grid, native)
-    codes = np.where(mask.data, model.table.codes[classes], 0).astype(np.int16)
-    return Segmentation(Volume(codes, native), model.table, config.steps, config.seed, posteriors)
+    posteriors = None
+    if config.posteriors:
+        posteriors = native_posteriors(p, grid, native)
+        posteriors[1:, ~mask.data] = 0
+        posteriors[0, ~mask.data] = 1
+    warnings: tuple[str, ...] = ()
+    if tile is not None and tile != config.tile:
+        warnings = (f"memory was short: the volume was segmented in tiles of {tile} voxels",)
+    return Segmentation(
+        Volume(np.where(mask.data, model.table.codes[classes], 0).astype(np.int16), native),
+        model.table,
+        config.steps,
+        config.seed,
+        tile,
+        posteriors,
+        warnings,
+    )
 
 
-def class_probabilities(conditions: Conditions, model: Model, config: SampleConfig) -> Tensor:
-    """(classes, X, Y, Z) float32 on the crop's 1 mm grid."""
+def class_probabilities(
+    conditions: Conditions, model: Model, config: SampleConfig
+) -> tuple[Tensor, int | None]:
+    """(classes, X, Y, Z) float32 on the crop's 1 mm grid, and the edge of the tiles if any."""
     device = pick_device(config.device)
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
     field = torch.from_numpy(conditions.field.data.copy())[None]
@@ -69,21 +78,21 @@ def class_probabilities(conditions: Conditions, model: Model, config: SampleConf
         p = denoise(net, image, field, config.steps, generator, device, tile)
         if config.flip:
             q = denoise(net, *mirrored(image, field), config.steps, generator, device, tile)
-            p = p.add_(unmirrored(q, model.table)).div_(2)
+            p = add_unmirrored(p, q, model.table).div_(2)
         return p
 
     if config.tile is not None:
-        return predict(config.tile)
+        return predict(config.tile), config.tile
     if image.numel() * BYTES_PER_VOXEL < free_bytes(device):
         try:
-            return predict(None)
+            return predict(None), None
         except MemoryError:
             pass
         except RuntimeError as error:  # what torch raises when it cannot allocate
             if "memory" not in str(error):
                 raise
     log.warning("not enough memory for the whole volume: using tiles of %d voxels", TILE)
-    return predict(TILE)
+    return predict(TILE), TILE
 
 
 @torch.no_grad()
@@ -109,44 +118,33 @@ def denoise(
     noise = torch.randn(1, net.config.n_classes, *field.shape[2:], generator=generator)
     clean = torch.zeros(1, device=device)
 
-    def coarse(x: Tensor, t: float) -> Tensor:
-        """(1, 8 + 3 + classes, ...) at 2 mm -> the estimate of P_0, (1, classes, ...)."""
+    def network(x: Tensor, t: float, fine: bool) -> Tensor:
+        """(1, 8 + 3 + classes, ...) at 2 mm -> probabilities at 2 mm or, if ``fine``, at 1 mm."""
         x = x.to(device)
+        part, d_0, m_t = shuffle(x[:, :8]), x[:, 8:n_known], x[:, n_known:]
         time = torch.full((1,), t, device=device)
-        eight, d_0, m_t = x[:, :8], x[:, 8:n_known], x[:, n_known:]
         with autocast(device):
-            logits: Tensor = net.trunk(shuffle(eight), d_0, m_t, clean, time).logits
-        return logits.softmax(dim=1)
+            coarse = net.trunk(part, d_0, m_t, clean, time)
+            logits = net.refine(part, coarse, clean, time) if fine else coarse.logits
+        return logits.float().softmax(dim=1)
 
-    def fine(x: Tensor, t: float) -> Tensor:
-        """The same input -> 1 mm probabilities, (1, classes, 2x, 2y, 2z)."""
-        x = x.to(device)
-        time = torch.full((1,), t, device=device)
-        eight, d_0, m_t = x[:, :8], x[:, 8:n_known], x[:, n_known:]
-        with autocast(device):
-            _, logits = net(shuffle(eight), d_0, m_t, clean, time)
-        p: Tensor = logits.float().softmax(dim=1)
-        return p
-
-    def apply(function: Callable[[Tensor, float], Tensor], m_t: Tensor, t: float) -> Tensor:
+    def estimate(m_t: Tensor, t: float, fine: bool = False) -> Tensor:
         x = torch.cat([known, m_t], dim=1)
         if tile is None:
-            return function(x, t).cpu()
+            return network(x, t, fine).cpu()
         from monai.inferers import sliding_window_inference
 
         answer: Tensor = sliding_window_inference(
-            x, tile // STRIDE, 1, lambda part: function(part, t), overlap=0.5, mode="gaussian"
+            x, tile // STRIDE, 1, lambda part: network(part, t, fine), overlap=0.5, mode="gaussian"
         )
         return answer.cpu()
 
     schedule = times(steps)
     m_t = noise
     # The sampler is lazy: its last step, which only the fine pass needs, is never evaluated.
-    for step in islice(
-        sample(lambda m, t: 2 * apply(coarse, m, t) - 1, noise, schedule), steps - 1
-    ):
+    for step in islice(sample(lambda m, t: 2 * estimate(m, t) - 1, noise, schedule), steps - 1):
         m_t = step.x_next
-    return apply(fine, m_t, schedule[-1])[0]
+    return estimate(m_t, schedule[-1], fine=True)[0]
 
 
 def mirrored(image: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,9 +153,14 @@ def mirrored(image: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
     return image.flip(2), torch.cat([1 - flipped[:, :1], flipped[:, 1:]], dim=1)
 
 
-def unmirrored(p: Tensor, table: LabelTable) -> Tensor:
-    """Probabilities (classes, X, Y, Z) of a mirrored brain, brought back."""
-    return p[torch.from_numpy(table.mirror_classes)].flip(1)
+def add_unmirrored(p: Tensor, q: Tensor, table: LabelTable) -> Tensor:
+    """Add to ``p``, in place, the probabilities ``q`` of the mirrored brain, brought back.
+
+    (classes, X, Y, Z).  Class by class: a second copy of all of them would double the peak memory.
+    """
+    for k, mirror in enumerate(table.mirror_classes):
+        p[k].add_(q[mirror].flip(0))
+    return p
 
 
 def native_classes(p: Tensor, grid: Grid, native: Grid) -> np.ndarray:
@@ -177,22 +180,32 @@ def native_posteriors(p: Tensor, grid: Grid, native: Grid) -> np.ndarray:
     return out
 
 
-def _slabs(p: Tensor, grid: Grid, native: Grid):  # type: ignore[no-untyped-def]
-    """Yield (native x index, (classes, Y, Z) probabilities) for the slices that meet the crop."""
+def _slabs(p: Tensor, grid: Grid, native: Grid) -> Iterator[tuple[int, Tensor]]:
+    """Yield (native x index, (classes, Y, Z) probabilities) for the slices that meet the crop.
+
+    A native voxel larger than the crop's averages as many points along each axis as fit into it.
+    """
     to_crop = grid.voxel_map(native)
     size = torch.tensor(grid.shape, dtype=torch.float64)
+    ratio = np.linalg.norm(to_crop[:3, :3], axis=0)
+    inner = [(np.arange(n) + 0.5) / n - 0.5 for n in np.maximum(np.rint(ratio), 1).astype(int)]
+    shifts = np.stack(np.meshgrid(*inner, indexing="ij"), axis=-1).reshape(-1, 3)
     y, z = np.indices(native.shape[1:])
     for index in range(native.shape[0]):
-        native_ijk = np.stack([np.full_like(y, index), y, z], axis=-1)
-        ijk = native_ijk @ to_crop[:3, :3].T + to_crop[:3, 3]
-        inside = ((ijk > -1) & (ijk < np.array(grid.shape))).all(axis=-1)
-        if not inside.any():
-            continue
-        scaled = 2 * torch.from_numpy(ijk) / (size - 1) - 1
-        points = scaled.flip(-1).float()[None, None]
-        slab = F.grid_sample(p[None], points, padding_mode="zeros", align_corners=True)[0, :, 0]
-        slab[0] += 1 - slab.sum(dim=0)
-        yield index, slab
+        voxels = np.stack([np.full_like(y, index), y, z], axis=-1)
+        total = None
+        for shift in shifts:
+            ijk = (voxels + shift) @ to_crop[:3, :3].T + to_crop[:3, 3]
+            if not ((ijk > -1) & (ijk < np.array(grid.shape))).all(axis=-1).any():
+                continue
+            scaled = 2 * torch.from_numpy(ijk) / (size - 1) - 1
+            points = scaled.flip(-1).float()[None, None]
+            slab = F.grid_sample(p[None], points, padding_mode="zeros", align_corners=True)
+            part = slab[0, :, 0] / len(shifts)
+            total = part if total is None else total.add_(part)
+        if total is not None:
+            total[0] += 1 - total.sum(dim=0)
+            yield index, total
 
 
 def pick_device(name: str) -> torch.device:
@@ -202,9 +215,14 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("no CUDA device is available", "use --device cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}", "use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported", "use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
+    return device
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -217,12 +235,21 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now."""
+    """Memory that can be had now: of the GPU, or of the machine within its control group."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo", encoding="ascii") as stream:
-            fields = dict(line.split(":", 1) for line in stream)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    group = Path("/sys/fs/cgroup")
+    try:  # containers and clusters limit a process below the machine's memory
+        limit, used = (
+            int((group / name).read_text(encoding="ascii"))
+            for name in ("memory.max", "memory.current")
+        )
+    except (OSError, ValueError):  # no such group, or "max"
+        return free
+    return min(free, limit - used)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from cadiff_cli.config import RegisterConfig, StripConfig
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.config import Config, RegisterConfig
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -25,14 +25,14 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 """Brain masks outside this range (children to large adults) are reported as suspicious."""
 
 
-def strip(scan: Scan, template: Template, config: StripConfig, work_dir: Path) -> Stripped:
+def strip(scan: Scan, template: Template, config: Config, work_dir: Path) -> Stripped:
     """The brain on the working grid, 0 outside its mask."""
     working = scan.t1.grid.working()
     t1 = resample(scan.t1, working, order=3)
     t1 = Volume(np.clip(t1.data, scan.t1.data.min(), scan.t1.data.max()), working)
-    method, note = config.method, None
-    if config.mask is not None:
-        method, mask = "mask file", _given(config.mask, scan, working)
+    method, warnings = config.strip.method, list[str]()
+    if config.strip.mask is not None:
+        method, mask = "mask file", _given(config.strip.mask, scan, working)
     else:
         if method not in METHODS:
             raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
@@ -41,21 +41,23 @@ def strip(scan: Scan, template: Template, config: StripConfig, work_dir: Path) -
             method = "none" if stripped_already else "template"
             log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         elif method == "template" and stripped_already:
-            note = "the scan looks skull-stripped already: --skull-strip none would leave it alone"
+            warnings.append(
+                "the scan looks skull-stripped already: --skull-strip none would leave it alone"
+            )
         elif method == "none" and not stripped_already:
-            note = (
+            warnings.append(
                 "the scan does not look skull-stripped, and --skull-strip none was asked for:"
                 " labels will be unreliable outside the brain"
             )
         if method == "none":
             mask = resample(Volume(_foreground(scan.t1.data), scan.t1.grid), working, order=0)
         else:
-            mask = _from_template(t1, template, work_dir)
+            mask, said = _from_template(t1, template, config.register, work_dir)
+            warnings.extend(f"skull stripping: {text}" for text in said)
     mask = Volume(_tidy(mask.data), working)
     litres = np.count_nonzero(mask.data) * working.voxel_volume_mm3 / 1e6
     if litres == 0:
         raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
-    warnings = [] if note is None else [note]
     if not PLAUSIBLE_LITRES[0] <= litres <= PLAUSIBLE_LITRES[1]:
         warnings.append(
             f"the brain mask ({method}) holds {litres:.2f} l, outside"
@@ -112,24 +114,27 @@ def _given(path: Path, scan: Scan, working: Grid) -> Volume:
     )
 
 
-def _from_template(t1: Volume, template: Template, work_dir: Path) -> Volume:
-    """Register the template's whole head and carry its brain mask over."""
+def _from_template(
+    t1: Volume, template: Template, config: RegisterConfig, work_dir: Path
+) -> tuple[Volume, tuple[str, ...]]:
+    """Register the template's whole head and carry its brain mask over; mask and warnings."""
     from cadiff_cli.stages.register import register, warp
 
     if template.head is None or template.mask is None:
-        raise UsageError(
-            f"template {template.name} has no skull, so it cannot strip a whole head",
-            "use --atlas MNIColin27 (needs TemplateFlow), or give --mask FILE, or strip the scan"
-            " first",
+        raise MissingInputError(
+            f"the scan is a whole head, and template {template.name} has no skull to strip it by",
+            "set TEMPLATEFLOW_HOME to a cache with MNIColin27 ('templateflow get MNIColin27' on a"
+            " machine with a network), or give --mask FILE, or strip the scan first",
         )
     head = Volume(t1.data - min(float(t1.data.min()), 0.0), t1.grid)
     stage = Stripped(head, Volume(np.ones(t1.grid.shape, dtype=bool), t1.grid), "head")
     whole = Template(
         template.name, template.head, template.ac_mm, template.low_mm, template.high_mm
     )
-    registered = register(stage, whole, RegisterConfig(), work_dir)
+    registered = register(stage, whole, config, work_dir)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
-    return Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)
+    mask = Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)
+    return mask, registered.warnings
 
 
 def _tidy(mask: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ One small ``.npz`` a scan: the image crop as uint8, classes as uint8, and the di
 template at 4 mm in half precision (it is smooth).  A cache travels to another machine as it is.
 """
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.config import Config, RegisterConfig, StripConfig
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.config import Config, RegisterConfig, fingerprint
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.nifti import load_scan, load_volume, replacing
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
-
-log = logging.getLogger(__name__)
+from cadiff_cli.stages.condition import FIELD_STRIDE as NETWORK_STRIDE
+from cadiff_cli.stages.condition import condition
+from cadiff_cli.stages.register import register
+from cadiff_cli.stages.strip import strip
 
 FIELD_STRIDE = 4
+"""Voxels between stored field values; the network's own field has twice as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,13 @@ class Sample:
     fields: dict[str, np.ndarray]
 
 
-def cached_name(scan: LabelledScan) -> str:
-    """File name of a scan's sample."""
-    return f"{scan.name}.npz"
+def cached_path(
+    scan: LabelledScan, templates: Sequence[str], mapping: dict[int, int], folder: Path
+) -> Path:
+    """Where a scan's sample lies: another mapping, template list or input is another file."""
+    inputs = [path.stat().st_size for path in (scan.t1, scan.dseg)]
+    key = fingerprint([sorted(mapping.items()), list(templates), scan.t1.name, inputs])
+    return folder / f"{scan.name}_{key}.npz"
 
 
 def build(
@@ -54,8 +59,12 @@ def build(
     mapping: dict[int, int],
     folder: Path,
 ) -> Path:
-    """Prepare one scan with every template and write its sample; an existing one is kept."""
-    path = folder / cached_name(scan)
+    """Prepare one scan with every template and write its sample; an existing one is kept.
+
+    The brain is found once (with the first template, if it is a whole head), so that all fields
+    share one crop.
+    """
+    path = cached_path(scan, templates, mapping, folder)
     if path.exists():
         return path
     loaded = load_scan(scan.t1)
@@ -66,19 +75,20 @@ def build(
             "an image and its labels must share a grid",
         )
     classes = Volume(table.encode(np.asarray(dseg.data), mapping), dseg.grid)
-    config = Config(strip=StripConfig("auto"), register=RegisterConfig("fast"))
     arrays: dict[str, np.ndarray] = {}
-    for name in templates:
-        with tempfile.TemporaryDirectory() as work:
-            prepared = prepare(loaded, load_template(name, offline=True), config, Path(work))
-        conditions = prepared.conditions
-        arrays[f"field_{name}"] = pool(conditions.field.data, FIELD_STRIDE // 2).astype(np.float16)
+    with tempfile.TemporaryDirectory() as work:
+        atlases = [load_template(name, offline=True) for name in templates]
+        stripped = strip(loaded, atlases[0], Config(), Path(work))
+        for atlas in atlases:
+            registered = register(stripped, atlas, RegisterConfig(), Path(work))
+            conditions = condition(stripped, registered)
+            field = pool(conditions.field.data, FIELD_STRIDE // NETWORK_STRIDE)
+            arrays[f"field_{atlas.name}"] = field.astype(np.float16)
     grid = conditions.image.grid
     arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
     arrays["classes"] = resample(classes, grid, order=0).data
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, name=scan.name, subject=scan.subject, **arrays)  # type: ignore[arg-type]
-    log.info("prepared %s (registration score %.3f)", scan.name, prepared.registered.score)
     return path
 
 
@@ -91,14 +101,6 @@ def load(path: Path) -> Sample:
         return Sample(
             str(stored["name"]), str(stored["subject"]), stored["image"], stored["classes"], fields
         )
-
-
-def load_all(folder: Path) -> list[Sample]:
-    """Every sample of a cache folder, in name order."""
-    paths = sorted(folder.glob("*.npz"))
-    if not paths:
-        raise MissingInputError(f"no prepared scans in {folder}", "run cadiff train DATASET first")
-    return [load(path) for path in paths]
 
 
 def pool(data: np.ndarray, factor: int) -> np.ndarray:

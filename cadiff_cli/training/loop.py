@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -179,8 +179,6 @@ def fit(
     max_minutes: float = math.inf,
     report_every: int = 20,
     save_minutes: float = 4.0,
-    validate_every: int = 0,
-    validate: Callable[[CADiffNet, int], None] | None = None,
 ) -> None:
     """Train until ``config.steps`` or ``max_minutes``; SIGTERM and Ctrl-C save and return."""
     stop = False
@@ -226,9 +224,6 @@ def fit(
             if now - saved > 60 * save_minutes:
                 save_checkpoint(checkpoint, state, config)
                 saved = now
-            if validate and validate_every and state.step % validate_every == 0:
-                validate(state.ema, state.step)
-                reported = time.monotonic()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -57,10 +57,11 @@ def prepare_dataset(
     """Prepare every labelled scan once (kept in ``folder``) and load them all."""
     scans, table = labelled_scans(dataset), load_table()
     folder.mkdir(parents=True, exist_ok=True)
+    samples = []
     for index, scan in enumerate(scans, start=1):
-        cache.build(scan, templates, table, mapping, folder)
+        samples.append(cache.load(cache.build(scan, templates, table, mapping, folder)))
         log.info("%d of %d scans prepared", index, len(scans))
-    return cache.load_all(folder)
+    return samples
 
 
 def train(
@@ -88,20 +89,21 @@ def train(
     net = CADiffNet(net_config or NetConfig())
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
+    described: dict[str, Any] = {
+        "train": as_dict(config),
+        "fingerprint": fingerprint(as_dict(config)),
+        "net": as_dict(net.config),
+        "trained_on": sorted({s.subject for s in chosen}),
+        "held_out": sorted(hold_out),
+    }
     if checkpoint.exists():
+        _same_run(run / "config.json", described)
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
     else:
         prior = count_prior(chosen, table, net.config.prior_shape)
         for model in (state.net, state.ema):
             model.prior.logits.copy_(prior)
-    described: dict[str, Any] = {
-        "train": as_dict(config),
-        "fingerprint": fingerprint(config),
-        "net": net.config.to_dict(),
-        "trained_on": sorted({s.subject for s in chosen}),
-        "held_out": sorted(hold_out),
-    }
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     mirror = torch.from_numpy(table.mirror_classes)
     fit(state, chosen, mirror, config, checkpoint, max_minutes=max_minutes)
@@ -110,3 +112,14 @@ def train(
     save_model(path, state.ema, table, described)
     log.info("wrote %s after %d steps", path, state.step)
     return path
+
+
+def _same_run(path: Path, described: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint with other people, another network or another seed."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("trained_on", "net"):
+        if before[key] != described[key]:
+            raise UsageError(
+                f"the checkpoint beside {path} has {key} {before[key]}, not {described[key]}",
+                "use another --run folder, or the same data and --hold-out as before",
+            )
