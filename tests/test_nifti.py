@@ -9,7 +9,6 @@ import pytest
 
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
 from cadiff_cli.io.nifti import load_scan, load_volume, replacing, save_volume, stem
-from cadiff_cli.spatial.grid import Grid
 
 SHAPE = (70, 72, 74)
 
