@@ -1,6 +1,7 @@
 """One run of ``cadiff seg`` as a person sees it: checks first, a line per stage, a log file."""
 
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -65,6 +66,8 @@ def segment_file(
                 console.print(f"  {time.perf_counter() - begun:6.1f} s  {stage}")
 
         announce("load")
+        # Huge pages save a third of the time that the kernel spends on torch's large tensors.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from cadiff_cli.io.weights import load_model
         from cadiff_cli.pipeline import run
         from cadiff_cli.stages.field import coordinate_field

@@ -126,7 +126,13 @@ def denoise(
         with autocast(device):
             coarse = net.trunk(part, d_0, m_t, clean, time)
             logits = net.refine(part, coarse, clean, time) if fine else coarse.logits
-        return logits.float().softmax(dim=1)
+        # Slab by slab: a float32 copy of all logits would be the peak of the memory.
+        p = torch.empty(logits.shape, dtype=torch.float32, device=device)
+        for out, slab in zip(
+            torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True
+        ):
+            out.copy_(slab.float().softmax(dim=1))
+        return p
 
     def estimate(m_t: Tensor, t: float, fine: bool = False) -> Tensor:
         x = torch.cat([known, m_t], dim=1)
