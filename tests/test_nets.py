@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.config import as_dict
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     DynamicConv1d,
@@ -68,7 +69,7 @@ def test_unshuffled_voxels_stay_in_their_block(draw):
 
 
 def test_config_survives_plain_values(tiny_config):
-    assert NetConfig.from_dict(tiny_config.to_dict()) == tiny_config
+    assert NetConfig.from_dict(as_dict(tiny_config)) == tiny_config
 
 
 @pytest.mark.parametrize("which", ["field", "label"])

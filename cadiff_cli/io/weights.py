@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from cadiff_cli.config import as_dict
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.nifti import replacing
 from cadiff_cli.labels import LabelTable, load_table
@@ -108,7 +109,7 @@ def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str
     tensors["prior.logits"] = steps.to(torch.int8).contiguous()
     described = {
         "format": FORMAT,
-        "net": net.config.to_dict(),
+        "net": as_dict(net.config),
         "codes": table.codes.tolist(),
         "training": training,
     }

@@ -7,7 +7,7 @@ States: the field is stored in [0, 1] and diffused as ``2 D - 1``; labels are di
 ``2 P - 1``, where P holds the fraction of each class in a 2 mm voxel.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -41,13 +41,9 @@ class NetConfig:
     prior_shape: tuple[int, int, int] = (42, 52, 46)
     taca_sizes: tuple[int, ...] = (7, 11, 15)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a weights file's metadata."""
-        return asdict(self)
-
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
-        """Read back what ``to_dict`` wrote."""
+        """Read back what ``config.as_dict`` made for a weights file's metadata."""
         tuples: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }

@@ -111,7 +111,7 @@ def save_checkpoint(path: Path, state: State, config: TrainConfig) -> None:
             "optimiser": state.optimiser.state_dict(),
             "step": state.step,
             "seconds": state.seconds,
-            "net_config": state.net.config.to_dict(),
+            "net_config": as_dict(state.net.config),
             "train_config": as_dict(config),
         },
         temporary,

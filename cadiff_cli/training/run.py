@@ -115,7 +115,7 @@ def train(
 
 
 def _same_run(path: Path, described: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with other people, another network or another seed."""
+    """Refuse to continue a checkpoint with other people or another network."""
     before = json.loads(path.read_text(encoding="utf-8"))
     for key in ("trained_on", "net"):
         if before[key] != described[key]:
