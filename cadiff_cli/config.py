@@ -3,9 +3,12 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cadiff_cli import __version__
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,49 @@ class Config:
     sample: SampleConfig = SampleConfig()
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a result was, or will be, made with.  Results of equal recipes may share a dataset.
+
+    ``template`` is a name, never ``auto``.  ``spaces`` are the standard spaces that results are
+    carried into; ``field`` tells whether the distance field is written.
+    """
+
+    config: Config
+    template: str
+    model: str
+    weights_sha256: str
+    spaces: tuple[str, ...] = ()
+    field: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that decide the result: neither the device nor where files lie."""
+        plain = as_dict(self.config)
+        plain["sample"].pop("device")
+        if self.config.strip.mask is not None:
+            plain["strip"]["mask"] = self.config.strip.mask.name
+        return {
+            "version": __version__,
+            "template": self.template,
+            "model": self.model,
+            "weights_sha256": self.weights_sha256,
+            "output_spaces": list(self.spaces),
+            "field": self.field,
+            **plain,
+        }
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change when any of the settings changes."""
+        return fingerprint(self.settings())
+
+    def differs(self, sidecar: Mapping[str, Any]) -> str:
+        """How a result's settings differ from these, as ``sample.steps 5 -> 1``; empty if not."""
+        if sidecar.get("Fingerprint") == self.fingerprint():
+            return ""
+        changes = _differences(sidecar.get("Settings", {}), self.settings())
+        return "; ".join(changes[:3]) or "other settings"
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a settings object, fit for JSON."""
     plain = dataclasses.asdict(config)
@@ -60,3 +106,19 @@ def fingerprint(values: Any) -> str:
     """Twelve hex digits that change when any of these plain values changes."""
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _differences(made: object, wanted: object, name: str = "") -> list[str]:
+    """The leaves in which two nested dictionaries differ."""
+    if isinstance(made, dict) and isinstance(wanted, dict):
+        return [
+            text
+            for key in {**wanted, **made}
+            for text in _differences(made.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if made == wanted else [f"{name} {_short(made)} -> {_short(wanted)}"]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."

@@ -1,7 +1,8 @@
 """Errors a user can meet: what was seen, what to do, and the exit code.
 
-Exit codes follow the BIDS execution specification (sysexits): 64 usage, 65 bad data, 66 no
-input, 73 cannot create output, 74 I/O error.
+Exit codes follow the BIDS execution specification (16 invalid dataset, 17 unknown analysis level,
+18 no file selected) and sysexits: 64 usage, 65 bad data, 66 no input, 73 cannot create output,
+74 I/O error.
 """
 
 
@@ -47,3 +48,21 @@ class DiskError(CadiffError):
     """Writing failed half-way (disk full, quota)."""
 
     exit_code = 74
+
+
+class InvalidDatasetError(CadiffError):
+    """The input folder is not a BIDS dataset."""
+
+    exit_code = 16
+
+
+class AnalysisLevelError(UsageError):
+    """An analysis level that is neither ``participant`` nor ``group``."""
+
+    exit_code = 17
+
+
+class SelectionError(CadiffError):
+    """Participants, sessions or filters that select nothing."""
+
+    exit_code = 18

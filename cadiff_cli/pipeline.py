@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,13 +65,17 @@ def run(
     config: Config,
     work_dir: Path,
     announce: Announce | None = None,
+    gate: AbstractContextManager[object] | None = None,
 ) -> Result:
-    """From a scan to labels and volumes; nothing is written but the transforms in ``work_dir``."""
+    """From a scan to labels and volumes; nothing is written but the transforms in ``work_dir``.
+
+    ``gate`` is entered for the inference, where several processes share a GPU.
+    """
     from cadiff_cli.stages.segment import segment
 
     watch = Stopwatch(announce)
     prepared = prepare(scan, template, config, work_dir, watch)
-    with watch.stage("segment"):
+    with gate or nullcontext(), watch.stage("segment"):
         mask = native_mask(prepared)
         segmentation = segment(scan, prepared.conditions, mask, model, config.sample)
     return Result(

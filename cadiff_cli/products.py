@@ -152,3 +152,23 @@ class Result:
             *p.registered.warnings,
             *self.segmentation.warnings,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class InSpace:
+    """A result carried onto a template's grid: brain, mask and label codes.
+
+    ``resolution`` is TemplateFlow's ``res-`` label of that grid, empty for the template's own.
+    """
+
+    registered: Registered
+    t1: Volume
+    mask: Volume
+    labels: Volume
+    resolution: str = ""
+
+    @property
+    def name(self) -> str:
+        """As ``--output-spaces`` wants it: ``MNI152NLin2009cAsym:res-2``."""
+        name = self.registered.template.name
+        return f"{name}:res-{self.resolution}" if self.resolution else name

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cadiff_cli.io.nifti import save_volume
-from cadiff_cli.io.weights import DEFAULT, Model, save_model, weights_folder
+from cadiff_cli.io.releases import DEFAULT, weights_folder
+from cadiff_cli.io.weights import Model, save_model
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
 from cadiff_cli.products import (

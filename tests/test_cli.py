@@ -17,7 +17,7 @@ from conftest import ROOT
 from cadiff_cli.cli import COMMANDS, cadiff, guarded
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
 from cadiff_cli.io.nifti import save_volume
-from cadiff_cli.io.weights import sha256
+from cadiff_cli.io.releases import sha256
 from cadiff_cli.labels import load_table
 
 HEAVY = {"torch", "ants", "nibabel", "monai", "numpy", "scipy", "bids", "templateflow", "nilearn"}
@@ -198,7 +198,7 @@ def test_every_result_is_there(segmented):
     images = ("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg")
     transforms = ("from-MNI152NLin2009aSym_to-T1w", "from-T1w_to-MNI152NLin2009aSym")
     assert found - logs == {
-        *("dataset_description.json", ".bidsignore", "dseg.tsv"),
+        *("dataset_description.json", ".bidsignore", "dseg.tsv", "README.md"),
         *(f"{prefix}{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
         *(f"{prefix}{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
         *(f"{prefix}desc-distance_field.{suffix}" for suffix in ("nii.gz", "json")),
@@ -258,10 +258,18 @@ def test_the_sidecar_says_how(segmented, tiny_weights):
     assert (sidecar["Seed"], sidecar["Steps"]) == (5, 1)
     assert sidecar["Template"]["Name"] == "MNI152NLin2009aSym"
     assert sidecar["Template"]["Registration"] == "affine"
-    assert sidecar["Sources"] == [source.name]
+    assert sidecar["Sources"][0] == source.name
+    assert set(sidecar["Sources"][1:]) == {
+        f"bids::{anat(Path(), name).as_posix()}"
+        for name in (
+            "desc-preproc_T1w.nii.gz",
+            "desc-brain_mask.nii.gz",
+            "from-MNI152NLin2009aSym_to-T1w_mode-image_xfm.h5",
+        )
+    }
     assert set(sidecar["Seconds"]) == {"strip", "register", "field", "segment"}
     assert all(seconds > 0 for seconds in sidecar["Seconds"].values())
-    assert sidecar["SoftwareVersions"]["torch"]
+    assert sidecar["Packages"]["torch"]
     assert sidecar["GeneratedBy"][0]["Name"] == "cadiff"
     assert sidecar["SkullStripping"] == "none"
 

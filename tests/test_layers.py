@@ -7,13 +7,14 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "cadiff_cli"
 RANKS = {
-    **dict.fromkeys(("errors", "labels", "config", "__init__"), 0),
+    **dict.fromkeys(("errors", "labels", "config", "machine", "__init__"), 0),
     "spatial": 1,
     "products": 2,
     **dict.fromkeys(("io", "diffusion", "nets", "metrics"), 3),
     "stages": 4,
     "pipeline": 5,
     **dict.fromkeys(("training", "evaluation"), 6),
+    "runner": 7,
     **dict.fromkeys(("cli", "__main__"), 8),
 }
 DOORS = {
@@ -23,6 +24,7 @@ DOORS = {
     "nilearn": ("io/templates.py",),
     "nibabel": ("io/nifti.py", "spatial/grid.py"),
     "safetensors": ("io/weights.py",),
+    "distributed": ("runner/cluster.py",),
     "click": ("cli/",),
     "rich": ("cli/",),
 }

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cadiff_cli.errors import DataError, MissingInputError
-from cadiff_cli.io.weights import PRIOR_STEP, load_model, save_model, sha256
+from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.weights import PRIOR_STEP, load_model, save_model
 
 
 def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):

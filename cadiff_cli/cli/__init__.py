@@ -19,6 +19,8 @@ from cadiff_cli.errors import CadiffError, DiskError, UsageError
 
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
+    "run": "Segment every scan of a BIDS dataset.",
+    "fetch": "Download templates for machines without a network.",
     "train": "Train the network on labelled scans.",
     "example": "Write a scan to try cadiff on.",
     "evaluate": "Score segmentations against references.",

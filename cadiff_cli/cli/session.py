@@ -12,7 +12,7 @@ from rich.console import Console
 import cadiff_cli
 from cadiff_cli.config import Config
 from cadiff_cli.errors import UsageError
-from cadiff_cli.io.derivatives import Derivatives, save_result
+from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.templates import load_template, registry
 from cadiff_cli.products import Result
@@ -69,8 +69,7 @@ def segment_file(
         # Huge pages: fewer page faults for torch's large tensors.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from cadiff_cli.io.weights import load_model
-        from cadiff_cli.pipeline import run
-        from cadiff_cli.stages.field import coordinate_field
+        from cadiff_cli.runner.execute import segment_scan
 
         if threads:
             import torch
@@ -82,13 +81,11 @@ def segment_file(
         loaded = load_model(model)
         template = load_template(atlas, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
-            result = run(scan, template, loaded, config, Path(work), announce)
-            field = (
-                coordinate_field(result.prepared.registered, scan.t1.grid) if save_field else None
+            result = segment_scan(
+                *(scan, template, loaded, config, out, Path(work)),
+                field=save_field,
+                announce=announce,
             )
-            announce("write")
-            save_result(result, out, field)
-        LOGGER.info("seconds per stage: %s", dict(result.seconds))
         if show:
             console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
         return result

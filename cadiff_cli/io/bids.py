@@ -1,10 +1,28 @@
 """BIDS names and datasets.  The only module that imports pybids, and only for datasets."""
 
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import (
+    DataError,
+    InvalidDatasetError,
+    MissingInputError,
+    SelectionError,
+    UsageError,
+)
 from cadiff_cli.io.nifti import stem
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,196 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
             "name them sub-X[_ses-Y]_T1w.nii.gz and sub-X[_ses-Y]_dseg.nii.gz",
         )
     return pairs
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which scans of a dataset are wanted; empty means all.
+
+    ``filters`` are pybids entities of the T1w images (see ``read_filters``).
+    """
+
+    participants: tuple[str, ...] = ()
+    sessions: tuple[str, ...] = ()
+    filters: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A raw BIDS dataset."""
+
+    root: Path
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """``dataset_description.json``; raises ``InvalidDatasetError`` unless it is one."""
+        if not self.root.is_dir():
+            raise MissingInputError(
+                f"no dataset at {self.root}",
+                "check the path; in a container, bind the folder that holds it",
+            )
+        path = self.root / "dataset_description.json"
+        if not path.is_file():
+            raise InvalidDatasetError(
+                f"{self.root} has no dataset_description.json", "give the root of a BIDS dataset"
+            )
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise InvalidDatasetError(
+                f"{path} is not readable JSON ({error})", "mend it"
+            ) from error
+        missing = {"Name", "BIDSVersion"} - set(found if isinstance(found, dict) else ())
+        if missing:
+            raise InvalidDatasetError(f"{path} lacks {', '.join(sorted(missing))}", "add it")
+        return dict(found)
+
+    def participants(self) -> list[str]:
+        """Labels of the ``sub-`` folders."""
+        found = (path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
+        return sorted(found)
+
+    def uri(self, path: Path) -> str:
+        """The BIDS URI of one of the dataset's files, as derivatives cite it."""
+        return f"bids:raw:{path.relative_to(self.root).as_posix()}"
+
+    def violations(self) -> list[str]:
+        """What the official validator calls errors, one line each; empty where it is not installed.
+
+        Errors of ``dataset_description.json`` raise ``InvalidDatasetError``.  Those of other files
+        are the caller's to report: files with wrong names are never selected, and a damaged scan
+        must not stop the others.
+        """
+        beside = Path(sys.executable).with_name("bids-validator-deno")
+        program = str(beside) if beside.exists() else shutil.which("bids-validator-deno")
+        if program is None:
+            log.info("bids-validator-deno is not installed: the dataset is not validated")
+            return []
+        options = ["--format", "json", "--ignoreWarnings", "--ignoreNiftiHeaders"]
+        done = subprocess.run(
+            [program, *options, str(self.root)], capture_output=True, text=True, check=False
+        )
+        try:
+            issues = json.loads(done.stdout)["issues"]["issues"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("bids-validator-deno failed: %s", done.stderr.strip()[-300:])
+            return []
+        lines = []
+        for issue in issues:
+            if issue.get("severity") != "error":
+                continue
+            place = str(issue.get("location", ""))
+            line = " ".join(filter(None, (place, issue["code"], issue.get("issueMessage"))))
+            if place == "/dataset_description.json":
+                raise InvalidDatasetError(f"invalid dataset: {line}", "mend the file")
+            lines.append(line)
+        return lines
+
+    def t1w(
+        self, selection: Selection = Selection(), database: Path | None = None
+    ) -> tuple[list[Path], list[Path]]:
+        """The selected T1w images, sorted, and files that seem to be T1w but have no BIDS name.
+
+        ``database`` is a folder for pybids' index, written once and then believed.  Raises
+        ``SelectionError``, which names participants that are not there.
+        """
+        from bids.layout import BIDSLayout, BIDSLayoutIndexer
+
+        present = self.participants()
+        absent = sorted(set(selection.participants) - set(present))
+        if absent:
+            raise SelectionError(
+                f"{self.root} has no {', '.join(f'sub-{label}' for label in absent)}",
+                f"its {len(present)} participants are {_some(present)}; in a container, is the"
+                " folder bound?",
+            )
+        chosen = selection.participants or present
+        # Only what can hold the selected images is walked through: seconds, not minutes.
+        labels = "[^/]+" if database else f"({'|'.join(map(re.escape, chosen))})"
+        wanted = rf"^/(sub-{labels}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
+        layout = BIDSLayout(
+            self.root,
+            database_path=database,
+            indexer=BIDSLayoutIndexer(
+                validate=True, index_metadata=False, ignore=[re.compile(f"(?!{wanted})^/.")]
+            ),
+        )
+        t1w: dict[str, Any] = {"suffix": "T1w", "extension": [".nii", ".nii.gz"]}
+        query = {**(selection.filters or {}), **t1w, "return_type": "filename"}
+        if selection.participants:
+            query["subject"] = list(selection.participants)
+        if selection.sessions:
+            query["session"] = list(selection.sessions)
+        try:
+            found = sorted(Path(name) for name in layout.get(**query))
+        except ValueError as error:
+            raise UsageError(f"--bids-filter-file: {error}", "use BIDS entities") from error
+        if not found:
+            raise SelectionError(
+                f"no T1w image of {self.root} fits",
+                "check --participant-label, --session-label and --bids-filter-file",
+            )
+        known = {Path(name) for name in layout.get(**t1w, return_type="filename")}
+        seen = (
+            path
+            for label in chosen
+            for path in (self.root / f"sub-{label}").glob("**/anat/*T1w*.nii*")
+        )
+        return found, sorted(path for path in seen if path not in known)
+
+    def link(self, out: Path) -> str:
+        """How a derivative dataset at ``out`` may call this one without telling where you live.
+
+        A relative path where the two lie beside or in one another, else the dataset's DOI, else its
+        name as a URN.
+        """
+        root, out = self.root.resolve(), out.resolve()
+        if out.is_relative_to(root.parent):
+            return Path(os.path.relpath(root, out)).as_posix()
+        doi = self.doi
+        return f"https://doi.org/{doi}" if doi else f"urn:x-bids:{root.name}"
+
+    @property
+    def doi(self) -> str | None:
+        """The dataset's bare DOI (``10...``), if it has one."""
+        found = re.search(r"10\.\d+/\S+", str(self.description.get("DatasetDOI", "")))
+        return found.group() if found else None
+
+
+def read_filters(path: Path) -> dict[str, Any]:
+    """The ``t1w`` part of a ``--bids-filter-file``, as fMRIPrep reads it.
+
+    ``null`` asks for the entity's absence, ``"*"`` for any value of it.
+    """
+    from bids.layout import Query
+
+    if not path.is_file():
+        raise MissingInputError(f"no such file: {path}", "check --bids-filter-file")
+    try:
+        filters = json.loads(path.read_text(encoding="utf-8")).get("t1w", {})
+        special = {None: Query.NONE, "*": Query.ANY}
+        return {
+            key: value if isinstance(value, list) else special.get(value, value)
+            for key, value in filters.items()
+        }
+    except (ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{path} is not a filter file ({error})", 'write {"t1w": {"acquisition": "mprage"}}'
+        ) from error
+
+
+def labels(words: Sequence[str], prefix: str) -> tuple[str, ...]:
+    """Labels without their prefix, each once; a word that names a file stands for its lines."""
+    found: list[str] = []
+    for word in words:
+        path = Path(word)
+        lines = path.read_text(encoding="utf-8").split() if path.is_file() else [word]
+        found.extend(line.removeprefix(prefix) for line in lines)
+    return tuple(dict.fromkeys(found))
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _is_label(text: str) -> bool:

@@ -1,16 +1,13 @@
-"""Write a result as BIDS derivatives: names, sidecars, tables.
+"""Write one scan's result as BIDS derivatives: names, sidecars, tables.
 
 Every file appears under a temporary name and is renamed when it is complete.  The label map's
 sidecar is written last: where it exists, everything else does.
 """
 
-import csv
-import io
-import json
-import logging
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,26 +15,21 @@ from typing import Any
 import numpy as np
 
 import cadiff_cli
-from cadiff_cli.config import as_dict, fingerprint
+from cadiff_cli.config import Recipe
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import source_entities
+from cadiff_cli.io.dataset import save_dataset_files
 from cadiff_cli.io.nifti import replacing, save_volume
-from cadiff_cli.labels import LabelTable
-from cadiff_cli.products import CoordinateField, Result
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.text import read_json, write_json, write_tsv
+from cadiff_cli.products import CoordinateField, InSpace, Registered, Result
+from cadiff_cli.spatial.grid import Grid, Volume
 
-log = logging.getLogger(__name__)
-
-BIDS_VERSION = "1.10.0"
-BIDSIGNORE = "*.html\nfigures\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
-CODE_URL = "https://pypi.org/project/cadiff/"
+T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
+DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
 OURS = (
-    "seg-cadiff_dseg.*",
-    "seg-cadiff_probseg.*",
-    "desc-preproc_T1w.*",
-    "desc-brain_mask.*",
-    "desc-volumetric_morph.*",
-    "desc-distance_field.*",
+    *(f"{name}.*" for name in (T1W, MASK, FIELD, DSEG, PROBSEG, MORPH)),
+    *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
     "from-*_mode-image_xfm.*",
 )
 """What follows the source's entities in the names of the files that a run writes."""
@@ -57,10 +49,14 @@ class Derivatives:
         """``suffix`` is what follows the source's entities, such as ``desc-brain_mask.nii.gz``."""
         return self.folder / f"{self.stem}_{suffix}"
 
+    def uri(self, suffix: str) -> str:
+        """The same file as a BIDS URI within this dataset."""
+        return f"bids::{self.path(suffix).relative_to(self.out).as_posix()}"
+
     @property
     def commit(self) -> Path:
         """The file written last: where it exists, everything else does."""
-        return self.path("seg-cadiff_dseg.json")
+        return self.path(f"{DSEG}.json")
 
     def existing(self) -> list[Path]:
         """Files that are there already under names that a run may write."""
@@ -75,132 +71,248 @@ class Derivatives:
         for parent in (self.out, *self.out.parents):
             if parent.exists():
                 if not parent.is_dir():
-                    raise OutputError(f"{parent} is a file", "give a folder with -o")
+                    raise OutputError(f"{parent} is a file", "give another output folder")
                 break
         for path in self.existing():
             if any(source is not None and path.samefile(source) for source in inputs):
                 raise OutputError(
-                    f"{path} is an input and would be overwritten", "choose another folder with -o"
+                    f"{path} is an input and would be overwritten", "choose another output folder"
                 )
             if not overwrite:
                 raise OutputError(
-                    f"{path} is there already", "use --overwrite, or another folder with -o"
+                    f"{path} is there already", "use --overwrite, or another output folder"
                 )
         for folder in (self.out / "logs", self.folder):
             with replacing(folder / ".writable"):
                 pass
             (folder / ".writable").unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Remove an earlier run's results, the one that vouches for the others first."""
+    def clear(self, keep: Collection[Path] = ()) -> None:
+        """Remove an earlier run's results but for ``keep``, the one that vouches first.
+
+        What a killed run left under temporary names goes too.
+        """
         self.commit.unlink(missing_ok=True)
         for path in self.existing():
-            path.unlink(missing_ok=True)
+            if path not in keep:
+                path.unlink(missing_ok=True)
+        for name in OURS:
+            for path in self.folder.glob(f".{self.stem}_{name}"):
+                path.unlink(missing_ok=True)
 
 
-def save_result(result: Result, out: Path, field: CoordinateField | None = None) -> list[Path]:
-    """Write everything a run produced; returns the paths."""
+@dataclass(frozen=True)
+class Finished:
+    """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``) and sidecar."""
+
+    entities: str
+    commit: Path
+    sidecar: dict[str, Any]
+
+    @property
+    def morph(self) -> Path:
+        """The table of its volumes."""
+        return self.commit.with_name(f"{self.entities}_{MORPH}.tsv")
+
+
+def finished_result(place: Derivatives) -> Finished | None:
+    """The complete result at ``place``, if there is one.
+
+    Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
+    since make it incomplete.
+    """
+    sidecar = read_json(place.commit)
+    there = all(place.path(name).exists() for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
+    if not there or not sidecar or "Fingerprint" not in sidecar:
+        return None
+    return Finished(place.stem, place.commit, sidecar)
+
+
+def finished(out: Path) -> Iterator[Finished]:
+    """Every complete result below ``out``, sorted by path."""
+    for path in sorted(out.glob(f"sub-*/**/anat/*_{DSEG}.json")):
+        scan = path.name.replace(f"_{DSEG}.json", "_T1w.nii.gz")
+        result = finished_result(Derivatives(out, Path(scan)))
+        if result is not None and result.commit == path:
+            yield result
+
+
+def save_result(
+    result: Result,
+    out: Path,
+    field: CoordinateField | None = None,
+    spaces: Sequence[InSpace] = (),
+    *,
+    source: str | None = None,
+    run_id: str | None = None,
+) -> list[Path]:
+    """Write everything a run produced; returns the paths.
+
+    ``source`` is the BIDS URI of the scan (default: its file name).  What an earlier run left under
+    other names is removed.
+    """
     prepared, segmentation = result.prepared, result.segmentation
-    scan, table = prepared.scan, segmentation.table
-    template = prepared.registered.template.name
-    place = Derivatives(out, scan.path)
-    native = scan.t1.grid
-    written: list[Path] = []
-
-    def volume(suffix: str, volume: Volume, like: Path | None, **sidecar: Any) -> None:
-        path = place.path(suffix)
-        save_volume(path, volume.data, volume.grid, like=like)
-        _json(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar)
-        written.append(path)
-
-    about = {"Sources": [scan.path.name], "SpatialReference": scan.path.name}
-    place.clear()
+    path, native = prepared.scan.path, prepared.scan.t1.grid
+    registered, table = prepared.registered, segmentation.table
+    write = _Writer(Derivatives(out, path), source or path.name)
+    mask, t1w, dseg = (write.uri(name) for name in (MASK, T1W, DSEG))
+    to_scan = write.place.uri(xfm_name(registered.template.name, "T1w"))
     save_dataset_files(out, table)
-    volume(
-        "desc-preproc_T1w.nii.gz",
-        prepared.stripped.t1,
-        None,
+    write.place.commit.unlink(missing_ok=True)
+
+    write.image(T1W, prepared.stripped.t1.data, prepared.stripped.t1.grid)
+    write.sidecar(
+        T1W,
+        [write.raw, mask],
         Description="Skull-stripped T1w on the working grid: RAS axes, 1 mm",
         SkullStripped=True,
-        **about,
     )
-    volume(
-        "desc-brain_mask.nii.gz",
-        result.mask,
-        scan.path,
+    write.image(MASK, result.mask.data, native, like=path)
+    write.sidecar(
+        MASK,
+        [write.raw],
         Description=f"Brain mask ({prepared.stripped.method})",
         Type="Brain",
-        **about,
     )
-    for source, target, path in (
-        (template, "T1w", prepared.registered.from_template),
-        ("T1w", template, prepared.registered.to_template),
-    ):
-        name = place.path(f"from-{source}_to-{target}_mode-image_xfm.h5")
-        with replacing(name) as temporary:
-            shutil.copyfile(path, temporary)
-        _json(
-            name.with_suffix(".json"),
-            {
-                "Description": f"ITK composite transform; resamples {source} images onto {target}",
-                "Sources": [scan.path.name],
-                "Registration": prepared.registered.kind,
-                "Score": round(prepared.registered.score, 4),
-            },
-        )
-        written.append(name)
+    for each in {
+        r.template.name: r for r in (registered, *(s.registered for s in spaces))
+    }.values():
+        write.transforms(each, [t1w])
     if field is not None:
-        name = place.path("desc-distance_field.nii.gz")
-        save_volume(name, np.moveaxis(field.data, 0, -1), field.grid, like=scan.path)
-        _json(
-            name.with_name(name.name.replace(".nii.gz", ".json")),
-            {
-                "Description": "Distance field: x, y, z relative to the AC, extents scaled to 0..1",
-                "Template": template,
-                "LowMm": prepared.registered.template.low_mm,
-                "HighMm": prepared.registered.template.high_mm,
-                "OriginMm": prepared.registered.template.ac_mm,
-                **about,
-            },
+        write.image(FIELD, np.moveaxis(field.data, 0, -1), field.grid, like=path)
+        write.sidecar(
+            FIELD,
+            [to_scan],
+            Description="Distance field: x, y, z relative to the AC, extents scaled to 0..1",
+            Template=registered.template.name,
+            LowMm=registered.template.low_mm,
+            HighMm=registered.template.high_mm,
+            OriginMm=registered.template.ac_mm,
         )
-        written.append(name)
+    segmented_from = [write.raw, t1w, mask, to_scan]
     if segmentation.posteriors is not None:
-        volume4d = place.path("seg-cadiff_probseg.nii.gz")
-        save_volume(volume4d, np.moveaxis(segmentation.posteriors, 0, -1), native, like=scan.path)
-        _json(
-            volume4d.with_name(volume4d.name.replace(".nii.gz", ".json")),
-            {
-                "Description": "Probability of each structure, background first",
-                "LabelMap": ["BG", *(s.abbreviation for s in table.structures)],
-                "Manual": False,
-                **about,
-            },
+        write.image(PROBSEG, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)
+        write.sidecar(
+            PROBSEG,
+            segmented_from,
+            Description="Probability of each structure, background first",
+            LabelMap=["BG", *(s.abbreviation for s in table.structures)],
+            Manual=False,
         )
-        written.append(volume4d)
-    morph = place.path("desc-volumetric_morph.tsv")
-    _tsv(morph, ("index", "name", "abbreviation", "volume-mm3", "percent-brain"), _rows(result))
-    _json(
-        morph.with_suffix(".json"),
-        {
-            "volume-mm3": {
-                "Description": "Label count times voxel volume on the scan's own grid",
-                "Units": "mm3",
-            },
-            "percent-brain": {"Description": "Share of the row Brain-Segmentation", "Units": "%"},
-            **{name: {"Description": text} for name, text in AGGREGATES.items()},
-        },
-    )
-    written.append(morph)
-    volume(
-        "seg-cadiff_dseg.nii.gz",
-        segmentation.labels,
-        scan.path,
+    for space in spaces:
+        write.standard(space)
+    write.volumes(result, [dseg, mask])
+    write.image(DSEG, segmentation.labels.data, native, like=path)
+    write.place.clear(keep=write.written)
+    write.sidecar(
+        DSEG,
+        segmented_from,
         Description="Brain structures; codes in dseg.tsv",
         Manual=False,
-        **about,
-        **provenance(result),
+        **provenance(result, spaces, field is not None),
+        **({"RunId": run_id} if run_id else {}),
     )
-    return written
+    return sorted(write.written)
+
+
+class _Writer:
+    """Files of one scan and their sidecars; ``written`` collects both."""
+
+    def __init__(self, place: Derivatives, raw: str) -> None:
+        self.place, self.raw = place, raw
+        self.written: set[Path] = set()
+
+    def uri(self, name: str) -> str:
+        return self.place.uri(f"{name}.nii.gz")
+
+    def image(
+        self,
+        name: str,
+        data: np.ndarray,
+        grid: Grid,
+        *,
+        like: Path | None = None,
+        code: str = "scanner",
+    ) -> None:
+        path = self.place.path(f"{name}.nii.gz")
+        save_volume(path, data, grid, like, code)
+        self.written.add(path)
+
+    def sidecar(self, name: str, sources: Sequence[str], **values: Any) -> None:
+        path = self.place.path(f"{name}.json")
+        reference = {} if name.startswith("space-") else {"SpatialReference": self.raw}
+        write_json(path, {**values, "Sources": list(sources), **reference})
+        self.written.add(path)
+
+    def transforms(self, registered: Registered, sources: Sequence[str]) -> None:
+        """Both directions, as ITK composite transforms."""
+        template = registered.template.name
+        for start, end, path in (
+            (template, "T1w", registered.from_template),
+            ("T1w", template, registered.to_template),
+        ):
+            name = xfm_name(start, end)
+            with replacing(self.place.path(name)) as temporary:
+                shutil.copyfile(path, temporary)
+            self.written.add(self.place.path(name))
+            self.sidecar(
+                name.removesuffix(".h5"),
+                sources,
+                Description=f"ITK composite transform; resamples {start} images onto {end}",
+                From=start,
+                To=end,
+                Registration=registered.kind,
+                Score=round(registered.score, 4),
+            )
+
+    def standard(self, space: InSpace) -> None:
+        """Brain, mask and labels on a template's grid."""
+        template, described = space.registered.template.name, dict[str, Any]()
+        entities = f"space-{template}"
+        if space.resolution:
+            spacing = space.labels.grid.spacing_mm[0]
+            entities += f"_res-{space.resolution}"
+            described["Resolution"] = f"{spacing:g} mm, TemplateFlow's res-{space.resolution} grid"
+        parts: tuple[tuple[str, Volume, dict[str, Any]], ...] = (
+            (T1W, space.t1, {"SkullStripped": True}),
+            (MASK, space.mask, {"Type": "Brain"}),
+            (DSEG, space.labels, {"Manual": False}),
+        )
+        for name, volume, values in parts:
+            self.image(f"{entities}_{name}", volume.data, volume.grid, code="mni")
+            self.sidecar(
+                f"{entities}_{name}",
+                [self.uri(name), self.place.uri(xfm_name("T1w", template))],
+                **values,
+                **described,
+            )
+
+    def volumes(self, result: Result, sources: Sequence[str]) -> None:
+        """The volume table and what its columns mean."""
+        path = self.place.path(f"{MORPH}.tsv")
+        header = ("index", "name", "abbreviation", "volume-mm3", "percent-brain")
+        write_tsv(path, header, volume_rows(result))
+        self.written.add(path)
+        self.sidecar(
+            MORPH,
+            sources,
+            **{
+                "volume-mm3": {
+                    "Description": "Label count times voxel volume on the scan's own grid",
+                    "Units": "mm3",
+                },
+                "percent-brain": {
+                    "Description": "Share of the row Brain-Segmentation",
+                    "Units": "%",
+                },
+                **{name: {"Description": text} for name, text in AGGREGATES.items()},
+            },
+        )
+
+
+def xfm_name(start: str, end: str) -> str:
+    """What a transform that resamples ``start`` images onto ``end`` is called."""
+    return f"from-{start}_to-{end}_mode-image_xfm.h5"
 
 
 AGGREGATES = {
@@ -210,36 +322,45 @@ AGGREGATES = {
 }
 
 
-def _rows(result: Result) -> Iterable[tuple[object, ...]]:
+def volume_rows(result: Result) -> Iterator[tuple[object, ...]]:
+    """Rows of the volume table: every structure, then the aggregates (index ``n/a``)."""
     table, volumes = result.segmentation.table, result.volumes_mm3
     brain = sum(volumes[s.code] for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
     csf = sum(volumes[s.code] for s in table.structures if s.mapping == CSF_MAPPING)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
 
-    def row(index: object, name: str, abbreviation: str, mm3: float) -> tuple[object, ...]:
-        share = f"{100 * mm3 / brain:.3f}" if brain else "n/a"
+    def row(index: object, name: str, abbreviation: str | None, mm3: float) -> tuple[object, ...]:
+        share = f"{100 * mm3 / brain:.3f}" if brain else None
         return index, name, abbreviation, f"{mm3:.3f}", share
 
     for s in table.structures:
         yield row(s.code, s.name, s.abbreviation, volumes[s.code])
     for name, mm3 in zip(AGGREGATES, (brain, brain - csf, mask), strict=True):
-        yield row("n/a", name, "n/a", mm3)
+        yield row(None, name, None, mm3)
 
 
-def provenance(result: Result) -> dict[str, Any]:
-    """What made this segmentation: enough to make it again."""
-    registered, config = result.prepared.registered, result.config
-    settings = as_dict(config)
-    if config.strip.mask is not None:
-        settings["strip"]["mask"] = config.strip.mask.name  # paths may tell more than they should
-    model = {"Name": result.model.name, "WeightsSHA256": result.model.sha256}
+def provenance(
+    result: Result, spaces: Sequence[InSpace] = (), field: bool = False
+) -> dict[str, Any]:
+    """What made this segmentation: enough to make it again, and to know that it need not be."""
+    registered = result.prepared.registered
+    recipe = Recipe(
+        result.config,
+        registered.template.name,
+        result.model.name,
+        result.model.sha256,
+        tuple(space.name for space in spaces),
+        field,
+    )
+    home = str(Path.home())  # where somebody lives is nobody's business
     return {
         "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
-        "SoftwareVersions": software(),
-        "Model": model,
+        "Packages": software(),
+        "Model": {"Name": result.model.name, "WeightsSHA256": result.model.sha256},
         "Steps": result.segmentation.steps,
         "Seed": result.segmentation.seed,
         "Tile": result.segmentation.tile,
+        "Device": result.config.sample.device,
         "Template": {
             "Name": registered.template.name,
             "Source": registered.template.source,
@@ -247,10 +368,11 @@ def provenance(result: Result) -> dict[str, Any]:
             "Score": round(registered.score, 4),
         },
         "SkullStripping": result.prepared.stripped.method,
-        "Settings": settings,
-        "Fingerprint": fingerprint([settings, model, registered.template.name]),
+        "Settings": recipe.settings(),
+        "Fingerprint": recipe.fingerprint(),
+        "SourceSHA256": sha256(result.prepared.scan.path),
         "Seconds": dict(result.seconds),
-        "Warnings": list(result.warnings),
+        "Warnings": [text.replace(home, "~") for text in result.warnings],
     }
 
 
@@ -263,41 +385,3 @@ def software() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def save_dataset_files(out: Path, table: LabelTable) -> None:
-    """``dataset_description.json``, ``.bidsignore``, ``dseg.tsv``; existing ones are kept."""
-    description = {
-        "Name": "cadiff - brain structures by anatomy diffusion",
-        "BIDSVersion": BIDS_VERSION,
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__, "CodeURL": CODE_URL}],
-    }
-    if not (out / "dataset_description.json").exists():
-        _json(out / "dataset_description.json", description)
-    if not (out / ".bidsignore").exists():
-        with replacing(out / ".bidsignore") as temporary:
-            temporary.write_text(BIDSIGNORE, encoding="utf-8")
-    if not (out / "dseg.tsv").exists():
-        _tsv(
-            out / "dseg.tsv",
-            ("index", "name", "abbreviation", "color", "mapping"),
-            [
-                (0, "Background", "BG", "#000000", 0),
-                *((s.code, s.name, s.abbreviation, s.color, s.mapping) for s in table.structures),
-            ],
-        )
-
-
-def _json(path: Path, values: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _tsv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    with replacing(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")

@@ -156,13 +156,13 @@ def _frame_warnings(path: Path) -> list[str]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends well.
 
-    An earlier file stays untouched until then; after an error nothing is left behind.  Raises
-    ``OutputError`` or ``DiskError``.
+    An earlier file stays untouched until then; after an error nothing is left behind (a killed
+    process leaves ``.NAME.*``).  Raises ``OutputError`` or ``DiskError``.
     """
     suffix = "".join(path.suffixes[-2:])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
         if error.errno in _FULL:
@@ -188,11 +188,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_volume(path: Path, data: np.ndarray, grid: Grid, like: Path | None = None) -> None:
+def save_volume(
+    path: Path, data: np.ndarray, grid: Grid, like: Path | None = None, code: str = "scanner"
+) -> None:
     """Write ``data`` ((X, Y, Z) or (X, Y, Z, n)) as NIfTI, atomically.
 
     ``like``: an image on the same grid whose header (qform and sform with their codes, units) is
-    kept; data type, scaling and display range are set anew.
+    kept; data type, scaling and display range are set anew.  ``code`` names the world of a new
+    header (NIfTI's ``scanner``, ``mni``...).
     """
     header = None
     affine: np.ndarray | None = grid.affine
@@ -216,8 +219,8 @@ def save_volume(path: Path, data: np.ndarray, grid: Grid, like: Path | None = No
     image.set_data_dtype(dtype)
     if header is None:
         image.header.set_xyzt_units("mm")
-        image.set_sform(grid.affine, code="scanner")
-        image.set_qform(grid.affine, code="scanner", strip_shears=True)
+        image.set_sform(grid.affine, code=code)
+        image.set_qform(grid.affine, code=code, strip_shears=True)
     with replacing(path) as temporary:
         nib.save(image, temporary)
 

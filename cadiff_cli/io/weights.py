@@ -1,10 +1,5 @@
-"""Released models: a safetensors file that describes itself, its checksum, and a model card.
+"""Networks as files: a safetensors file that describes itself.  ``releases`` says where."""
 
-A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha256`` and
-``README.md``.  It is packed into the wheel, so that a run needs no network.
-"""
-
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cadiff_cli.config import as_dict
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.nifti import replacing
+from cadiff_cli.io.releases import DEFAULT, find_weights, sha256
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
 
-DEFAULT = "cadiff-malc"
 FORMAT = "cadiff-1"
 METADATA_KEY = "cadiff"
 """The only key: safetensors writes several in changing order, and the checksum with them."""
@@ -40,39 +35,12 @@ class Model:
     metadata: Mapping[str, Any]
 
 
-def weights_folder() -> Path:
-    """Where releases live: inside the installed package, or beside it in a source tree."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "weights"
-    return installed if installed.is_dir() else package.parent / "weights"
-
-
 def load_model(name: str = DEFAULT) -> Model:
     """Load a released model by name, or a ``.safetensors`` file by path, and verify its checksum.
 
     Raises ``MissingInputError`` if it is not there, ``DataError`` if it is not what it should be.
     """
-    given = Path(name)
-    path = (
-        given if given.suffix == ".safetensors" else weights_folder() / name / "model.safetensors"
-    )
-    if not path.is_file():
-        known = sorted(p.parent.name for p in weights_folder().glob("*/model.safetensors"))
-        raise MissingInputError(
-            f"no model at {path}",
-            f"use --model with {', '.join(known) or 'a released name'} or a .safetensors file",
-        )
-    got = sha256(path)
-    record = path.with_suffix(".sha256")
-    if record.is_file():
-        want = record.read_text(encoding="utf-8").split()[0]
-        if got != want:
-            raise DataError(
-                f"{path} has checksum {got[:12]}, its record says {want[:12]}",
-                "the file is damaged or was replaced: reinstall cadiff",
-            )
-    elif given.suffix != ".safetensors":
-        raise DataError(f"{record} is missing", "reinstall cadiff")
+    path, label, got = find_weights(name)
     try:
         with safe_open(path, framework="pt") as stored:
             header = dict(stored.metadata() or {})
@@ -94,7 +62,6 @@ def load_model(name: str = DEFAULT) -> Model:
     tensors["prior.logits"] = tensors["prior.logits"].float() * PRIOR_STEP
     net.load_state_dict({key: value.float() for key, value in tensors.items()})
     net.requires_grad_(False).eval()
-    label = path.parent.name if given.suffix != ".safetensors" else path.name
     return Model(channels_last(net), table, label, got, metadata)
 
 
@@ -119,9 +86,3 @@ def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str
     with replacing(path.with_suffix(".sha256")) as temporary:
         temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
     return digest
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,249 @@
+"""One run of ``cadiff run`` as a person sees it: checks, a line per scan, a table of failures."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import cadiff_cli
+from cadiff_cli.config import Config, Recipe
+from cadiff_cli.errors import DiskError, UsageError
+from cadiff_cli.io.bids import Dataset, Selection
+from cadiff_cli.io.dataset import refuse_foreign, save_dataset_files
+from cadiff_cli.io.releases import find_weights
+from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.text import write_text
+from cadiff_cli.labels import load_table
+from cadiff_cli.runner.boilerplate import write_citations
+from cadiff_cli.runner.executor import Executor
+from cadiff_cli.runner.group import write_group
+from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.  ``options`` are kept in the logs for ``--config-file``."""
+
+    dataset: Dataset
+    out: Path
+    selection: Selection
+    config: Config
+    executor: Executor
+    options: Mapping[str, Any]
+    atlas: str = "auto"
+    model: str = "cadiff-malc"
+    offline: bool = False
+    spaces: tuple[str, ...] = ()
+    field: bool = False
+    work_dir: Path | None = None
+    database: Path | None = None
+    link: str | None = None
+    validate: bool = True
+    overwrite: bool = False
+    dry_run: bool = False
+    stop_on_first_crash: bool = False
+    verbosity: int = 0
+
+
+def participant_level(request: Request) -> int:
+    """Segment the selected scans; returns the exit code."""
+    console = make_console(request.verbosity)
+    check_folders(request)
+    if request.validate:
+        _validate(request.dataset, console)
+    job = _any_job(request)
+    plan = make_plan(
+        request.dataset,
+        request.selection,
+        job,
+        overwrite=request.overwrite,
+        database=request.database,
+    )
+    for note in (*job.notes, *plan.notes):
+        warn(console, note)
+    if request.dry_run:
+        todo = [(job.entities, "todo") for job in plan.jobs]
+        for entities, status in sorted(todo + [(entities, "done") for entities in plan.done]):
+            click.echo(f"{entities}\t{status}")
+        return 0
+    save_dataset_files(request.out, load_table(), request.dataset, request.link)
+    _keep_options(request, job)
+    outcomes = _execute(request, plan, console)
+    if plan.done or any(outcome.status == "done" for outcome in outcomes):
+        write_citations(request.out)
+    return _sum_up(request.out, plan, outcomes, console)
+
+
+def group_level(request: Request) -> int:
+    """Collect finished scans in one table; returns the exit code."""
+    console = make_console(request.verbosity)
+    check_folders(request)
+    expected = scan_names(request.dataset, request.selection, request.database)
+    if request.dry_run:
+        click.echo("\n".join(expected))
+        return 0
+    group = write_group(request.out, expected, load_table())
+    write_citations(request.out)
+    for note in group.notes:
+        warn(console, note)
+    for entities, reason in group.missing.items():
+        warn(console, f"{entities} is not in the table: {reason}")
+    console.print(f"{len(group.scans)} of {len(expected)} scans: {escape(str(group.path))}")
+    return 0
+
+
+def rebuild_reports(request: Request) -> int:
+    """Write again what is derived from finished results."""
+    check_folders(request)
+    write_citations(request.out)
+    return 0
+
+
+def make_console(verbosity: int) -> Console:
+    """Messages go to stderr, the package's log with ``-v``; files are not folded at 80 columns."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    logger = logging.getLogger("cadiff_cli")
+    logger.propagate = False
+    logger.addHandler(logging.StreamHandler() if verbosity else logging.NullHandler())
+    logger.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
+    return console
+
+
+def warn(console: Console, text: str) -> None:
+    """One line, as ``cadiff-seg`` says it."""
+    console.print(f"cadiff: WARNING: {escape(' '.join(text.split()))}")
+
+
+def check_folders(request: Request) -> None:
+    """The dataset is one, and the output and work folders are not in its way."""
+    _ = request.dataset.description
+    root, out = request.dataset.root.resolve(), request.out.resolve()
+    if root == out:
+        raise UsageError(
+            f"the output folder is the dataset itself ({out})",
+            f"use {out / 'derivatives' / 'cadiff'}",
+        )
+    if request.work_dir and request.work_dir.resolve().is_relative_to(root):
+        raise UsageError(
+            f"the work folder {request.work_dir} lies in the dataset", "choose another with -w"
+        )
+    refuse_foreign(request.out)
+
+
+def _validate(dataset: Dataset, console: Console, shown: int = 5) -> None:
+    errors = dataset.violations()
+    for line in errors[:shown]:
+        warn(console, f"BIDS validator: {line}")
+    if len(errors) > shown:
+        warn(console, f"BIDS validator: and {len(errors) - shown} more errors")
+
+
+def _any_job(request: Request) -> Job:
+    """A job for no scan in particular; what all need is looked for, and downloaded, now."""
+    from cadiff_cli.stages.space import parse_space
+
+    path, label, sha256 = find_weights(request.model)
+    spaces = tuple(dict.fromkeys(request.spaces))
+    for name, _ in map(parse_space, spaces):
+        load_template(name, offline=request.offline)
+    template = load_template(request.atlas, offline=request.offline)
+    recipe = Recipe(request.config, template.name, label, sha256, spaces, request.field)
+    return Job(
+        t1=Path(),
+        out=request.out,
+        source="",
+        recipe=recipe,
+        weights=str(path.absolute()) if Path(request.model).suffix else request.model,
+        run_id=new_run_id(),
+        work_dir=request.work_dir,
+        notes=template.warnings,
+    )
+
+
+def _keep_options(request: Request, job: Job) -> None:
+    """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
+    values = {**request.options, "atlas": job.recipe.template}
+    lines = [
+        f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value)}"
+        for name, value in values.items()
+        if value is not None
+    ]
+    write_text(
+        request.out / "logs" / f"cadiff_{job.run_id}.toml",
+        f"# cadiff {cadiff_cli.__version__}\n" + "\n".join(lines) + "\n",
+    )
+
+
+def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
+    """Every job once; those that another process was at, when the others are done."""
+    by_entities = {job.entities: job for job in plan.jobs}
+    outcomes: list[Outcome] = []
+    if request.work_dir:
+        request.work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cadiff-", dir=request.work_dir) as scratch:
+        # Another machine sees the work folder that was given, but not this one's /tmp.
+        here = Path(scratch) if request.executor.kind == "local" else request.work_dir
+        waiting = [replace(job, work_dir=here) for job in plan.jobs]
+        while waiting:
+            busy: list[Job] = []
+            with closing(request.executor.run(waiting)) as stream:
+                for outcome in stream:
+                    if outcome.status == "busy":
+                        again = replace(by_entities[outcome.entities], work_dir=here, wait=True)
+                        busy.append(again)
+                        continue
+                    outcomes.append(outcome)
+                    notes = by_entities[outcome.entities].notes
+                    _tell(console, outcome, f"[{len(outcomes)}/{len(plan.jobs)}]", notes)
+                    if _is_last(request, outcome):
+                        return outcomes
+            waiting = busy
+    return outcomes
+
+
+def _is_last(request: Request, outcome: Outcome) -> bool:
+    """A full disk is no scan's fault: the others would fail as well."""
+    failed = outcome.status == "failed"
+    return failed and (request.stop_on_first_crash or outcome.exit_code == DiskError.exit_code)
+
+
+def _tell(console: Console, outcome: Outcome, count: str, known: tuple[str, ...]) -> None:
+    said = f"{count} {outcome.entities}  {outcome.status}  {outcome.seconds:.0f} s"
+    console.print(escape(f"{said}  {outcome.message}".rstrip()))
+    for text in outcome.warnings:
+        if text not in known:  # said once for all scans
+            warn(console, f"{outcome.entities}: {text}")
+
+
+def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) -> int:
+    """A table of what failed, and one line of counts; returns the exit code."""
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if failed:
+        table = Table("scan", "error", "crash file", title="failed")
+        for outcome in failed:
+            table.add_row(*map(escape, (outcome.entities, outcome.message, outcome.crash_file)))
+        console.print(table)
+    untried = len(plan.jobs) - len(outcomes)
+    counts = {
+        "done": len(outcomes) - len(failed),
+        "done before": len(plan.done),
+        "failed": len(failed),
+        "not tried": untried,
+    }
+    said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    console.print(f"{said or 'nothing to do'}: {escape(str(out))}")
+    if any(outcome.exit_code == DiskError.exit_code for outcome in failed):
+        return DiskError.exit_code
+    return 1 if failed else 0

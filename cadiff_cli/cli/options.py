@@ -1,0 +1,142 @@
+"""Options that ``cadiff seg`` and ``cadiff run`` share, so that they cannot drift apart."""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from cadiff_cli.config import Config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SEGMENTATION = (
+    click.option(
+        "--skull-strip",
+        type=click.Choice(["auto", "template", "none"]),
+        default="auto",
+        show_default=True,
+        help="auto leaves a stripped scan alone and strips a whole head with the template.",
+    ),
+    click.option(
+        "--atlas",
+        default="auto",
+        show_default=True,
+        help="MNIColin27, MNI152NLin2009cAsym (both TemplateFlow), MNI152NLin2009aSym (embedded)."
+        " auto: Colin27 if it can be had, else the embedded one.",
+    ),
+    click.option(
+        "--registration",
+        type=click.Choice(["fast", "affine"]),
+        default="fast",
+        show_default=True,
+        help="fast: affine and SyN at 2 mm.",
+    ),
+    click.option("--offline", is_flag=True, help="Never try to download a template."),
+    click.option(
+        "--model", default="cadiff-malc", show_default=True, help="Released name or file."
+    ),
+    click.option(
+        "--steps",
+        type=click.IntRange(0, 1000),
+        default=5,
+        show_default=True,
+        help="Diffusion steps. 0 skips the network: labels from the registered prior alone.",
+    ),
+    click.option(
+        "--seed",
+        "--random-seed",
+        type=click.IntRange(0, 2**31 - 2),
+        default=0,
+        show_default=True,
+        help="Of registration and noise.",
+    ),
+    click.option("--flip/--no-flip", default=True, help="Average with the mirrored brain [on]."),
+    click.option(
+        "--tile", type=click.IntRange(32), help="Tile edge in mm (default: whole volume)."
+    ),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
+    click.option("--posteriors", is_flag=True, help="Also write the 4-D probseg."),
+    click.option("--save-field", is_flag=True, help="Also write the distance field."),
+)
+"""What decides a segmentation."""
+CONFIG = (
+    *("skull_strip", "registration", "steps", "seed", "flip", "tile", "device"),
+    "posteriors",
+)
+"""Those of them that ``make_config`` takes."""
+
+
+def segmentation_options(command: F) -> F:
+    """Add them to a command, in this order."""
+    for option in reversed(SEGMENTATION):
+        command = option(command)
+    return command
+
+
+def make_config(
+    *,
+    skull_strip: str,
+    registration: str,
+    steps: int,
+    seed: int,
+    flip: bool,
+    tile: int | None,
+    device: str,
+    posteriors: bool,
+    mask: Any = None,
+) -> "Config":
+    """Settings from the values of these options."""
+    from cadiff_cli.config import Config, RegisterConfig, SampleConfig, StripConfig
+
+    if tile is not None and tile % 32:
+        raise click.BadParameter(f"{tile} is not a multiple of 32", param_hint="--tile")
+    return Config(
+        strip=StripConfig(skull_strip, mask),
+        register=RegisterConfig(registration, seed),
+        sample=SampleConfig(steps, seed, flip, tile, device, posteriors),
+    )
+
+
+class Words(click.Option):
+    """An option that takes every word up to the next option: ``--participant-label 01 02``.
+
+    click has no such thing; argparse, which other BIDS apps use, calls it ``nargs="+"``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "multiple": True})
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Register with the parser, then take the words that follow the first."""
+        super().add_to_parser(parser, ctx)
+        for name in self.opts:
+            found = parser._long_opt.get(name) or parser._short_opt[name]
+            found.process = _eater(found.process)
+
+
+def _eater(process: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def eat(value: Any, state: Any) -> None:
+        process(value, state)
+        while state.rargs and not state.rargs[0].startswith("-"):
+            process(state.rargs.pop(0), state)
+
+    return eat
+
+
+class Memory(click.ParamType[int]):
+    """``16G``, ``16GB``, ``8000`` (MB) -> bytes."""
+
+    name = "SIZE"
+    units: ClassVar = {"B": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Bytes of a size as a person writes it."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)", str(value).strip(), re.I)
+        if match is None:
+            self.fail(f"{value!r} is not a size: write 16G or 8000 (MB)", param, ctx)
+        unit = match[2].upper() or ("B" if match[3] else "M")
+        return int(float(match[1]) * 1024 ** self.units[unit])

@@ -1,0 +1,191 @@
+"""``cadiff run``: the BIDS app.  A dataset in, derivatives and a group table out."""
+
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+
+from cadiff_cli import __version__
+from cadiff_cli.cli.options import CONFIG, Memory, Words, make_config, segmentation_options
+from cadiff_cli.errors import AnalysisLevelError
+
+LEVELS = ("participant", "group")
+PATH = click.Path(path_type=Path)
+ONCE = {
+    *("overwrite", "dry_run", "reports_only", "boilerplate_only", "config_file"),
+    *("verbose", "notrack"),
+}
+"""Options that a later run must not inherit by ``--config-file``."""
+
+
+def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Values of a ``--config-file`` become defaults, so that flags win over them."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path} is not readable TOML ({error})") from error
+    known = [p.name for p in ctx.command.params if isinstance(p, click.Option) and p.name]
+    for key in values:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}")
+    ctx.default_map = values
+    return path
+
+
+@click.command(name="run", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bids_dir", type=PATH)
+@click.argument("output_dir", type=PATH)
+@click.argument("analysis_level", metavar="{participant|group}")
+@click.option(
+    "--participant-label",
+    "--participant_label",
+    cls=Words,
+    metavar="LABEL...",
+    help="Participants to run, with or without sub-; or a file with one a line [all].",
+)
+@click.option(
+    "--session-label",
+    "--session_label",
+    cls=Words,
+    metavar="LABEL...",
+    help="Sessions to run [all].",
+)
+@click.option(
+    "--bids-filter-file",
+    type=PATH,
+    help='JSON as for fMRIPrep: {"t1w": {"acquisition": "mprage", "run": null}}.',
+)
+@click.option("--bids-database-dir", type=PATH, help="Keep pybids' index here for other runs.")
+@click.option(
+    "--skip-bids-validation",
+    "--skip_bids_validation",
+    is_flag=True,
+    help="Do not call bids-validator-deno where it is installed.",
+)
+@segmentation_options
+@click.option(
+    "--output-spaces",
+    cls=Words,
+    metavar="SPACE[:res-N]...",
+    help="Also resample results to MNI152NLin2009cAsym, MNIColin27...",
+)
+@click.option(
+    "--nprocs",
+    "--nthreads",
+    "--n-cpus",
+    "--n_cpus",
+    type=click.IntRange(1),
+    help="Threads in all, over all processes [all cores].",
+)
+@click.option("--omp-nthreads", type=click.IntRange(1), help="Threads of each process.")
+@click.option(
+    "--mem",
+    "--mem-mb",
+    "--mem_mb",
+    type=Memory(),
+    help="Memory that may be used, as 16G; a bare number is MB [what is free].",
+)
+@click.option("-w", "--work-dir", type=PATH, help="Folder for temporary files [system's].")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "dask"]),
+    default="local",
+    show_default=True,
+    help="Where scans are segmented.",
+)
+@click.option("--dask-address", help="Scheduler, as tcp://host:8786 [one of our own].")
+@click.option(
+    "--dataset-links",
+    cls=Words,
+    metavar="raw=URI",
+    help="Where BIDS_DIR can be found by others [a relative path, or its DOI].",
+)
+@click.option(
+    "--config-file",
+    type=PATH,
+    is_eager=True,
+    callback=_configured,
+    help="TOML of an earlier run (OUT/logs/cadiff_*.toml); flags win over it.",
+)
+@click.option("--overwrite", is_flag=True, help="Redo scans that were made with other settings.")
+@click.option("--dry-run", is_flag=True, help="List what would be done, and do nothing.")
+@click.option("--stop-on-first-crash", is_flag=True, help="Do not go on after a failed scan.")
+@click.option("--reports-only", is_flag=True, help="Rebuild reports from finished results.")
+@click.option(
+    "--boilerplate-only",
+    "--boilerplate_only",
+    is_flag=True,
+    help="Only write logs/CITATION.* from finished results.",
+)
+@click.option("--notrack", is_flag=True, help="Accepted and ignored: nothing is ever tracked.")
+@click.option("-v", "--verbose", count=True, help="More messages.")
+@click.version_option(__version__, prog_name="cadiff")
+def command(
+    bids_dir: Path,
+    output_dir: Path,
+    analysis_level: str,
+    **options: Any,
+) -> int:
+    r"""Segment every T1-weighted scan of a BIDS dataset; a BIDS app.
+
+    participant: segments scans, skips those that are finished, records those that fail and goes
+    on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv.
+
+    \b
+    Exit codes: 0 done, 1 a scan failed, 16 invalid dataset, 17 unknown analysis level,
+    18 no such participant or no scan selected, 64 usage, 65 bad data, 66 input, template or
+    weights missing, 73 output cannot be created, 74 disk error, 130 interrupted, 143 terminated.
+    """
+    if analysis_level not in LEVELS:
+        raise AnalysisLevelError(
+            f"unknown analysis level {analysis_level!r}", f"use {' or '.join(LEVELS)}"
+        )
+    from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
+    from cadiff_cli.io.bids import Dataset, Selection, labels, read_filters
+    from cadiff_cli.runner.executor import Executor
+
+    o = SimpleNamespace(**options)
+    request = Request(
+        dataset=Dataset(bids_dir.absolute()),
+        out=output_dir.absolute(),
+        selection=Selection(
+            labels(o.participant_label, "sub-"),
+            labels(o.session_label, "ses-"),
+            read_filters(o.bids_filter_file) if o.bids_filter_file else None,
+        ),
+        config=make_config(**{name: options[name] for name in CONFIG}),
+        executor=Executor(o.executor, o.dask_address, o.nprocs, o.omp_nthreads, o.mem),
+        options={name: value for name, value in options.items() if name not in ONCE},
+        atlas=o.atlas,
+        model=o.model,
+        offline=o.offline,
+        spaces=o.output_spaces,
+        field=o.save_field,
+        work_dir=o.work_dir.absolute() if o.work_dir else None,
+        database=o.bids_database_dir,
+        link=_raw_link(o.dataset_links),
+        validate=not o.skip_bids_validation,
+        overwrite=o.overwrite,
+        dry_run=o.dry_run,
+        stop_on_first_crash=o.stop_on_first_crash,
+        verbosity=o.verbose,
+    )
+    if o.reports_only or o.boilerplate_only:
+        return rebuild_reports(request)
+    return group_level(request) if analysis_level == "group" else participant_level(request)
+
+
+def _raw_link(links: tuple[str, ...]) -> str | None:
+    found = dict(link.split("=", 1) for link in links if "=" in link)
+    if len(found) < len(links) or set(found) - {"raw"}:
+        raise click.BadParameter(
+            f"{' '.join(links)!r} is not raw=URI", param_hint="--dataset-links"
+        )
+    return found.get("raw")

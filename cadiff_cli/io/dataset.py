@@ -1,0 +1,90 @@
+"""The files at the root of a derivative dataset: what it is, whose it is, what its codes mean."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import cadiff_cli
+from cadiff_cli.errors import OutputError
+from cadiff_cli.io.bids import Dataset
+from cadiff_cli.io.text import read_json, write_json, write_text, write_tsv
+from cadiff_cli.labels import LabelTable
+
+BIDS_VERSION = "1.10.0"
+BIDSIGNORE = "*.html\nfigures\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
+CODE_URL = "https://pypi.org/project/cadiff/"
+TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
+README = """# cadiff derivatives
+
+Brain structures and their volumes, segmented from T1-weighted scans by cadiff.
+
+- `sub-*/[ses-*/]anat/*_seg-cadiff_dseg.nii.gz`: labels on the scan's own grid; codes in `dseg.tsv`
+- `sub-*/[ses-*/]anat/*_desc-volumetric_morph.tsv`: volumes in mm3
+- `group_morph.tsv`: one row a scan, written by `cadiff run BIDS_DIR OUT group`
+- `logs/CITATION.md`: what was run, in words for a methods section, with references
+
+Not for diagnosis.
+"""
+
+
+def generated_by() -> dict[str, Any]:
+    """The software, and the container that holds it if its image says so."""
+    mark: dict[str, Any] = {
+        "Name": "cadiff",
+        "Version": cadiff_cli.__version__,
+        "CodeURL": CODE_URL,
+    }
+    if tag := os.environ.get("CADIFF_DOCKER_TAG"):
+        mark["Container"] = {"Type": "docker", "Tag": tag}
+    elif uri := os.environ.get("CADIFF_SINGULARITY_URL"):
+        mark["Container"] = {"Type": "singularity", "URI": uri}
+    return mark
+
+
+def save_dataset_files(
+    out: Path, table: LabelTable, raw: Dataset | None = None, link: str | None = None
+) -> None:
+    """``dataset_description.json``, ``.bidsignore``, ``dseg.tsv``, ``README.md``.
+
+    Existing files are kept, but for links to the ``raw`` dataset that the description lacks.
+    ``link`` says where ``raw`` is, if not as ``Dataset.link`` does.
+    """
+    path = out / "dataset_description.json"
+    found = read_json(path)
+    description: dict[str, Any] = {
+        "Name": "cadiff - brain structures by anatomy diffusion",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [generated_by()],
+        "HowToAcknowledge": "See logs/CITATION.md",
+        **(found or {}),
+    }
+    if raw is not None:
+        description["DatasetLinks"] = {
+            "raw": link or raw.link(out),
+            "templateflow": TEMPLATEFLOW_URL,
+            **description.get("DatasetLinks", {}),
+        }
+        if doi := raw.doi:
+            description.setdefault("SourceDatasets", [{"DOI": f"doi:{doi}"}])
+    if found != description:
+        write_json(path, description)
+    if not (out / ".bidsignore").exists():
+        write_text(out / ".bidsignore", BIDSIGNORE)
+    if not (out / "README.md").exists():
+        write_text(out / "README.md", README)
+    if not (out / "dseg.tsv").exists():
+        header = ("index", "name", "abbreviation", "color", "mapping")
+        rows = [(s.code, s.name, s.abbreviation, s.color, s.mapping) for s in table.structures]
+        write_tsv(out / "dseg.tsv", header, [(0, "Background", "BG", "#000000", 0), *rows])
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raise ``OutputError`` if ``out`` is a raw dataset, or another pipeline's."""
+    found = read_json(out / "dataset_description.json")
+    if found is None:
+        return
+    makers = [str(entry.get("Name")) for entry in found.get("GeneratedBy", [])]
+    if found.get("DatasetType", "raw") == "raw" or (makers and "cadiff" not in makers):
+        owner = f"made by {', '.join(makers)}" if makers else "a raw dataset"
+        raise OutputError(f"{out} is {owner}", "choose a folder of its own for cadiff")

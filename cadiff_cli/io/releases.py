@@ -1,0 +1,54 @@
+"""Released models on disk: where they live and whether they are whole.  Loads no torch.
+
+A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha256`` and
+``README.md``.  It is packed into the wheel, so that a run needs no network.
+"""
+
+import hashlib
+from pathlib import Path
+
+from cadiff_cli.errors import DataError, MissingInputError
+
+DEFAULT = "cadiff-malc"
+
+
+def weights_folder() -> Path:
+    """Where releases live: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "weights"
+    return installed if installed.is_dir() else package.parent / "weights"
+
+
+def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
+    """A released model by name, or a ``.safetensors`` file by path: (path, label, SHA-256).
+
+    Raises ``MissingInputError`` if it is not there, ``DataError`` if its checksum is not the one on
+    record.
+    """
+    given = Path(name)
+    is_file = given.suffix == ".safetensors"
+    path = given if is_file else weights_folder() / name / "model.safetensors"
+    if not path.is_file():
+        known = sorted(p.parent.name for p in weights_folder().glob("*/model.safetensors"))
+        raise MissingInputError(
+            f"no model at {path}",
+            f"use --model with {', '.join(known) or 'a released name'} or a .safetensors file",
+        )
+    got = sha256(path)
+    record = path.with_suffix(".sha256")
+    if record.is_file():
+        want = record.read_text(encoding="utf-8").split()[0]
+        if got != want:
+            raise DataError(
+                f"{path} has checksum {got[:12]}, its record says {want[:12]}",
+                "the file is damaged or was replaced: reinstall cadiff",
+            )
+    elif not is_file:
+        raise DataError(f"{record} is missing", "reinstall cadiff")
+    return path, path.name if is_file else path.parent.name, got
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

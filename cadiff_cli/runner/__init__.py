@@ -1,0 +1,1 @@
+"""Whole datasets: plan the jobs, execute them anywhere, keep a journal, sum up."""

@@ -1,0 +1,191 @@
+"""Words for a methods section that state what was really run, read from finished results."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from cadiff_cli.errors import MissingInputError
+from cadiff_cli.io.derivatives import Finished, finished
+from cadiff_cli.io.text import write_text
+
+TITLE = "Methods and citations"
+NOTICE = (
+    "The text below was written by cadiff from the results in this folder. It may be copied into a"
+    " manuscript unchanged; it is released under CC0."
+)
+
+
+def write_citations(out: Path) -> None:
+    """``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``."""
+    results = list(finished(out))
+    if not results:
+        raise MissingInputError(f"{out} holds no finished result", "run the participant level")
+    paragraphs = describe(results)
+    used = dict.fromkeys(
+        key
+        for group in re.findall(r"\[(@[^\]]+)\]", " ".join(paragraphs))
+        for key in group.replace("@", "").split("; ")
+    )
+    sources = {key: source for key, source in citations().items() if key in used}
+
+    def cited(text: str) -> str:
+        """``[@a; @b]`` -> ``(Author et al., 2020; ...)``."""
+        return re.sub(
+            r"\[(@[^\]]+)\]",
+            lambda m: (
+                "("
+                + "; ".join(_short(sources[key]) for key in m[1].replace("@", "").split("; "))
+                + ")"
+            ),
+            text,
+        )
+
+    text = [cited(paragraph) for paragraph in paragraphs]
+    references = sorted(_reference(source) for source in sources.values())
+    folder = out / "logs"
+    write_text(
+        folder / "CITATION.md",
+        "\n\n".join(
+            [
+                f"# {TITLE}",
+                NOTICE,
+                *text,
+                "## References",
+                "\n".join(f"- {line}" for line in references),
+            ]
+        )
+        + "\n",
+    )
+    body = [
+        f"<h1>{TITLE}</h1>",
+        f"<p><em>{NOTICE}</em></p>",
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in text),
+        "<h2>References</h2>",
+        "<ul>",
+        *(f"<li>{escape(line)}</li>" for line in references),
+        "</ul>",
+    ]
+    write_text(
+        folder / "CITATION.html",
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title>'
+        + "</head><body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n",
+    )
+    write_text(
+        folder / "CITATION.bib", "\n".join(_bibtex(key, entry) for key, entry in sources.items())
+    )
+
+
+def describe(results: Sequence[Finished]) -> list[str]:
+    """Paragraphs of a methods section; ``[@key]`` cites."""
+    sidecars = [result.sidecar for result in results]
+    people = {result.entities.split("_")[0] for result in results}
+
+    def each(read: Any) -> str:
+        return _counted(read(sidecar) for sidecar in sidecars)
+
+    versions = each(lambda s: s["GeneratedBy"][0]["Version"])
+    libraries = each(
+        lambda s: (
+            f"ANTsPy {s['Packages']['antspyx']} [@ants] and"
+            f" PyTorch {s['Packages']['torch']} [@pytorch]"
+        )
+    )
+    strip = each(
+        lambda s: {"none": "left as they were (skull-stripped already)"}.get(
+            s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'"
+        )
+    )
+    names = dict.fromkeys(s["Template"]["Name"] for s in sidecars)
+    spaces = dict.fromkeys(
+        space for s in sidecars for space in s["Settings"].get("output_spaces", ())
+    )
+    atlases = "; ".join(
+        dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in (*names, *spaces))
+    )
+    flows = any(s["Template"]["Source"] == "templateflow" for s in sidecars)
+    registration = each(
+        lambda s: {
+            "fast": "affine and SyN [@syn] registration at 2 mm",
+            "affine": "affine registration",
+        }.get(s["Template"]["Registration"], f"registration '{s['Template']['Registration']}'")
+    )
+    model = each(lambda s: f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}")
+    labels = each(_sampling)
+    first = (
+        f"{len(results)} T1-weighted scans of {len(people)} participants, organised as a BIDS"
+        " dataset [@bids; @pybids], were segmented"
+        f" with cadiff {versions}, an implementation of collaborative anatomy diffusion [@cadiff],"
+        f" with {libraries}."
+    )
+    second = (
+        f"Scans were {strip}. Brains were registered to {' and '.join(names)} [{atlases}]"
+        f"{', obtained from TemplateFlow [@templateflow],' if flows else ''} by {registration}."
+        " The template's coordinates, carried to each scan, gave its distance field."
+    )
+    third = (
+        f"Labels on each scan's own grid are {labels} (weights {model})."
+        " Structures follow FreeSurfer's codes where one exists [@freesurfer]; a volume is the"
+        " number of voxels of a label times the voxel's volume."
+    )
+    fourth = f"Results were also resampled to {', '.join(spaces)}." if spaces else ""
+    return [text for text in (first, second, third, fourth) if text]
+
+
+def _sampling(sidecar: dict[str, Any]) -> str:
+    steps = sidecar["Steps"]
+    if not steps:
+        return "the most probable ones of the registered label prior, without the network"
+    flip = sidecar["Settings"]["sample"]["flip"]
+    return (
+        "the most probable ones that the network, conditioned on scan and field, gave after"
+        f" {steps} deterministic denoising step{'s' * (steps > 1)} [@ddim] from noise of seed"
+        f" {sidecar['Seed']}{', averaged with those of the mirrored brain' if flip else ''}"
+    )
+
+
+def citations() -> dict[str, dict[str, Any]]:
+    """Every work that the text may cite (``data/citations.json``)."""
+    text = files("cadiff_cli").joinpath("data/citations.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def _counted(values: Iterable[str]) -> str:
+    """The only value, or every value with how many scans it holds for."""
+    counts = Counter(values)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", or ".join(f"{value} (n = {n})" for value, n in counts.most_common())
+
+
+def _short(source: dict[str, Any]) -> str:
+    family = [author.split(",")[0] for author in source["authors"]]
+    names = " and ".join(family) if len(family) < 3 else f"{family[0]} et al."
+    return f"{names}, {source['year']}"
+
+
+def _reference(source: dict[str, Any]) -> str:
+    authors = [a if a != "others" else "et al." for a in source["authors"]]
+    return (
+        f"{'; '.join(authors)} ({source['year']}). {source['title']}. {source['where']}."
+        f" {source['url']}"
+    )
+
+
+def _bibtex(key: str, source: dict[str, Any]) -> str:
+    place = {"article": "journal", "inproceedings": "booktitle"}[source["type"]]
+    fields = {
+        "author": " and ".join(source["authors"]),
+        "title": f"{{{source['title']}}}",
+        place: source["where"],
+        "year": source["year"],
+        "url": source["url"],
+    }
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@{source['type']}{{{key},\n{lines}\n}}\n"

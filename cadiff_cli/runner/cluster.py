@@ -1,0 +1,60 @@
+"""The same jobs on Dask workers, which may live on other machines.
+
+Workers must see the dataset and the output folder under the same paths.  What is finished is read
+from the disk, so a job that Dask runs again, because its worker died after the last file was
+written, is not done twice.
+"""
+
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, Any
+
+from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
+from cadiff_cli.runner.execute import execute
+from cadiff_cli.runner.journal import failure
+
+if TYPE_CHECKING:
+    from cadiff_cli.runner.job import Job, Outcome
+
+
+def run_dask(
+    jobs: Iterable["Job"], address: str | None, workers: int, threads: int
+) -> Generator["Outcome"]:
+    """Yield outcomes as they come from the scheduler at ``address``, or from one of our own."""
+    try:
+        from distributed import Client, LocalCluster, as_completed
+    except ImportError as error:
+        raise UsageError(
+            "--executor dask needs Dask", "pip install 'cadiff[dask]', or use --executor local"
+        ) from error
+    cluster: Any = address or LocalCluster(
+        n_workers=workers,
+        threads_per_worker=1,
+        dashboard_address=None,
+        env={"OMP_NUM_THREADS": str(threads)},
+    )
+    try:
+        client = Client(cluster, timeout="30s")
+    except OSError as error:
+        raise MissingInputError(
+            f"no Dask scheduler answers at {address}", "check --dask-address"
+        ) from error
+    futures = {}
+    try:
+        futures = {client.submit(execute, job, key=_key(job)): job for job in jobs}
+        for future in as_completed(futures):
+            job = futures[future]
+            if future.status == "finished":
+                yield future.result()
+            else:  # the workers that held it died, more often than Dask tries again
+                lost = type(future.exception()).__name__
+                yield failure(job, CadiffError(f"lost by Dask ({lost})"))
+    finally:
+        client.cancel(list(futures))
+        client.close()
+        if address is None:
+            cluster.close()
+
+
+def _key(job: "Job") -> str:
+    """Another run's task of the same scan must not pass for this one's."""
+    return f"cadiff-{job.run_id}-{job.entities}{'-again' if job.wait else ''}"

@@ -1,0 +1,178 @@
+"""Execute a job: the same function in this process, in a worker process or on another machine."""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cadiff_cli
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.derivatives import save_result
+from cadiff_cli.io.nifti import load_scan
+from cadiff_cli.io.templates import load_template
+from cadiff_cli.pipeline import Announce, run
+from cadiff_cli.products import Result, Scan, Template
+from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.journal import Journal, failure, locked
+
+if TYPE_CHECKING:
+    from cadiff_cli.config import Config
+    from cadiff_cli.io.weights import Model
+
+LOGGER = logging.getLogger("cadiff_cli")
+_ONE_AT_A_TIME = threading.Lock()
+"""ANTs' output is silenced for the whole process: jobs must not share one at the same time."""
+
+
+def execute(job: Job) -> Outcome:
+    """Segment one scan and write its results.  Whatever goes wrong with it is in the outcome."""
+    begun = time.perf_counter()
+    with _ONE_AT_A_TIME:
+        try:
+            with Journal(job.out).claim(job.entities, wait=job.wait) as mine:
+                if not mine:
+                    return Outcome(job.entities, "busy")
+                if job.is_finished():
+                    return Outcome(job.entities, "done")
+                with _logged(job):
+                    result = _segment(job)
+                seconds = round(time.perf_counter() - begun, 1)
+                outcome = Outcome(job.entities, "done", seconds, warnings=result.warnings)
+                Journal(job.out).record(outcome)
+                return outcome
+        except Exception as error:
+            return failure(job, error, time.perf_counter() - begun)
+
+
+def _segment(job: Job) -> Result:
+    # Huge pages: fewer page faults for torch's large tensors.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    import torch
+
+    from cadiff_cli.stages.segment import pick_device
+
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    job.place.claim(job.t1, overwrite=True)
+    scan = load_scan(job.t1)
+    for text in scan.warnings:
+        LOGGER.warning(text)
+    device = pick_device(job.recipe.config.sample.device)
+    with tempfile.TemporaryDirectory(prefix=f"{job.entities}-", dir=job.work_dir) as work:
+        return segment_scan(
+            scan,
+            replace(_template(job.recipe.template), warnings=job.notes),
+            _model(job.weights, job.recipe.weights_sha256),
+            job.recipe.config,
+            job.out,
+            Path(work),
+            field=job.recipe.field,
+            spaces=job.recipe.spaces,
+            source=job.source,
+            run_id=job.run_id,
+            announce=lambda stage: LOGGER.info("stage %s", stage),
+            gate=_gpu(str(device)) if device.type == "cuda" else nullcontext(),
+        )
+
+
+def segment_scan(
+    scan: Scan,
+    template: Template,
+    model: "Model",
+    config: "Config",
+    out: Path,
+    work_dir: Path,
+    *,
+    field: bool = False,
+    spaces: Sequence[str] = (),
+    source: str | None = None,
+    run_id: str | None = None,
+    announce: Announce | None = None,
+    gate: AbstractContextManager[object] | None = None,
+) -> Result:
+    """Run the pipeline on one scan and write everything it gives into ``out``."""
+    from cadiff_cli.stages.field import coordinate_field
+    from cadiff_cli.stages.space import parse_space, to_space
+
+    result = run(scan, template, model, config, work_dir, announce, gate)
+    carried = [
+        to_space(result, _template(name), resolution, work_dir)
+        for name, resolution in map(parse_space, spaces)
+    ]
+    if announce:
+        announce("write")
+    save_result(
+        result,
+        out,
+        coordinate_field(result.prepared.registered, scan.t1.grid) if field else None,
+        carried,
+        source=source,
+        run_id=run_id,
+    )
+    LOGGER.info("seconds per stage: %s", dict(result.seconds))
+    return result
+
+
+@lru_cache(maxsize=1)
+def _model(name: str, sha256: str) -> "Model":
+    """Loaded once per process."""
+    from cadiff_cli.io.weights import load_model
+
+    model = load_model(name)
+    if model.sha256 != sha256:
+        raise DataError(
+            f"the weights {name} changed while cadiff was running", "run it again from the start"
+        )
+    return model
+
+
+@lru_cache(maxsize=4)
+def _template(name: str) -> Template:
+    """Loaded once per process; whoever planned the jobs has downloaded it."""
+    return load_template(name, offline=True)
+
+
+@contextmanager
+def _gpu(device: str) -> Iterator[None]:
+    """One inference at a time on a GPU, whichever processes share it; its memory is given back."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    name = f"cadiff-{os.getuid()}-{visible}-{device}.lock".replace("/", "_").replace(":", "")
+    with locked(Path(tempfile.gettempdir()) / name, wait=True):
+        yield
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _logged(job: Job) -> Iterator[None]:
+    """Everything that is said about the job goes to its log file."""
+    job.log_dir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(job.log_dir / f"{job.entities}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    loggers = (LOGGER, logging.getLogger("py.warnings"))
+    LOGGER.setLevel(logging.DEBUG)
+    for logger in loggers:
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        LOGGER.info("cadiff %s, input %s", cadiff_cli.__version__, job.t1)
+        LOGGER.info("settings %s", job.recipe.settings())
+        yield
+    except Exception:
+        LOGGER.debug("the run failed", exc_info=True)
+        raise
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

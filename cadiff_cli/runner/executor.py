@@ -1,0 +1,52 @@
+"""Where jobs run, and how much of the machine they may use."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from cadiff_cli import machine
+from cadiff_cli.runner.job import Job, Outcome
+
+SCAN_BYTES = 6 * 2**30
+"""Memory that one scan may need: 5.6 GiB was measured."""
+POSTERIORS_BYTES = 4 * 2**30
+"""What 4-D posteriors add to it, for a 256^3 scan."""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Limits are ``--nprocs`` threads in all, ``--omp-nthreads`` in each process, ``--mem`` bytes.
+
+    ``kind`` is ``local``, or ``dask`` with the ``address`` of a scheduler (None: one of our own).
+    """
+
+    kind: str = "local"
+    address: str | None = None
+    nprocs: int | None = None
+    omp_nthreads: int | None = None
+    memory_bytes: int | None = None
+
+    def team(self, jobs: Sequence[Job]) -> tuple[int, int]:
+        """Number of worker processes, and threads of each.
+
+        As many single-threaded workers as fit: one scan's registration, which knows one thread,
+        then runs beside another's inference, and no thread waits for another.
+        """
+        nprocs = self.nprocs or machine.cores()
+        need = SCAN_BYTES
+        if any(job.recipe.config.sample.posteriors for job in jobs):
+            need += POSTERIORS_BYTES
+        fit = (self.memory_bytes or machine.free_memory_bytes()) // need
+        workers = max(1, min(len(jobs), fit, nprocs // (self.omp_nthreads or 1)))
+        return workers, self.omp_nthreads or max(1, nprocs // workers)
+
+    def run(self, jobs: Sequence[Job]) -> Generator[Outcome]:
+        """Yield outcomes as they come; closing the iterator stops the rest."""
+        workers, threads = self.team(jobs)
+        if self.kind == "dask":
+            from cadiff_cli.runner.cluster import run_dask
+
+            yield from run_dask(jobs, self.address, workers, threads)
+        else:
+            from cadiff_cli.runner.local import run_local
+
+            yield from run_local(jobs, workers, threads)

@@ -1,0 +1,97 @@
+"""What is known of each scan of an output folder, on disk, so that any process may die.
+
+``logs/journal/SCAN.json`` holds the last outcome and ``SCAN.lock`` is locked while a process works
+on it; the kernel unlocks it when that process ends, however it ends.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import cadiff_cli
+from cadiff_cli.errors import CadiffError
+from cadiff_cli.io.text import read_json, write_json, write_text
+from cadiff_cli.runner.job import Job, Outcome
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The outcomes of an output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "logs" / "journal"
+
+    def record(self, outcome: Outcome) -> None:
+        """Replace what is known of a scan."""
+        write_json(self.folder / f"{outcome.entities}.json", asdict(outcome))
+
+    def read(self, entities: str) -> Outcome | None:
+        """What became of a scan when it was last tried."""
+        found = read_json(self.folder / f"{entities}.json")
+        try:
+            return Outcome(**{**found, "warnings": tuple(found["warnings"])}) if found else None
+        except (TypeError, KeyError):  # another version's
+            return None
+
+    @contextmanager
+    def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
+        """Whether this process alone may work on the scan, until the block ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / f"{entities}.lock", wait=wait) as mine:
+            yield mine
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold an exclusive lock on ``path``; False if another process has it and we do not wait.
+
+    Where the file system knows no locks, every process gets it: results are written atomically, so
+    the worst is work done twice.
+    """
+    with path.open("a", encoding="ascii") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            log.info("no locks on %s", path.parent)
+            mine = True
+        yield mine
+
+
+def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
+    """Record a failed job, with a crash file that holds what is needed to mend it."""
+    message = str(error) if isinstance(error, CadiffError) else f"{type(error).__name__}: {error}"
+    path = job.log_dir / f"crash-{job.entities}.txt"
+    settings = json.dumps(job.recipe.settings(), indent=2)
+    trace = "".join(traceback.format_exception(error))
+    text = f"cadiff {cadiff_cli.__version__}\ninput {job.t1}\nsettings {settings}\n\n{trace}"
+    crash_file = ""
+    try:
+        write_text(path, text)
+        crash_file = path.relative_to(job.out).as_posix()
+    except CadiffError:
+        log.warning("cannot write %s", path)
+    outcome = Outcome(
+        job.entities,
+        "failed",
+        round(seconds, 1),
+        " ".join(message.split()),
+        error.exit_code if isinstance(error, CadiffError) else 1,
+        crash_file,
+    )
+    try:
+        Journal(job.out).record(outcome)
+    except CadiffError:
+        log.warning("cannot write the journal of %s", job.out)
+    return outcome

@@ -1,0 +1,120 @@
+"""Worker processes on this machine.
+
+Each loads the model once and takes whole scans, so that one scan's single-threaded stages (strip,
+register) run beside another's inference.  A worker that is killed costs at most the scan it held.
+This module imports nothing heavy: a new process sets its number of threads before numpy is loaded.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cadiff_cli.runner.job import Job, Outcome
+
+TRIES = 2
+"""A scan whose worker died is tried once more: the memory that was short may be free by then."""
+GRACE_S = 10.0
+"""How long a worker may take to clean up before it is killed."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Worker:
+    """A process that executes one job after another."""
+
+    def __init__(self, threads: int) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+
+    def give(self, job: "Job") -> None:
+        """Start a job; ``take`` its outcome when ``pipe`` is ready."""
+        self.job = job
+        with suppress(ConnectionError):  # it died while idle: ``take`` will tell
+            self.pipe.send(job)
+
+    def take(self) -> "Outcome | None":
+        """The outcome of the job, or None if the worker died of it."""
+        try:
+            outcome: Outcome = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return None
+        self.job = None
+        return outcome
+
+
+def run_local(jobs: Iterable["Job"], workers: int, threads: int) -> Generator["Outcome"]:
+    """Yield outcomes as they come; closing the iterator ends the workers."""
+    from cadiff_cli.errors import CadiffError
+    from cadiff_cli.runner.journal import failure
+
+    queue, deaths = deque(jobs), Counter[str]()
+    team: list[Worker] = []
+    try:
+        while queue or any(worker.job for worker in team):
+            while queue and len(team) < workers:
+                team.append(Worker(threads))
+                team[-1].give(queue.popleft())
+            by_pipe = {worker.pipe: worker for worker in team if worker.job}
+            for pipe in wait(list(by_pipe)):
+                worker = by_pipe[pipe]  # type: ignore[index]
+                job, outcome = worker.job, worker.take()
+                assert job is not None
+                if outcome is None:
+                    team.remove(worker)
+                    deaths[job.entities] += 1
+                    if deaths[job.entities] < TRIES:
+                        queue.append(job)
+                        continue
+                    outcome = failure(job, CadiffError(*_how_it_died(worker.process.exitcode)))
+                elif queue:
+                    worker.give(queue.popleft())
+                yield outcome
+    finally:
+        for worker in team:
+            worker.process.terminate()
+        for worker in team:
+            worker.process.join(GRACE_S)
+            worker.process.kill()
+
+
+def _how_it_died(code: int | None) -> tuple[str, str]:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = "was memory short? Use fewer --nprocs, or --tile 96" if name == "SIGKILL" else ""
+        return f"the worker process was ended by {name}, {TRIES} times", hint
+    return f"the worker process ended with code {code}, {TRIES} times", ""
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    """Life of a worker process: until its parent closes the pipe, or dies."""
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up code
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    from cadiff_cli.runner.execute import execute
+
+    try:
+        while True:
+            pipe.send(execute(pipe.recv()))
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def _follow_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)  # nobody is left to tell
