@@ -30,6 +30,7 @@ DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric
 OURS = (
     *(f"{name}.*" for name in (T1W, MASK, FIELD, DSEG, PROBSEG, MORPH)),
     *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
+    "space-*_seg-cadiff_res-*_dseg.*",
     "from-*_mode-image_xfm.*",
 )
 """What follows the source's entities in the names of the files that a run writes."""
@@ -268,10 +269,8 @@ class _Writer:
     def standard(self, space: InSpace) -> None:
         """Brain, mask and labels on a template's grid."""
         template, described = space.registered.template.name, dict[str, Any]()
-        entities = f"space-{template}"
         if space.resolution:
             spacing = space.labels.grid.spacing_mm[0]
-            entities += f"_res-{space.resolution}"
             described["Resolution"] = f"{spacing:g} mm, TemplateFlow's res-{space.resolution} grid"
         parts: tuple[tuple[str, Volume, dict[str, Any]], ...] = (
             (T1W, space.t1, {"SkullStripped": True}),
@@ -279,9 +278,10 @@ class _Writer:
             (DSEG, space.labels, {"Manual": False}),
         )
         for name, volume, values in parts:
-            self.image(f"{entities}_{name}", volume.data, volume.grid, code="mni")
+            standard = standard_name(name, template, space.resolution)
+            self.image(standard, volume.data, volume.grid, code="mni")
             self.sidecar(
-                f"{entities}_{name}",
+                standard,
                 [self.uri(name), self.place.uri(xfm_name("T1w", template))],
                 **values,
                 **described,
@@ -308,6 +308,20 @@ class _Writer:
                 **{name: {"Description": text} for name, text in AGGREGATES.items()},
             },
         )
+
+
+def standard_name(name: str, template: str, resolution: str = "") -> str:
+    """``name`` in a template's space, with entities in BIDS' order.
+
+    >>> standard_name("seg-cadiff_dseg", "MNIColin27", "2")
+    'space-MNIColin27_seg-cadiff_res-2_dseg'
+    >>> standard_name("desc-brain_mask", "MNIColin27", "2")
+    'space-MNIColin27_res-2_desc-brain_mask'
+    """
+    entity, suffix = name.split("_")
+    res = [f"res-{resolution}"] if resolution else []
+    middle = [entity, *res] if entity.startswith("seg-") else [*res, entity]
+    return "_".join([f"space-{template}", *middle, suffix])
 
 
 def xfm_name(start: str, end: str) -> str:

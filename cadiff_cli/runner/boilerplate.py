@@ -98,7 +98,7 @@ def describe(results: Sequence[Finished]) -> list[str]:
         )
     )
     strip = each(
-        lambda s: {"none": "left as they were (skull-stripped already)"}.get(
+        lambda s: {"none": "taken as skull-stripped"}.get(
             s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'"
         )
     )

@@ -1,0 +1,343 @@
+"""The BIDS app on a dataset of phantoms: sessions, runs, a broken scan, an odd name."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from bids_dataset import QUICK, cadiff, write_dataset
+
+from cadiff_cli.io.derivatives import finished
+
+GOOD = ("sub-01_ses-a", "sub-01_ses-b_run-1", "sub-01_ses-b_run-2", "sub-02_acq-mprage")
+BROKEN = "sub-03"
+
+
+@pytest.fixture(scope="module")
+def batch(small_head, tiny_weights, tmp_path_factory):
+    """One run over everything, with extra outputs; nothing below changes its files."""
+    folder = tmp_path_factory.mktemp("batch")
+    bids = write_dataset(folder / "bids", small_head, [f"{name}_T1w" for name in GOOD])
+    broken = bids / BROKEN / "anat" / f"{BROKEN}_T1w.nii.gz"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"\x1f\x8b not an image")
+    odd = bids / "sub-02" / "anat" / "sub-02_T1w copy.nii.gz"
+    odd.write_bytes(b"")
+    out = bids / "derivatives" / "cadiff"
+    arguments = [*QUICK, "--model", tiny_weights, "--posteriors", "--save-field"]
+    arguments += ["--output-spaces", "MNI152NLin2009aSym:res-4", "--nprocs", "2"]
+    return cadiff("run", bids, out, "participant", *arguments), bids, out, arguments
+
+
+def anat(out, entities):
+    folders = [part for part in entities.split("_") if part.startswith(("sub-", "ses-"))]
+    return out.joinpath(*folders, "anat")
+
+
+def files(out):
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_bad_scan_is_recorded_and_the_rest_goes_on(batch):
+    done, _, out, _ = batch
+    assert done.returncode == 1, done.stderr
+    assert [result.entities for result in finished(out)] == list(GOOD)
+    (crash,) = out.rglob("crash-*")
+    assert crash.relative_to(out).parts[:2] == (BROKEN, "log")
+    text = crash.read_text()
+    assert f"{BROKEN}_T1w.nii.gz" in text
+    assert '"steps": 1' in text
+    assert "Traceback" in text
+    # The table at the end names scan, error and crash file.
+    table = done.stderr[done.stderr.index("failed\n") :]
+    assert re.search(rf"{BROKEN}\b.*not a readable image.*", table)
+    assert crash.name in table
+    assert "4 done, 1 failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_odd_name_is_not_lost_silently(batch):
+    done, *_ = batch
+    assert "sub-02/anat/sub-02_T1w copy.nii.gz has no BIDS name: ignored" in done.stderr
+
+
+def test_every_scan_has_its_own_complete_result(batch):
+    _, _, out, _ = batch
+    template = "MNI152NLin2009aSym"
+    images = ("desc-preproc_T1w", "desc-brain_mask", "desc-distance_field")
+    images += ("seg-cadiff_dseg", "seg-cadiff_probseg")
+    images += tuple(
+        f"space-{template}_{name}"
+        for name in ("res-4_desc-preproc_T1w", "res-4_desc-brain_mask", "seg-cadiff_res-4_dseg")
+    )
+    transforms = [f"from-{a}_to-{b}" for a, b in ((template, "T1w"), ("T1w", template))]
+    for entities in GOOD:
+        folder = anat(out, entities)
+        found = {p.name.removeprefix(f"{entities}_") for p in folder.glob(f"{entities}_*")}
+        assert found == {
+            *(f"{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
+            *(f"{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
+            *(f"desc-volumetric_morph.{suffix}" for suffix in ("tsv", "json")),
+        }
+    assert not list(anat(out, BROKEN).glob("*"))
+
+
+def test_the_official_validator_finds_no_error(batch):
+    pytest.importorskip("bids_validator_deno")
+    _, _, out, _ = batch
+    program = Path(sys.executable).with_name("bids-validator-deno")
+    done = subprocess.run([program, "--format", "json", out], capture_output=True, check=False)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    assert [issue for issue in issues if issue["severity"] == "error"] == []
+    assert done.returncode == 0
+
+
+def test_sources_are_uris_of_files_that_exist(batch):
+    _, bids, out, _ = batch
+    description = json.loads((out / "dataset_description.json").read_text())
+    assert description["DatasetType"] == "derivative"
+    assert description["GeneratedBy"][0]["Name"] == "cadiff"
+    raw = (out / description["DatasetLinks"]["raw"]).resolve()
+    assert raw == bids.resolve()
+    roots = {"bids::": out, "bids:raw:": raw}
+    sidecars = list(out.glob("sub-*/**/anat/*.json"))
+    assert len(sidecars) == 11 * len(GOOD)
+    for sidecar in sidecars:
+        values = json.loads(sidecar.read_text())
+        uris = [*values["Sources"], *[v for k, v in values.items() if k == "SpatialReference"]]
+        assert uris
+        for uri in uris:
+            (root,) = [root for prefix, root in roots.items() if uri.startswith(prefix)]
+            assert (root / uri.split(":", 2)[2]).is_file(), (sidecar.name, uri)
+
+
+def test_nothing_tells_where_somebody_lives(batch):
+    """JSON, tables and texts name no absolute path: results are shared, homes are not."""
+    _, bids, out, _ = batch
+    shared = [*out.glob("*.*"), *out.glob("sub-*/**/anat/*.json"), *out.glob("logs/CITATION*")]
+    assert len(shared) > 20
+    for path in shared:
+        text = path.read_text()
+        assert str(bids.parent) not in text, path
+        assert str(Path.home()) not in text, path
+
+
+def test_the_label_map_of_posteriors_fits(batch):
+    _, _, out, _ = batch
+    base = anat(out, GOOD[0]) / f"{GOOD[0]}_seg-cadiff_probseg"
+    names = json.loads(base.with_suffix(".json").read_text())["LabelMap"]
+    with (out / "dseg.tsv").open() as stream:
+        abbreviations = [row["abbreviation"] for row in csv.DictReader(stream, delimiter="\t")]
+    assert names == abbreviations
+    assert nib.load(base.with_suffix(".nii.gz")).shape[3] == len(names)
+
+
+def test_results_in_standard_space_agree_with_those_in_native_space(batch):
+    """The same fraction of the brain is left, whatever the grid."""
+    _, _, out, _ = batch
+    folder, entities = anat(out, GOOD[0]), GOOD[0]
+    space = "space-MNI152NLin2009aSym"
+
+    def left_share(name):
+        labels = np.asarray(nib.load(folder / f"{entities}_{name}.nii.gz").dataobj)
+        left, right = (np.isin(labels, codes).sum() for codes in ((2, 3), (41, 42)))
+        return left / (left + right)
+
+    native, standard = map(left_share, ("seg-cadiff_dseg", f"{space}_seg-cadiff_res-4_dseg"))
+    assert standard == pytest.approx(native, abs=0.1)
+    t1 = nib.load(folder / f"{entities}_{space}_res-4_desc-preproc_T1w.nii.gz")
+    assert tuple(t1.header.get_zooms()) == (4, 4, 4)
+
+
+def test_the_boilerplate_says_what_was_run(batch):
+    _, _, out, _ = batch
+    text = (out / "logs" / "CITATION.md").read_text()
+    assert "4 T1-weighted scans of 2 participants" in text
+    assert "1 deterministic denoising step (Song et al., 2021)" in text
+    assert "affine registration" in text
+    assert "SyN" not in text  # it was not run
+    assert "TemplateFlow" not in text  # nor was it asked
+    keys = re.findall(r"^@\w+{(\w+),", (out / "logs" / "CITATION.bib").read_text(), re.M)
+    assert {"cadiff", "ants", "ddim", "bids"} <= set(keys)
+    assert "syn" not in keys
+    html = (out / "logs" / "CITATION.html").read_text()
+    assert "<script" not in html
+    assert "Xing et al., 2025" in html
+
+
+def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_head, tmp_path):
+    """The same command on a copy in which the broken scan was mended."""
+    _, bids, _, arguments = batch
+    copy = shutil.copytree(bids, tmp_path / "bids")
+    out = copy / "derivatives" / "cadiff"
+    write_dataset(copy, small_head, [f"{BROKEN}_T1w"])
+    before = files(out)
+    done = cadiff("run", copy, out, "participant", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "1 done, 4 done before" in done.stderr
+    assert [result.entities for result in finished(out)] == [*GOOD, BROKEN]
+    after = files(out)
+    changed = {p.relative_to(out).as_posix() for p, t in before.items() if after.get(p) != t}
+    assert changed <= {
+        f"logs/journal/{BROKEN}.json",
+        *(f"logs/CITATION.{suffix}" for suffix in ("md", "html", "bib")),
+    }
+    # A third time there is nothing to do.
+    done = cadiff("run", copy, out, "participant", *arguments, "--dry-run")
+    assert done.returncode == 0
+    lines = [f"{name}\tdone" for name in (*GOOD, BROKEN)]
+    assert done.stdout.splitlines() == lines
+
+
+def test_other_settings_are_refused_with_a_remedy(batch):
+    _, bids, out, arguments = batch
+    before = files(out)
+    done = cadiff("run", bids, out, "participant", *arguments, "--steps", "2")
+    assert done.returncode == 73
+    assert "sample.steps 1 -> 2" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert files(out) == before
+    # Even for a scan that has no result yet: one dataset is made one way.
+    done = cadiff(
+        *("run", bids, out, "participant", *arguments, "--seed", "1"),
+        *("--participant-label", BROKEN),
+    )
+    assert done.returncode == 73
+    assert files(out) == before
+
+
+def test_a_changed_input_is_not_taken_for_finished(batch, phantom, tmp_path):
+    _, bids, _, arguments = batch
+    copy = shutil.copytree(bids, tmp_path / "bids")
+    write_dataset(copy, phantom("RAS", 1.0, scale=0.41), [f"{GOOD[0]}_T1w"])
+    out = copy / "derivatives" / "cadiff"
+    done = cadiff("run", copy, out, "participant", *arguments, "--dry-run")
+    assert done.returncode == 73
+    assert f"{GOOD[0]}_T1w.nii.gz has changed since" in done.stderr
+    done = cadiff("run", copy, out, "participant", *arguments, "--dry-run", "--overwrite")
+    status = dict(line.split("\t") for line in done.stdout.splitlines())
+    assert status == dict.fromkeys(GOOD, "done") | {GOOD[0]: "todo", BROKEN: "todo"}
+
+
+def test_overwrite_makes_selected_scans_again(batch, tmp_path):
+    """What the new settings do not write goes; another run's files stay."""
+    _, bids, _, arguments = batch
+    copy = shutil.copytree(bids, tmp_path / "bids")
+    out = copy / "derivatives" / "cadiff"
+    kept = [option for option in arguments if option not in ("--posteriors", "--save-field")]
+    done = cadiff(
+        *("run", copy, out, "participant", *kept, "--steps", "0", "--overwrite"),
+        *("--participant-label", "sub-01", "--session-label", "b"),
+        *("--bids-filter-file", _filters(tmp_path, run=2)),
+    )
+    assert done.returncode == 0, done.stderr
+    steps = {result.entities: result.sidecar["Steps"] for result in finished(out)}
+    assert steps == dict.fromkeys(GOOD, 1) | {"sub-01_ses-b_run-2": 0}
+    left = {p.name for p in (copy / "derivatives").rglob("*run-*probseg.nii.gz")}
+    assert left == {"sub-01_ses-b_run-1_seg-cadiff_probseg.nii.gz"}
+    # The group level tells that the dataset is a mixture now.
+    done = cadiff("run", copy, out, "group")
+    assert "2 different ways" in done.stderr
+
+
+def _filters(folder, **entities):
+    path = folder / "filters.json"
+    path.write_text(json.dumps({"t1w": entities, "bold": {"task": "rest"}}))
+    return path
+
+
+def test_a_config_file_repeats_a_run(batch):
+    _, bids, out, _ = batch
+    (config,) = (out / "logs").glob("cadiff_*.toml")
+    arguments = ("run", bids, out, "participant", "--config-file", config, "--dry-run")
+    done = cadiff(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("\t")[1] for line in done.stdout.splitlines()] == ["done"] * 4 + ["todo"]
+    assert cadiff(*arguments, "--steps", "3").returncode == 73  # flags win
+
+
+def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_path):
+    _, bids, source, _ = batch
+    out = shutil.copytree(source, tmp_path / "out")
+    done = cadiff("run", bids, out, "group")
+    assert done.returncode == 0, done.stderr
+    assert "sub-03 is not in the table: sub-03_T1w.nii.gz is not a readable image" in done.stderr
+    assert "4 of 5 scans" in done.stderr
+    with (out / "group_morph.tsv").open() as stream:
+        rows = {row["scan"]: row for row in csv.DictReader(stream, delimiter="\t")}
+    assert list(rows) == list(GOOD)
+    described = json.loads((out / "group_morph.json").read_text())
+    assert list(described) == list(rows[GOOD[0]])
+    row = rows["sub-01_ses-b_run-2"]
+    assert [row[k] for k in ("participant_id", "session_id", "run", "acquisition")] == [
+        *("sub-01", "ses-b", "2", "n/a")
+    ]
+    # Volumes are those of the scan's own table, under the same name.
+    for entities, row in rows.items():
+        with (anat(out, entities) / f"{entities}_desc-volumetric_morph.tsv").open() as stream:
+            volumes = {
+                line["name"].lower().replace("-", "_"): line["volume-mm3"]
+                for line in csv.DictReader(stream, delimiter="\t")
+            }
+        assert {name: row[name] for name in volumes} == volumes
+        assert float(row["registration_score"]) > 1
+    with (out / "group_missing.tsv").open() as stream:
+        (missing,) = csv.DictReader(stream, delimiter="\t")
+    assert missing["scan"] == BROKEN
+    done = cadiff("run", bids, out, "group", "--participant-label", "02")
+    assert done.returncode == 0
+    assert not (out / "group_missing.tsv").exists()
+
+
+def test_the_group_level_needs_results(batch, tmp_path):
+    _, bids, _, _ = batch
+    done = cadiff("run", bids, tmp_path / "out", "group")
+    assert done.returncode == 66
+    assert "participant level" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["{bids}", "{out}"], 64, "Missing argument"),
+        (["{bids}", "{out}", "subject"], 17, "'subject'"),
+        (["{bids}", "{out}", "participant", "--participant-label", "01", "77"], 18, "sub-77"),
+        (["{bids}", "{out}", "participant", "--session-label", "z"], 18, "no T1w image"),
+        (["{bids}/gone", "{out}", "participant"], 66, "no dataset"),
+        (["{bids}/sub-01", "{out}", "participant"], 16, "dataset_description.json"),
+        (["{bids}", "{bids}", "participant"], 64, "derivatives"),
+        (["{bids}", "{out}", "participant", "-w", "{bids}/work"], 64, "work folder"),
+        (["{bids}", "{out}", "participant", "--mem", "much"], 64, "16G"),
+        (["{bids}", "{out}", "participant", "--output-spaces", "Talairach"], 64, "Talairach"),
+        (["{bids}", "{out}", "participant", "--model", "none"], 66, "no model"),
+        (["{bids}", "{out}", "participant", "--bids-filter-file", "{bids}/x"], 66, "filter-file"),
+        (["{bids}", "{out}", "participant", "--dataset-links", "x=y"], 64, "raw=URI"),
+    ],
+)
+def test_errors_have_the_documented_exit_codes(batch, tmp_path, arguments, code, text):
+    _, bids, _, _ = batch
+    places = {"bids": str(bids), "out": str(tmp_path / "out")}
+    given = [argument.format(**places) for argument in arguments]
+    done = cadiff("run", *given, "--offline", "--skip-bids-validation")
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_of_somebody_else_is_refused(batch, tmp_path):
+    _, bids, _, _ = batch
+    out = tmp_path / "out"
+    out.mkdir()
+    description = {"Name": "x", "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep"}]}
+    (out / "dataset_description.json").write_text(json.dumps(description))
+    done = cadiff("run", bids, out, "participant", "--offline")
+    assert done.returncode == 73
+    assert "fMRIPrep" in done.stderr
