@@ -1,13 +1,28 @@
 """Names in and names out."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cadiff_cli.errors import DataError, MissingInputError, OutputError
-from cadiff_cli.io.bids import labelled_scans, source_entities
+from cadiff_cli.errors import (
+    DataError,
+    InvalidDatasetError,
+    MissingInputError,
+    OutputError,
+    SelectionError,
+    UsageError,
+)
+from cadiff_cli.io.bids import (
+    Dataset,
+    Selection,
+    labelled_scans,
+    labels,
+    read_filters,
+    source_entities,
+)
 from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Grid
@@ -137,3 +152,130 @@ def test_a_dataset_without_pairs_is_an_error(dataset, tmp_path):
         labelled_scans(dataset("sub-1/anat/sub-1_T1w.nii.gz"))
     with pytest.raises(MissingInputError):
         labelled_scans(tmp_path / "gone")
+
+
+@pytest.fixture
+def raw(dataset):
+    """A dataset with sessions, runs, acquisitions, another modality and two odd names."""
+    root = dataset(
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
+        "sub-01/ses-b/anat/sub-01_ses-b_acq-mprage_run-1_T1w.nii.gz",
+        "sub-01/ses-b/anat/sub-01_ses-b_acq-mprage_run-2_T1w.nii",
+        "sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz",
+        "sub-02/anat/sub-02_T1w.nii.gz",
+        "sub-02/anat/sub-02_T1w_copy.nii.gz",
+        "sub-10/func/sub-10_task-rest_bold.nii.gz",
+        "derivatives/other/sub-02/anat/sub-02_desc-preproc_T1w.nii.gz",
+        "sourcedata/sub-02/anat/sub-02_T1w.nii.gz",
+    )
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    return Dataset(root)
+
+
+def names(found):
+    return [path.name.split(".")[0].removesuffix("_T1w") for path in found]
+
+
+def test_every_t1w_is_found_once(raw):
+    found, odd = raw.t1w()
+    assert names(found) == [
+        *("sub-01_ses-a", "sub-01_ses-b_acq-mprage_run-1", "sub-01_ses-b_acq-mprage_run-2"),
+        "sub-02",
+    ]
+    assert all(path.is_relative_to(raw.root / path.name[:6]) for path in found)
+    assert [path.name for path in odd] == ["sub-02_T1w_copy.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ({"participants": ("02",)}, ["sub-02"]),
+        ({"participants": ("01", "02"), "sessions": ("a",)}, ["sub-01_ses-a"]),
+        ({"filters": {"run": 2}}, ["sub-01_ses-b_acq-mprage_run-2"]),
+        ({"filters": {"t1w": None}}, None),
+    ],
+)
+def test_a_selection_narrows(raw, selection, expected):
+    if expected is None:
+        with pytest.raises(UsageError, match="filter-file"):
+            raw.t1w(Selection(**selection))
+    else:
+        assert names(raw.t1w(Selection(**selection))[0]) == expected
+
+
+def test_filters_ask_for_absence_and_presence(raw, tmp_path):
+    """``null`` and ``"*"``, as fMRIPrep has it."""
+    file = tmp_path / "filters.json"
+    file.write_text('{"t1w": {"acquisition": null, "session": "*"}, "bold": {"task": "rest"}}')
+    assert names(raw.t1w(Selection(filters=read_filters(file)))[0]) == ["sub-01_ses-a"]
+    for text in ("[1]", "{", '{"t1w": 3}'):
+        file.write_text(text)
+        with pytest.raises(UsageError, match="not a filter file"):
+            read_filters(file)
+
+
+def test_absent_participants_are_named(raw):
+    with pytest.raises(SelectionError, match="sub-03, sub-77"):
+        raw.t1w(Selection(participants=("01", "77", "03")))
+    with pytest.raises(SelectionError, match="no T1w"):
+        raw.t1w(Selection(participants=("10",)))
+
+
+def test_the_index_can_be_kept(raw, tmp_path):
+    """The second time it is read, whichever participants the first time asked for."""
+    database = tmp_path / "database"
+    assert names(raw.t1w(Selection(participants=("02",)), database)[0]) == ["sub-02"]
+    assert list(database.iterdir())
+    assert len(raw.t1w(Selection(), database)[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "has no dataset_description"),
+        ("{", "JSON"),
+        ("[]", "lacks"),
+        ('{"Name": 1}', "lacks"),
+    ],
+)
+def test_a_dataset_describes_itself(tmp_path, text, why):
+    if text is not None:
+        (tmp_path / "dataset_description.json").write_text(text)
+    with pytest.raises(InvalidDatasetError, match=why):
+        _ = Dataset(tmp_path).description
+
+
+def test_the_validator_tells_of_files_and_refuses_datasets(raw):
+    pytest.importorskip("bids_validator_deno")
+    assert any("T1w_copy" in line for line in raw.violations())
+    description = {"Name": "x", "BIDSVersion": "1.10.0", "Authors": "not a list"}
+    (raw.root / "dataset_description.json").write_text(json.dumps(description))
+    with pytest.raises(InvalidDatasetError, match="Authors"):
+        raw.violations()
+
+
+@pytest.mark.parametrize(
+    ("out", "doi", "link"),
+    [
+        ("home/me/bids/derivatives/cadiff", "", "../.."),
+        ("home/me/out", "", "../bids"),
+        ("scratch/out", "", "urn:x-bids:bids"),
+        (
+            "scratch/out",
+            "doi:10.18112/openneuro.ds1.v1",
+            "https://doi.org/10.18112/openneuro.ds1.v1",
+        ),
+    ],
+)
+def test_links_do_not_tell_where_somebody_lives(tmp_path, out, doi, link):
+    root = tmp_path / "home" / "me" / "bids"
+    root.mkdir(parents=True)
+    description = {"Name": "x", "BIDSVersion": "1.10.0", "DatasetDOI": doi}
+    (root / "dataset_description.json").write_text(json.dumps(description))
+    assert Dataset(root).link(tmp_path / out) == link
+
+
+def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path):
+    file = tmp_path / "participants.txt"
+    file.write_text("sub-03\n04\n")
+    assert labels(["sub-01", "02", "01", str(file)], "sub-") == ("01", "02", "03", "04")

@@ -156,7 +156,8 @@ class Dataset:
             if issue.get("severity") != "error":
                 continue
             place = str(issue.get("location", ""))
-            line = " ".join(filter(None, (place, issue["code"], issue.get("issueMessage"))))
+            said = (place, issue["code"], issue.get("subCode"), issue.get("issueMessage"))
+            line = " ".join(" ".join(filter(None, said)).split())
             if place == "/dataset_description.json":
                 raise InvalidDatasetError(f"invalid dataset: {line}", "mend the file")
             lines.append(line)
@@ -260,7 +261,8 @@ def labels(words: Sequence[str], prefix: str) -> tuple[str, ...]:
     found: list[str] = []
     for word in words:
         path = Path(word)
-        lines = path.read_text(encoding="utf-8").split() if path.is_file() else [word]
+        is_list = not _is_label(word) and path.is_file()
+        lines = path.read_text(encoding="utf-8").split() if is_list else [word]
         found.extend(line.removeprefix(prefix) for line in lines)
     return tuple(dict.fromkeys(found))
 

@@ -15,6 +15,9 @@ from cadiff_cli.runner.journal import failure
 if TYPE_CHECKING:
     from cadiff_cli.runner.job import Job, Outcome
 
+TIMEOUT = "30s"
+"""How long a scheduler may take to answer."""
+
 
 def run_dask(
     jobs: Iterable["Job"], address: str | None, workers: int, threads: int
@@ -33,7 +36,7 @@ def run_dask(
         env={"OMP_NUM_THREADS": str(threads)},
     )
     try:
-        client = Client(cluster, timeout="30s")
+        client = Client(cluster, timeout=TIMEOUT)
     except OSError as error:
         raise MissingInputError(
             f"no Dask scheduler answers at {address}", "check --dask-address"

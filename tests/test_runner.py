@@ -1,0 +1,203 @@
+"""Plans, journals and teams, without running anything."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cadiff_cli import machine
+from cadiff_cli.cli.options import Memory, Words
+from cadiff_cli.cli.run import command
+from cadiff_cli.config import Config, Recipe, SampleConfig, StripConfig
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.text import write_tsv
+from cadiff_cli.runner.boilerplate import citations, describe
+from cadiff_cli.runner.executor import SCAN_BYTES, Executor
+from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.journal import Journal, failure, locked
+
+
+def recipe_of(template="MNIColin27", device="cpu", **sample):
+    config = Config(sample=SampleConfig(device=device, **sample))
+    return Recipe(config, template, "cadiff-malc", "0" * 64)
+
+
+def job_of(out, entities="sub-01_ses-a", **sample):
+    t1 = out.parent / f"{entities}_T1w.nii.gz"
+    return Job(t1, out, f"bids:raw:{t1.name}", recipe_of(**sample), "cadiff-malc", "run-1")
+
+
+def test_a_fingerprint_changes_with_what_decides_the_result():
+    base = recipe_of().fingerprint()
+    assert recipe_of().fingerprint() == base
+    assert recipe_of(device="cuda").fingerprint() == base
+    assert recipe_of(steps=1).fingerprint() != base
+    assert recipe_of("MNI152NLin2009aSym").fingerprint() != base
+
+
+def test_settings_hold_no_paths():
+    mask = Path("/home/somebody/mask.nii.gz")
+    recipe = Recipe(Config(strip=StripConfig(mask=mask)), "x", "m", "0" * 64)
+    assert "somebody" not in json.dumps(recipe.settings())
+
+
+def test_differences_are_named():
+    sidecar = {"Fingerprint": "old", "Settings": recipe_of(steps=5).settings()}
+    assert recipe_of(steps=1).differs(sidecar) == "sample.steps 5 -> 1"
+    assert recipe_of().differs({"Fingerprint": recipe_of().fingerprint()}) == ""
+    assert recipe_of().differs({}) != ""
+
+
+@pytest.mark.parametrize(
+    ("n_jobs", "limits", "team"),
+    [
+        (8, {"nprocs": 4}, (4, 1)),
+        (1, {"nprocs": 4}, (1, 4)),
+        (3, {"nprocs": 8}, (3, 2)),
+        (8, {"nprocs": 8, "omp_nthreads": 4}, (2, 4)),
+        (8, {"nprocs": 4, "memory_bytes": 2 * SCAN_BYTES}, (2, 2)),
+        (8, {"nprocs": 4, "memory_bytes": 1}, (1, 4)),
+        (8, {"nprocs": 2, "omp_nthreads": 4}, (1, 4)),
+    ],
+)
+def test_teams_fit_the_machine(tmp_path, n_jobs, limits, team):
+    limits = {"memory_bytes": 100 * SCAN_BYTES, **limits}
+    assert Executor(**limits).team([job_of(tmp_path)] * n_jobs) == team
+
+
+def test_posteriors_need_more_memory(tmp_path):
+    limits = Executor(nprocs=4, memory_bytes=4 * SCAN_BYTES)
+    plain, costly = (
+        limits.team([job_of(tmp_path, posteriors=posteriors)] * 4)[0]
+        for posteriors in (False, True)
+    )
+    assert costly < plain
+
+
+def test_a_container_is_smaller_than_its_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    cores, memory = machine.cores(), machine.free_memory_bytes()
+    assert cores >= 1
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    (tmp_path / "memory.max").write_text(str(2**20))
+    (tmp_path / "memory.current").write_text("0")
+    assert machine.cores() == 1
+    assert machine.free_memory_bytes() == 2**20 < memory
+    (tmp_path / "cpu.max").write_text("max 100000")
+    (tmp_path / "memory.max").write_text("max")
+    assert machine.cores() == cores
+
+
+def test_a_journal_remembers_the_last_outcome(tmp_path):
+    journal = Journal(tmp_path)
+    assert journal.read("sub-01") is None
+    for outcome in (
+        Outcome("sub-01", "failed", 1.5, "no brain", 65, "sub-01/log/x/crash.txt"),
+        Outcome("sub-01", "done", 2.0, warnings=("look",)),
+    ):
+        journal.record(outcome)
+        assert journal.read("sub-01") == outcome
+    (tmp_path / "logs" / "journal" / "sub-01.json").write_text("{half")
+    assert journal.read("sub-01") is None
+
+
+def test_one_process_at_a_time_has_a_scan(tmp_path):
+    """Locks are the file's, so two in one process stand for two processes."""
+    journal = Journal(tmp_path)
+    with journal.claim("sub-01", wait=False) as first:
+        assert first
+        with journal.claim("sub-01", wait=False) as second:
+            assert not second
+        with journal.claim("sub-02", wait=False) as other:
+            assert other
+    with locked(tmp_path / "logs" / "journal" / "sub-01.lock", wait=True) as again:
+        assert again
+
+
+def test_a_failure_is_recorded_with_what_is_needed_to_mend_it(tmp_path):
+    job = job_of(tmp_path / "out", steps=3)
+    try:
+        raise DataError("no brain\nfound", "give a mask")
+    except DataError as error:
+        outcome = failure(job, error, 3.21)
+    assert (outcome.status, outcome.exit_code, outcome.seconds) == ("failed", 65, 3.2)
+    assert outcome.message == "no brain found. give a mask"
+    text = (job.out / outcome.crash_file).read_text()
+    for needed in (str(job.t1), '"steps": 3', "Traceback", "test_runner.py"):
+        assert needed in text
+    assert Journal(job.out).read("sub-01_ses-a") == outcome
+
+
+def test_boilerplate_counts_what_differs():
+    def sidecar(steps, kind):
+        return {
+            "GeneratedBy": [{"Name": "cadiff", "Version": "1"}],
+            "Packages": {"torch": "2", "antspyx": "3"},
+            "SkullStripping": "none",
+            "Template": {"Name": "MNIColin27", "Registration": kind, "Source": "templateflow"},
+            "Model": {"Name": "m", "WeightsSHA256": "0" * 64},
+            "Steps": steps,
+            "Seed": 0,
+            "Settings": {"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
+        }
+
+    from cadiff_cli.io.derivatives import Finished
+
+    kinds = ((5, "fast"), (5, "fast"), (0, "affine"))
+    text = " ".join(
+        describe([Finished(f"sub-{k}", Path(), sidecar(*kind)) for k, kind in enumerate(kinds)])
+    )
+    assert "3 T1-weighted scans of 3 participants" in text
+    assert "SyN [@syn] registration at 2 mm (n = 2), or affine registration (n = 1)" in text
+    assert "5 deterministic denoising steps" in text
+    assert "without the network (n = 1)" in text
+    assert "@templateflow" in text
+    assert "resampled to MNI152NLin2009cAsym" in text
+    for key in ("syn", "templateflow", "MNIColin27", "MNI152", "ddim"):
+        assert key in citations()
+
+
+def test_tables_hold_no_tabs_or_quotes_of_their_own(tmp_path):
+    write_tsv(tmp_path / "x.tsv", ("a", "b"), [('say "hi"\tor\nbye', None)])
+    assert (tmp_path / "x.tsv").read_text() == 'a\tb\nsay "hi" or bye\tn/a\n'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ds", "out", "participant", "--label", "01", "02", "-v"],
+        ["ds", "out", "participant", "-v", "--label", "01", "--label", "02"],
+        ["--label", "01", "02", "-v", "ds", "out", "participant"],
+        ["ds", "out", "participant", "-v", "--label=01", "02"],
+    ],
+)
+def test_an_option_takes_every_word_up_to_the_next(words):
+    @click.command()
+    @click.argument("places", nargs=3)
+    @click.option("--label", cls=Words)
+    @click.option("-v", is_flag=True)
+    def app(places, label, v):
+        click.echo(json.dumps([places, label, v]))
+
+    answer = CliRunner().invoke(app, words)
+    assert json.loads(answer.output) == [["ds", "out", "participant"], ["01", "02"], True]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16G", 2**34), ("16GB", 2**34), ("1.5g", 3 * 2**29), ("8000", 8000 * 2**20), ("5B", 5)],
+)
+def test_memory_is_read_as_fmriprep_reads_it(text, size):
+    assert Memory().convert(text, None, None) == size
+
+
+def test_a_config_file_with_a_typo_is_refused(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text("stepz = 3\n")
+    assert tomllib.loads(path.read_text())
+    answer = CliRunner().invoke(command, ["a", "b", "participant", "--config-file", str(path)])
+    assert answer.exit_code == 2
+    assert "did you mean 'steps'" in answer.output
