@@ -1,6 +1,7 @@
 """What this machine, or the container or job we live in, has to offer."""
 
 import os
+import tempfile
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -32,3 +33,11 @@ def free_memory_bytes() -> int:
     except (OSError, ValueError):
         return free
     return min(free, limit - used)
+
+
+def home() -> Path:
+    """The user's home; a temporary folder for one without a home, as in a container."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())

@@ -20,7 +20,18 @@ from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.labels import load_table
 
-HEAVY = {"torch", "ants", "nibabel", "monai", "numpy", "scipy", "bids", "templateflow", "nilearn"}
+HEAVY = {
+    "torch",
+    "ants",
+    "nibabel",
+    "monai",
+    "numpy",
+    "scipy",
+    "bids",
+    "templateflow",
+    "nilearn",
+    "distributed",
+}
 
 
 def call(program, *arguments, home=None, cwd=None):
@@ -70,7 +81,9 @@ def test_the_installed_script_shows_help():
     assert "Exit codes" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["seg", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["seg", "--help"], ["run", "--help"], ["train", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import sys; from cadiff_cli.cli import cadiff, guarded;"

@@ -4,6 +4,7 @@ Commands live in modules of their own and are imported when they are asked for, 
 when they are run, so that ``--help`` is instant.
 """
 
+import os
 import signal
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli import __version__
+from cadiff_cli import __version__, machine
 from cadiff_cli.errors import CadiffError, DiskError, UsageError
 
 COMMANDS = {
@@ -64,6 +65,8 @@ def guarded(call: Callable[[], object]) -> int:
     """Run a command; every error becomes one line on stderr and a documented exit code."""
     # A batch system ends a job with SIGTERM: leave through the clean-up code.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Libraries look for a home when they are imported; a container's user may have none.
+    os.environ.setdefault("HOME", str(machine.home()))
     try:
         code = call()
         return code if isinstance(code, int) else 0

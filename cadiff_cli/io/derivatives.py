@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import cadiff_cli
+from cadiff_cli import machine
 from cadiff_cli.config import Recipe
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import source_entities
@@ -366,7 +367,7 @@ def provenance(
         tuple(space.name for space in spaces),
         field,
     )
-    home = str(Path.home())  # where somebody lives is nobody's business
+    home = str(machine.home())  # where somebody lives is nobody's business
     return {
         "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
         "Packages": software(),

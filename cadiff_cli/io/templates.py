@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.products import Template
@@ -46,7 +47,7 @@ def templateflow_home() -> Path:
     """The TemplateFlow cache: ``$TEMPLATEFLOW_HOME``, else the client's own default."""
     if home := os.environ.get("TEMPLATEFLOW_HOME"):
         return Path(home)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or machine.home() / ".cache"
     return Path(base) / "templateflow"
 
 

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# One participant a task, on Grid Engine.  As slurm_array.sh, but:
+#
+#   qsub -t 1-$(wc -l < todo.txt) containers/sge_array.sh todo.txt BIDS OUT OPTIONS
+#
+# A task ends with cadiff's exit code (qacct shows it).
+#$ -N cadiff
+#$ -cwd
+#$ -j y
+#$ -pe smp 2
+#$ -l h_vmem=4G,h_rt=00:30:00
+#$ -notify
+set -uo pipefail
+list=$1 bids=$2 out=$3
+shift 3
+participant=$(sed -n "${SGE_TASK_ID}p" "$list")
+work=$(mktemp -d "${TMPDIR:-/tmp}/cadiff-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# shellcheck disable=SC2086  # CADIFF_RUN may be several words
+${CADIFF_RUN:-cadiff run} "$bids" "$out" participant --participant-label "$participant" \
+  --nprocs "${NSLOTS:-2}" --mem "${CADIFF_MEM:-8G}" --work-dir "$work" \
+  --offline --skip-bids-validation "$@" &
+child=$!
+# With -notify, Grid Engine sends SIGUSR2 before it kills.
+trap 'kill -TERM "$child" 2> /dev/null' TERM USR2
+wait "$child"
+code=$?
+while kill -0 "$child" 2> /dev/null; do
+  wait "$child"
+  code=$?
+done
+exit "$code"

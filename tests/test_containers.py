@@ -1,0 +1,144 @@
+"""Batch scripts as a scheduler calls them, and the recipes of images."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from bids_dataset import QUICK, command, environment, write_dataset
+from conftest import ROOT
+
+from cadiff_cli.io.derivatives import finished
+
+SCRIPTS = {
+    "slurm_array.sh": {"SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "1"},
+    "sge_array.sh": {"SGE_TASK_ID": "2", "NSLOTS": "1"},
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def task(small_head, tiny_weights, tmp_path):
+    """The second task of an array over three participants, one of them broken."""
+    bids = write_dataset(tmp_path / "bids", small_head, ["sub-01_T1w", "sub-02_T1w"])
+    (bids / "sub-02" / "anat" / "sub-02_T1w.nii.gz").write_bytes(b"\x1f\x8b broken")
+    (tmp_path / "todo.txt").write_text("sub-02\nsub-01\n")
+    run = tmp_path / "cadiff-run"
+    run.write_text(f'#!/bin/sh\nexec {" ".join(map(_quoted, command("run")))} "$@"\n')
+    run.chmod(0o755)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    def start(script, **more):
+        arguments = ["todo.txt", bids, tmp_path / "out", *QUICK, "--model", tiny_weights]
+        values = {**SCRIPTS[script], "TMPDIR": str(scratch), "CADIFF_RUN": str(run), **more}
+        return subprocess.Popen(
+            ["bash", ROOT / "containers" / script, *arguments],
+            env=environment(**values),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def _quoted(word):
+    return f"'{word}'"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_task_does_its_participant_and_keeps_the_exit_code(task, tmp_path, script):
+    process = task(script)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert [result.entities for result in finished(tmp_path / "out")] == ["sub-01"]
+    number = "SLURM_ARRAY_TASK_ID" if "slurm" in script else "SGE_TASK_ID"
+    process = task(script, **{number: "1"})
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "not a readable image" in said
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_time_limit_reaches_cadiff(task, tmp_path):
+    """SLURM signals the script alone; it must hand the signal on and wait."""
+    process = task("slurm_array.sh")
+    end = time.monotonic() + 120
+    while not list((tmp_path / "out").rglob("sub-01.log")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_only_unfinished_participants_are_listed_again(task, tmp_path, tiny_weights):
+    """The pipeline of commands that the scripts' headers show."""
+    task("slurm_array.sh").communicate(timeout=120)
+    header = (ROOT / "containers" / "slurm_array.sh").read_text()
+    (awk,) = re.findall(r"awk -F'\\t' '(.+)' \| sort -u", header)
+    listing = command("run", "bids", "out", "participant", "--dry-run", *QUICK)
+    listed = subprocess.run(
+        [*listing, "--model", tiny_weights],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        check=True,
+    )
+    todo = subprocess.run(
+        ["awk", "-F\t", awk], input=listed.stdout, capture_output=True, check=True
+    )
+    assert todo.stdout.split() == [b"sub-02"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")
+def test_a_user_without_account_on_a_read_only_system_without_network(
+    small_head, tiny_weights, tmp_path
+):
+    """As in a container on a cluster: no network, no home, nothing writable but scratch and OUT."""
+    bids = write_dataset(tmp_path / "bids", small_head, ["sub-01_T1w"])
+    out = tmp_path / "out"
+    out.mkdir()
+    inside = f"""
+        mount --make-rprivate /
+        mount --bind {out} {out}
+        mount -o remount,bind,ro /
+        mount -t tmpfs tmpfs /var/tmp
+        ! touch {tmp_path}/x 2> /dev/null
+        exec unshare --user --map-user=54321 --map-group=54321 env -i \\
+          PATH=/usr/bin:/bin PYTHONPATH={ROOT} TMPDIR=/var/tmp "$@"
+    """
+    arguments = [option for option in QUICK if option != "--offline"]
+    call = command("run", bids, out, "participant", *arguments, "--model", tiny_weights)
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "bash", "-ec", inside, "-", *call],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if "unshare failed" in done.stderr:
+        pytest.skip("this machine does not let us unshare")
+    assert done.returncode == 0, done.stderr
+    assert [result.entities for result in finished(out)] == ["sub-01"]
+
+
+def test_recipes_agree():
+    """Docker's and Apptainer's images install and set the same."""
+    docker = (ROOT / "Dockerfile").read_text()
+    apptainer = (ROOT / "containers" / "apptainer.def").read_text()
+    for needed in (
+        *("MNIColin27", "MNI152NLin2009cAsym", "TEMPLATEFLOW_HOME", "/opt/templateflow"),
+        *("MPLCONFIGDIR", "dask,validate", "-c ", "constraints.txt"),
+    ):
+        assert needed in docker, needed
+        assert needed in apptainer, needed
+    assert 'ENTRYPOINT ["cadiff", "run"]' in docker
+    assert 'exec cadiff run "$@"' in apptainer
+    assert "USER 1000" in docker
+    assert sys.version_info >= (3, 11)
