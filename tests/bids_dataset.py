@@ -50,6 +50,5 @@ def cadiff(*arguments, **kwargs) -> subprocess.CompletedProcess:
         text=True,
         check=False,
         env=environment(**kwargs.pop("env", {})),
-        timeout=300,
-        **kwargs,
+        **{"timeout": 300, **kwargs},
     )

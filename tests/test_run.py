@@ -178,9 +178,10 @@ def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_hea
     out = copy / "derivatives" / "cadiff"
     write_dataset(copy, small_head, [f"{BROKEN}_T1w"])
     before = files(out)
-    done = cadiff("run", copy, out, "participant", *arguments)
+    done = cadiff("run", copy, out, "participant", "group", *arguments)
     assert done.returncode == 0, done.stderr
     assert "1 done, 4 done before" in done.stderr
+    assert "5 of 5 scans" in done.stderr
     assert [result.entities for result in finished(out)] == [*GOOD, BROKEN]
     after = files(out)
     changed = {p.relative_to(out).as_posix() for p, t in before.items() if after.get(p) != t}

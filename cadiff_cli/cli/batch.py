@@ -168,6 +168,7 @@ def _any_job(request: Request) -> Job:
         weights=str(path.absolute()) if Path(request.model).suffix else request.model,
         run_id=new_run_id(),
         work_dir=request.work_dir,
+        threads=request.executor.omp_nthreads,
         notes=template.warnings,
     )
 

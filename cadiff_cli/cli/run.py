@@ -42,7 +42,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
 @click.command(name="run", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bids_dir", type=PATH)
 @click.argument("output_dir", type=PATH)
-@click.argument("analysis_level", metavar="{participant|group}")
+@click.argument("levels", metavar="{participant|group}...", nargs=-1, required=True)
 @click.option(
     "--participant-label",
     "--participant_label",
@@ -130,23 +130,24 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
 def command(
     bids_dir: Path,
     output_dir: Path,
-    analysis_level: str,
+    levels: tuple[str, ...],
     **options: Any,
 ) -> int:
     r"""Segment every T1-weighted scan of a BIDS dataset; a BIDS app.
 
     participant: segments scans, skips those that are finished, records those that fail and goes
-    on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv.
+    on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv. Both may be given.
 
     \b
     Exit codes: 0 done, 1 a scan failed, 16 invalid dataset, 17 unknown analysis level,
     18 no such participant or no scan selected, 64 usage, 65 bad data, 66 input, template or
     weights missing, 73 output cannot be created, 74 disk error, 130 interrupted, 143 terminated.
     """
-    if analysis_level not in LEVELS:
-        raise AnalysisLevelError(
-            f"unknown analysis level {analysis_level!r}", f"use {' or '.join(LEVELS)}"
-        )
+    for level in levels:
+        if level not in LEVELS:
+            raise AnalysisLevelError(
+                f"unknown analysis level {level!r}", f"use {' or '.join(LEVELS)}, or both"
+            )
     from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
     from cadiff_cli.io.bids import Dataset, Selection, labels, read_filters
     from cadiff_cli.runner.executor import Executor
@@ -179,7 +180,10 @@ def command(
     )
     if o.reports_only or o.boilerplate_only:
         return rebuild_reports(request)
-    return group_level(request) if analysis_level == "group" else participant_level(request)
+    code = participant_level(request) if "participant" in levels else 0
+    if "group" in levels and not (o.dry_run and "participant" in levels):
+        code = group_level(request) or code
+    return code
 
 
 def _raw_link(links: tuple[str, ...]) -> str | None:

@@ -1,10 +1,13 @@
 """Where jobs run, and how much of the machine they may use."""
 
+import logging
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from cadiff_cli import machine
 from cadiff_cli.runner.job import Job, Outcome
+
+log = logging.getLogger(__name__)
 
 SCAN_BYTES = 6 * 2**30
 """Memory that one scan may need: 5.6 GiB was measured."""
@@ -42,6 +45,7 @@ class Executor:
     def run(self, jobs: Sequence[Job]) -> Generator[Outcome]:
         """Yield outcomes as they come; closing the iterator stops the rest."""
         workers, threads = self.team(jobs)
+        log.info("%d scans, %d processes of %d threads", len(jobs), workers, threads)
         if self.kind == "dask":
             from cadiff_cli.runner.cluster import run_dask
 

@@ -1,0 +1,45 @@
+"""Four people of OpenNeuro's ds002748, whole heads, from raw BIDS to the group table."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bids_dataset import cadiff
+
+from cadiff_cli.io.derivatives import finished
+
+pytestmark = pytest.mark.slow
+
+
+def test_four_people_from_raw_bids_to_the_group_table_in_one_command(released, shared, tmp_path):
+    bids, home = shared("bids/ds002748"), shared("templateflow")
+    out = tmp_path / "out"
+    threads = str(len(os.sched_getaffinity(0)))
+    done = cadiff(
+        *("run", bids, out, "participant", "group", "--offline"),
+        *("--output-spaces", "MNIColin27"),
+        env={"TEMPLATEFLOW_HOME": str(home), "OMP_NUM_THREADS": threads},
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stderr
+    people = {"sub-01", "sub-09", "sub-52", "sub-60"}
+    assert {result.entities for result in finished(out)} == people
+    with (out / "group_morph.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    assert {row["participant_id"] for row in rows} == people
+    for row in rows:
+        # Adults: what textbooks allow.
+        assert 900e3 < float(row["brain_segmentation"]) < 1700e3, row["scan"]
+        for side in ("left", "right"):
+            assert 2e3 < float(row[f"{side}_hippocampus"]) < 6e3, row["scan"]
+        assert float(row["registration_score"]) > 1.06
+    links = json.loads((out / "dataset_description.json").read_text())["DatasetLinks"]
+    assert "ds002748" in links["raw"]
+    assert str(Path.home()) not in json.dumps(links)
+    program = Path(sys.executable).with_name("bids-validator-deno")
+    checked = subprocess.run([program, out], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
