@@ -135,6 +135,22 @@ def test_a_missing_file_exits_66_with_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [(["MNIColin27"], 66, "MNIColin27_T1w"), ([], 66, "MNIColin27_T1w"), (["Talairach"], 64, "")],
+)
+def test_fetch_says_what_is_not_there(tmp_path, arguments, code, text):
+    done = call("cadiff", "fetch", "--check", *arguments, home=tmp_path)
+    assert done.returncode == code
+    assert text in one_line(done)
+
+
+def test_fetch_says_what_is_there(shared):
+    done = call("cadiff", "fetch", "--check", "MNIColin27", home=shared("templateflow"))
+    assert done.returncode == 0
+    assert done.stdout.startswith("MNIColin27\t")
+
+
 def test_bad_data_exits_65_before_anything_is_written(write_image, tmp_path):
     path = write_image(np.zeros((70, 70, 70), dtype=np.float32))
     done = call("cadiff", "seg", str(path), "-o", str(tmp_path / "out"))

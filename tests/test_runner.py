@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,8 +13,9 @@ from cadiff_cli import machine
 from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, SampleConfig, StripConfig
-from cadiff_cli.errors import DataError
-from cadiff_cli.io.text import write_tsv
+from cadiff_cli.errors import DataError, OutputError
+from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.text import write_text, write_tsv
 from cadiff_cli.runner.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
@@ -49,6 +51,32 @@ def test_differences_are_named():
     assert recipe_of(steps=1).differs(sidecar) == "sample.steps 5 -> 1"
     assert recipe_of().differs({"Fingerprint": recipe_of().fingerprint()}) == ""
     assert recipe_of().differs({}) != ""
+
+
+def test_a_result_is_current_until_settings_or_input_change(tmp_path):
+    job = job_of(tmp_path / "out")
+    job.t1.write_text("image")
+    recipe = job.recipe
+    sidecar = {"Fingerprint": recipe.fingerprint(), "Settings": recipe.settings()}
+    for name, text in (
+        ("seg-cadiff_dseg.json", json.dumps({**sidecar, "SourceSHA256": sha256(job.t1)})),
+        ("seg-cadiff_dseg.nii.gz", ""),
+        ("desc-volumetric_morph.tsv", ""),
+    ):
+        assert not job.is_finished()
+        write_text(job.place.path(name), text)
+    assert job.is_finished()
+    other = replace(job, recipe=recipe_of(steps=1))
+    with pytest.raises(OutputError, match=r"sample\.steps 5 -> 1"):
+        other.is_finished()
+    assert not replace(other, overwrite=True).is_finished()
+    job.t1.write_text("another image")
+    with pytest.raises(OutputError, match="has changed since"):
+        job.is_finished()
+    job.t1.unlink()
+    assert job.is_finished()
+    job.place.path("seg-cadiff_dseg.nii.gz").unlink()
+    assert not job.is_finished()
 
 
 @pytest.mark.parametrize(

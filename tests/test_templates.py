@@ -121,7 +121,7 @@ def test_damage_names_its_remedy(install, home, good, kind):
     with pytest.raises(CadiffError) as caught:
         load_template(PREFERRED, offline=True)
     assert type(caught.value) is error
-    for advice in ("templateflow get", str(home), EMBEDDED):
+    for advice in ("cadiff fetch", str(home), EMBEDDED):
         assert advice in caught.value.remedy
     fallback = load_template("auto", offline=True)
     assert fallback.name == EMBEDDED
@@ -144,7 +144,7 @@ def test_a_failed_download_is_one_clear_error(home, monkeypatch):
     monkeypatch.setattr(templates, "_reachable", lambda: True)
     with pytest.raises(MissingInputError, match="ConnectionError") as caught:
         load_template(PREFERRED)
-    assert "templateflow get" in caught.value.remedy
+    assert "cadiff fetch" in caught.value.remedy
 
 
 def test_without_a_network_the_client_is_not_asked(home, monkeypatch):

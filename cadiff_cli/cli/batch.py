@@ -62,13 +62,7 @@ def participant_level(request: Request) -> int:
     if request.validate:
         _validate(request.dataset, console)
     job = _any_job(request)
-    plan = make_plan(
-        request.dataset,
-        request.selection,
-        job,
-        overwrite=request.overwrite,
-        database=request.database,
-    )
+    plan = make_plan(request.dataset, request.selection, job, request.database)
     for note in (*job.notes, *plan.notes):
         warn(console, note)
     if request.dry_run:
@@ -170,6 +164,7 @@ def _any_job(request: Request) -> Job:
         work_dir=request.work_dir,
         threads=request.executor.omp_nthreads,
         notes=template.warnings,
+        overwrite=request.overwrite,
     )
 
 

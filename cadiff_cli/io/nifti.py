@@ -46,6 +46,8 @@ def load_volume(path: Path) -> Volume:
 
     Raises ``MissingInputError`` if it is absent, ``DataError`` if it is not a readable image.
     """
+    if path.is_symlink() and not path.exists():
+        raise MissingInputError(f"{path} is a link to nothing", "fetch its content: datalad get")
     if not path.exists():
         raise MissingInputError(f"no such file: {path}", "check the path")
     if path.is_dir():

@@ -175,5 +175,5 @@ def _checked(path: Path, name: str) -> Volume:
 def _refetch(name: str, home: Path) -> str:
     return (
         f"delete it if it is there, then on a machine with a network run"
-        f" 'TEMPLATEFLOW_HOME={home} templateflow get {name}', or use --atlas {EMBEDDED}"
+        f" 'TEMPLATEFLOW_HOME={home} cadiff fetch {name}', or use --atlas {EMBEDDED}"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cadiff_cli.config import Recipe
+from cadiff_cli.errors import OutputError
 from cadiff_cli.io.derivatives import Derivatives, Finished, finished_result
 from cadiff_cli.io.releases import sha256
 
@@ -14,8 +15,8 @@ class Job:
     """One scan: all that a worker needs to know, with absolute paths.
 
     ``source`` is the scan's BIDS URI.  ``weights`` is what ``load_model`` takes.  ``notes`` are
-    warnings about the template.  A job that finds another process at its scan comes back as
-    ``busy``, or waits for it if ``wait`` is set.
+    warnings about the template.  ``overwrite`` allows it to replace a result of other settings.  A
+    job that finds another process at its scan comes back as ``busy``, or waits if ``wait`` is set.
     """
 
     t1: Path
@@ -27,6 +28,7 @@ class Job:
     work_dir: Path | None = None
     threads: int | None = None
     notes: tuple[str, ...] = ()
+    overwrite: bool = False
     wait: bool = False
 
     def of(self, t1: Path, source: str) -> "Job":
@@ -49,16 +51,34 @@ class Job:
         return self.out / self.entities.split("_")[0] / "log" / self.run_id
 
     def outdated(self, result: Finished) -> str:
-        """Why ``result`` is not what this job would make; empty if it is."""
+        """Why ``result`` is not what this job would make; empty if it is.
+
+        An input that is not there any more (``datalad drop``) has not changed.
+        """
         changed = self.recipe.differs(result.sidecar)
-        if not changed and result.sidecar.get("SourceSHA256") != sha256(self.t1):
-            return f"{self.t1.name} has changed since"
-        return changed
+        if changed or not self.t1.is_file():
+            return changed
+        same = result.sidecar.get("SourceSHA256") == sha256(self.t1)
+        return "" if same else f"{self.t1.name} has changed since"
 
     def is_finished(self) -> bool:
-        """Whether a complete and current result is there."""
+        """Whether a complete and current result is there; raises ``OutputError`` for another."""
         result = finished_result(self.place)
-        return result is not None and not self.outdated(result)
+        if result is None:
+            return False
+        why = self.outdated(result)
+        if not self.overwrite:
+            self.refuse(self.entities, why)
+        return not why
+
+    def refuse(self, entities: str, why: str) -> None:
+        """Raise ``OutputError`` for a result that was made otherwise, if there is a ``why``."""
+        if why:
+            raise OutputError(
+                f"{self.out} holds {entities}, made otherwise ({why})",
+                "use another output folder, the same settings (--config-file with a file of its"
+                " logs), or --overwrite to make the selected scans again",
+            )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadiff_cli.errors import DataError, OutputError
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import Dataset, Selection, source_entities
 from cadiff_cli.io.derivatives import finished
 from cadiff_cli.runner.job import Job
@@ -31,15 +31,13 @@ def make_plan(
     dataset: Dataset,
     selection: Selection,
     like: Job,
-    *,
-    overwrite: bool = False,
     database: Path | None = None,
 ) -> Plan:
     """Find the selected scans and compare them with what is in the output folder.
 
     ``like`` gives everything but the scan.  Results of other settings or of another version are
-    refused, whichever scan they are of: a dataset is made one way.  With ``overwrite``, those of
-    the selected scans are made again.
+    refused, whichever scan they are of: a dataset is made one way.  If ``like`` may overwrite,
+    those of the selected scans are made again.
     """
     images, ignored = dataset.t1w(selection, database)
     jobs = [like.of(path, dataset.uri(path)) for path in images]
@@ -48,19 +46,11 @@ def make_plan(
     named = {job.entities.split("_")[0] for job in jobs}
     labels = selection.participants or dataset.participants()
     notes += [f"sub-{x} has no T1w image that fits" for x in labels if f"sub-{x}" not in named]
-    done = set[str]()
-    by_entities = {job.entities: job for job in jobs}
+    selected = {job.entities for job in jobs}
     for result in finished(like.out):
-        job = by_entities.get(result.entities)
-        why = job.outdated(result) if job else like.recipe.differs(result.sidecar)
-        if why and not overwrite:
-            raise OutputError(
-                f"{like.out} holds {result.entities}, made otherwise ({why})",
-                "use another output folder, the same settings (--config-file with a file of its"
-                " logs), or --overwrite to make the selected scans again",
-            )
-        if job and not why:
-            done.add(job.entities)
+        if result.entities not in selected and not like.overwrite:
+            like.refuse(result.entities, like.recipe.differs(result.sidecar))
+    done = {job.entities for job in jobs if job.is_finished()}
     todo = tuple(job for job in jobs if job.entities not in done)
     return Plan(todo, tuple(sorted(done)), tuple(notes))
 
