@@ -342,3 +342,28 @@ def test_an_output_folder_of_somebody_else_is_refused(batch, tmp_path):
     done = cadiff("run", bids, out, "participant", "--offline")
     assert done.returncode == 73
     assert "fMRIPrep" in done.stderr
+
+
+def test_reports_can_be_rebuilt_from_finished_results(batch, tmp_path):
+    _, bids, source, _ = batch
+    out = shutil.copytree(source, tmp_path / "out")
+    before = (out / "logs" / "CITATION.md").read_text()
+    for path in out.glob("logs/CITATION.*"):
+        path.unlink()
+    for option in ("--boilerplate-only", "--reports-only"):
+        done = cadiff("run", bids, out, "participant", option)
+        assert done.returncode == 0, done.stderr
+        assert (out / "logs" / "CITATION.md").read_text() == before
+    assert cadiff("run", bids, tmp_path / "empty", "participant", option).returncode == 66
+
+
+def test_a_run_can_stop_at_the_first_crash(small_head, tiny_weights, tmp_path):
+    bids = write_dataset(tmp_path / "bids", small_head, ["sub-01_T1w", "sub-02_T1w"])
+    (bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz").write_bytes(b"\x1f\x8b broken")
+    done = cadiff(
+        *("run", bids, tmp_path / "out", "participant", *QUICK, "--model", tiny_weights),
+        *("--nprocs", "1", "--stop-on-first-crash"),
+    )
+    assert done.returncode == 1
+    assert "1 failed, 1 not tried" in done.stderr
+    assert not list(finished(tmp_path / "out"))

@@ -116,9 +116,8 @@ def test_sigterm_stops_workers_and_cleans_up(start, dataset, arguments, tmp_path
     (worker,) = workers(process)
     process.terminate()
     assert process.wait(SECONDS) == 143
-    until(lambda: not Path(f"/proc/{worker}").exists())
+    assert not Path(f"/proc/{worker}").exists()
     assert list((tmp_path / "work").iterdir()) == []
-    assert list(finished(out)) == []
     is_complete(dataset, out, arguments)
 
 
@@ -170,3 +169,25 @@ def test_two_runs_share_an_output_folder(start, dataset, arguments, tmp_path):
     logs = [path.name for path in out.rglob("sub-*.log")]
     assert sorted(logs) == [f"{name}.log" for name in NAMES]
     is_complete(dataset, out, arguments)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_full_disk_ends_the_run_at_once(dataset, arguments, tmp_path):
+    """No scan's fault: trying the others would cost their time as well."""
+    out = tmp_path / "out"
+    out.mkdir()
+    inside = f'mount -t tmpfs -o size=400k tmpfs {out} && exec "$@" 2> {tmp_path}/said'
+    call = command("run", dataset, out, "participant", *arguments, "--nprocs", "1")
+    done = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", inside, "-", *call],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare" in done.stderr:
+        pytest.skip("this machine does not let us unshare")
+    said = (tmp_path / "said").read_text()
+    assert done.returncode == 74, said
+    assert "1 failed, 1 not tried" in said
+    assert "space" in said

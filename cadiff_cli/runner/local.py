@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
 from contextlib import suppress
@@ -82,11 +83,19 @@ def run_local(jobs: Iterable["Job"], workers: int, threads: int) -> Generator["O
                     worker.give(queue.popleft())
                 yield outcome
     finally:
-        for worker in team:
-            worker.process.terminate()
-        for worker in team:
-            worker.process.join(GRACE_S)
-            worker.process.kill()
+        _end(team)
+
+
+def _end(team: list[Worker]) -> None:
+    """Ask every second, as a library may swallow the exception that a signal raises; then kill."""
+    end = time.monotonic() + GRACE_S
+    while time.monotonic() < end and (alive := [w.process for w in team if w.process.is_alive()]):
+        for process in alive:
+            process.terminate()
+        wait([process.sentinel for process in alive], timeout=1.0)
+    for worker in team:
+        worker.process.kill()
+        worker.process.join()
 
 
 def _how_it_died(code: int | None) -> tuple[str, str]:
