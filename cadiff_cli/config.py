@@ -18,7 +18,7 @@ class StripConfig:
 
 @dataclass(frozen=True)
 class RegisterConfig:
-    """Which named settings (``data/registration/*.json``) and seed ANTs runs with."""
+    """Which named settings (``data/registration/*.json``, or ``none``) and seed ANTs runs with."""
 
     name: str = "fast"
     seed: int = 0

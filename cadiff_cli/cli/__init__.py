@@ -20,8 +20,11 @@ from cadiff_cli.errors import CadiffError, DiskError, UsageError
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
     "train": "Train the network on labelled scans.",
+    "crossval": "Cross-validate training over people.",
     "example": "Write a scan to try cadiff on.",
+    "fuse": "Segment by multi-atlas label fusion, the classical baseline.",
     "evaluate": "Score segmentations against references.",
+    "retest": "Compare scans of the same person.",
 }
 
 

@@ -25,10 +25,11 @@ import click
 )
 @click.option(
     "--registration",
-    type=click.Choice(["fast", "affine"]),
+    type=click.Choice(["fast", "affine", "none"]),
     default="fast",
     show_default=True,
-    help="fast: affine and SyN at 2 mm.",
+    help="fast: affine and SyN at 2 mm. none: the network finds the field"
+    " together with the labels.",
 )
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--model", default="cadiff-malc", show_default=True, help="Released name or file.")
@@ -84,6 +85,8 @@ def command(
 
     if tile is not None and tile % 32:
         raise click.BadParameter(f"{tile} is not a multiple of 32", param_hint="--tile")
+    if registration == "none" and (save_field or not steps):
+        raise click.UsageError("--save-field and --steps 0 need a registration")
     config = Config(
         strip=StripConfig(skull_strip, mask),
         register=RegisterConfig(registration, seed),

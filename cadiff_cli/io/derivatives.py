@@ -136,6 +136,8 @@ def save_result(result: Result, out: Path, field: CoordinateField | None = None)
         (template, "T1w", prepared.registered.from_template),
         ("T1w", template, prepared.registered.to_template),
     ):
+        if path is None:
+            continue
         name = place.path(f"from-{source}_to-{target}_mode-image_xfm.h5")
         with replacing(name) as temporary:
             shutil.copyfile(path, temporary)
@@ -145,7 +147,7 @@ def save_result(result: Result, out: Path, field: CoordinateField | None = None)
                 "Description": f"ITK composite transform; resamples {source} images onto {target}",
                 "Sources": [scan.path.name],
                 "Registration": prepared.registered.kind,
-                "Score": round(prepared.registered.score, 4),
+                "Score": prepared.registered.score,
             },
         )
         written.append(name)
@@ -244,7 +246,7 @@ def provenance(result: Result) -> dict[str, Any]:
             "Name": registered.template.name,
             "Source": registered.template.source,
             "Registration": registered.kind,
-            "Score": round(registered.score, 4),
+            "Score": registered.score,
         },
         "SkullStripping": result.prepared.stripped.method,
         "Settings": settings,

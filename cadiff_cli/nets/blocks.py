@@ -117,3 +117,11 @@ class TimeAdaptedChannelAttention(nn.Module):
             mask = self.fuse(torch.stack([conv(pooled, e) for conv in self.convs], dim=1))[:, 0]
         weighted: Tensor = joined * (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]
         return weighted
+
+
+class Concatenate(nn.Module):
+    """The plain skip connection that TACA is compared with."""
+
+    def forward(self, encoder: Tensor, decoder: Tensor, _e_d: Tensor, _e_m: Tensor) -> Tensor:
+        """Features (B, C, X, Y, Z) of both sides -> (B, 2 C, X, Y, Z)."""
+        return torch.cat([encoder, decoder], dim=1)

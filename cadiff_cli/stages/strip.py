@@ -131,6 +131,8 @@ def _from_template(
     whole = Template(
         template.name, template.head, template.ac_mm, template.low_mm, template.high_mm
     )
+    if config.name == "none":  # of the brain; the mask still needs one of the head
+        config = RegisterConfig(seed=config.seed)
     registered = register(stage, whole, config, work_dir)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
     mask = Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)

@@ -1,6 +1,6 @@
-"""The training loop: draw, corrupt, predict, compare, step.  Stops and resumes at any moment.
+"""The training loop: draw, predict, compare, step.  Stops and resumes at any moment.
 
-Each step's randomness (patch, times, noise) is a function of the seed and the step's number, so a
+Each step's randomness (patches, times, noise) is a function of the seed and the step's number, so a
 resumed run draws what the uninterrupted one would have drawn.
 """
 
@@ -12,24 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from cadiff_cli.config import as_dict
-from cadiff_cli.diffusion.process import corrupt
 from cadiff_cli.errors import UsageError
-from cadiff_cli.nets.unet import STRIDE, CADiffNet, channels_last
-from cadiff_cli.training.augment import AugmentConfig, Patch, draw_patch
+from cadiff_cli.nets.unet import CADiffNet, channels_last
+from cadiff_cli.stages.segment import autocast
+from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
 from cadiff_cli.training.cache import Sample
-from cadiff_cli.training.losses import (
-    Losses,
-    central,
-    crop_coarse,
-    dice_ce,
-    field_mse,
-    fractions,
-)
+from cadiff_cli.training.losses import Losses
+from cadiff_cli.training.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +35,9 @@ class TrainConfig:
     """How to train.
 
     ``steps`` in all: ``warmup`` rising, then constant at ``rate``, then ``decay`` falling to zero.
-    ``patch`` is the edge in voxels; the 1 mm head sees a random cube of ``fine`` voxels of it.
-
-    Times: t_m is 1 with probability ``p_noise`` (inference begins there) and t_d is 0 with
-    probability ``p_clean_field`` (inference stays there), else uniform in [0, 1], independently
-    (eq. 3).  With probability ``p_recycle`` a label state with t_m < 1 is made from the network's
-    own prediction at t_m = 1 instead of the manual labels, as inference will (Fu et al., 2023).
+    A step sees ``batch`` patches of ``patch`` voxels a side.  ``ema`` is the decay of the weights'
+    average, which is what is exported; ``clip`` bounds the gradient's norm.  The label prior is
+    counted over ``prior_scans`` scans drawn by the seed, or over all (0).
     """
 
     steps: int = 3000
@@ -55,20 +48,18 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.998
     patch: int = 96
-    fine: int = 64
-    p_noise: float = 0.5
-    p_clean_field: float = 0.75
-    p_recycle: float = 1.0
+    batch: int = 1
     seed: int = 0
+    prior_scans: int = 0
+    objective: Objective = field(default_factory=Objective)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        if self.patch < 64 or self.patch % 32 or self.fine % 2 or self.fine > self.patch:
+        if self.patch < 64 or self.patch % 32:
             # Below 64 the deepest level is 2 voxels wide, where torch's bfloat16 gradients fail.
-            raise UsageError(
-                f"patch {self.patch} and fine {self.fine}",
-                "patch: 64 or more, a multiple of 32; fine: even, at most patch",
-            )
+            raise UsageError(f"patch is {self.patch}", "use 64 or more, a multiple of 32")
+        if self.batch < 1:
+            raise UsageError(f"batch is {self.batch}", "use 1 or more")
 
 
 @dataclass
@@ -90,9 +81,9 @@ def rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def new_state(net: CADiffNet, config: TrainConfig) -> State:
-    """A fresh start from ``net``'s weights."""
+    """A fresh start from ``net``'s weights, on its device."""
     channels_last(net)
-    ema = channels_last(CADiffNet(net.config))
+    ema = channels_last(CADiffNet(net.config)).to(next(net.parameters()).device)
     ema.load_state_dict(net.state_dict())
     ema.requires_grad_(False)
     optimiser = torch.optim.AdamW(
@@ -128,45 +119,24 @@ def load_checkpoint(path: Path, state: State) -> None:
     state.step, state.seconds = int(stored["step"]), float(stored["seconds"])
 
 
-def step_losses(
-    net: CADiffNet, patch: Patch, config: TrainConfig, generator: torch.Generator
-) -> Losses:
-    """One forward pass of eq. 3 and the losses of eq. 4."""
-    k = net.config.n_classes
-    target = fractions(patch.classes, k, STRIDE)
-    field_0, label_0 = 2 * patch.field - 1, 2 * target - 1
+class Monitor(Protocol):
+    """Whoever wants to know how a run is going."""
 
-    def chance(p: float) -> bool:
-        return float(torch.rand(1, generator=generator)) < p
+    def interval(self, step: int, report: "Interval") -> None:
+        """Called every ``report_every`` steps."""
 
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator)
+    def step_done(self, state: State) -> None:
+        """Called after every step; may take its time (validation)."""
 
-    t_m = torch.ones(1) if chance(config.p_noise) else torch.rand(1, generator=generator)
-    t_d = torch.zeros(1) if chance(config.p_clean_field) else torch.rand(1, generator=generator)
-    d_t = corrupt(field_0, t_d, noise(field_0))
-    recycle = chance(config.p_recycle) and float(t_m) < 1
-    if recycle:
-        with torch.no_grad():
-            first = net.trunk(patch.image, d_t, noise(label_0), t_d, torch.ones(1))
-            label_0 = 2 * first.logits.softmax(dim=1) - 1
-    m_t = corrupt(label_0, t_m, noise(label_0))
 
-    coarse = net.trunk(patch.image, d_t, m_t, t_d, t_m)
-    room = (config.patch - config.fine) // STRIDE + 1
-    start = tuple(STRIDE * int(n) for n in torch.randint(room, (3,), generator=generator))
-    fine = net.refine(
-        central(patch.image, start, config.fine),
-        crop_coarse(coarse, start, config.fine),
-        t_d,
-        t_m,
-    )
-    classes = central(patch.classes[:, None], start, config.fine)[:, 0]
-    return Losses(
-        label=dice_ce(fine, fractions(classes, k)),
-        coarse=dice_ce(coarse.logits, target),
-        field=field_mse(coarse.field, patch.field),
-    )
+@dataclass(frozen=True)
+class Interval:
+    """Means over the last steps: losses by name, rate, seconds a step, share spent on data."""
+
+    losses: dict[str, float]
+    rate: float
+    seconds_per_step: float
+    data_share: float
 
 
 def fit(
@@ -176,11 +146,16 @@ def fit(
     config: TrainConfig,
     checkpoint: Path,
     *,
+    monitor: Monitor | None = None,
+    workers: int = 0,
     max_minutes: float = math.inf,
     report_every: int = 20,
     save_minutes: float = 4.0,
 ) -> None:
-    """Train until ``config.steps`` or ``max_minutes``; SIGTERM and Ctrl-C save and return."""
+    """Train until ``config.steps`` or ``max_minutes``; SIGTERM and Ctrl-C save and return.
+
+    ``workers`` processes draw patches ahead of the network (0: the training process itself).
+    """
     stop = False
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
@@ -188,46 +163,92 @@ def fit(
         stop = True
 
     handlers = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    device = next(state.net.parameters()).device
     begun = saved = reported = time.monotonic()
     before = state.seconds
-    sums = torch.zeros(4)
+    waited, since = 0.0, 0
+    sums: dict[str, float] = {}
     try:
+        patches = iter(patch_loader(samples, mirror, config, state.step, workers, device))
         while state.step < config.steps and not stop:
             if (time.monotonic() - begun) / 60 > max_minutes:
                 break
-            generator = torch.Generator().manual_seed(config.seed * 10_000_019 + state.step)
-            pick = int(torch.randint(len(samples), (1,), generator=generator))
-            patch = draw_patch(samples[pick], config.patch, mirror, config.augment, generator)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                losses = step_losses(state.net, patch, config, generator)
-            state.optimiser.zero_grad(set_to_none=True)
-            losses.total.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
-            for group in state.optimiser.param_groups:
-                group["lr"] = config.rate * rate_factor(state.step, config)
-            state.optimiser.step()
-            state.step += 1
-            update_ema(state, config)
+            asked = time.monotonic()
+            patch = next(patches).to(device)
+            waited += time.monotonic() - asked
+            losses = train_step(state, patch, config)
             state.seconds = before + time.monotonic() - begun
-            parts = (losses.total, losses.label, losses.coarse, losses.field)
-            sums += torch.stack([p.detach() for p in parts])
+            for name in ("total", *Losses.__dataclass_fields__):
+                sums[name] = sums.get(name, 0.0) + float(getattr(losses, name).detach())
+            since += 1
             now = time.monotonic()
             if state.step % report_every == 0:
-                total, label, coarse, fld = (sums / report_every).tolist()
-                log.info(
-                    "step %d/%d  loss %.3f  label %.3f  coarse %.3f  field %.5f  %.2f s/step",
-                    *(state.step, config.steps, total, label, coarse, fld),
-                    (now - reported) / report_every,
+                report = Interval(
+                    {name: value / since for name, value in sums.items()},
+                    config.rate * rate_factor(state.step, config),
+                    (now - reported) / since,
+                    waited / (now - reported),
                 )
-                sums.zero_()
-                reported = now
+                log.info(
+                    "step %d/%d  %s  rate %.1e  %.2f s/step, data %.0f %%",
+                    state.step,
+                    config.steps,
+                    "  ".join(f"{name} {value:.3f}" for name, value in report.losses.items()),
+                    report.rate,
+                    report.seconds_per_step,
+                    100 * report.data_share,
+                )
+                if monitor:
+                    monitor.interval(state.step, report)
+                sums, waited, since, reported = {}, 0.0, 0, now
             if now - saved > 60 * save_minutes:
                 save_checkpoint(checkpoint, state, config)
                 saved = now
+            if monitor:
+                monitor.step_done(state)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     save_checkpoint(checkpoint, state, config)
+
+
+def patch_loader(
+    samples: Sequence[Sample],
+    mirror: Tensor,
+    config: TrainConfig,
+    step: int,
+    workers: int,
+    device: torch.device,
+) -> "DataLoader[Patch]":
+    """Batches of patches from ``step`` on, in order."""
+    draws = Draws(samples, config.patch, mirror, config.augment, config.seed)
+    return DataLoader(
+        draws,
+        batch_size=config.batch,
+        sampler=range(step * config.batch, config.steps * config.batch),
+        num_workers=workers,
+        collate_fn=stack,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def train_step(state: State, patch: Patch, config: TrainConfig) -> Losses:
+    """One forward and backward pass, one step of the optimiser and of the average."""
+    device = patch.image.device
+    # Not the number that the patch was drawn with: its deformation would decide the times.
+    number = config.seed * 10_000_019 + 5_000_011 + state.step
+    generator = torch.Generator(device).manual_seed(number)
+    with autocast(device):
+        losses = config.objective(state.net, patch, generator)
+    state.optimiser.zero_grad(set_to_none=True)
+    losses.total.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
+    for group in state.optimiser.param_groups:
+        group["lr"] = config.rate * rate_factor(state.step, config)
+    state.optimiser.step()
+    state.step += 1
+    update_ema(state, config)
+    return losses
 
 
 @torch.no_grad()
