@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StripConfig:
-    """How the brain is found: ``auto``, ``template`` or ``none``; a ``mask`` file overrides."""
+    """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides."""
 
     method: str = "auto"
     mask: Path | None = None

@@ -15,7 +15,8 @@ import torch
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import DEFAULT, Model, save_model, weights_folder
 from cadiff_cli.labels import load_table
-from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
+from cadiff_cli.nets.blocks import channels_last
+from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.products import (
     Conditions,
     CoordinateField,

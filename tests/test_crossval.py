@@ -13,8 +13,8 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.training.cache import Sample
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
-from cadiff_cli.training.loop import TrainConfig
 from cadiff_cli.training.objective import Objective
+from cadiff_cli.training.recipe import TrainConfig
 
 QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=Objective(fine=32))
 

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, awake, seeded
 from torch.nn.functional import one_hot
 
-from cadiff_cli.nets.unet import channels_last
+from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.stages.segment import autocast
 from cadiff_cli.training.augment import AugmentConfig, Patch, draw_patch, stack
 from cadiff_cli.training.losses import Losses

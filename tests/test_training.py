@@ -15,14 +15,11 @@ from conftest import TINY, seeded
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.nets.unet import CADiffNet
-from cadiff_cli.training import cache
+from cadiff_cli.training import cache, loop
 from cadiff_cli.training.augment import AugmentConfig, Draws, draw_patch, stack
 from cadiff_cli.training.loop import (
-    TrainConfig,
-    fit,
     load_checkpoint,
     new_state,
-    patch_loader,
     rate_factor,
     save_checkpoint,
     train_step,
@@ -30,10 +27,16 @@ from cadiff_cli.training.loop import (
 from cadiff_cli.training.losses import Losses
 from cadiff_cli.training.objective import METHODS, Objective, Times
 from cadiff_cli.training.prior import count_prior
-from cadiff_cli.training.run import label_mapping, recipe, train
+from cadiff_cli.training.recipe import TrainConfig, patch_loader, recipe
+from cadiff_cli.training.run import label_mapping, train
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(steps=6, warmup=2, decay=2, patch=64, objective=Objective(fine=32))
+
+
+def fit(state, samples, mirror, config, path, workers=0, **options):
+    batches = patch_loader(samples, mirror, config, state.step, workers, state.device)
+    loop.fit(state, batches, config.objective, config, path, **options)
 
 
 class Recorder:
@@ -128,7 +131,7 @@ def test_a_step_is_a_function_of_its_seed_and_number(start, toy_sample, mirror):
     def stepped(seed, step):
         state = start()
         state.step = step
-        losses = train_step(state, patch, replace(QUICK, seed=seed))
+        losses = train_step(state, patch, QUICK.objective, replace(QUICK, seed=seed))
         assert state.step == step + 1
         return state, losses.total.detach()
 
@@ -157,7 +160,7 @@ def test_a_patch_says_nothing_about_its_steps_times(start, ramp, mirror):
         patch = draws[step]
         levels = 255 * patch.image
         deformed.append(not torch.allclose(levels, levels.round(), atol=0.1))
-        train_step(state, patch, config)
+        train_step(state, patch, config.objective, config)
     together = [a == b for a, b in zip(deformed, pure, strict=True)]
     for share in (deformed, pure, together):
         assert 16 < sum(share) < 48

@@ -45,7 +45,8 @@ def command(
     from cadiff_cli.config import SampleConfig
     from cadiff_cli.labels import load_table
     from cadiff_cli.training.crossval import cross_validate, shortened
-    from cadiff_cli.training.run import label_mapping, prepare_dataset, recipe
+    from cadiff_cli.training.recipe import recipe
+    from cadiff_cli.training.run import label_mapping, prepare_dataset
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)

@@ -10,10 +10,10 @@ import click
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @click.option(
     "--skull-strip",
-    type=click.Choice(["auto", "template", "none"]),
+    type=click.Choice(["auto", "net", "template", "none"]),
     default="auto",
     show_default=True,
-    help="auto leaves a stripped scan alone and strips a whole head with the template.",
+    help="auto leaves a stripped scan alone and finds the brain of a whole head with a network.",
 )
 @click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
 @click.option(

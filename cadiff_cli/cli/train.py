@@ -95,7 +95,8 @@ def command(
     import logging
 
     from cadiff_cli.labels import load_table
-    from cadiff_cli.training.run import label_mapping, prepare_dataset, recipe, train
+    from cadiff_cli.training.recipe import recipe
+    from cadiff_cli.training.run import label_mapping, prepare_dataset, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)

@@ -22,6 +22,7 @@ from cadiff_cli.nets.blocks import (
     ResidualBlock,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
+    last,
 )
 
 STRIDE = 2
@@ -198,17 +199,6 @@ class CADiffNet(nn.Module):
         """Both resolutions: (``Coarse``, 1 mm logits)."""
         coarse = self.trunk(image, d_t, m_t, t_d, t_m)
         return coarse, self.refine(image, coarse, t_d, t_m)
-
-
-def channels_last(net: CADiffNet) -> CADiffNet:
-    """``net`` with its convolution weights in ``channels_last_3d`` memory (in place)."""
-    net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return net
-
-
-def last(x: Tensor) -> Tensor:
-    """``x`` in ``channels_last_3d`` memory."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def unshuffle(image: Tensor) -> Tensor:

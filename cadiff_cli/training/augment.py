@@ -131,15 +131,15 @@ def draw_patch(
     axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     if float(uniform(0, 1, 1)) < config.deform:
-        matrix = _rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
+        matrix = rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
             1 + config.scale * uniform(-1, 1, 1)
         )
-        offsets = torch.einsum("ab,bxyz->axyz", matrix, offsets) + _smooth_noise(
+        offsets = torch.einsum("ab,bxyz->axyz", matrix, offsets) + smooth_noise(
             config.elastic_mm, config.elastic_spacing_mm, size, size, generator
         )
     points = offsets + centre[:, None, None, None]
 
-    image = _read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
+    image = read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
     nearest = points.round().long()
     outside = ((nearest < 0) | (nearest >= shape[:, None, None, None])).any(dim=0)
     nearest = torch.minimum(nearest.clamp(min=0), shape[:, None, None, None] - 1)
@@ -155,8 +155,8 @@ def draw_patch(
     half = F.avg_pool3d(points[None], 2)[0]
     # Centres of stored cells lie (stride - 1) / 2 voxels inside.
     cells = (half - (FIELD_STRIDE - 1) / 2) / FIELD_STRIDE
-    field = _read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
-    error = _smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
+    field = read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
+    error = smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
     field = (field + error / FIELD_EXTENT_MM).clamp(0, 1)
 
     if float(uniform(0, 1, 1)) < config.flip:
@@ -215,7 +215,7 @@ def spoil_mask(
     What is cut loses its label too: inference writes no labels outside the mask.
     """
     brain = mask.float()[None, None]
-    where = _smooth_noise(1.0, 20.0, image.shape[0], image.shape[0], generator)
+    where = smooth_noise(1.0, 20.0, image.shape[0], image.shape[0], generator)
     where = where / where.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     reach = int(torch.randint(1, depth + 1, (1,), generator=generator))
     cut = (_dilate(1 - brain, reach) * brain > 0)[0, 0] & (where[0] > 1)
@@ -234,8 +234,8 @@ def _dilate(mask: Tensor, reach: int) -> Tensor:
     return mask
 
 
-def _rotation(angles: Tensor) -> Tensor:
-    """(3, 3) product of rotations about x, y and z."""
+def rotation(angles: Tensor) -> Tensor:
+    """(3, 3) product of rotations about x, y and z by ``angles`` (3,) in radians."""
     x, y, z = (float(a) for a in angles)
     cx, sx, cy, sy, cz, sz = (f(a) for a in (x, y, z) for f in (math.cos, math.sin))
     rx = torch.tensor([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -244,7 +244,7 @@ def _rotation(angles: Tensor) -> Tensor:
     return rx @ ry @ rz
 
 
-def _smooth_noise(
+def smooth_noise(
     amplitude: float, spacing: float, extent: int, size: int, generator: torch.Generator
 ) -> Tensor:
     """(3, size, size, size) random displacement: knots every ``spacing`` voxels of ``extent``."""
@@ -254,7 +254,7 @@ def _smooth_noise(
     return F.interpolate(coarse, size=(size,) * 3, mode="trilinear", align_corners=True)[0]
 
 
-def _read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:
+def read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:
     """Trilinear values of ``volume`` (C, X, Y, Z) at voxel coordinates ``points`` (3, ...)."""
     scaled = 2 * points / (shape[:, None, None, None] - 1) - 1
     grid = scaled.permute(1, 2, 3, 0).flip(-1)[None]

@@ -17,8 +17,8 @@ from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.cache import Sample
-from cadiff_cli.training.loop import TrainConfig
 from cadiff_cli.training.monitor import segment_sample
+from cadiff_cli.training.recipe import TrainConfig
 from cadiff_cli.training.run import train
 
 log = logging.getLogger(__name__)

@@ -1,43 +1,43 @@
 """The training loop: draw, predict, compare, step.  Stops and resumes at any moment.
 
-Each step's randomness (patches, times, noise) is a function of the seed and the step's number, so a
-resumed run draws what the uninterrupted one would have drawn.
+It knows neither network nor data: batches come from an iterable, losses from an objective.  Each
+step's randomness is a function of the seed and the step's number, so a resumed run draws what the
+uninterrupted one would have drawn.
 """
 
+import copy
+import dataclasses
 import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import UsageError
-from cadiff_cli.nets.unet import CADiffNet, channels_last
+from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.stages.segment import autocast
-from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
-from cadiff_cli.training.cache import Sample
-from cadiff_cli.training.losses import Losses
-from cadiff_cli.training.objective import Objective
 
 log = logging.getLogger(__name__)
 
 
+N = TypeVar("N", bound=nn.Module)
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
+class Schedule:
+    """How long and how fast to train.
 
     ``steps`` in all: ``warmup`` rising, then constant at ``rate``, then ``decay`` falling to zero.
-    A step sees ``batch`` patches of ``patch`` voxels a side.  ``ema`` is the decay of the weights'
-    average, which is what is exported; ``clip`` bounds the gradient's norm.  The label prior is
-    counted over ``prior_scans`` scans drawn by the seed, or over all (0).
+    A step sees ``batch`` draws.  ``ema`` is the decay of the weights' average, which is what is
+    exported; ``clip`` bounds the gradient's norm.
     """
 
     steps: int = 3000
@@ -47,52 +47,70 @@ class TrainConfig:
     weight_decay: float = 1e-2
     clip: float = 1.0
     ema: float = 0.998
-    patch: int = 96
     batch: int = 1
     seed: int = 0
-    prior_scans: int = 0
-    objective: Objective = field(default_factory=Objective)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        if self.patch < 64 or self.patch % 32:
-            # Below 64 the deepest level is 2 voxels wide, where torch's bfloat16 gradients fail.
-            raise UsageError(f"patch is {self.patch}", "use 64 or more, a multiple of 32")
         if self.batch < 1:
             raise UsageError(f"batch is {self.batch}", "use 1 or more")
 
 
+class Batch(Protocol):
+    """Tensors that travel together."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same on another device."""
+
+
+class Parts(Protocol):
+    """A dataclass of weighted scalar losses, and their sum."""
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+
+
+class Objective(Protocol):
+    """Losses of a network on a batch; the generator lives on the batch's device."""
+
+    def __call__(self, net: Any, batch: Any, generator: torch.Generator, /) -> Parts:
+        """Everything random comes from ``generator``."""
+
+
 @dataclass
-class State:
+class State(Generic[N]):
     """What a checkpoint holds: enough to go on exactly."""
 
-    net: CADiffNet
-    ema: CADiffNet
+    net: N
+    ema: N
     optimiser: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.net.parameters()).device
 
-def rate_factor(step: int, config: TrainConfig) -> float:
+
+def rate_factor(step: int, config: Schedule) -> float:
     """Share of the full learning rate at ``step``: linear up, flat, linear down to zero."""
     up = min(1.0, (step + 1) / max(config.warmup, 1))
     down = min(1.0, (config.steps - step) / max(config.decay, 1))
     return max(0.0, min(up, down))
 
 
-def new_state(net: CADiffNet, config: TrainConfig) -> State:
+def new_state(net: N, config: Schedule) -> State[N]:
     """A fresh start from ``net``'s weights, on its device."""
     channels_last(net)
-    ema = channels_last(CADiffNet(net.config)).to(next(net.parameters()).device)
-    ema.load_state_dict(net.state_dict())
-    ema.requires_grad_(False)
+    ema = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=config.rate, weight_decay=config.weight_decay, fused=True
     )
     return State(net, ema, optimiser)
 
 
-def save_checkpoint(path: Path, state: State, config: TrainConfig) -> None:
+def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
     """Write atomically: a kill at any moment leaves the last complete checkpoint."""
     temporary = path.with_suffix(".tmp")
     torch.save(
@@ -110,7 +128,7 @@ def save_checkpoint(path: Path, state: State, config: TrainConfig) -> None:
     temporary.replace(path)
 
 
-def load_checkpoint(path: Path, state: State) -> None:
+def load_checkpoint(path: Path, state: State[N]) -> None:
     """Continue ``state`` from a file written by ``save_checkpoint``."""
     stored = torch.load(path, map_location="cpu", weights_only=True)
     state.net.load_state_dict(stored["net"])
@@ -125,7 +143,7 @@ class Monitor(Protocol):
     def interval(self, step: int, report: "Interval") -> None:
         """Called every ``report_every`` steps."""
 
-    def step_done(self, state: State) -> None:
+    def step_done(self, state: State[Any]) -> None:
         """Called after every step; may take its time (validation)."""
 
 
@@ -140,21 +158,20 @@ class Interval:
 
 
 def fit(
-    state: State,
-    samples: Sequence[Sample],
-    mirror: Tensor,
-    config: TrainConfig,
+    state: State[N],
+    batches: Iterable[Batch],
+    objective: Objective,
+    config: Schedule,
     checkpoint: Path,
     *,
     monitor: Monitor | None = None,
-    workers: int = 0,
     max_minutes: float = math.inf,
     report_every: int = 20,
     save_minutes: float = 4.0,
 ) -> None:
     """Train until ``config.steps`` or ``max_minutes``; SIGTERM and Ctrl-C save and return.
 
-    ``workers`` processes draw patches ahead of the network (0: the training process itself).
+    ``batches`` begins with that of step ``state.step``.
     """
     stop = False
 
@@ -163,22 +180,21 @@ def fit(
         stop = True
 
     handlers = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    device = next(state.net.parameters()).device
     begun = saved = reported = time.monotonic()
     before = state.seconds
     waited, since = 0.0, 0
     sums: dict[str, float] = {}
     try:
-        patches = iter(patch_loader(samples, mirror, config, state.step, workers, device))
+        queue = iter(batches)
         while state.step < config.steps and not stop:
             if (time.monotonic() - begun) / 60 > max_minutes:
                 break
             asked = time.monotonic()
-            patch = next(patches).to(device)
+            batch = next(queue).to(state.device)
             waited += time.monotonic() - asked
-            losses = train_step(state, patch, config)
+            losses = train_step(state, batch, objective, config)
             state.seconds = before + time.monotonic() - begun
-            for name in ("total", *Losses.__dataclass_fields__):
+            for name in ("total", *(f.name for f in dataclasses.fields(losses))):  # type: ignore[arg-type]
                 sums[name] = sums.get(name, 0.0) + float(getattr(losses, name).detach())
             since += 1
             now = time.monotonic()
@@ -212,34 +228,13 @@ def fit(
     save_checkpoint(checkpoint, state, config)
 
 
-def patch_loader(
-    samples: Sequence[Sample],
-    mirror: Tensor,
-    config: TrainConfig,
-    step: int,
-    workers: int,
-    device: torch.device,
-) -> "DataLoader[Patch]":
-    """Batches of patches from ``step`` on, in order."""
-    draws = Draws(samples, config.patch, mirror, config.augment, config.seed)
-    return DataLoader(
-        draws,
-        batch_size=config.batch,
-        sampler=range(step * config.batch, config.steps * config.batch),
-        num_workers=workers,
-        collate_fn=stack,
-        pin_memory=device.type == "cuda",
-    )
-
-
-def train_step(state: State, patch: Patch, config: TrainConfig) -> Losses:
+def train_step(state: State[N], batch: Any, objective: Objective, config: Schedule) -> Parts:
     """One forward and backward pass, one step of the optimiser and of the average."""
-    device = patch.image.device
-    # Not the number that the patch was drawn with: its deformation would decide the times.
+    # Not the number that a patch was drawn with: its deformation would decide the times.
     number = config.seed * 10_000_019 + 5_000_011 + state.step
-    generator = torch.Generator(device).manual_seed(number)
-    with autocast(device):
-        losses = config.objective(state.net, patch, generator)
+    generator = torch.Generator(state.device).manual_seed(number)
+    with autocast(state.device):
+        losses = objective(state.net, batch, generator)
     state.optimiser.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
@@ -252,7 +247,7 @@ def train_step(state: State, patch: Patch, config: TrainConfig) -> Losses:
 
 
 @torch.no_grad()
-def update_ema(state: State, config: TrainConfig) -> None:
+def update_ema(state: State[N], config: Schedule) -> None:
     """Exponential moving average of the weights, faster in the beginning."""
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     for average, current in zip(state.ema.parameters(), state.net.parameters(), strict=True):

@@ -57,12 +57,12 @@ class RunMonitor:
             self.board.add_scalar("seconds_per_step", report.seconds_per_step, step)
             self.board.add_scalar("data_share", report.data_share, step)
 
-    def step_done(self, state: State) -> None:
+    def step_done(self, state: State[CADiffNet]) -> None:
         """Validate on the next held-out scan when it is time."""
         if self.held_out and time.monotonic() - self.last > 60 * self.minutes:
             self.validate(state)
 
-    def validate(self, state: State) -> float:
+    def validate(self, state: State[CADiffNet]) -> float:
         """Score the next held-out scan; returns its mean foreground Dice (27 structures)."""
         sample = self.held_out[self.turn % len(self.held_out)]
         self.turn += 1
@@ -83,7 +83,7 @@ class RunMonitor:
         if self.board:
             self.board.close()
 
-    def _record(self, state: State, name: str, score: float) -> None:
+    def _record(self, state: State[CADiffNet], name: str, score: float) -> None:
         path = self.folder / "validation.tsv"
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as stream:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,15 @@ from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training import cache
-from cadiff_cli.training.augment import AugmentConfig
-from cadiff_cli.training.loop import TrainConfig, fit, load_checkpoint, new_state
+from cadiff_cli.training.loop import fit, load_checkpoint, new_state
 from cadiff_cli.training.monitor import RunMonitor
-from cadiff_cli.training.objective import METHODS
 from cadiff_cli.training.prior import count_prior
-from cadiff_cli.training.synthesis import SynthesisConfig
+from cadiff_cli.training.recipe import TrainConfig, patch_loader
 
 log = logging.getLogger(__name__)
 
 FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 77: 2, 78: 2, 79: 41, 251: 2, 252: 2, 253: 2}
 """FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities, callosum."""
-
-
-def recipe(
-    method: str = "cadiff", synthetic: float = 0.1, **settings: Any
-) -> tuple[NetConfig, TrainConfig]:
-    """Network and training settings of a named method; ``settings`` are ``TrainConfig``'s own."""
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}", f"choose from {', '.join(METHODS)}")
-    chosen = METHODS[method]
-    synthesis = replace(SynthesisConfig(), share=synthetic)
-    return chosen.net, TrainConfig(
-        objective=chosen.objective,
-        prior_scans=chosen.prior_scans,
-        augment=AugmentConfig(synthesis=synthesis),
-        **settings,
-    )
 
 
 def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
@@ -144,14 +125,14 @@ def train(
     held_out = [s for s in samples if s.subject in set(hold_out)]
     sampling = SampleConfig(flip=False, device=device)
     monitor = RunMonitor(run, held_out, table, validate_minutes, sampling)
+    patches = patch_loader(chosen, mirror, config, state.step, workers, state.device)
     fit(
         state,
-        chosen,
-        mirror,
+        patches,
+        config.objective,
         config,
         checkpoint,
         monitor=monitor,
-        workers=workers,
         max_minutes=max_minutes,
     )
     monitor.close()
