@@ -135,7 +135,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
     compact = paired[compact].reshape(codes.shape)
     small = resample(Volume(compact.astype(np.uint8), dseg.grid), distance.grid, order=0)
-    return Head(name, source, distance.data.astype(np.float16), labels=small.data)
+    return Head(name, source, distance.data.astype(np.float16), labels=small.data.copy())
 
 
 def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
