@@ -13,7 +13,7 @@ from cadiff_cli import __version__
 
 @dataclass(frozen=True)
 class StripConfig:
-    """How the brain is found: ``auto``, ``template`` or ``none``; a ``mask`` file overrides."""
+    """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides."""
 
     method: str = "auto"
     mask: Path | None = None
@@ -21,7 +21,7 @@ class StripConfig:
 
 @dataclass(frozen=True)
 class RegisterConfig:
-    """Which named settings (``data/registration/*.json``) and seed ANTs runs with."""
+    """Which named settings (``data/registration/*.json``, or ``none``) and seed ANTs runs with."""
 
     name: str = "fast"
     seed: int = 0
@@ -57,14 +57,16 @@ class Config:
 class Recipe:
     """What a result was, or will be, made with.  Results of equal recipes may share a dataset.
 
-    ``template`` is a name, never ``auto``.  ``spaces`` are the standard spaces that results are
-    carried into; ``field`` tells whether the distance field is written.
+    ``template`` is a name, never ``auto``.  ``strip_sha256`` is that of the network which may have
+    found the brain.  ``spaces`` are the standard spaces that results are carried into; ``field``
+    tells whether the distance field is written.
     """
 
     config: Config
     template: str
     model: str
     weights_sha256: str
+    strip_sha256: str = ""
     spaces: tuple[str, ...] = ()
     field: bool = False
 
@@ -79,6 +81,7 @@ class Recipe:
             "template": self.template,
             "model": self.model,
             "weights_sha256": self.weights_sha256,
+            "strip_sha256": self.strip_sha256,
             "output_spaces": list(self.spaces),
             "field": self.field,
             **plain,

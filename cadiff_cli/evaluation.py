@@ -1,29 +1,104 @@
-"""Score label maps against references: one row per scan and structure."""
+"""Score label maps: against references, and against a later scan of the same person.
+
+Background is never scored.  A structure missing on one side counts Dice 0 and NSD 0 and is
+``missed``; missing on both sides it is ``absent`` and left out of every mean.
+"""
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import source_entities
-from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, replacing
+from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, replacing, stem
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.metrics.overlap import dice, surface_dice
+from cadiff_cli.metrics.overlap import MARGIN_VOXELS, dice
+from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.register import rigid
+
+OURS = "_seg-cadiff_dseg."
+"""What marks a label map of cadiff's in a file name."""
+MAX_OFFSET_VOXELS = 0.1
+"""How far a corner of one grid may lie from the other's, as headers are rounded."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Agreement on one structure of one scan; NaN where it is absent on both sides."""
+    """Agreement on one structure of one scan.
+
+    ``dice`` and ``nsd`` are NaN where it is absent on both sides; ``hd95_mm`` is also infinite
+    where it is missing on one.
+    """
 
     scan: str
+    reference: str
     structure: str
     dice: float
     nsd: float
+    hd95_mm: float
     volume_mm3: float
     reference_mm3: float
+
+    @property
+    def missed(self) -> bool:
+        """Whether only one side has the structure."""
+        return math.isinf(self.hd95_mm)
+
+    @property
+    def absent(self) -> bool:
+        """Whether neither side has the structure."""
+        return math.isnan(self.dice)
+
+    @property
+    def volume_error_percent(self) -> float:
+        """Signed, in per cent of the reference; NaN where the reference has no such structure."""
+        if not self.reference_mm3:
+            return math.nan
+        return 100 * (self.volume_mm3 - self.reference_mm3) / self.reference_mm3
+
+    @property
+    def abs_volume_error_percent(self) -> float:
+        """The same without its sign."""
+        return abs(self.volume_error_percent)
+
+    @property
+    def volume_difference_percent(self) -> float:
+        """Unsigned, in per cent of the mean of both volumes."""
+        both = self.volume_mm3 + self.reference_mm3
+        return 200 * abs(self.volume_mm3 - self.reference_mm3) / both if both else math.nan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of every measure over ``n`` scores; absent ones are left out.
+
+    ``missed`` of the ``n`` have no finite distance and are not in the mean of ``hd95_mm``.
+    """
+
+    name: str
+    n: int
+    missed: int
+    absent: int
+    mean: Mapping[str, float]
+    sd: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(prediction, reference) files, and the scans that are on one side only."""
+
+    files: tuple[tuple[Path, Path], ...]
+    without_reference: tuple[str, ...] = ()
+    without_prediction: tuple[str, ...] = ()
 
 
 def score_pair(
@@ -31,102 +106,328 @@ def score_pair(
     reference: Path,
     table: LabelTable,
     subset: str,
-    reference_mapping: dict[int, int],
+    reference_mapping: Mapping[int, int],
     tolerance_mm: float = 1.0,
 ) -> list[Score]:
-    """Score one label map (our codes) against a reference on the same grid."""
-    maps = []
-    for path, mapping in (
-        (prediction, table.identity_mapping()),
-        (reference, reference_mapping),
-    ):
-        volume = load_volume(path)
-        codes = np.asarray(volume.data)
-        found = {int(c) for c in np.unique(codes)} - {0}
-        if path == prediction and (unknown := sorted(found - set(mapping))):
-            raise DataError(
-                f"{path.name} holds codes {unknown[:5]} that are not in the label table",
-                "give a dseg written by cadiff",
-            )
-        maps.append((table.encode(codes, mapping), volume.grid))
-    (p, grid), (r, other) = maps
-    if grid.shape != other.shape or not np.allclose(grid.affine, other.affine, atol=1e-2):
+    """Score one label map (our codes) against a reference on the same grid.
+
+    Raises ``DataError`` for unknown codes in the prediction, a reference without any known id, or
+    grids that differ.
+    """
+    p = load_classes(prediction, table, table.identity_mapping())
+    r = load_classes(reference, table, reference_mapping, foreign=True)
+    if not _same_grid(p.grid, r.grid):
         raise DataError(
-            f"{prediction.name} lies on {grid!r}, {reference.name} on {other!r}",
+            f"{prediction.name} lies on {_described(p.grid)}, {reference.name} on"
+            f" {_described(r.grid)}",
             "both must share a grid",
         )
-    classes = table.subset(subset)
-    voxel = grid.voxel_volume_mm3
-    scores = zip(
-        classes,
+    return score_classes(scan_of(reference), p, r, table, subset, tolerance_mm, reference.name)
+
+
+def score_classes(
+    scan: str,
+    prediction: Volume,
+    reference: Volume,
+    table: LabelTable,
+    subset: str,
+    tolerance_mm: float = 1.0,
+    reference_name: str = "",
+) -> list[Score]:
+    """Score one class map (uint8) against another on the same grid."""
+    p, r, classes = prediction.data, reference.data, table.subset(subset)
+    spacing_mm = reference.grid.spacing_mm.tolist()
+    numbers = zip(
         dice(p, r, classes),
-        surface_dice(p, r, classes, grid.spacing_mm.tolist(), tolerance_mm),
+        surface_dice(p, r, classes, spacing_mm, tolerance_mm),
+        hausdorff95_mm(p, r, classes, spacing_mm),
+        _volumes_mm3(prediction, classes),
+        _volumes_mm3(reference, classes),
         strict=True,
     )
     return [
-        Score(
-            source_entities(reference),
-            table.structures[k - 1].name,
-            float(d),
-            float(n),
-            float(np.count_nonzero(p == k) * voxel),
-            float(np.count_nonzero(r == k) * voxel),
-        )
-        for k, d, n in scores
+        Score(scan, reference_name, table.structures[k - 1].name, *map(float, row))
+        for k, row in zip(classes, numbers, strict=True)
     ]
 
 
-def pair_up(prediction: Path, reference: Path) -> list[tuple[Path, Path]]:
-    """(prediction, reference) files: two files, or two folders whose dseg names share entities."""
-    if prediction.is_file() and reference.is_file():
-        return [(prediction, reference)]
+def retest_pair(
+    first: Path, later: Path, table: LabelTable, subset: str, tolerance_mm: float = 1.0
+) -> list[Score]:
+    """Compare the label maps of two scans of one person, both written by cadiff.
+
+    The later brain (``desc-preproc_T1w``) is registered rigidly to the first and its labels are
+    carried along.  Volumes are those on the scans' own grids.
+    """
+    r, p = (load_classes(path, table, table.identity_mapping()) for path in (first, later))
+    motion = rigid(load_volume(_preprocessed(first)), load_volume(_preprocessed(later)))
+    moved = Volume(carry(p, motion, r.grid), r.grid)
+    scores = score_classes(scan_of(later), moved, r, table, subset, tolerance_mm, scan_of(first))
+    volumes = _volumes_mm3(p, table.subset(subset)).tolist()
+    return [replace(s, volume_mm3=mm3) for s, mm3 in zip(scores, volumes, strict=True)]
+
+
+def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
+    """Class map ``labels`` on ``grid``, whose points ``motion`` (4, 4; RAS mm) takes to theirs.
+
+    Each class is interpolated as a mask and the largest share wins.
+    """
+    here = Grid(labels.grid.shape, np.linalg.solve(motion, labels.grid.affine))
+    classes = np.zeros(grid.shape, dtype=np.uint8)
+    largest, total = (np.zeros(grid.shape, dtype=np.float32) for _ in range(2))
+    for k, box in enumerate(ndimage.find_objects(labels.data), start=1):
+        if box is None:
+            continue
+        mask = np.pad(labels.data[box] == k, MARGIN_VOXELS)
+        source = here.crop(tuple(s.start - MARGIN_VOXELS for s in box), mask.shape)
+        window = _window(source, grid)
+        if not classes[window].size:
+            continue
+        part = grid.crop(tuple(s.start for s in window), classes[window].shape)
+        share = resample(Volume(mask.astype(np.float32), source), part).data
+        wins = share > largest[window]
+        classes[window][wins] = k
+        largest[window][wins] = share[wins]
+        total[window] += share
+    classes[1 - total > largest] = 0
+    return classes
+
+
+def load_classes(
+    path: Path, table: LabelTable, mapping: Mapping[int, int], *, foreign: bool = False
+) -> Volume:
+    """Read a label map and turn its ids into classes (uint8).
+
+    ``mapping`` must know every id; in a ``foreign`` map at least one, and the others become
+    background.  Raises ``DataError``.
+    """
+    volume = load_volume(path)
+    values = np.unique(volume.data).astype(np.float64)
+    if (odd := values[~np.isfinite(values) | (values % 1 != 0)]).size:
+        raise DataError(
+            f"{path.name} holds {odd[0]:g}, which is no label id", "give a label map, not an image"
+        )
+    ids = {int(v) for v in values} - {0}
+    unknown = sorted(ids - set(mapping))
+    if foreign and len(unknown) == len(ids):
+        raise DataError(
+            f"{path.name} holds no known label id (but {unknown[:5] or 'only 0'})",
+            "say with --reference-labels what its ids are",
+        )
+    if unknown and not foreign:
+        raise DataError(
+            f"{path.name} holds ids {unknown[:5]} that are not in the label table",
+            "give a dseg written by cadiff",
+        )
+    return Volume(table.encode(np.asarray(volume.data), mapping), volume.grid)
+
+
+def pair_up(prediction: Path, reference: Path) -> Pairs:
+    """Two files, or the dseg images of two folders whose names share sub, ses, run, acq...
+
+    Raises ``MissingInputError`` if nothing is shared, ``DataError`` for two references of a scan.
+    """
     for path in (prediction, reference):
         if not path.exists():
             raise MissingInputError(f"no such file or folder: {path}", "check the path")
-    if not (prediction.is_dir() and reference.is_dir()):
+    if prediction.is_dir() != reference.is_dir():
+        file, folder = sorted((prediction, reference), key=Path.is_dir)
+        raise UsageError(f"{file} is a file, {folder} a folder", "give two files or two folders")
+    if prediction.is_file():
+        return Pairs(((prediction, reference),))
+    ours = label_maps(prediction, apart_from=reference, prefer_ours=True)
+    theirs = label_maps(reference, apart_from=prediction)
+    shared = [scan for scan in ours if scan in theirs]
+    if not shared:
         raise MissingInputError(
-            f"{prediction} and {reference} differ", "give two files or two folders"
+            f"no dseg of {prediction} ({listed(ours)}) has a partner in {reference}"
+            f" ({listed(theirs)})",
+            "names must share sub, ses, run, acq",
         )
-    references = {source_entities_of_dseg(p): p for p in _dsegs(reference)}
-    pairs = [
-        (p, references[source_entities_of_dseg(p)])
-        for p in _dsegs(prediction)
-        if source_entities_of_dseg(p) in references
-    ]
+    return Pairs(
+        tuple((ours[scan], theirs[scan]) for scan in shared),
+        tuple(scan for scan in ours if scan not in theirs),
+        tuple(scan for scan in theirs if scan not in ours),
+    )
+
+
+def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
+    """(first, later) label maps of each subject with two or more scans: all against the first.
+
+    Raises ``MissingInputError`` if there are none.
+    """
+    if not derivatives.is_dir():
+        raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
+    subjects: dict[str, list[Path]] = {}
+    for scan, path in label_maps(derivatives, prefer_ours=True).items():
+        if OURS in path.name:
+            subjects.setdefault(scan.split("_")[0], []).append(path)
+    pairs = [(first, later) for first, *others in subjects.values() for later in others]
     if not pairs:
         raise MissingInputError(
-            f"no dseg of {prediction} has a partner in {reference}", "names must share sub and ses"
+            f"{len(subjects)} subjects with *{OURS}* in {derivatives}, none with two scans",
+            "segment two sessions of a person into one folder",
         )
     return pairs
 
 
-def source_entities_of_dseg(path: Path) -> str:
-    """Entities of the scan that a dseg was drawn on."""
-    parts = source_entities(path).split("_")
+def label_maps(
+    folder: Path, *, apart_from: Path | None = None, prefer_ours: bool = False
+) -> dict[str, Path]:
+    """The ``*_dseg`` image of each scan in ``folder``, but for a folder ``apart_from`` within it.
+
+    Where a scan has several, ``prefer_ours`` takes cadiff's.  Raises ``DataError`` if more than one
+    is left.
+    """
+    skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("[!.]*_dseg.*")):
+        within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)
+        if path.name.endswith(IMAGE_SUFFIXES) and path.is_file() and not within:
+            found.setdefault(scan_of(path), []).append(path)
+    for scan, paths in found.items():
+        if prefer_ours:
+            found[scan] = paths = [p for p in paths if OURS in p.name] or paths
+        if len(paths) > 1:
+            raise DataError(
+                f"{folder} has {len(paths)} label maps of {scan}:"
+                f" {listed(str(p.relative_to(folder)) for p in paths)}",
+                "leave one, or give two files",
+            )
+    return {scan: path for scan, (path,) in found.items()}
+
+
+def scan_of(path: Path) -> str:
+    """Entities of the scan that a dseg was drawn on: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``."""
+    image = path.with_name(stem(path).removesuffix("_dseg") + ".nii")
+    parts = source_entities(image).split("_")
     return "_".join(p for p in parts if not p.startswith("seg-"))
 
 
-def write_scores(path: Path, scores: Iterable[Score]) -> None:
-    """One row per scan and structure."""
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names in one line, the first ``most`` of them in full."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return (", ".join(every[:most]) or "none") + more
+
+
+def summarise(scores: Iterable[Score], key: str, measures: Sequence[str]) -> list[Summary]:
+    """One ``Summary`` for each ``key`` (``scan`` or ``structure``), in the order of the scores."""
+    groups: dict[str, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(getattr(score, key), []).append(score)
+    return [
+        Summary(
+            name,
+            sum(not s.absent for s in group),
+            sum(s.missed for s in group),
+            sum(s.absent for s in group),
+            {m: _mean(getattr(s, m) for s in group) for m in measures},
+            {m: _sd(getattr(s, m) for s in group) for m in measures},
+        )
+        for name, group in groups.items()
+    ]
+
+
+def overall(scans: Sequence[Summary]) -> Summary:
+    """The headline: mean and standard deviation over scans of each scan's foreground mean."""
+    return Summary(
+        "foreground mean",
+        len(scans),
+        sum(s.missed for s in scans),
+        sum(s.absent for s in scans),
+        {m: _mean(s.mean[m] for s in scans) for m in scans[0].mean},
+        {m: _sd(s.mean[m] for s in scans) for m in scans[0].mean},
+    )
+
+
+def mean_over(scores: Iterable[Score], key: str, measure: str) -> dict[str, float]:
+    """Mean of one measure for each ``key``."""
+    return {s.name: s.mean[measure] for s in summarise(scores, key, [measure])}
+
+
+def write_scores(path: Path, scores: Iterable[Score], measures: Sequence[str]) -> None:
+    """TSV with one row per scan and structure."""
+    columns = ("scan", "reference", "structure", "volume_mm3", "reference_mm3", *measures)
+    _write(path, columns, ([getattr(s, c) for c in columns] for s in scores))
+
+
+def write_summaries(path: Path, key: str, summaries: Sequence[Summary]) -> None:
+    """TSV with one row per summary: counts, then mean and SD of each measure."""
+    measures = list(summaries[0].mean)
+    spread = [f"{m}_{kind}" for m in measures for kind in ("mean", "sd")]
+    _write(
+        path,
+        (key, "n", "missed", "absent", *spread),
+        (
+            (s.name, s.n, s.missed, s.absent, *(x for m in measures for x in (s.mean[m], s.sd[m])))
+            for s in summaries
+        ),
+    )
+
+
+def _volumes_mm3(labels: Volume, classes: Sequence[int]) -> np.ndarray:
+    """(len(classes),) voxel counts times voxel volume."""
+    counts = np.bincount(labels.data.ravel(), minlength=max(classes) + 1)
+    return counts[list(classes)] * labels.grid.voxel_volume_mm3
+
+
+def _preprocessed(dseg: Path) -> Path:
+    return dseg.with_name(dseg.name.replace(OURS, "_desc-preproc_T1w."))
+
+
+def _same_grid(a: Grid, b: Grid) -> bool:
+    """Whether voxels coincide: the corners of one lie on the corners of the other."""
+    if a.shape != b.shape:
+        return False
+    corners = _corners(a.shape)
+    return bool(abs(_moved(corners, a.voxel_map(b)) - corners).max() <= MAX_OFFSET_VOXELS)
+
+
+def _described(grid: Grid) -> str:
+    return f"{grid!r} with affine {np.round(grid.affine[:3], 4).tolist()}"
+
+
+def _window(part: Grid, grid: Grid) -> tuple[slice, ...]:
+    """The voxels of ``grid`` between the corners of ``part``."""
+    ends = _moved(_corners(part.shape), grid.voxel_map(part))
+    low, high = (
+        np.clip(edge, 0, grid.shape).astype(int).tolist()
+        for edge in (np.floor(ends.min(axis=0)), np.ceil(ends.max(axis=0)) + 1)
+    )
+    return tuple(map(slice, low, high))
+
+
+def _corners(shape: Sequence[int]) -> np.ndarray:
+    """(8, 3) voxel indices."""
+    return np.array(list(itertools.product(*((0, n - 1) for n in shape))))
+
+
+def _moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [v for v in values if math.isfinite(v)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = _finite(values)
+    return statistics.fmean(known) if known else math.nan
+
+
+def _sd(values: Iterable[float]) -> float:
+    known = _finite(values)
+    return statistics.stdev(known) if len(known) > 1 else math.nan
+
+
+def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    def cell(value: object) -> object:
+        if isinstance(value, float):
+            return f"{value:.4f}" if math.isfinite(value) else "n/a"
+        return value
+
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(("scan", "structure", "dice", "nsd", "volume_mm3", "reference_mm3"))
-        for s in scores:
-            numbers = (s.dice, s.nsd, s.volume_mm3, s.reference_mm3)
-            cells = ("n/a" if np.isnan(n) else f"{n:.4f}" for n in numbers)
-            writer.writerow((s.scan, s.structure, *cells))
-
-
-def mean_over(scores: Sequence[Score], key: str, measure: str) -> dict[str, float]:
-    """Mean of ``measure`` grouped by ``key`` (``scan`` or ``structure``); NaN rows are left out."""
-    groups: dict[str, list[float]] = {}
-    for s in scores:
-        groups.setdefault(getattr(s, key), []).append(getattr(s, measure))
-    known = {name: [v for v in values if not np.isnan(v)] for name, values in groups.items()}
-    return {name: sum(v) / len(v) if v else float("nan") for name, v in known.items()}
-
-
-def _dsegs(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.rglob("*_dseg.*") if p.name.endswith(IMAGE_SUFFIXES) and p.is_file()
-    )
+        writer.writerow(header)
+        writer.writerows(map(cell, row) for row in rows)

@@ -66,14 +66,15 @@ class Registered:
 
     ``from_template`` and ``to_template`` are ITK composite transforms (``.h5``) that resample
     template images onto the scan and scan images onto the template.  ``score`` is the normalised
-    mutual information of the two brains inside the scan's mask (higher is better).
+    mutual information of the two brains inside the scan's mask (higher is better).  All three are
+    None where no registration was wanted (``kind`` is ``none``).
     """
 
     template: Template
-    from_template: Path
-    to_template: Path
+    from_template: Path | None
+    to_template: Path | None
     kind: str
-    score: float
+    score: float | None
     warnings: tuple[str, ...] = ()
 
 
@@ -90,12 +91,13 @@ class Conditions:
     """What the network is given: a crop around the brain.
 
     ``image`` (X, Y, Z) float32 in [0, 1] on a 1 mm grid, 0 outside ``mask``; ``field`` covers the
-    same crop at ``field.grid``'s spacing.  Sizes are multiples of 16.
+    same crop at ``field.grid``'s spacing, or is None for the network to find.  Sizes are multiples
+    of 16.
     """
 
     image: Volume
     mask: Volume
-    field: CoordinateField
+    field: CoordinateField | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.releases import DEFAULT, weights_folder
 from cadiff_cli.io.weights import Model, save_model
 from cadiff_cli.labels import load_table
-from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
+from cadiff_cli.nets.blocks import channels_last
+from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.products import (
     Conditions,
     CoordinateField,
@@ -77,6 +78,10 @@ class Phantom:
         world = grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
         scaled = ((world - self.shift_mm) / self.scale - LOW_MM) / (HIGH_MM - LOW_MM)
         return np.clip(np.moveaxis(scaled, -1, 0), 0, 1).astype(np.float32)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def head_grid(orientation, spacing=2.0, scale=1.0, shift_mm=(0, 0, 0)):
@@ -152,6 +157,12 @@ def table():
 
 
 @pytest.fixture(scope="session")
+def mirror(table):
+    """(n_classes,): the class that each class becomes when left and right swap."""
+    return torch.from_numpy(table.mirror_classes)
+
+
+@pytest.fixture(scope="session")
 def phantom():
     return make_phantom
 
@@ -191,8 +202,28 @@ def toy_sample(small_head, table):
         "sub-toy",
         "toy",
         np.round(conditions.image.data * 255).astype(np.uint8),
+        conditions.mask.data.copy(),
         table.encode(codes.data, table.identity_mapping()),
         {"toy": pool(conditions.field.data, 2).astype(np.float16)},
+    )
+
+
+@pytest.fixture(scope="session")
+def ramp():
+    """A sample whose field is linear: x, y and z of the voxel, scaled."""
+    shape = np.array((64, 48, 80))
+    # Stored cells are centred in blocks of 4 voxels.
+    ijk = np.indices(shape // 4) * 4 + 1.5
+    rng = np.random.default_rng(0)
+    # The brain keeps away from the border, where the stored field ends.
+    inside = (abs(np.indices(shape) - shape.reshape(3, 1, 1, 1) / 2) < 8).all(axis=0)
+    return Sample(
+        "sub-ramp",
+        "ramp",
+        rng.integers(0, 256, shape, dtype=np.uint8),
+        np.ones(shape, dtype=bool),
+        (rng.integers(1, 41, shape) * inside).astype(np.uint8),
+        {"toy": (ijk / shape.reshape(3, 1, 1, 1)).astype(np.float32)},
     )
 
 
@@ -207,6 +238,17 @@ TINY = NetConfig(
 )
 
 
+def awake(config):
+    """A network in which nothing is zero any more, so that whatever enters matters."""
+    torch.manual_seed(1)
+    net = CADiffNet(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return net
+
+
 @pytest.fixture(scope="session")
 def tiny_config():
     return TINY
@@ -216,16 +258,10 @@ def tiny_config():
 def tiny_net(toy_sample, table):
     """A network that starts from the phantom's prior, with every layer awake.
 
-    Layers that begin at zero get small random weights: noise, times and image must all matter,
-    or a test of seeds or tiles could not fail.
+    Noise, times and image must all matter, or a test of seeds or tiles could not fail.
     """
-    torch.manual_seed(1)
-    net = CADiffNet(TINY)
+    net = awake(TINY)
     net.prior.logits.copy_(count_prior([toy_sample], table, TINY.prior_shape))
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
     return channels_last(net).requires_grad_(False).eval()
 
 

@@ -81,9 +81,7 @@ def test_the_installed_script_shows_help():
     assert "Exit codes" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["seg", "--help"], ["run", "--help"], ["train", "--help"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import sys; from cadiff_cli.cli import cadiff, guarded;"
@@ -341,11 +339,11 @@ def test_a_failed_run_leaves_no_result(segmented, tmp_path):
 def test_evaluate_prints_a_table_and_nothing_else(segmented, tmp_path):
     """A segmentation against itself; other libraries' warnings are not the user's business."""
     _, _, out, _ = segmented
-    path, scores = str(anat(out, "seg-cadiff_dseg.nii.gz")), tmp_path / "scores.tsv"
+    path, scores = str(anat(out, "seg-cadiff_dseg.nii.gz")), tmp_path / "scores"
     done = call("cadiff", "evaluate", path, path, "--reference-labels", "cadiff", "-o", str(scores))
     assert done.returncode == 0
     assert done.stdout.count("1.0000") >= 8
-    assert scores.exists()
+    assert len(list(scores.iterdir())) == 3
     assert done.stderr == ""
 
 

@@ -1,20 +1,17 @@
-"""Overlap with closed-form answers, and the scoring of files."""
+"""Agreement of label maps with closed-form answers."""
 
-import csv
+import itertools
+import math
 
 import numpy as np
 import pytest
 
-from cadiff_cli.errors import DataError, MissingInputError
-from cadiff_cli.evaluation import mean_over, pair_up, score_pair, write_scores
-from cadiff_cli.io.nifti import save_volume
-from cadiff_cli.metrics.overlap import dice, surface_dice
-from cadiff_cli.spatial.grid import Grid
-
-# MONAI warns of its own call of its own function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+from cadiff_cli.errors import UsageError
+from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 
 EDGE = 12
+SPACINGS = [(1.0, 1.0, 1.0), (2.0, 1.0, 0.5)]
 
 
 def cube(shift=0, label=1, size=40):
@@ -22,6 +19,13 @@ def cube(shift=0, label=1, size=40):
     data = np.zeros((size, size, size), dtype=np.uint8)
     data[8 + shift : 8 + shift + EDGE, 10 : 10 + EDGE, 12 : 12 + EDGE] = label
     return data
+
+
+def sphere(radius_mm, spacing_mm, fov_mm=40.0):
+    """A ball in the middle of a cubic field of view."""
+    axes = [np.arange(0, fov_mm, s) - fov_mm / 2 for s in spacing_mm]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
+    return (x**2 + y**2 + z**2 < radius_mm**2).astype(np.uint8)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 5, EDGE, 16])
@@ -35,7 +39,7 @@ def test_dice_is_symmetric_and_per_class():
     np.testing.assert_allclose(dice(b, a, [2, 1]), [1, 0.75])
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 1.0, 0.5)])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_surface_dice_turns_at_the_tolerance(shift, spacing):
     distance = shift * spacing[0]
@@ -48,85 +52,74 @@ def test_surface_dice_turns_at_the_tolerance(shift, spacing):
     assert 0.4 < below < 0.95
 
 
-def test_surface_dice_ignores_what_is_far_away():
-    """Cropping to the structure must not change its score, also at the border."""
-    wide = surface_dice(cube(2, size=80), cube(size=80), [1], (1, 1, 1))
-    np.testing.assert_allclose(surface_dice(cube(2), cube(), [1], (1, 1, 1)), wide)
+@pytest.mark.parametrize("tolerance", [-1, math.nan, math.inf])
+def test_impossible_tolerances_are_refused(tolerance):
+    with pytest.raises(UsageError, match="tolerance"):
+        surface_dice(cube(), cube(), [1], (1, 1, 1), tolerance)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("shift", [0, 1, 4, EDGE])
+def test_hd95_of_a_shifted_cube_is_the_shift(shift, spacing):
+    """A fifth of the border voxels is on the leading face, and all of it is off by the shift."""
+    for a, b in ((cube(shift), cube()), (cube(), cube(shift))):
+        assert hausdorff95_mm(a, b, [1], spacing)[0] == pytest.approx(shift * spacing[0])
+
+
+def test_hd95_forgives_a_speck():
+    """One far voxel is less than 5 % of a surface (the maximum would be 20 mm)."""
+    speck = cube()
+    speck[39, 15, 18] = 1
+    assert hausdorff95_mm(speck, cube(), [1], (1, 1, 1))[0] == 0
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_concentric_spheres(spacing):
+    """Distances are millimetres on any grid; a voxel is the error that is left."""
+    small, large = sphere(10, spacing), sphere(14, spacing)
+    voxel = np.linalg.norm(spacing)
+    assert hausdorff95_mm(small, large, [1], spacing)[0] == pytest.approx(4, abs=voxel / 2)
+    assert surface_dice(small, large, [1], spacing, 4 + voxel)[0] == pytest.approx(1)
+    assert surface_dice(small, large, [1], spacing, 4 - voxel)[0] == pytest.approx(0, abs=0.01)
+    assert dice(small, large, [1])[0] == pytest.approx(2 * 10**3 / (10**3 + 14**3), rel=0.02)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_orientation_does_not_matter(order):
+    """Axes in another order, one of them reversed, with their spacing."""
+    spacing = (2.0, 1.0, 0.5)
+    turned = [spacing[axis] for axis in order]
+    a, b = cube(2), cube() | np.roll(cube(), (3, 1, 0), (0, 1, 2))
+    p, r = (np.flip(m.transpose(order), axis=order[0]) for m in (a, b))
+    assert dice(p, r, [1]) == pytest.approx(dice(a, b, [1]))
+    for measure in (surface_dice, hausdorff95_mm):
+        expected = measure(a, b, [1], spacing)
+        np.testing.assert_allclose(measure(p, r, [1], turned), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", [surface_dice, hausdorff95_mm])
+def test_what_is_far_away_is_ignored(measure):
+    """Cropping to the structure must not change its score, nor must the image's border."""
+    wide = measure(cube(2, size=80), cube(size=80), [1], (1, 1, 1))
+    np.testing.assert_allclose(measure(cube(2), cube(), [1], (1, 1, 1)), wide)
+    cut = (slice(8, None), slice(10, 22), slice(12, 24))
+    np.testing.assert_allclose(measure(cube(2)[cut], cube()[cut], [1], (1, 1, 1)), wide)
 
 
 @pytest.mark.parametrize(
-    "measure", [dice, lambda p, r, k: surface_dice(p, r, k, (1.0, 1.0, 1.0))], ids=["dice", "nsd"]
+    ("measure", "one_sided"),
+    [
+        (dice, 0),
+        (lambda p, r, k: surface_dice(p, r, k, (1.0, 1.0, 1.0)), 0),
+        (lambda p, r, k: hausdorff95_mm(p, r, k, (1.0, 1.0, 1.0)), math.inf),
+    ],
+    ids=["dice", "nsd", "hd95"],
 )
-def test_missing_structures(measure):
-    """On one side 0, whichever side it is; on both sides not a number."""
-    assert measure(cube(), 0 * cube(), [1])[0] == 0
-    assert measure(0 * cube(), cube(), [1])[0] == 0
+def test_missing_structures(measure, one_sided):
+    """On one side the worst score, whichever side it is; on both sides not a number."""
+    both = measure(cube() + cube(16, 3), cube(), [1, 2, 3])
+    assert np.isfinite(both[0])
+    assert np.isnan(both[1])
+    assert both[2] == one_sided
+    assert measure(0 * cube(), cube(), [1])[0] == one_sided
     assert np.isnan(measure(0 * cube(), 0 * cube(), [1])[0])
-    assert measure(cube(), cube(), [1])[0] == pytest.approx(1)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def make(name, data, spacing=1.0):
-        path = tmp_path / name
-        save_volume(path, data.astype(np.int16), Grid(data.shape, np.diag([spacing] * 3 + [1])))
-        return path
-
-    return make
-
-
-def test_files_are_scored_in_their_own_codes(write, table):
-    """Neuromorphometrics 60 and 59 are the thalami, aseg 10 and 49."""
-    ours = write("sub-1_seg-cadiff_dseg.nii.gz", cube(3, 10) + cube(16, 49), spacing=2.0)
-    theirs = write("sub-1_dseg.nii.gz", cube(0, 60) + cube(16, 59), spacing=2.0)
-    mapping = table.neuromorphometrics_mapping()
-    scores = {s.structure: s for s in score_pair(ours, theirs, table, "malc27", mapping)}
-    assert len(scores) == 27
-    assert scores["Left-Thalamus"].dice == pytest.approx(0.75)
-    assert scores["Left-Thalamus"].scan == "sub-1"
-    assert scores["Right-Thalamus"].dice == scores["Right-Thalamus"].nsd == 1
-    assert scores["Right-Thalamus"].volume_mm3 == pytest.approx(EDGE**3 * 8)
-    assert np.isnan(scores["Left-Putamen"].dice)
-
-
-def test_means_leave_out_what_is_absent(write, table, tmp_path):
-    ours = write("sub-1_seg-cadiff_dseg.nii.gz", cube(3, 10) + cube(16, 49))
-    scores = score_pair(ours, ours, table, "all", table.identity_mapping())
-    assert mean_over(scores, "scan", "dice") == {"sub-1_seg-cadiff": 1}
-    write_scores(tmp_path / "scores.tsv", scores)
-    with (tmp_path / "scores.tsv").open() as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
-    assert len(rows) == 40
-    assert {row["dice"] for row in rows} == {"1.0000", "n/a"}
-
-
-def test_other_grids_and_codes_are_refused(write, table):
-    mapping = table.identity_mapping()
-    a, b = write("a_dseg.nii.gz", cube(0, 10)), write("b_dseg.nii.gz", cube(0, 10), spacing=2.0)
-    with pytest.raises(DataError, match="lies on"):
-        score_pair(a, b, table, "all", mapping)
-    with pytest.raises(DataError, match="lies on"):
-        score_pair(a, write("c_dseg.nii.gz", cube(0, 10)[:-1]), table, "all", mapping)
-    with pytest.raises(DataError, match="1999"):
-        score_pair(write("d_dseg.nii.gz", np.full((8, 8, 8), 1999)), a, table, "all", mapping)
-
-
-def test_folders_are_paired_by_entities(tmp_path):
-    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
-    for path in (
-        mine / "sub-1" / "anat" / "sub-1_ses-2_seg-cadiff_dseg.nii.gz",
-        mine / "sub-2" / "anat" / "sub-2_seg-cadiff_dseg.nii.gz",
-        mine / "sub-1" / "anat" / "sub-1_ses-2_seg-cadiff_dseg.json",
-        theirs / "sub-1" / "sub-1_ses-2_dseg.nii.gz",
-        theirs / "sub-3" / "sub-3_dseg.nii.gz",
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    ((p, r),) = pair_up(mine, theirs)
-    assert p.name == "sub-1_ses-2_seg-cadiff_dseg.nii.gz"
-    assert r.name == "sub-1_ses-2_dseg.nii.gz"
-    assert pair_up(p, r) == [(p, r)]
-    for wrong in ((mine, r), (mine, tmp_path / "gone"), (mine / "sub-2", theirs / "sub-3")):
-        with pytest.raises(MissingInputError) as caught:
-            pair_up(*wrong)
-        assert caught.value.remedy

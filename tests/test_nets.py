@@ -1,12 +1,16 @@
 """The network: shapes, times, and what it can know when."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import awake
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
+    Concatenate,
     DynamicConv1d,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
@@ -72,6 +76,14 @@ def test_config_survives_plain_values(tiny_config):
     assert NetConfig.from_dict(as_dict(tiny_config)) == tiny_config
 
 
+def test_settings_of_older_weights_mean_the_whole_method(tiny_config):
+    """Switches that a file does not know are on."""
+    values = as_dict(tiny_config)
+    for switch in ("reads_field", "reads_coordinates", "reads_labels", "attention"):
+        assert values.pop(switch) is True
+    assert NetConfig.from_dict(values) == tiny_config
+
+
 @pytest.mark.parametrize("which", ["field", "label"])
 def test_both_times_matter(tiny_net, inputs, which):
     def answer(t):
@@ -107,6 +119,63 @@ def test_a_fresh_network_answers_with_its_prior(fresh_net, inputs):
     torch.testing.assert_close(coarse.logits, prior, **close)
     up = F.interpolate(prior, scale_factor=2, mode="trilinear")
     torch.testing.assert_close(fine, up, **close)
+
+
+@pytest.fixture
+def switched(tiny_config, draw):
+    """A factory of networks with some switches off, every layer awake, the prior not flat."""
+    prior = draw(1, 41, *tiny_config.prior_shape)
+
+    def make(*off):
+        net = awake(replace(tiny_config, **dict.fromkeys(off, False)))
+        net.prior.logits.copy_(prior)
+        return net.requires_grad_(False)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("off", "told"),
+    [
+        ((), {"d_t", "m_t", "t_d", "t_m"}),
+        (("attention",), {"d_t", "m_t", "t_d", "t_m"}),
+        (("reads_coordinates",), {"d_t", "m_t", "t_d", "t_m"}),
+        (("reads_field",), {"m_t", "t_m"}),
+        (("reads_labels",), {"d_t", "t_d"}),
+        (("reads_field", "reads_labels"), set()),
+        (("reads_field", "reads_labels", "attention"), set()),
+    ],
+    ids=["all", "no attention", "prior only", "no field", "no labels", "neither", "plain"],
+)
+def test_switches_decide_what_the_network_is_told(switched, inputs, draw, off, told):
+    """Changing anything else changes nothing, to the last bit, at either resolution."""
+    net = switched(*off)
+    image, d_t, m_t = inputs
+    given = {"d_t": d_t, "m_t": m_t, "t_d": at(0.3), "t_m": at(0.6)}
+    other = {"d_t": draw(1, 3, *HALF), "m_t": draw(1, 41, *HALF), "t_d": at(0.7), "t_m": at(1)}
+    coarse, logits = net(image, **given)
+    for name in given:
+        changed, fine = net(image, **given | {name: other[name]})
+        assert torch.equal(fine, logits) is (name not in told), name
+        assert torch.equal(changed.logits, coarse.logits) is (name not in told), name
+    assert not torch.equal(net(image.flip(2), **given)[1], logits)
+
+
+def test_without_coordinates_the_field_is_known_by_its_prior_alone(switched, inputs, draw):
+    """Where every place says the same, all known fields look the same."""
+    image, _, m_t = inputs
+    for off, same in (((), False), (("reads_coordinates",), True)):
+        net = switched(*off)
+        net.prior.logits.zero_()
+        here, there = (net(image, draw(1, 3, *HALF), m_t, at(0), at(0.5))[1] for _ in range(2))
+        assert torch.equal(here, there) is same
+
+
+def test_plain_skips_are_concatenated(draw):
+    a, b, e = draw(2, 4, 3, 3, 3), draw(2, 5, 3, 3, 3), draw(2, 16)
+    joined = Concatenate()(a, b, e, e)
+    assert torch.equal(joined[:, :4], a)
+    assert torch.equal(joined[:, 4:], b)
 
 
 def test_the_prior_is_read_where_the_field_points():

@@ -160,6 +160,8 @@ def test_a_failure_is_recorded_with_what_is_needed_to_mend_it(tmp_path):
 
 
 def test_boilerplate_counts_what_differs():
+    from cadiff_cli.io.derivatives import Finished
+
     def sidecar(steps, kind):
         return {
             "GeneratedBy": [{"Name": "cadiff", "Version": "1"}],
@@ -171,8 +173,6 @@ def test_boilerplate_counts_what_differs():
             "Seed": 0,
             "Settings": {"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
         }
-
-    from cadiff_cli.io.derivatives import Finished
 
     kinds = ((5, "fast"), (5, "fast"), (0, "affine"))
     text = " ".join(
@@ -186,6 +186,9 @@ def test_boilerplate_counts_what_differs():
     assert "resampled to MNI152NLin2009cAsym" in text
     for key in ("syn", "templateflow", "MNIColin27", "MNI152", "ddim"):
         assert key in citations()
+    text = " ".join(describe([Finished("sub-1", Path(), sidecar(5, "none"))]))
+    assert "The network found the distance field together with the labels" in text
+    assert "@templateflow" not in text
 
 
 def test_tables_hold_no_tabs_or_quotes_of_their_own(tmp_path):

@@ -1,11 +1,20 @@
 """Labels from conditions: repeatable, tiled or whole, mirrored, and on the scan's own grid."""
 
+import json
+from dataclasses import replace
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import awake
+from test_cli import call
 
+from cadiff_cli.cli import guarded
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import UsageError
+from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
@@ -32,18 +41,24 @@ def small_conditions(conditions_of, small_head):
     return conditions_of(small_head)
 
 
+@pytest.fixture(scope="module", params=["known", "unknown"])
+def given(request, small_conditions):
+    """Conditions with their field, and without: then it is denoised with the labels."""
+    return small_conditions if request.param == "known" else replace(small_conditions, field=None)
+
+
 @pytest.fixture(scope="module")
-def drawn(tiny_model, small_conditions):
+def drawn(tiny_model, given):
     """Probabilities of one run, to compare others with."""
-    return class_probabilities(small_conditions, tiny_model, SampleConfig(steps=2, flip=False))[0]
+    return class_probabilities(given, tiny_model, SampleConfig(steps=2, flip=False))[0]
 
 
-def test_a_seed_decides(tiny_model, small_conditions, drawn):
+def test_a_seed_decides(tiny_model, given, drawn):
     config = SampleConfig(steps=2, flip=False)
-    again, _ = class_probabilities(small_conditions, tiny_model, config)
+    again, _ = class_probabilities(given, tiny_model, config)
     torch.testing.assert_close(again, drawn, rtol=0, atol=0)
     other = SampleConfig(steps=2, flip=False, seed=1)
-    different, _ = class_probabilities(small_conditions, tiny_model, other)
+    different, _ = class_probabilities(given, tiny_model, other)
     assert (different - drawn).abs().max() > 1e-4
 
 
@@ -52,14 +67,60 @@ def test_probabilities_sum_to_one(drawn):
     assert drawn.min() >= 0
 
 
-def test_tiles_agree_with_the_whole(tiny_model, small_conditions, drawn):
-    """Away from tile borders the network sees the same; only pooled attention differs."""
+def test_tiles_agree_with_the_whole(tiny_model, given, drawn):
+    """Away from tile borders the network sees the same; only pooled attention differs.
+
+    An unknown field differs too, and labels that follow it.
+    """
     config = SampleConfig(steps=2, flip=False, tile=64)
-    tiled, tile = class_probabilities(small_conditions, tiny_model, config)
+    tiled, tile = class_probabilities(given, tiny_model, config)
     assert tile == 64
     assert not torch.equal(tiled, drawn)
-    inside = torch.from_numpy(small_conditions.mask.data.copy())
-    assert (tiled.argmax(0) == drawn.argmax(0))[inside].float().mean() > 0.99
+    inside = torch.from_numpy(given.mask.data.copy())
+    alike = (tiled.argmax(0) == drawn.argmax(0))[inside].float().mean()
+    assert alike > (0.97 if given.field is None else 0.99)
+
+
+def test_flipping_averages_with_the_mirrored_brain(tiny_model, given, drawn):
+    """A distribution still, and another one."""
+    both, _ = class_probabilities(given, tiny_model, SampleConfig(steps=2, flip=True))
+    torch.testing.assert_close(both.sum(0), torch.ones(both.shape[1:]), rtol=0, atol=1e-4)
+    # Half of it is what the brain as it is was given.
+    assert (both - drawn / 2 >= -1e-6).all()
+    assert (both - drawn).abs().max() > 1e-4
+
+
+def test_an_unknown_field_is_made_from_noise_with_the_labels(
+    tiny_model, small_conditions, monkeypatch
+):
+    """Both times are the same, first pure noise; a known field is never noisy."""
+    calls = []
+    trunk = tiny_model.net.trunk
+
+    def watched(image, d_t, m_t, t_d, t_m):
+        calls.append((d_t.clone(), float(t_d), float(t_m)))
+        return trunk(image, d_t, m_t, t_d, t_m)
+
+    monkeypatch.setattr(tiny_model.net, "trunk", watched)
+    config = SampleConfig(steps=2, flip=False)
+    class_probabilities(replace(small_conditions, field=None), tiny_model, config)
+    assert [(t_d, t_m) for _, t_d, t_m in calls] == [(1, 1), (0.5, 0.5)]
+    first, second = (d_t for d_t, *_ in calls)
+    assert float(first.mean()) == pytest.approx(0, abs=0.02)
+    assert float(first.std()) == pytest.approx(1, abs=0.02)
+    assert not torch.equal(first, second)
+    calls.clear()
+    class_probabilities(small_conditions, tiny_model, config)
+    assert [(t_d, t_m) for _, t_d, t_m in calls] == [(0, 1), (0, 0.5)]
+    state = torch.from_numpy(2 * small_conditions.field.data - 1)[None]
+    for d_t, *_ in calls:
+        torch.testing.assert_close(d_t, state)
+
+
+def test_no_steps_need_a_field(tiny_model, small_conditions):
+    with pytest.raises(UsageError) as caught:
+        class_probabilities(replace(small_conditions, field=None), tiny_model, PRIOR)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -106,6 +167,20 @@ def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
     assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
 
 
+def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_conditions, table):
+    """More steps of a plain U-Net are the same step again, so they are not taken."""
+    net = awake(replace(tiny_config, reads_field=False, reads_labels=False))
+    model = Model(net.requires_grad_(False), table, "plain", "0" * 64, {})
+    answers = [
+        class_probabilities(conditions, model, SampleConfig(steps=steps, seed=seed, flip=False))[0]
+        for conditions, steps, seed in (
+            (small_conditions, 1, 0),
+            (replace(small_conditions, field=None), 4, 1),
+        )
+    ]
+    assert torch.equal(*answers)
+
+
 def unmirrored(p, table):
     return add_unmirrored(torch.zeros_like(p), p, table)
 
@@ -116,6 +191,9 @@ def test_mirroring_is_an_involution(table):
     back = mirrored(*mirrored(image, field))
     torch.testing.assert_close(back[0], image, rtol=0, atol=0)
     torch.testing.assert_close(back[1], field)
+    flipped, nothing = mirrored(image, None)
+    torch.testing.assert_close(flipped, image.flip(2), rtol=0, atol=0)
+    assert nothing is None
     p = torch.rand(41, 8, 6, 4, generator=generator)
     torch.testing.assert_close(unmirrored(unmirrored(p, table), table), p, rtol=0, atol=0)
 
@@ -214,3 +292,54 @@ def test_senseless_requests_are_usage_errors(small_head, small_conditions, tiny_
     with pytest.raises(UsageError) as caught:
         labels_of(small_head, tiny_model, small_conditions, config)
     assert caught.value.remedy
+
+
+@pytest.fixture(scope="module")
+def unregistered(phantom, tiny_weights, tmp_path_factory):
+    """One real run from file to files that never looks for a registration."""
+    folder = tmp_path_factory.mktemp("unregistered")
+    head = phantom("LPS", (1.5, 1.8, 1.5), scale=0.6)
+    source = folder / "sub-01_T1w.nii.gz"
+    save_volume(source, head.t1.data, head.t1.grid)
+    done = call(
+        *("cadiff-seg", str(source), "-o", str(folder / "out"), "--model", str(tiny_weights)),
+        *("--registration", "none", "--atlas", "MNI152NLin2009aSym", "--offline"),
+        *("--skull-strip", "none", "--steps", "1", "--no-flip", "--threads", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    return source, folder / "out" / "sub-01" / "anat"
+
+
+def test_without_registration_there_are_labels_but_no_transforms(unregistered):
+    source, anat = unregistered
+    names = {p.name.removeprefix("sub-01_").split(".")[0] for p in anat.iterdir()}
+    images = {"desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg"}
+    assert names == {*images, "desc-volumetric_morph"}
+    image, scan = nib.load(anat / "sub-01_seg-cadiff_dseg.nii.gz"), nib.load(source)
+    assert image.shape == scan.shape
+    np.testing.assert_array_equal(image.affine, scan.affine)
+    labels = np.asarray(image.dataobj)
+    brain = np.asarray(nib.load(anat / "sub-01_desc-brain_mask.nii.gz").dataobj) > 0
+    assert (brain == (np.asarray(scan.dataobj) > 0)).mean() > 0.99
+    assert labels[brain].any()
+    assert not labels[~brain].any()
+
+
+def test_the_sidecar_says_that_nothing_was_registered(unregistered):
+    _, anat = unregistered
+    sidecar = json.loads((anat / "sub-01_seg-cadiff_dseg.json").read_text())
+    assert sidecar["Template"]["Registration"] == "none"
+    assert sidecar["Template"]["Score"] is None
+    assert sidecar["Settings"]["register"]["name"] == "none"
+
+
+@pytest.mark.parametrize("wish", [["--save-field"], ["--steps", "0"]], ids=" ".join)
+def test_what_needs_a_registration_is_refused_without(wish, tmp_path, capsys):
+    from cadiff_cli.cli.seg import command
+
+    arguments = ["scan.nii", "-o", str(tmp_path / "out"), "--registration", "none", *wish]
+    run = {"prog_name": "cadiff-seg", "standalone_mode": False}
+    assert guarded(lambda: command.main(arguments, **run)) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "registration" in line
+    assert not (tmp_path / "out").exists()

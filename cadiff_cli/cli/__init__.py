@@ -23,8 +23,12 @@ COMMANDS = {
     "run": "Segment every scan of a BIDS dataset.",
     "fetch": "Download templates for machines without a network.",
     "train": "Train the network on labelled scans.",
+    "crossval": "Cross-validate training over people.",
+    "train-mask": "Train the network that finds the brain.",
     "example": "Write a scan to try cadiff on.",
+    "fuse": "Segment by multi-atlas label fusion, the classical baseline.",
     "evaluate": "Score segmentations against references.",
+    "retest": "Compare scans of the same person.",
 }
 
 
@@ -39,7 +43,9 @@ class Lazy(click.Group):
         """The command, imported now."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"cadiff_cli.cli.{cmd_name}").command
+        command: click.Command = import_module(
+            f"cadiff_cli.cli.{cmd_name.replace('-', '_')}"
+        ).command
         return command
 
 

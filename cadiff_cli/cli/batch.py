@@ -19,7 +19,7 @@ from cadiff_cli.config import Config, Recipe
 from cadiff_cli.errors import DiskError, UsageError
 from cadiff_cli.io.bids import Dataset, Selection
 from cadiff_cli.io.dataset import refuse_foreign, save_dataset_files
-from cadiff_cli.io.releases import find_weights
+from cadiff_cli.io.releases import find_weights, strip_weights_sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
@@ -153,7 +153,15 @@ def _any_job(request: Request) -> Job:
     for name, _ in map(parse_space, spaces):
         load_template(name, offline=request.offline)
     template = load_template(request.atlas, offline=request.offline)
-    recipe = Recipe(request.config, template.name, label, sha256, spaces, request.field)
+    recipe = Recipe(
+        request.config,
+        template.name,
+        label,
+        sha256,
+        strip_weights_sha256(request.config.strip),
+        spaces,
+        request.field,
+    )
     return Job(
         t1=Path(),
         out=request.out,

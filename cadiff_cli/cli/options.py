@@ -14,10 +14,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 SEGMENTATION = (
     click.option(
         "--skull-strip",
-        type=click.Choice(["auto", "template", "none"]),
+        type=click.Choice(["auto", "net", "template", "none"]),
         default="auto",
         show_default=True,
-        help="auto leaves a stripped scan alone and strips a whole head with the template.",
+        help="auto leaves a stripped scan alone and finds the brain of a whole head with a"
+        " network.",
     ),
     click.option(
         "--atlas",
@@ -28,10 +29,11 @@ SEGMENTATION = (
     ),
     click.option(
         "--registration",
-        type=click.Choice(["fast", "affine"]),
+        type=click.Choice(["fast", "affine", "none"]),
         default="fast",
         show_default=True,
-        help="fast: affine and SyN at 2 mm.",
+        help="fast: affine and SyN at 2 mm. none: the network finds the field together with the"
+        " labels.",
     ),
     click.option("--offline", is_flag=True, help="Never try to download a template."),
     click.option(
@@ -63,7 +65,7 @@ SEGMENTATION = (
 """What decides a segmentation."""
 CONFIG = (
     *("skull_strip", "registration", "steps", "seed", "flip", "tile", "device"),
-    "posteriors",
+    *("posteriors", "save_field"),
 )
 """Those of them that ``make_config`` takes."""
 
@@ -85,6 +87,7 @@ def make_config(
     tile: int | None,
     device: str,
     posteriors: bool,
+    save_field: bool = False,
     mask: Any = None,
 ) -> "Config":
     """Settings from the values of these options."""
@@ -92,6 +95,8 @@ def make_config(
 
     if tile is not None and tile % 32:
         raise click.BadParameter(f"{tile} is not a multiple of 32", param_hint="--tile")
+    if registration == "none" and (save_field or not steps):
+        raise click.UsageError("--save-field and --steps 0 need a registration")
     return Config(
         strip=StripConfig(skull_strip, mask),
         register=RegisterConfig(registration, seed),

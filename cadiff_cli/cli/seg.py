@@ -44,7 +44,7 @@ def command(
     segment_file(
         t1,
         out,
-        make_config(**options),
+        make_config(**options, save_field=save_field),
         atlas=atlas,
         model=model,
         offline=offline,

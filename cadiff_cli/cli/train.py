@@ -1,55 +1,91 @@
 """``cadiff train``: from a folder of labelled scans to weights."""
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+OPTIONS = (
+    click.option(
+        "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
+    ),
+    click.option(
+        "--labels",
+        default="neuromorphometrics",
+        show_default=True,
+        help="neuromorphometrics, cadiff, freesurfer, or a TSV with columns source and index.",
+    ),
+    click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache]."),
+    click.option(
+        "--atlas",
+        multiple=True,
+        default=("MNIColin27", "MNI152NLin2009aSym"),
+        show_default=True,
+        help="Templates whose fields are trained on (repeatable).",
+    ),
+    click.option(
+        "--method",
+        default="cadiff",
+        show_default=True,
+        help="cadiff, or a variant of the ablation: unet, diffusion, dual, label, "
+        "collaborative, consistency, consistency-dice, paper.",
+    ),
+    click.option("--steps", type=click.IntRange(1), default=3000, show_default=True),
+    click.option(
+        "--decay",
+        type=click.IntRange(1),
+        default=1000,
+        show_default=True,
+        help="Last steps, rate to 0.",
+    ),
+    click.option("--rate", type=float, default=1e-3, show_default=True),
+    click.option("--batch", type=click.IntRange(1), default=1, show_default=True),
+    click.option(
+        "--synthetic",
+        type=click.FloatRange(0, 1),
+        default=0.1,
+        show_default=True,
+        help="Share of patches with resampled contrast.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
+    click.option(
+        "--workers", type=click.IntRange(0), default=0, show_default=True, help="Drawing processes."
+    ),
+    click.option("--max-minutes", type=float, default=float("inf"), help="Stop after this."),
+)
+
+
+def training_options(command: Any) -> Any:
+    """What ``train`` and ``crossval`` share."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
 
 
 @click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
-)
-@click.option(
-    "--labels",
-    default="neuromorphometrics",
-    show_default=True,
-    help="neuromorphometrics, cadiff, or a TSV with columns source and index.",
-)
-@click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache].")
-@click.option(
-    "--atlas",
-    multiple=True,
-    default=("MNIColin27", "MNI152NLin2009aSym"),
-    show_default=True,
-    help="Templates whose fields are trained on (repeatable).",
-)
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
-@click.option("--steps", type=click.IntRange(1), default=3000, show_default=True)
 @click.option(
-    "--decay",
-    type=click.IntRange(1),
-    default=1000,
+    "--validate-minutes",
+    type=float,
+    default=15.0,
     show_default=True,
-    help="Last steps, rate to 0.",
+    help="How often a held-out scan is segmented.",
 )
-@click.option("--rate", type=float, default=1e-3, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--max-minutes", type=float, default=float("inf"), help="Stop (and export) after this."
-)
+@training_options
 def command(
     dataset: Path,
+    hold_out: tuple[str, ...],
+    validate_minutes: float,
     run: Path,
     labels: str,
     cache: Path | None,
     atlas: tuple[str, ...],
-    hold_out: tuple[str, ...],
-    steps: int,
-    decay: int,
-    rate: float,
-    seed: int,
+    device: str,
+    workers: int,
     max_minutes: float,
+    **settings: Any,
 ) -> None:
     """Train on DATASET, a BIDS-like folder of T1w images with dseg label maps.
 
@@ -59,12 +95,23 @@ def command(
     import logging
 
     from cadiff_cli.labels import load_table
-    from cadiff_cli.training.loop import TrainConfig
+    from cadiff_cli.training.recipe import recipe
     from cadiff_cli.training.run import label_mapping, prepare_dataset, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    net, config = recipe(**settings)
     samples = prepare_dataset(
         dataset, label_mapping(labels, load_table()), atlas, cache or run / "cache"
     )
-    config = TrainConfig(steps=steps, decay=decay, rate=rate, seed=seed)
-    click.echo(train(samples, run, config, hold_out=hold_out, max_minutes=max_minutes))
+    path = train(
+        samples,
+        run,
+        config,
+        hold_out=hold_out,
+        net_config=net,
+        device=device,
+        workers=workers,
+        validate_minutes=validate_minutes,
+        max_minutes=max_minutes,
+    )
+    click.echo(path)

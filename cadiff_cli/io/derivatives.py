@@ -21,7 +21,7 @@ from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.dataset import save_dataset_files
 from cadiff_cli.io.nifti import replacing, save_volume
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.text import read_json, write_json, write_tsv
 from cadiff_cli.products import CoordinateField, InSpace, Registered, Result
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -158,7 +158,9 @@ def save_result(
     registered, table = prepared.registered, segmentation.table
     write = _Writer(Derivatives(out, path), source or path.name)
     mask, t1w, dseg = (write.uri(name) for name in (MASK, T1W, DSEG))
-    to_scan = write.place.uri(xfm_name(registered.template.name, "T1w"))
+    to_scan = [write.place.uri(xfm_name(registered.template.name, "T1w"))]
+    if registered.from_template is None:  # the network found the field
+        to_scan = []
     save_dataset_files(out, table)
     write.place.commit.unlink(missing_ok=True)
 
@@ -184,14 +186,14 @@ def save_result(
         write.image(FIELD, np.moveaxis(field.data, 0, -1), field.grid, like=path)
         write.sidecar(
             FIELD,
-            [to_scan],
+            to_scan,
             Description="Distance field: x, y, z relative to the AC, extents scaled to 0..1",
             Template=registered.template.name,
             LowMm=registered.template.low_mm,
             HighMm=registered.template.high_mm,
             OriginMm=registered.template.ac_mm,
         )
-    segmented_from = [write.raw, t1w, mask, to_scan]
+    segmented_from = [write.raw, t1w, mask, *to_scan]
     if segmentation.posteriors is not None:
         write.image(PROBSEG, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)
         write.sidecar(
@@ -253,6 +255,8 @@ class _Writer:
             (template, "T1w", registered.from_template),
             ("T1w", template, registered.to_template),
         ):
+            if path is None:
+                continue
             name = xfm_name(start, end)
             with replacing(self.place.path(name)) as temporary:
                 shutil.copyfile(path, temporary)
@@ -264,7 +268,7 @@ class _Writer:
                 From=start,
                 To=end,
                 Registration=registered.kind,
-                Score=round(registered.score, 4),
+                Score=registered.score,
             )
 
     def standard(self, space: InSpace) -> None:
@@ -364,6 +368,7 @@ def provenance(
         registered.template.name,
         result.model.name,
         result.model.sha256,
+        strip_weights_sha256(result.config.strip),
         tuple(space.name for space in spaces),
         field,
     )
@@ -380,7 +385,7 @@ def provenance(
             "Name": registered.template.name,
             "Source": registered.template.source,
             "Registration": registered.kind,
-            "Score": round(registered.score, 4),
+            "Score": registered.score,
         },
         "SkullStripping": result.prepared.stripped.method,
         "Settings": recipe.settings(),

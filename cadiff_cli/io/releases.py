@@ -7,9 +7,11 @@ A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha2
 import hashlib
 from pathlib import Path
 
+from cadiff_cli.config import StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
 
 DEFAULT = "cadiff-malc"
+DEFAULT_BRAIN = "brain-mask"
 
 
 def weights_folder() -> Path:
@@ -46,6 +48,16 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
     elif not is_file:
         raise DataError(f"{record} is missing", "reinstall cadiff")
     return path, path.name if is_file else path.parent.name, got
+
+
+def strip_weights_sha256(strip: StripConfig) -> str:
+    """Checksum of the network that may find the brain; empty if none may, or none is installed."""
+    if strip.mask is not None or strip.method not in ("auto", "net"):
+        return ""
+    try:
+        return find_weights(DEFAULT_BRAIN)[2]
+    except MissingInputError:
+        return ""
 
 
 def sha256(path: Path) -> str:

@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.nifti import replacing
-from cadiff_cli.io.releases import DEFAULT, find_weights, sha256
+from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights, sha256
 from cadiff_cli.labels import LabelTable, load_table
-from cadiff_cli.nets.unet import CADiffNet, NetConfig, channels_last
+from cadiff_cli.nets.blocks import channels_last
+from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.unet import CADiffNet, NetConfig
 
 FORMAT = "cadiff-1"
+BRAIN_FORMAT = "cadiff-brain-1"
 METADATA_KEY = "cadiff"
 """The only key: safetensors writes several in changing order, and the checksum with them."""
 PRIOR_STEP = 1 / 16
@@ -35,11 +39,61 @@ class Model:
     metadata: Mapping[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class BrainModel:
+    """A brain-mask network ready to run, and where it came from."""
+
+    net: BrainNet
+    name: str
+    sha256: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """A weights file as read."""
+
+    path: Path
+    label: str
+    sha256: str
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
 def load_model(name: str = DEFAULT) -> Model:
     """Load a released model by name, or a ``.safetensors`` file by path, and verify its checksum.
 
     Raises ``MissingInputError`` if it is not there, ``DataError`` if it is not what it should be.
     """
+    stored = _read(name, FORMAT)
+    table = load_table()
+    if stored.metadata["codes"] != table.codes.tolist():
+        raise DataError(
+            f"{stored.path} was trained on another label table", "use weights that fit this version"
+        )
+    net = CADiffNet(NetConfig.from_dict(stored.metadata["net"]))
+    tensors = dict(stored.tensors)
+    tensors["prior.logits"] = tensors["prior.logits"].float() * PRIOR_STEP
+    _fill(net, tensors)
+    return Model(net, table, stored.label, stored.sha256, stored.metadata)
+
+
+def load_brain_model(name: str = DEFAULT_BRAIN) -> BrainModel:
+    """The same for a brain-mask network."""
+    stored = _read(name, BRAIN_FORMAT)
+    net = BrainNet(BrainConfig.from_dict(stored.metadata["net"]))
+    _fill(net, stored.tensors)
+    return BrainModel(net, stored.label, stored.sha256, stored.metadata)
+
+
+def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    net.load_state_dict({key: value.float() for key, value in tensors.items()})
+    net.requires_grad_(False).eval()
+    channels_last(net)
+
+
+def _read(name: str, wanted: str) -> _Stored:
+    """Everything in a weights file of the ``wanted`` format, checked."""
     path, label, got = find_weights(name)
     try:
         with safe_open(path, framework="pt") as stored:
@@ -47,22 +101,13 @@ def load_model(name: str = DEFAULT) -> Model:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a weights file ({error})", "reinstall cadiff") from error
-    table = load_table()
     metadata = json.loads(header.get(METADATA_KEY, "{}"))
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != wanted:
         raise DataError(
-            f"{path} has format {metadata.get('format')!r}, not {FORMAT!r}",
-            "use weights written by cadiff train",
+            f"{path} has format {metadata.get('format')!r}, not {wanted!r}",
+            "use weights written by cadiff for this purpose",
         )
-    if metadata["codes"] != table.codes.tolist():
-        raise DataError(
-            f"{path} was trained on another label table", "use weights that fit this version"
-        )
-    net = CADiffNet(NetConfig.from_dict(metadata["net"]))
-    tensors["prior.logits"] = tensors["prior.logits"].float() * PRIOR_STEP
-    net.load_state_dict({key: value.float() for key, value in tensors.items()})
-    net.requires_grad_(False).eval()
-    return Model(channels_last(net), table, label, got, metadata)
+    return _Stored(path, label, got, metadata, tensors)
 
 
 def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str, Any]) -> str:
@@ -80,6 +125,17 @@ def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str
         "codes": table.codes.tolist(),
         "training": training,
     }
+    return _write(path, tensors, described)
+
+
+def save_brain_model(path: Path, net: BrainNet, training: dict[str, Any]) -> str:
+    """The same for a brain-mask network."""
+    tensors = {key: value.detach().half().contiguous() for key, value in net.state_dict().items()}
+    described = {"format": BRAIN_FORMAT, "net": as_dict(net.config), "training": training}
+    return _write(path, tensors, described)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], described: dict[str, Any]) -> str:
     with replacing(path) as temporary:
         save_file(tensors, temporary, {METADATA_KEY: json.dumps(described)})
     digest = sha256(path)

@@ -7,10 +7,13 @@ network away from their borders.
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+N = TypeVar("N", bound=nn.Module)
 
 
 class ChannelNorm(nn.Module):
@@ -117,3 +120,22 @@ class TimeAdaptedChannelAttention(nn.Module):
             mask = self.fuse(torch.stack([conv(pooled, e) for conv in self.convs], dim=1))[:, 0]
         weighted: Tensor = joined * (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]
         return weighted
+
+
+class Concatenate(nn.Module):
+    """The plain skip connection that TACA is compared with."""
+
+    def forward(self, encoder: Tensor, decoder: Tensor, _e_d: Tensor, _e_m: Tensor) -> Tensor:
+        """Features (B, C, X, Y, Z) of both sides -> (B, 2 C, X, Y, Z)."""
+        return torch.cat([encoder, decoder], dim=1)
+
+
+def channels_last(net: N) -> N:
+    """``net`` with its convolution weights in ``channels_last_3d`` memory (in place)."""
+    net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return net
+
+
+def last(x: Tensor) -> Tensor:
+    """``x`` in ``channels_last_3d`` memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d)

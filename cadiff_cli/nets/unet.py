@@ -18,9 +18,11 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.diffusion.process import expand, levels
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
+    Concatenate,
     ResidualBlock,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
+    last,
 )
 
 STRIDE = 2
@@ -30,16 +32,26 @@ FIELD_STD = 0.35
 
 @dataclass(frozen=True)
 class NetConfig:
-    """Sizes of the network.  ``prior_shape`` is the label prior's grid over the field (x, y, z)."""
+    """Sizes of the network.  ``prior_shape`` is the label prior's grid over the field (x, y, z).
+
+    Switches take the method apart.  Without ``reads_field`` the network never sees the field (plain
+    diffusion); without ``reads_coordinates`` it sees only the label prior there (a label-like
+    condition); without ``reads_labels`` nothing is denoised (with neither: a plain U-Net).  Without
+    ``attention`` skip connections are concatenated as they are, not weighted by TACA.
+    """
 
     n_classes: int = 41
     channels: tuple[int, ...] = (32, 64, 128, 192)
-    head_channels: int = 16
+    head_channels: int = 32
     head_blocks: int = 2
     time_channels: int = 128
     embed_channels: int = 24
     prior_shape: tuple[int, int, int] = (42, 52, 46)
     taca_sizes: tuple[int, ...] = (7, 11, 15)
+    reads_field: bool = True
+    reads_coordinates: bool = True
+    reads_labels: bool = True
+    attention: bool = True
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
@@ -99,7 +111,10 @@ class CADiffNet(nn.Module):
         )
         self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
         self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(c))
-        self.taca = nn.ModuleList(TimeAdaptedChannelAttention(e, config.taca_sizes) for _ in c[:-1])
+        self.taca = nn.ModuleList(
+            TimeAdaptedChannelAttention(e, config.taca_sizes) if config.attention else Concatenate()
+            for _ in c[:-1]
+        )
         self.decoder = nn.ModuleList(ResidualBlock(2 * n, n, e) for n in c[:-1])
         self.out_norm = ChannelNorm(c[0])
         self.to_field = nn.Conv3d(c[0], 3, 3, padding=1)
@@ -121,6 +136,10 @@ class CADiffNet(nn.Module):
         ``image`` (B, 1, 2x, 2y, 2z) in [0, 1]; ``d_t`` (B, 3, x, y, z) and ``m_t``
         (B, classes, x, y, z) are noisy states at times ``t_d`` and ``t_m`` (B,).
         """
+        if not self.config.reads_field:
+            d_t, t_d = torch.zeros_like(d_t), torch.ones_like(t_d)
+        if not self.config.reads_labels:
+            m_t, t_m = torch.zeros_like(m_t), torch.ones_like(t_m)
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
         # The best guess of the field from its noisy version alone (a Wiener filter): exactly the
         # field at t_d = 0, its mean at t_d = 1, so the prior never sees more than d_t tells.
@@ -131,7 +150,7 @@ class CADiffNet(nn.Module):
         x = torch.cat(
             [
                 2 * unshuffle(image) - 1,
-                d_t,
+                d_t if self.config.reads_coordinates else torch.zeros_like(d_t),
                 self.embed_label(last(m_t)),
                 self.embed_prior(last(prior.softmax(dim=1))),
             ],
@@ -152,13 +171,17 @@ class CADiffNet(nn.Module):
         x = F.silu(self.out_norm(x))
         correction = self.to_field(x).float()
         field = guess + sigma * FIELD_STD / power.sqrt() * correction
-        if (t_d > 0).any():
+        if self.config.reads_field and (t_d > 0).any():
             prior = self.prior(field.detach())
         logits = prior + self.to_label(x).float()
         return Coarse(x, field, logits)
 
     def refine(self, image: Tensor, coarse: Coarse, t_d: Tensor, t_m: Tensor) -> Tensor:
         """1 mm logits (B, classes, 2x, 2y, 2z) from the trunk's answer and the image."""
+        if not self.config.reads_field:
+            t_d = torch.ones_like(t_d)
+        if not self.config.reads_labels:
+            t_m = torch.ones_like(t_m)
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
         x = self.head_features(coarse.features)
         x = F.interpolate(x, scale_factor=STRIDE, mode="trilinear") + self.head_image(
@@ -176,17 +199,6 @@ class CADiffNet(nn.Module):
         """Both resolutions: (``Coarse``, 1 mm logits)."""
         coarse = self.trunk(image, d_t, m_t, t_d, t_m)
         return coarse, self.refine(image, coarse, t_d, t_m)
-
-
-def channels_last(net: CADiffNet) -> CADiffNet:
-    """``net`` with its convolution weights in ``channels_last_3d`` memory (in place)."""
-    net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return net
-
-
-def last(x: Tensor) -> Tensor:
-    """``x`` in ``channels_last_3d`` memory."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def unshuffle(image: Tensor) -> Tensor:

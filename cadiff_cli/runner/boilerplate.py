@@ -98,22 +98,27 @@ def describe(results: Sequence[Finished]) -> list[str]:
         )
     )
     strip = each(
-        lambda s: {"none": "taken as skull-stripped"}.get(
-            s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'"
-        )
+        lambda s: {
+            "none": "taken as skull-stripped",
+            "net": "skull-stripped by cadiff's brain-mask network",
+            "template": "skull-stripped by the template's brain mask",
+            "mask file": "skull-stripped by masks that were given",
+        }.get(s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'")
     )
-    names = dict.fromkeys(s["Template"]["Name"] for s in sidecars)
+    used = [s for s in sidecars if s["Template"]["Registration"] != "none"]
+    names = dict.fromkeys(s["Template"]["Name"] for s in used)
     spaces = dict.fromkeys(
         space for s in sidecars for space in s["Settings"].get("output_spaces", ())
     )
     atlases = "; ".join(
         dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in (*names, *spaces))
     )
-    flows = any(s["Template"]["Source"] == "templateflow" for s in sidecars)
+    flows = any(s["Template"]["Source"] == "templateflow" for s in used)
     registration = each(
         lambda s: {
             "fast": "affine and SyN [@syn] registration at 2 mm",
             "affine": "affine registration",
+            "none": "the network itself, which found the distance field together with the labels",
         }.get(s["Template"]["Registration"], f"registration '{s['Template']['Registration']}'")
     )
     model = each(lambda s: f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}")
@@ -124,11 +129,15 @@ def describe(results: Sequence[Finished]) -> list[str]:
         f" with cadiff {versions}, an implementation of collaborative anatomy diffusion [@cadiff],"
         f" with {libraries}."
     )
-    second = (
-        f"Scans were {strip}. Brains were registered to {' and '.join(names)} [{atlases}]"
-        f"{', obtained from TemplateFlow [@templateflow],' if flows else ''} by {registration}."
-        " The template's coordinates, carried to each scan, gave its distance field."
-    )
+    second = f"Scans were {strip}."
+    if used:
+        second += (
+            f" Brains were registered to {' and '.join(names)} [{atlases}]"
+            f"{', obtained from TemplateFlow [@templateflow],' if flows else ''} by {registration}."
+            " The template's coordinates, carried to each scan, gave its distance field."
+        )
+    else:
+        second += " The network found the distance field together with the labels."
     third = (
         f"Labels on each scan's own grid are {labels} (weights {model})."
         " Structures follow FreeSurfer's codes where one exists [@freesurfer]; a volume is the"

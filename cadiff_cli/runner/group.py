@@ -20,7 +20,7 @@ ENTITIES = {
 }
 """Columns that say which scan a row is of; ``scan`` holds all of its entities."""
 QUALITY = {
-    "registration_score": "Normalised mutual information of scan and template (1 to 2)",
+    "registration_score": "Normalised mutual information of scan and template, 1 to 2",
     "registration": "Kind of registration that was used",
     "template": "Template that the scan was registered to",
     "skull_stripping": "How the brain mask was found",

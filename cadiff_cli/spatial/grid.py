@@ -56,6 +56,11 @@ class Grid:
         a, b, c = self.affine[:3, :3].T
         return float(abs(a @ np.cross(b, c)))
 
+    @property
+    def is_sheared(self) -> bool:
+        """Whether the axes are not at right angles (gantry tilt)."""
+        return bool(_shear(self.affine[:3, :3] / self.spacing_mm) > MAX_SHEAR)
+
     def to_world(self, ijk: np.ndarray) -> np.ndarray:
         """(..., 3) voxel indices -> (..., 3) RAS mm."""
         return np.asarray(ijk @ self.affine[:3, :3].T + self.affine[:3, 3])
@@ -91,7 +96,7 @@ class Grid:
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         centre = affine[:3, :3] @ ((shape - 1) / 2) + affine[:3, 3]
         directions = affine[:3, :3] / spacing
-        if abs(directions.T @ directions - np.eye(3)).max() > MAX_SHEAR:
+        if _shear(directions) > MAX_SHEAR:
             u, _, v = np.linalg.svd(directions)
             affine[:3, :3] = (u @ v) * spacing
         step = np.where(abs(spacing / spacing_mm - 1) <= tolerance, 1.0, spacing_mm / spacing)
@@ -122,3 +127,8 @@ class Volume:
 
     def __repr__(self) -> str:
         return f"<Volume {self.data.dtype} on {self.grid!r}>"
+
+
+def _shear(directions: np.ndarray) -> float:
+    """The largest cosine between two of three unit vectors (columns)."""
+    return float(abs(directions.T @ directions - np.eye(3)).max())

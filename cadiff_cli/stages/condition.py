@@ -21,7 +21,9 @@ def condition(stripped: Stripped, registered: Registered) -> Conditions:
     return Conditions(
         image=Volume(normalise(image.data, mask.data), grid),
         mask=mask,
-        field=coordinate_field(registered, grid.coarsen(FIELD_STRIDE)),
+        field=None
+        if registered.kind == "none"
+        else coordinate_field(registered, grid.coarsen(FIELD_STRIDE)),
     )
 
 

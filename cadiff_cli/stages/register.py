@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -48,8 +49,10 @@ def register(
     """Find the transform between the scan's brain and the template's brain.
 
     Transforms are written into ``work_dir``.  If the deformable registration fails, the affine one
-    is used, with a warning.
+    is used, with a warning.  With the name ``none`` nothing is sought.
     """
+    if config.name == "none":
+        return Registered(template, None, None, "none", None)
     wanted = settings(config.name)
     warnings: list[str] = []
     kind = config.name
@@ -86,16 +89,91 @@ def register(
 
 
 def warp(
-    volume: Volume, registered: Registered, grid: Grid, *, inverse: bool = False, fill: float = 0.0
+    volume: Volume,
+    registered: Registered,
+    grid: Grid,
+    *,
+    inverse: bool = False,
+    fill: float = 0.0,
+    interpolator: str = "linear",
 ) -> Volume:
-    """Resample a template image onto ``grid`` in the scan's world; ``inverse`` reverses."""
+    """Resample a template image onto ``grid`` in the scan's world; ``inverse`` reverses.
+
+    Label maps want ``interpolator="genericLabel"``: the label that weighs most at each point.
+    """
     ants = _ants()
     path = registered.to_template if inverse else registered.from_template
+    if path is None:
+        raise UsageError("there is no registration to warp with", "use --registration fast")
     with _quiet():
         moved = ants.apply_transforms(
-            _empty(grid), _to_ants(volume), [str(path)], interpolator="linear", defaultvalue=fill
+            _empty(grid),
+            _to_ants(volume),
+            [str(path)],
+            interpolator=interpolator,
+            defaultvalue=fill,
         )
     return Volume(moved.numpy(), grid)
+
+
+def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:
+    """(4, 4) motion between two images of one brain: RAS mm of ``fixed`` -> RAS mm of ``moving``.
+
+    Found at 2 mm by mutual information: 0.02 mm of a known motion was left on a 1 mm brain.  The
+    quick settings stop at 4 mm, which left up to 3 mm where a brain is nearly round.  Raises
+    ``DataError`` if ANTs fails.
+    """
+    wanted = {"type_of_transform": "Rigid", "spacing_mm": 2.0}
+    with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+        try:
+            forward, _ = _run(fixed, moving, wanted, seed, Path(work))
+            transform = _ants().read_transform(str(forward))
+        except Exception as error:  # ITK errors arrive as RuntimeError or ValueError
+            raise DataError(
+                f"the two scans cannot be aligned ({_first_line(error)})",
+                "are they T1-weighted images of one brain?",
+            ) from error
+    # Where the origin and the ends of the axes go says everything about a linear map.
+    ends = np.vstack([np.eye(3), np.zeros(3)]) @ RAS_TO_LPS
+    x, y, z, origin = np.array([transform.apply_to_point(tuple(p)) for p in ends]) @ RAS_TO_LPS
+    motion = np.eye(4)
+    motion[:3] = np.stack([x - origin, y - origin, z - origin, origin], axis=1)
+    return motion
+
+
+def joint_vote(
+    image: np.ndarray,
+    mask: np.ndarray,
+    atlas_images: Sequence[np.ndarray],
+    atlas_classes: Sequence[np.ndarray],
+    *,
+    radius: int,
+    search: int,
+    beta: float,
+) -> np.ndarray:
+    """(X, Y, Z) uint8: the class that joint label fusion gives each voxel of ``mask``, 0 outside.
+
+    Everything is on one grid; at least two atlases.  ``radius`` and ``search`` are in voxels.
+    """
+    ants, grid = _ants(), Grid(image.shape, np.eye(4))
+
+    def itk(data: np.ndarray) -> Any:
+        return _to_ants(Volume(data, grid))
+
+    with tempfile.TemporaryDirectory(prefix="cadiff-") as work, _quiet():
+        fused = ants.joint_label_fusion(
+            itk(image),
+            itk(mask),
+            [itk(data) for data in atlas_images],
+            # ANTs never votes for label 0: one more makes background a candidate like any other.
+            label_list=[itk(data + 1) for data in atlas_classes],
+            rad=radius,
+            r_search=search,
+            beta=beta,
+            output_prefix=f"{work}/",  # else probabilities of every label stay in /tmp
+        )
+    labels = fused["segmentation"].numpy()
+    return np.where(mask, labels - 1, 0).astype(np.uint8)
 
 
 def similarity(a: np.ndarray, b: np.ndarray, bins: int = 32) -> float:
@@ -115,7 +193,7 @@ def similarity(a: np.ndarray, b: np.ndarray, bins: int = 32) -> float:
         q = q[q > 0]
         return float(-(q * np.log(q)).sum())
 
-    return (entropy(p.sum(0)) + entropy(p.sum(1))) / max(entropy(p.ravel()), 1e-9)
+    return round((entropy(p.sum(0)) + entropy(p.sum(1))) / max(entropy(p.ravel()), 1e-9), 4)
 
 
 def _run(

@@ -1,5 +1,7 @@
 """Denoise labels from noise, conditioned on the image and the clean field (t_d = 0).
 
+Without a registration the field is noise too, and is denoised together with the labels (t_d = t_m).
+
 The network's trunk runs at 2 mm for every step; the last step adds the 1 mm head.  Whole-volume and
 tiled inference run the same code: tiling only changes how the network is applied to a tensor.
 """
@@ -70,7 +72,8 @@ def class_probabilities(
     """(classes, X, Y, Z) float32 on the crop's 1 mm grid, and the edge of the tiles if any."""
     device = pick_device(config.device)
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
-    field = torch.from_numpy(conditions.field.data.copy())[None]
+    known = conditions.field
+    field = None if known is None else torch.from_numpy(known.data.copy())[None]
     net = model.net.to(device)
 
     def predict(tile: int | None) -> Tensor:
@@ -99,7 +102,7 @@ def class_probabilities(
 def denoise(
     net: CADiffNet,
     image: Tensor,
-    field: Tensor,
+    field: Tensor | None,
     steps: int,
     generator: torch.Generator,
     device: torch.device,
@@ -107,35 +110,47 @@ def denoise(
 ) -> Tensor:
     """Sample labels for one brain: (classes, X, Y, Z) float32 probabilities on the CPU.
 
-    ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1].  No steps at
-    all give the label prior at the field: what registration alone knows.
+    ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1], or None to
+    denoise it with the labels.  No steps at all give the label prior at the field: what
+    registration alone knows.
     """
     if steps == 0:
+        if field is None:
+            raise UsageError("no steps and no registration", "ask for one of them")
         prior = net.prior((2 * field - 1).to(device)).cpu()
         return F.interpolate(prior, scale_factor=STRIDE, mode="trilinear")[0].softmax(dim=0)
-    known = torch.cat([unshuffle(image), 2 * field - 1], dim=1)
-    n_known = known.shape[1]
-    noise = torch.randn(1, net.config.n_classes, *field.shape[2:], generator=generator)
-    clean = torch.zeros(1, device=device)
+    known = unshuffle(image)
+    if field is not None:
+        known = torch.cat([known, 2 * field - 1], dim=1)
+    channels = 8 + 3 + net.config.n_classes
+    noise = torch.randn(1, channels - known.shape[1], *known.shape[2:], generator=generator)
 
     def network(x: Tensor, t: float, fine: bool) -> Tensor:
-        """(1, 8 + 3 + classes, ...) at 2 mm -> probabilities at 2 mm or, if ``fine``, at 1 mm."""
+        """(1, 8 + 3 + classes, ...) at 2 mm -> the estimated state there.
+
+        That of the labels, below that of the field if it is not known; or, if ``fine``, the
+        probabilities at 1 mm.
+        """
         x = x.to(device)
-        part, d_0, m_t = shuffle(x[:, :8]), x[:, 8:n_known], x[:, n_known:]
-        time = torch.full((1,), t, device=device)
+        part, d_t, m_t = shuffle(x[:, :8]), x[:, 8:11], x[:, 11:]
+        t_m = torch.full((1,), t, device=device)
+        t_d = torch.zeros_like(t_m) if field is not None else t_m
         with autocast(device):
-            coarse = net.trunk(part, d_0, m_t, clean, time)
-            logits = net.refine(part, coarse, clean, time) if fine else coarse.logits
+            coarse = net.trunk(part, d_t, m_t, t_d, t_m)
+            logits = net.refine(part, coarse, t_d, t_m) if fine else coarse.logits
         # Slab by slab: a float32 copy of all logits would be the peak of the memory.
         p = torch.empty(logits.shape, dtype=torch.float32, device=device)
         for out, slab in zip(
             torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True
         ):
             out.copy_(slab.float().softmax(dim=1))
-        return p
+        if fine:
+            return p
+        labels = p.mul_(2).sub_(1)
+        return labels if field is not None else torch.cat([coarse.field, labels], dim=1)
 
-    def estimate(m_t: Tensor, t: float, fine: bool = False) -> Tensor:
-        x = torch.cat([known, m_t], dim=1)
+    def estimate(x_t: Tensor, t: float, fine: bool = False) -> Tensor:
+        x = torch.cat([known, x_t], dim=1)
         if tile is None:
             return network(x, t, fine).cpu()
         from monai.inferers import sliding_window_inference
@@ -145,16 +160,18 @@ def denoise(
         )
         return answer.cpu()
 
-    schedule = times(steps)
-    m_t = noise
+    schedule = times(steps if net.config.reads_labels else 1)
+    x_t = noise
     # The sampler is lazy: its last step, which only the fine pass needs, is never evaluated.
-    for step in islice(sample(lambda m, t: 2 * estimate(m, t) - 1, noise, schedule), steps - 1):
-        m_t = step.x_next
-    return estimate(m_t, schedule[-1], fine=True)[0]
+    for step in islice(sample(estimate, noise, schedule), len(schedule) - 1):
+        x_t = step.x_next
+    return estimate(x_t, schedule[-1], fine=True)[0]
 
 
-def mirrored(image: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
+def mirrored(image: Tensor, field: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Image and field of the left-right mirrored brain; x is the first axis and D_x -> 1 - D_x."""
+    if field is None:
+        return image.flip(2), None
     flipped = field.flip(2)
     return image.flip(2), torch.cat([1 - flipped[:, :1], flipped[:, 1:]], dim=1)
 

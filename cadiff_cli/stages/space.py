@@ -1,22 +1,17 @@
 """Carry a result into a template's space (``--output-spaces``)."""
 
 import re
-from itertools import product
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
+from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.templates import registry
-from cadiff_cli.products import InSpace, Registered, Result, Template
+from cadiff_cli.products import InSpace, Result, Template
 from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.register import register, warp
-
-STEP_MM = 10.0
-"""Coordinates are linear, so a coarse grid carries them exactly through linear interpolation."""
-OUTSIDE_MM = -1e6
-"""The position of a voxel that no scan reaches."""
 
 
 def parse_space(text: str) -> tuple[str, str]:
@@ -35,33 +30,36 @@ def parse_space(text: str) -> tuple[str, str]:
 
 
 def to_space(result: Result, template: Template, resolution: str, work_dir: Path) -> InSpace:
-    """Brain, mask and labels on ``template``'s grid; labels are copied, never mixed.
+    """Brain, mask and labels on ``template``'s grid; a voxel takes the label that weighs most.
 
-    The registration that the labels were made with serves again if it was to this template.
+    The registration that the labels were made with serves again if it was to this template.  The
+    scan is registered to another one with the same settings.
     """
-    registered = result.prepared.registered
-    if template.name != registered.template.name:
+    registered, stripped = result.prepared.registered, result.prepared.stripped
+    if template.name != registered.template.name or registered.to_template is None:
         folder = work_dir / template.name
         folder.mkdir(exist_ok=True)
-        stripped = result.prepared.stripped
-        registered = register(stripped, template, result.config.register, folder)
+        wanted = result.config.register
+        if wanted.name == "none":  # for the labels; the space still needs one
+            wanted = RegisterConfig(seed=wanted.seed)
+        registered = register(stripped, template, wanted, folder)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
-    stripped, labels = result.prepared.stripped, result.segmentation.labels
-    positions = scan_positions(registered, stripped.t1.grid, grid)
+    labels = result.segmentation.labels
+    if labels.grid.is_sheared:  # ITK knows no sheared grids
+        labels = resample(labels, labels.grid.working(), order=0)
 
-    def pull(volume: Volume, order: int) -> Volume:
-        ijk = (positions - volume.grid.affine[:3, 3]) @ np.linalg.inv(volume.grid.affine[:3, :3]).T
-        moved = ndimage.map_coordinates(volume.data, np.moveaxis(ijk, -1, 0), order=order)
-        return Volume(moved, grid)
+    def carried(data: np.ndarray, source: Grid, interpolator: str = "linear") -> np.ndarray:
+        volume = Volume(data.astype(np.float32), source)
+        return warp(volume, registered, grid, inverse=True, interpolator=interpolator).data
 
-    t1, labels = pull(stripped.t1, 1), pull(labels, 0)
-    mask = pull(Volume(stripped.mask.data.astype(np.float32), stripped.mask.grid), 1)
-    inside = mask.data > 0.5
+    inside = carried(stripped.mask.data, stripped.mask.grid) > 0.5
+    t1 = carried(stripped.t1.data, stripped.t1.grid)
+    codes = carried(labels.data, labels.grid, "genericLabel")
     return InSpace(
         registered,
-        Volume(np.where(inside, t1.data, 0), grid),
+        Volume(np.where(inside, t1, 0), grid),
         Volume(inside, grid),
-        Volume(np.where(inside, labels.data, 0).astype(np.int16), grid),
+        Volume(np.where(inside, np.rint(codes), 0).astype(np.int16), grid),
         resolution,
     )
 
@@ -73,19 +71,3 @@ def standard_grid(grid: Grid, factor: int) -> Grid:
     affine[:3, 3] = grid.to_world(np.full(3, -(factor - 1) / 2))
     x, y, z = (-(-n // factor) for n in grid.shape)
     return Grid((x, y, z), affine)
-
-
-def scan_positions(registered: Registered, scan: Grid, grid: Grid) -> np.ndarray:
-    """(X, Y, Z, 3) RAS mm in the scan's world of each voxel of ``grid`` in the template's."""
-    corners = scan.to_world(np.array(list(product(*((0, n - 1) for n in scan.shape)))))
-    low, high = corners.min(axis=0) - STEP_MM, corners.max(axis=0) + STEP_MM
-    affine = np.diag([STEP_MM] * 3 + [1.0])
-    affine[:3, 3] = low
-    x, y, z = (int(n) for n in np.ceil((high - low) / STEP_MM) + 1)
-    coarse = Grid((x, y, z), affine)
-    world = coarse.to_world(np.moveaxis(np.indices(coarse.shape), 0, -1)).astype(np.float32)
-    channels = [
-        warp(Volume(world[..., a], coarse), registered, grid, inverse=True, fill=OUTSIDE_MM).data
-        for a in range(3)
-    ]
-    return np.stack(channels, axis=-1)

@@ -1,7 +1,4 @@
-"""Find the brain.  ``strip`` chooses between a given mask, an already stripped scan and a template.
-
-A method is a function from the working image to a mask; a learned one will be another entry.
-"""
+"""Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
 
 import logging
 from pathlib import Path
@@ -18,7 +15,7 @@ from cadiff_cli.spatial.resample import resample
 
 log = logging.getLogger(__name__)
 
-METHODS = ("auto", "template", "none")
+METHODS = ("auto", "net", "template", "none")
 STRIPPED_LITRES = (0.4, 2.3)
 """Non-background volume of a scan that is already stripped; a head holds more than this."""
 PLAUSIBLE_LITRES = (0.7, 2.2)
@@ -38,9 +35,9 @@ def strip(scan: Scan, template: Template, config: Config, work_dir: Path) -> Str
             raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
         stripped_already = already_stripped(scan.t1)
         if method == "auto":
-            method = "none" if stripped_already else "template"
+            method = "none" if stripped_already else "net"
             log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
-        elif method == "template" and stripped_already:
+        elif method in ("net", "template") and stripped_already:
             warnings.append(
                 "the scan looks skull-stripped already: --skull-strip none would leave it alone"
             )
@@ -51,6 +48,9 @@ def strip(scan: Scan, template: Template, config: Config, work_dir: Path) -> Str
             )
         if method == "none":
             mask = resample(Volume(_foreground(scan.t1.data), scan.t1.grid), working, order=0)
+        elif method == "net":
+            mask, said = _from_network(scan.t1, working)
+            warnings.extend(f"skull stripping: {text}" for text in said)
         else:
             mask, said = _from_template(t1, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
@@ -114,6 +114,16 @@ def _given(path: Path, scan: Scan, working: Grid) -> Volume:
     )
 
 
+def _from_network(t1: Volume, working: Grid) -> tuple[Volume, tuple[str, ...]]:
+    """Mask and warnings of the learned method."""
+    from cadiff_cli.io.weights import load_brain_model
+    from cadiff_cli.stages.brain import brain_mask
+
+    mask, quality = brain_mask(t1, working, load_brain_model())
+    log.info("brain mask: %s", quality)
+    return mask, quality.warnings
+
+
 def _from_template(
     t1: Volume, template: Template, config: RegisterConfig, work_dir: Path
 ) -> tuple[Volume, tuple[str, ...]]:
@@ -131,6 +141,8 @@ def _from_template(
     whole = Template(
         template.name, template.head, template.ac_mm, template.low_mm, template.high_mm
     )
+    if config.name == "none":  # of the brain; the mask still needs one of the head
+        config = RegisterConfig(seed=config.seed)
     registered = register(stage, whole, config, work_dir)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
     mask = Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)

@@ -1,19 +1,22 @@
 """Random patches of a prepared scan: image, classes and field move together.
 
-Everything is drawn from one ``torch.Generator``, so a step's patch is a function of its seed.
-Intensity changes are MONAI's.
+Everything is drawn from one ``torch.Generator``, so a patch is a function of its seed; ``Draws`` is
+the endless series of them that training reads.  Intensity changes are MONAI's.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import monai.transforms as mt
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import Dataset
 
 from cadiff_cli.training.cache import FIELD_STRIDE, Sample
+from cadiff_cli.training.synthesis import SynthesisConfig, resynthesise
 
 FIELD_EXTENT_MM = 190.0
 """Length of a field axis, near enough to turn a displacement in mm into field units."""
@@ -24,7 +27,11 @@ class AugmentConfig:
     """How far a patch may stray from its scan; all zero gives plain patches.
 
     ``deform`` is the share of patches that are rotated, scaled and bent; the others are copied
-    voxel by voxel, as sharp as what inference sees.
+    voxel by voxel, as sharp as what inference sees.  ``thick_slices`` is the share that is sampled
+    in slices of 2 to ``slice_mm`` mm, ``bad_mask`` the share whose brain mask is cut up to
+    ``mask_error_mm`` deep or leaves bits of the head up to twice as far.  ``field_error_mm`` is the
+    largest standard deviation of a smooth error of the registration.  ``intensity`` scales bias
+    field, contrast, noise and blur.
     """
 
     flip: float = 0.5
@@ -33,17 +40,76 @@ class AugmentConfig:
     scale: float = 0.1
     elastic_mm: float = 2.0
     elastic_spacing_mm: float = 24.0
-    field_error_mm: float = 1.5
+    field_error_mm: float = 2.0
+    thick_slices: float = 0.1
+    slice_mm: float = 5.0
+    bad_mask: float = 0.2
+    mask_error_mm: int = 3
     intensity: float = 1.0
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+
+    @staticmethod
+    def none() -> "AugmentConfig":
+        """Plain patches: pieces of the scans as they are."""
+        return AugmentConfig(
+            flip=0,
+            deform=0,
+            field_error_mm=0,
+            thick_slices=0,
+            bad_mask=0,
+            intensity=0,
+            synthesis=SynthesisConfig(share=0),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Image (1, 1, N, N, N) in [0, 1], classes (1, N, N, N) int64, field (1, 3, N/2, N/2, N/2)."""
+    """Image (B, 1, N, N, N) in [0, 1], classes (B, N, N, N) int64, field (B, 3, N/2, N/2, N/2)."""
 
     image: Tensor
     classes: Tensor
     field: Tensor
+
+    def to(self, device: torch.device) -> "Patch":
+        """The same patch on another device."""
+        image, classes, field = (
+            t.to(device, non_blocking=True) for t in (self.image, self.classes, self.field)
+        )
+        return Patch(image, classes, field)
+
+    def pin_memory(self) -> "Patch":
+        """The same patch in memory that a GPU can fetch by itself."""
+        return Patch(self.image.pin_memory(), self.classes.pin_memory(), self.field.pin_memory())
+
+
+def stack(patches: Sequence[Patch]) -> Patch:
+    """Several patches as one batch."""
+    return Patch(
+        torch.cat([p.image for p in patches]),
+        torch.cat([p.classes for p in patches]),
+        torch.cat([p.field for p in patches]),
+    )
+
+
+class Draws(Dataset[Patch]):
+    """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone, in any process."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        size: int,
+        mirror: Tensor,
+        config: AugmentConfig,
+        seed: int,
+    ) -> None:
+        self.samples, self.size, self.mirror = samples, size, mirror
+        self.config, self.seed = config, seed
+
+    def __getitem__(self, index: int) -> Patch:
+        """Draw a scan, then a patch of it."""
+        generator = torch.Generator().manual_seed(self.seed * 10_000_019 + index)
+        pick = int(torch.randint(len(self.samples), (1,), generator=generator))
+        return draw_patch(self.samples[pick], self.size, self.mirror, self.config, generator)
 
 
 def draw_patch(
@@ -65,21 +131,23 @@ def draw_patch(
     axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     if float(uniform(0, 1, 1)) < config.deform:
-        matrix = _rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
+        matrix = rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
             1 + config.scale * uniform(-1, 1, 1)
         )
-        offsets = torch.einsum("ab,bxyz->axyz", matrix, offsets) + _smooth_noise(
+        offsets = torch.einsum("ab,bxyz->axyz", matrix, offsets) + smooth_noise(
             config.elastic_mm, config.elastic_spacing_mm, size, size, generator
         )
     points = offsets + centre[:, None, None, None]
 
-    image = _read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
+    image = read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
     nearest = points.round().long()
     outside = ((nearest < 0) | (nearest >= shape[:, None, None, None])).any(dim=0)
     nearest = torch.minimum(nearest.clamp(min=0), shape[:, None, None, None] - 1)
     flat = (nearest[0] * shape[1] + nearest[1]) * shape[2] + nearest[2]
     classes = torch.from_numpy(sample.classes).reshape(-1)[flat].long()
     classes[outside] = 0
+    mask = torch.from_numpy(sample.mask).reshape(-1)[flat] & ~outside
+    image = image * mask
 
     names = sorted(sample.fields)
     name = names[int(torch.randint(len(names), (1,), generator=generator))]
@@ -87,30 +155,38 @@ def draw_patch(
     half = F.avg_pool3d(points[None], 2)[0]
     # Centres of stored cells lie (stride - 1) / 2 voxels inside.
     cells = (half - (FIELD_STRIDE - 1) / 2) / FIELD_STRIDE
-    field = _read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
-    error = _smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
+    field = read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
+    error = smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
     field = (field + error / FIELD_EXTENT_MM).clamp(0, 1)
 
     if float(uniform(0, 1, 1)) < config.flip:
-        image, classes, field = image.flip(0), mirror[classes.flip(0)], field.flip(1)
+        image, mask = image.flip(0), mask.flip(0)
+        classes, field = mirror[classes.flip(0)], field.flip(1)
         field = torch.cat([1 - field[:1], field[1:]])
-    image = recolour(image, config.intensity, generator)
+    if float(uniform(0, 1, 1)) < config.synthesis.share:
+        image = resynthesise(image, mask, classes, mirror, config.synthesis, generator)
+    image = recolour(image, mask, config.intensity, generator)
+    if float(uniform(0, 1, 1)) < config.thick_slices:
+        image = thicken(image, mask, float(uniform(2, config.slice_mm, 1)), generator)
+    if float(uniform(0, 1, 1)) < config.bad_mask:
+        image, classes = spoil_mask(image, mask, classes, config.mask_error_mm, generator)
     return Patch(image[None, None], classes[None], field[None])
 
 
-def recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Bias field, contrast, blur, low resolution, noise inside the brain; (X, Y, Z) in [0, 1]."""
+def recolour(image: Tensor, mask: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Bias field, contrast, blur, low resolution, noise: (X, Y, Z), 0 outside ``mask``."""
     if strength <= 0:
         return image
     chain = mt.Compose(
         [
-            mt.RandBiasField(prob=0.5, coeff_range=(0.0, 0.12 * strength)),
-            mt.RandAdjustContrast(prob=0.5, gamma=(0.7, 1.5)),
+            mt.RandBiasField(prob=0.5, coeff_range=(0.0, 0.15 * strength)),
+            mt.RandAdjustContrast(prob=0.5, gamma=(0.6, 1.7)),
+            mt.RandHistogramShift(num_control_points=(6, 10), prob=0.1 * min(strength, 1)),
             mt.RandSimulateLowResolution(prob=0.1, zoom_range=(0.4, 0.9)),
             mt.RandGaussianSmooth(
                 prob=0.1, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)
             ),
-            mt.RandGaussianNoise(prob=0.4, std=0.05 * strength),
+            mt.RandGaussianNoise(prob=0.4, std=0.06 * strength),
             mt.RandScaleIntensity(factors=0.15 * strength, prob=0.5),
             mt.RandShiftIntensity(offsets=0.05 * strength, prob=0.5),
         ]
@@ -118,11 +194,48 @@ def recolour(image: Tensor, strength: float, generator: torch.Generator) -> Tens
     chain.set_random_state(seed=int(torch.randint(2**31 - 1, (1,), generator=generator)))
     recoloured: Tensor = chain(image[None])
     out = recoloured.as_subclass(Tensor)[0]
-    return out.clamp(0, 1) * (image > 0)
+    return out.clamp(0, 1) * mask
 
 
-def _rotation(angles: Tensor) -> Tensor:
-    """(3, 3) product of rotations about x, y and z."""
+def thicken(image: Tensor, mask: Tensor, slice_mm: float, generator: torch.Generator) -> Tensor:
+    """``image`` (X, Y, Z) as if acquired in slices of ``slice_mm``, interpolated back to 1 mm."""
+    axis = int(torch.randint(3, (1,), generator=generator))
+    size = list(image.shape)
+    size[axis] = max(1, round(size[axis] / slice_mm))
+    slices = F.interpolate(image[None, None], size=size, mode="area")
+    full = F.interpolate(slices, size=image.shape, mode="trilinear", align_corners=False)[0, 0]
+    return full * mask
+
+
+def spoil_mask(
+    image: Tensor, mask: Tensor, classes: Tensor, depth: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Cut the brain mask in some places and leave bits of the head outside it in others.
+
+    What is cut loses its label too: inference writes no labels outside the mask.
+    """
+    brain = mask.float()[None, None]
+    where = smooth_noise(1.0, 20.0, image.shape[0], image.shape[0], generator)
+    where = where / where.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+    reach = int(torch.randint(1, depth + 1, (1,), generator=generator))
+    cut = (_dilate(1 - brain, reach) * brain > 0)[0, 0] & (where[0] > 1)
+    left = (_dilate(brain, 2 * reach) - brain > 0)[0, 0] & (where[1] > 1)
+    texture = (0.5 + 0.3 * where[2]).clamp(0.05, 1) * torch.rand(1, generator=generator)
+    image = torch.where(left, texture, torch.where(cut, 0, image))
+    return image, torch.where(cut, 0, classes)
+
+
+def _dilate(mask: Tensor, reach: int) -> Tensor:
+    """Grow (1, 1, X, Y, Z) by a cube of ``reach`` voxels to each side, one axis at a time."""
+    for axis in range(3):
+        size, padding = [1, 1, 1], [0, 0, 0]
+        size[axis], padding[axis] = 2 * reach + 1, reach
+        mask = F.max_pool3d(mask, size, 1, padding)
+    return mask
+
+
+def rotation(angles: Tensor) -> Tensor:
+    """(3, 3) product of rotations about x, y and z by ``angles`` (3,) in radians."""
     x, y, z = (float(a) for a in angles)
     cx, sx, cy, sy, cz, sz = (f(a) for a in (x, y, z) for f in (math.cos, math.sin))
     rx = torch.tensor([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -131,7 +244,7 @@ def _rotation(angles: Tensor) -> Tensor:
     return rx @ ry @ rz
 
 
-def _smooth_noise(
+def smooth_noise(
     amplitude: float, spacing: float, extent: int, size: int, generator: torch.Generator
 ) -> Tensor:
     """(3, size, size, size) random displacement: knots every ``spacing`` voxels of ``extent``."""
@@ -141,7 +254,7 @@ def _smooth_noise(
     return F.interpolate(coarse, size=(size,) * 3, mode="trilinear", align_corners=True)[0]
 
 
-def _read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:
+def read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:
     """Trilinear values of ``volume`` (C, X, Y, Z) at voxel coordinates ``points`` (3, ...)."""
     scaled = 2 * points / (shape[:, None, None, None] - 1) - 1
     grid = scaled.permute(1, 2, 3, 0).flip(-1)[None]

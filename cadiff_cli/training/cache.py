@@ -24,6 +24,8 @@ from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
 from cadiff_cli.stages.strip import strip
 
+FORMAT = 2
+"""Counts changes of what a sample holds: older files are prepared again."""
 FIELD_STRIDE = 4
 """Voxels between stored field values; the network's own field has twice as many."""
 
@@ -32,13 +34,14 @@ FIELD_STRIDE = 4
 class Sample:
     """A prepared training scan.
 
-    ``image`` (X, Y, Z) uint8, 255 = 1.0; ``classes`` (X, Y, Z) uint8; ``fields`` maps a template's
-    name to (3, X/4, Y/4, Z/4) float16.
+    ``image`` (X, Y, Z) uint8, 255 = 1.0; ``mask`` (X, Y, Z) bool; ``classes`` (X, Y, Z) uint8;
+    ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.
     """
 
     name: str
     subject: str
     image: np.ndarray
+    mask: np.ndarray
     classes: np.ndarray
     fields: dict[str, np.ndarray]
 
@@ -48,7 +51,7 @@ def cached_path(
 ) -> Path:
     """Where a scan's sample lies: another mapping, template list or input is another file."""
     inputs = [path.stat().st_size for path in (scan.t1, scan.dseg)]
-    key = fingerprint([sorted(mapping.items()), list(templates), scan.t1.name, inputs])
+    key = fingerprint([FORMAT, sorted(mapping.items()), list(templates), scan.t1.name, inputs])
     return folder / f"{scan.name}_{key}.npz"
 
 
@@ -82,10 +85,12 @@ def build(
         for atlas in atlases:
             registered = register(stripped, atlas, RegisterConfig(), Path(work))
             conditions = condition(stripped, registered)
+            assert conditions.field is not None  # RegisterConfig() registers
             field = pool(conditions.field.data, FIELD_STRIDE // NETWORK_STRIDE)
             arrays[f"field_{atlas.name}"] = field.astype(np.float16)
     grid = conditions.image.grid
     arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
+    arrays["mask"] = conditions.mask.data.astype(bool)
     arrays["classes"] = resample(classes, grid, order=0).data
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, name=scan.name, subject=scan.subject, **arrays)  # type: ignore[arg-type]
@@ -99,7 +104,12 @@ def load(path: Path) -> Sample:
             key.removeprefix("field_"): stored[key] for key in stored if key.startswith("field_")
         }
         return Sample(
-            str(stored["name"]), str(stored["subject"]), stored["image"], stored["classes"], fields
+            str(stored["name"]),
+            str(stored["subject"]),
+            stored["image"],
+            stored["mask"],
+            stored["classes"],
+            fields,
         )
 
 

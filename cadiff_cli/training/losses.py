@@ -1,28 +1,28 @@
-"""Losses of the paper's eq. 4: Dice and cross-entropy for the labels, MSE for the field."""
+"""Losses of the paper: eq. 4 (Dice, cross-entropy, field MSE) and eqs. 5-8 (consistency)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.unet import STRIDE, Coarse
+from cadiff_cli.nets.unet import FIELD_STD, STRIDE, Coarse
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """The parts of a step's loss (scalars); ``total`` is what is minimised."""
+    """The parts of a step's loss (scalars), weighted; ``total`` is what is minimised (eq. 8)."""
 
     label: Tensor
     coarse: Tensor
     field: Tensor
-
-    COARSE_WEIGHT = 0.5
+    consistency: Tensor
 
     @property
     def total(self) -> Tensor:
-        """Eq. 4, plus the label loss at 2 mm that intermediate sampling steps rely on."""
-        return self.label + self.COARSE_WEIGHT * self.coarse + self.field
+        """The sum of all parts."""
+        return self.label + self.coarse + self.field + self.consistency
 
 
 def fractions(classes: Tensor, n_classes: int, stride: int = 1) -> Tensor:
@@ -31,8 +31,8 @@ def fractions(classes: Tensor, n_classes: int, stride: int = 1) -> Tensor:
     s = stride
     blocks = classes.reshape(b, x // s, s, y // s, s, z // s, s).permute(0, 2, 4, 6, 1, 3, 5)
     members = blocks.reshape(b, s**3, x // s, y // s, z // s)
-    out = torch.zeros(b, n_classes, *members.shape[2:])
-    share = torch.full(members.shape, 1 / s**3)
+    out = torch.zeros(b, n_classes, *members.shape[2:], device=classes.device)
+    share = torch.full(members.shape, 1 / s**3, device=classes.device)
     return out.scatter_add_(1, members, share)
 
 
@@ -55,8 +55,65 @@ def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def field_mse(estimate: Tensor, field: Tensor) -> Tensor:
-    """MSE of the field in [0, 1] units; ``estimate`` is a state in [-1, 1]."""
-    return F.mse_loss((estimate + 1) / 2, field)
+    """MSE of the field, in units of its variance over a brain.
+
+    ``estimate`` is a state in [-1, 1], ``field`` in [0, 1].  Knowing nothing but the mean scores
+    about 1, as large as a Dice loss: in the field's own units the term would be lost beside it.
+    """
+    return F.mse_loss(estimate, 2 * field - 1) / FIELD_STD**2
+
+
+def cosine_similarity(p: Tensor, q: Tensor) -> Tensor:
+    """Eq. 6: mean over voxels of the cosine between class probabilities (B, K, ...) -> (B,)."""
+    return F.cosine_similarity(p, q, dim=1).flatten(1).mean(dim=1)
+
+
+def dice_similarity(p: Tensor, q: Tensor) -> Tensor:
+    """The alternative of Table IV: soft Dice over the foreground classes, (B, K, ...) -> (B,)."""
+    p, q = p[:, 1:].flatten(2), q[:, 1:].flatten(2)
+    overlap, size = (p * q).sum(dim=(1, 2)), (p.square() + q.square()).sum(dim=(1, 2))
+    return 2 * overlap / size.clamp(min=1e-6)
+
+
+SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_similarity,
+    "dice": dice_similarity,
+}
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """The spatial-anatomical consistency loss, eqs. 5-8, at 2 mm.
+
+    Where the paper is silent: its "predicted logits" are our class probabilities, whose cosine
+    lies in [0, 1] as a cross-entropy needs (that of raw logits can be negative); both similarities
+    are kept 1e-3 away from 0 and 1; the gradient flows through both.  A pair of patches is a pair
+    of octants of the patches in the batch, matched by a random rotation of their list, so pairs
+    come from one person or from two, as the batch has it.
+    """
+
+    similarity: str = "cosine"
+    weight: float = 1.0
+
+    def __call__(self, coarse: Coarse, shift: int) -> Tensor:
+        """Weighted loss; octant i is compared with octant i + ``shift`` (of 8 B)."""
+        field = octants((coarse.field + 1) / 2)
+        p = octants(coarse.logits.float().softmax(dim=1))
+        distance = (field - field.roll(shift, 0)).square().mean(dim=1)
+        sim_d = 1 - (distance + 1e-8).sqrt().flatten(1).mean(dim=1)
+        sim_m = SIMILARITIES[self.similarity](p, p.roll(shift, 0))
+        sim_d, sim_m = (s.clamp(1e-3, 1 - 1e-3) for s in (sim_d, sim_m))
+        # binary_cross_entropy gives no gradient to its target; eq. 7 as it stands does.
+        loss = -(sim_m * sim_d.log() + (1 - sim_m) * (1 - sim_d).log())
+        return self.weight * loss.mean()
+
+
+def octants(volume: Tensor) -> Tensor:
+    """(B, C, X, Y, Z) -> (8 B, C, X/2, Y/2, Z/2)."""
+    b, c, *size = volume.shape
+    x, y, z = (n // 2 for n in size)
+    parts = volume.reshape(b, c, 2, x, 2, y, 2, z).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return parts.reshape(8 * b, c, x, y, z)
 
 
 def central(tensor: Tensor, start: tuple[int, ...], size: int) -> Tensor:

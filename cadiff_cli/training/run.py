@@ -8,23 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from cadiff_cli.config import as_dict, fingerprint
+from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import labelled_scans
 from cadiff_cli.io.weights import save_model
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
+from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training import cache
-from cadiff_cli.training.loop import TrainConfig, fit, load_checkpoint, new_state
+from cadiff_cli.training.loop import fit, load_checkpoint, new_state
+from cadiff_cli.training.monitor import RunMonitor
 from cadiff_cli.training.prior import count_prior
+from cadiff_cli.training.recipe import TrainConfig, patch_loader
 
 log = logging.getLogger(__name__)
 
+FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 77: 2, 78: 2, 79: 41, 251: 2, 252: 2, 253: 2}
+"""FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities, callosum."""
+
 
 def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
-    """Source id -> class: ``neuromorphometrics``, ``cadiff`` (our own codes) or a TSV file.
+    """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``cadiff`` (our codes) or a TSV.
 
     A TSV has columns ``source`` (the id in your label maps) and ``index`` (our code, see dseg.tsv).
     """
@@ -33,10 +40,13 @@ def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
     ours = table.identity_mapping()
     if name == "cadiff":
         return ours
+    if name == "freesurfer":
+        return {**ours, **{code: ours[like] for code, like in FREESURFER_EXTRAS.items()}}
     path = Path(name)
     if not path.is_file():
         raise MissingInputError(
-            f"no mapping {name!r}", "use neuromorphometrics, cadiff, or a TSV with source and index"
+            f"no mapping {name!r}",
+            "use neuromorphometrics, freesurfer, cadiff, or a TSV with source and index",
         )
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
@@ -71,11 +81,15 @@ def train(
     *,
     hold_out: Sequence[str] = (),
     net_config: NetConfig | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    validate_minutes: float = 15.0,
     max_minutes: float = math.inf,
 ) -> Path:
     """Fit on every subject not in ``hold_out``; returns the exported weights (the EMA's).
 
-    ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run.
+    ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
+    ``run/validation.tsv`` how the held-out scans fared on the way.
     """
     table = load_table()
     subjects = {s.subject for s in samples}
@@ -86,7 +100,7 @@ def train(
         raise UsageError("every subject is held out", "leave some to train on")
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    net = CADiffNet(net_config or NetConfig())
+    net = CADiffNet(net_config or NetConfig()).to(pick_device(device))
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
     described: dict[str, Any] = {
@@ -100,13 +114,28 @@ def train(
         _same_run(run / "config.json", described)
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
-    else:
-        prior = count_prior(chosen, table, net.config.prior_shape)
+    elif net.config.reads_field:
+        order = np.random.default_rng(config.seed).permutation(len(chosen))
+        voters = [chosen[i] for i in order[: config.prior_scans or None]]
+        prior = count_prior(voters, table, net.config.prior_shape)
         for model in (state.net, state.ema):
             model.prior.logits.copy_(prior)
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     mirror = torch.from_numpy(table.mirror_classes)
-    fit(state, chosen, mirror, config, checkpoint, max_minutes=max_minutes)
+    held_out = [s for s in samples if s.subject in set(hold_out)]
+    sampling = SampleConfig(flip=False, device=device)
+    monitor = RunMonitor(run, held_out, table, validate_minutes, sampling)
+    patches = patch_loader(chosen, mirror, config, state.step, workers, state.device)
+    fit(
+        state,
+        patches,
+        config.objective,
+        config,
+        checkpoint,
+        monitor=monitor,
+        max_minutes=max_minutes,
+    )
+    monitor.close()
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
     save_model(path, state.ema, table, described)
@@ -115,11 +144,17 @@ def train(
 
 
 def _same_run(path: Path, described: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with other people or another network."""
+    """Refuse to continue a checkpoint with other people, another network or another objective."""
     before = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("trained_on", "net"):
-        if before[key] != described[key]:
+
+    def essence(values: dict[str, Any]) -> dict[str, Any]:
+        train = {k: v for k, v in values["train"].items() if k not in ("steps", "decay", "rate")}
+        return {"trained_on": values["trained_on"], "net": values["net"], **train}
+
+    was, now = essence(before), essence(described)
+    for key in now:
+        if was.get(key) != now[key]:
             raise UsageError(
-                f"the checkpoint beside {path} has {key} {before[key]}, not {described[key]}",
-                "use another --run folder, or the same data and --hold-out as before",
+                f"the checkpoint beside {path} has {key} {was.get(key)}, not {now[key]}",
+                "use another --run folder; only --steps, --decay and --rate may change",
             )

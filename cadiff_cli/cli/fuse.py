@@ -1,0 +1,142 @@
+"""``cadiff fuse``: the classical baseline, labels by the vote of registered people."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from cadiff_cli.config import Config
+    from cadiff_cli.products import Stripped
+    from cadiff_cli.stages.fuse import Fused
+
+SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
+"""The entity ``seg-`` of a vote's label map."""
+
+
+@click.command(name="fuse", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("t1", type=click.Path(path_type=Path))
+@click.option(
+    "--atlases",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="BIDS-like folder of skull-stripped T1w images with dseg label maps.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("--exclude", multiple=True, help="Subject label that may not vote (repeatable).")
+@click.option(
+    "--labels",
+    default="neuromorphometrics",
+    show_default=True,
+    help="Ids of the atlases: neuromorphometrics, cadiff, or a TSV with source and index.",
+)
+@click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
+@click.option(
+    "--registration",
+    default="fast",
+    show_default=True,
+    help="Named settings of each registration, such as fast or affine.",
+)
+@click.option(
+    "--vote",
+    type=click.Choice(list(SEGMENTATIONS)),
+    default="joint",
+    show_default=True,
+    help="joint: joint label fusion (slow).  majority: every person counts the same.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True)
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Parallel processes."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the label map of an earlier run.")
+def command(
+    t1: Path,
+    atlases: Path,
+    out: Path,
+    exclude: tuple[str, ...],
+    labels: str,
+    mask: Path | None,
+    registration: str,
+    vote: str,
+    seed: int,
+    jobs: int,
+    overwrite: bool,
+) -> None:
+    """Label T1, a skull-stripped scan, by multi-atlas label fusion.
+
+    Every person of the atlases but the one in T1 (known by the subject label) is registered to it
+    and votes with one scan.  Writes a dseg on T1's own grid with cadiff's codes.
+    """
+    import logging
+    import tempfile
+
+    from cadiff_cli.config import Config, RegisterConfig, StripConfig
+    from cadiff_cli.io.dataset import save_dataset_files
+    from cadiff_cli.io.derivatives import Derivatives
+    from cadiff_cli.io.nifti import load_scan
+    from cadiff_cli.io.templates import EMBEDDED, load_template
+    from cadiff_cli.labels import load_table
+    from cadiff_cli.stages.fuse import choose_atlases, fuse
+    from cadiff_cli.stages.strip import strip
+    from cadiff_cli.training.run import label_mapping
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    scan, table = load_scan(t1), load_table()
+    mapping = label_mapping(labels, table)
+    people = choose_atlases(atlases, t1, exclude)
+    path = Derivatives(out, t1).path(f"seg-{SEGMENTATIONS[vote]}_dseg.nii.gz")
+    _claim(path, overwrite)
+    config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
+    with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+        stripped = strip(scan, load_template(EMBEDDED), config, Path(work))
+    fused = fuse(scan, stripped, people, table, mapping, config.register, vote, jobs)
+    save_dataset_files(out, table)
+    _save(path, t1, fused, stripped, config)
+    click.echo(path)
+
+
+def _claim(path: Path, overwrite: bool) -> None:
+    """Make sure before the long work that ``path`` can be written and nothing is lost by it."""
+    from cadiff_cli.errors import OutputError
+    from cadiff_cli.io.nifti import replacing
+
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} is there already", "use --overwrite, or another folder with -o")
+    with replacing(path.with_name(".writable")):
+        pass
+    path.with_name(".writable").unlink(missing_ok=True)
+
+
+def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "Config") -> None:
+    """The label map, and last the sidecar that says what made it."""
+    import json
+
+    import cadiff_cli
+    from cadiff_cli.config import as_dict
+    from cadiff_cli.io.derivatives import software
+    from cadiff_cli.io.nifti import replacing, save_volume
+    from cadiff_cli.stages.fuse import BETA, RADIUS, SEARCH
+
+    sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
+    sidecar.unlink(missing_ok=True)
+    save_volume(path, fused.labels.data, fused.labels.grid, like=t1)
+    joint = {"Radius": RADIUS, "Search": SEARCH, "Beta": BETA} if fused.vote == "joint" else {}
+    about = {
+        "Description": "Brain structures by multi-atlas label fusion; codes in dseg.tsv",
+        "Manual": False,
+        "Sources": [t1.name],
+        "SpatialReference": t1.name,
+        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
+        "Packages": software(),
+        "Vote": {"Name": fused.vote, **joint},
+        "Atlases": [
+            {"Name": name, "Registration": kind, "Score": score}
+            for name, (kind, score) in fused.atlases.items()
+        ],
+        "Registration": as_dict(config.register),
+        "SkullStripping": stripped.method,
+        "Seconds": dict(fused.seconds),
+        "Warnings": list(fused.warnings),
+    }
+    with replacing(sidecar) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

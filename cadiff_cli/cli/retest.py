@@ -1,0 +1,58 @@
+"""``cadiff retest``: how much labels and volumes change between scans of one person."""
+
+from pathlib import Path
+
+import click
+
+COLUMNS = {
+    "volume_difference_percent": ("volume difference %", ".2f"),
+    "dice": ("Dice", ".4f"),
+    "nsd": ("NSD", ".4f"),
+    "hd95_mm": ("HD95 mm", ".2f"),
+}
+"""Title and number format of each measure."""
+
+
+@click.command(name="retest", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("derivatives", type=click.Path(path_type=Path))
+@click.option(
+    "--labels",
+    type=click.Choice(["malc27", "all"]),
+    default="malc27",
+    show_default=True,
+    help="Structures to compare.",
+)
+@click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Also write retest.tsv (a row per later scan and structure), retest_structures.tsv and"
+    " retest_scans.tsv (mean and SD) into this folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace these tables if they are there.")
+def command(
+    derivatives: Path, labels: str, tolerance: float, out: Path | None, overwrite: bool
+) -> None:
+    """Test-retest reproducibility of a folder DERIVATIVES that cadiff wrote.
+
+    Every subject with two or more scans (sessions or runs) is taken: each later scan is aligned
+    rigidly to the first, by their T1 images, and its labels are carried along.
+
+    The volume difference is unsigned, in per cent of the mean of both volumes as they were
+    measured; Dice, NSD and HD95 are after alignment, whose interpolation costs a little.  The
+    headline is the mean over structures (background is not included), then over scans.
+    """
+    from cadiff_cli.cli.evaluate import claim, progress, report
+    from cadiff_cli.evaluation import retest_pair, retest_pairs
+    from cadiff_cli.labels import load_table
+
+    table = load_table()
+    pairs = retest_pairs(derivatives)
+    claim(out, "retest", overwrite=overwrite)
+    scores = [
+        score
+        for first, later in progress(pairs)
+        for score in retest_pair(first, later, table, labels, tolerance)
+    ]
+    report(scores, out, name="retest", columns=COLUMNS, tolerance_mm=tolerance)

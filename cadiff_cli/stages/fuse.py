@@ -1,0 +1,264 @@
+"""Multi-atlas label fusion: labelled people are registered to the scan, and their labels vote.
+
+The classical baseline that a network has to beat.  It knows no network and no training.
+"""
+
+import logging
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.config import RegisterConfig
+from cadiff_cli.errors import CadiffError, DataError, UsageError
+from cadiff_cli.io.bids import LabelledScan, labelled_scans, source_entities
+from cadiff_cli.io.nifti import load_scan, load_volume
+from cadiff_cli.labels import LabelTable
+from cadiff_cli.products import Scan, Stripped, Template
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.condition import brain_crop, normalise
+from cadiff_cli.stages.register import joint_vote, register, settings, warp
+from cadiff_cli.stages.strip import already_stripped
+
+log = logging.getLogger(__name__)
+
+VOTES = ("joint", "majority")
+RADIUS, SEARCH, BETA = 2, 2, 2.0
+"""Joint label fusion: voxels of a patch and of the search for its best match, sharpness."""
+HALO = RADIUS + SEARCH + RADIUS
+"""How far a voxel's label reaches: a patch that covers it, moved by the search, and its patch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A labelled person on the scan's crop.
+
+    ``image`` (X, Y, Z) float32 in [0, 1] and ``classes`` (X, Y, Z) uint8; ``score`` and ``kind``
+    are the registration's.
+    """
+
+    name: str
+    image: np.ndarray
+    classes: np.ndarray
+    kind: str
+    score: float | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """Label codes (int16) on the scan's own grid, and who voted: name -> registration, score."""
+
+    labels: Volume
+    vote: str
+    atlases: Mapping[str, tuple[str, float | None]]
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+
+
+def choose_atlases(dataset: Path, t1: Path, exclude: Sequence[str] = ()) -> list[LabelledScan]:
+    """The first labelled scan of every person of ``dataset`` who may label ``t1``.
+
+    The person in ``t1``, known by the subject label in its name or by the file, never does; nor do
+    the subjects of ``exclude``.  Raises ``MissingInputError``, ``DataError`` or ``UsageError`` if
+    nobody is there or left.
+    """
+    scans = labelled_scans(dataset)
+    people = {scan.subject: scan for scan in reversed(scans)}
+    named = {label.removeprefix("sub-") for label in exclude}
+    if unknown := sorted(named - set(people)):
+        raise UsageError(f"--exclude names {unknown}", f"there are {sorted(people)}")
+    own = {source_entities(t1).split("_")[0].removeprefix("sub-")}
+    own |= {scan.subject for scan in scans if scan.t1.resolve() == t1.resolve()}
+    chosen = [people[subject] for subject in sorted(set(people) - named - own)]
+    if not chosen:
+        raise UsageError(
+            f"nobody of {dataset} is left to label {t1.name}: {sorted(people)} are excluded or in"
+            " the scan",
+            "give more people with --atlases, or fewer --exclude",
+        )
+    return chosen
+
+
+def fuse(
+    scan: Scan,
+    stripped: Stripped,
+    atlases: Sequence[LabelledScan],
+    table: LabelTable,
+    mapping: Mapping[int, int],
+    config: RegisterConfig,
+    vote: str = "joint",
+    jobs: int = 1,
+) -> Fused:
+    """Label ``scan`` by the votes of ``atlases``, within the brain mask.
+
+    ``mapping`` turns the ids of their label maps into classes.  Work is done in ``jobs`` processes;
+    the result does not depend on their number.
+    """
+    if vote not in VOTES:
+        raise UsageError(f"unknown --vote {vote!r}", f"choose from {', '.join(VOTES)}")
+    if vote == "joint" and len(atlases) < 2:
+        raise UsageError(
+            "joint label fusion needs at least two people, one is left", "use --vote majority"
+        )
+    settings(config.name)  # an unknown name is an error now, not in a worker
+    grid = brain_crop(stripped.mask)
+    mask = resample(stripped.mask, grid)
+    image = normalise(resample(stripped.t1, grid).data, mask.data)
+    target = Stripped(Volume(image, grid), mask, stripped.method)
+    begun = time.perf_counter()
+    with _processes(jobs) as each:
+        carried: list[Carried] = []
+        task = partial(carry, target=target, table=table, mapping=mapping, config=config)
+        for person in each(task, atlases):
+            carried.append(person)
+            log.info("%d of %d atlases registered: %s", len(carried), len(atlases), person.name)
+        registered = time.perf_counter()
+        votes = [person.classes for person in carried]
+        if vote == "majority":
+            classes = np.where(mask.data, majority(votes), 0).astype(np.uint8)
+        else:
+            log.info("joint label fusion of %d atlases", len(votes))
+            classes = joint(image, mask.data, [p.image for p in carried], votes, jobs, each)
+    ended = time.perf_counter()
+    native = resample(Volume(table.codes[classes], grid), scan.t1.grid, order=0)
+    return Fused(
+        native,
+        vote,
+        {person.name: (person.kind, person.score) for person in carried},
+        {"register": round(registered - begun, 3), "fuse": round(ended - registered, 3)},
+        (
+            *scan.warnings,
+            *stripped.warnings,
+            *(f"{person.name}: {text}" for person in carried for text in person.warnings),
+        ),
+    )
+
+
+def carry(
+    atlas: LabelledScan,
+    target: Stripped,
+    table: LabelTable,
+    mapping: Mapping[int, int],
+    config: RegisterConfig,
+) -> Carried:
+    """Register a labelled, skull-stripped person (0 outside the brain) to ``target``'s grid."""
+    scan, dseg = load_scan(atlas.t1), load_volume(atlas.dseg)
+    grid = scan.t1.grid
+    if dseg.grid.shape != grid.shape or not np.allclose(dseg.grid.affine, grid.affine, atol=1e-2):
+        raise DataError(
+            f"{atlas.dseg.name} lies on {dseg.grid!r}, {atlas.t1.name} on {grid!r}",
+            "an image and its labels must share a grid",
+        )
+    ids = np.asarray(dseg.data)
+    classes = table.encode(ids, mapping)
+    if not classes.any():
+        raise DataError(
+            f"{atlas.dseg.name} holds ids {np.unique(ids)[:5].tolist()}..., none that is known",
+            "say with --labels what the ids of the atlases mean",
+        )
+    warnings = [*scan.warnings]
+    if not already_stripped(scan.t1):
+        warnings.append("does not look skull-stripped, as atlases have to be")
+        log.warning("%s %s", atlas.name, warnings[-1])
+    brain = Volume(scan.t1.data > 0, grid)
+    crop = brain_crop(brain)
+    image = resample(Volume(normalise(scan.t1.data, brain.data), grid), crop)
+    # A person as a template of which only images are asked for, never the frame.
+    person = Template(atlas.name, image, (0, 0, 0), (0, 0, 0), (0, 0, 0))
+    with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+        registered = register(target, person, config, Path(work))
+        moved = warp(image, registered, target.t1.grid)
+        labels = warp(
+            resample(Volume(classes, grid), crop, order=0),
+            registered,
+            target.t1.grid,
+            interpolator="genericLabel",
+        )
+    return Carried(
+        atlas.name,
+        moved.data.astype(np.float32),
+        np.rint(labels.data).astype(np.uint8),
+        registered.kind,
+        registered.score,
+        (*warnings, *registered.warnings),
+    )
+
+
+def majority(votes: Sequence[np.ndarray]) -> np.ndarray:
+    """(X, Y, Z) uint8: the class that most atlases give each voxel; the smallest one of equals.
+
+    >>> majority([np.array([1, 2]), np.array([1, 3]), np.array([0, 3])])
+    array([1, 3], dtype=uint8)
+    """
+    stack = np.stack(votes)
+    counts = [(stack == k).sum(axis=0, dtype=np.uint16) for k in range(int(stack.max()) + 1)]
+    return np.asarray(np.argmax(counts, axis=0), dtype=np.uint8)
+
+
+def joint(
+    image: np.ndarray,
+    mask: np.ndarray,
+    images: Sequence[np.ndarray],
+    votes: Sequence[np.ndarray],
+    slabs: int = 1,
+    each: Callable[..., Any] = map,
+) -> np.ndarray:
+    """(X, Y, Z) uint8: joint label fusion (Wang et al., IEEE TPAMI 35(3), 2013) inside ``mask``.
+
+    An atlas counts by how like the scan its patches are, and less where others err like it.  The
+    brain is fused in ``slabs`` of equal work with halos that make them exact; ``each`` maps a
+    function over them.
+    """
+    done = np.cumsum(np.count_nonzero(mask, axis=(0, 1)))
+    ends = np.searchsorted(done, np.arange(slabs + 1) / slabs * done[-1])
+    ends[0], ends[-1] = 0, mask.shape[2]
+    spans = [(low, high) for low, high in pairwise(ends) if mask[:, :, low:high].any()]
+    tasks = []
+    for low, high in spans:
+        halo = slice(max(low - HALO, 0), high + HALO)
+        # Votes for the slab are cast by patches around its own voxels and a radius beyond.
+        voters = mask.copy()
+        voters[:, :, : max(low - RADIUS, 0)] = voters[:, :, high + RADIUS :] = False
+        cut = [[data[:, :, halo] for data in stack] for stack in (images, votes)]
+        tasks.append((image[:, :, halo], voters[:, :, halo], *cut))
+    work = partial(joint_vote, radius=RADIUS, search=SEARCH, beta=BETA)
+    fused = np.zeros(mask.shape, dtype=np.uint8)
+    for (low, high), slab in zip(spans, each(work, *zip(*tasks, strict=True)), strict=True):
+        start = low - max(low - HALO, 0)
+        fused[:, :, low:high] = slab[:, :, start : start + high - low]
+    return fused
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[Callable[..., Any]]:
+    """A ``map`` over ``jobs`` processes, each with one ITK thread.
+
+    A single one is a process of its own, too: ITK hears no signal before it has finished, and a
+    child need not be waited for.
+    """
+    others = set(active_children())
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
+    with ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, ignore) as pool:
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise CadiffError(
+                "a worker process was killed, perhaps for want of memory", "use fewer --jobs"
+            ) from error
+        except BaseException:
+            for child in set(active_children()) - others:
+                child.terminate()
+            raise

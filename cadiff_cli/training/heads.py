@@ -1,0 +1,377 @@
+"""Whole heads to learn the brain mask from: label maps that become images, and real scans.
+
+The mask to learn is the one that the segmentation network was trained inside: brain, cerebellum,
+brain stem and ventricles, with the CSF of the sulci but not that around the brain.  Closing the
+labelled brain with a ball of 5 mm gives that mask (Dice 0.996 with the MALC scans' own), whatever
+labels a source comes with, so sources agree.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import monai.transforms as mt
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, Dataset
+
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.nifti import replacing
+from cadiff_cli.labels import load_table
+from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.brain import normalise
+from cadiff_cli.training.augment import read, rotation, smooth_noise
+from cadiff_cli.training.loop import Schedule
+
+CLOSING_MM = 5.0
+NOT_BRAIN = 500
+"""FreeSurfer-like label maps of whole heads: codes from here on are skull, skin, eyes, air..."""
+OUTER_CSF = 24
+FAR_MM = 1.5 * REACH_MM
+"""Stored distances end here: beyond the network's reach even after a head has been scaled."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A head on a 2 mm RAS grid.
+
+    ``distance`` (X, Y, Z) float16 is the signed distance (mm, inside positive) to the mask's
+    border.  ``image`` (X, Y, Z) uint8 is a real scan; without one ``labels`` (X, Y, Z) uint8 are
+    turned into images.
+    """
+
+    name: str
+    source: str
+    distance: np.ndarray
+    image: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPatch:
+    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach."""
+
+    image: Tensor
+    distance: Tensor
+
+    def to(self, device: torch.device) -> "HeadPatch":
+        """The same on another device."""
+        return HeadPatch(self.image.to(device), self.distance.to(device))
+
+
+@dataclass(frozen=True)
+class HeadConfig(Schedule):
+    """How to train the brain mask, and what heads go through.
+
+    ``patch`` voxels a side at 2 mm.  ``off_centre_mm`` is how far a patch's centre may lie from the
+    brain's.  ``cut`` and ``deface`` are the shares of heads whose field of view ends within the
+    head, and whose face is removed.
+    """
+
+    patch: int = 96
+    rotation_deg: float = 45.0
+    scale: float = 0.2
+    elastic_mm: float = 3.0
+    off_centre_mm: float = 50.0
+    real: float = 0.4
+    cut: float = 0.3
+    deface: float = 0.2
+    slice_mm: float = 8.0
+
+
+def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING_MM) -> np.ndarray:
+    """``brain`` (X, Y, Z) bool closed with a ball, holes filled: the mask that is learnt."""
+    width = np.ceil(radius_mm / spacing_mm).astype(int) + 1
+    box = _box(brain)
+    padded = np.pad(brain[box], [(n, n) for n in width])
+    near = ndimage.distance_transform_edt(~padded, sampling=spacing_mm) <= radius_mm
+    kept = ndimage.distance_transform_edt(near, sampling=spacing_mm) > radius_mm
+    inner = tuple(slice(n, -n) for n in width)
+    out = np.zeros_like(brain)
+    out[box] = ndimage.binary_fill_holes(kept | padded)[inner]
+    return out
+
+
+def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """Distance (mm) to the border between voxels, inside positive, cut at ``FAR_MM``."""
+    width = np.ceil(FAR_MM / spacing_mm).astype(int) + 1
+    box = _box(mask, width)
+    part = mask[box]
+    inside = ndimage.distance_transform_edt(part, sampling=spacing_mm)
+    outside = ndimage.distance_transform_edt(~part, sampling=spacing_mm)
+    # Both transforms measure to voxel centres; the border lies half a voxel nearer.
+    half = float(spacing_mm.mean()) / 2
+    out = np.full(mask.shape, -FAR_MM, dtype=np.float32)
+    out[box] = np.clip(np.where(part, inside - half, half - outside), -FAR_MM, FAR_MM)
+    return out
+
+
+def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
+    """The bounding box of a mask, widened by ``margin`` voxels where there are any."""
+    if not mask.any():
+        raise DataError("the brain mask is empty", "remove this scan, or repair its labels")
+    margins = np.broadcast_to(margin, 3)
+    found = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return tuple(
+        slice(max(0, s.start - int(m)), s.stop + int(m))
+        for s, m in zip(found, margins, strict=True)
+    )
+
+
+def from_labels(name: str, source: str, dseg: Volume) -> Head:
+    """A head without an image: ``dseg`` holds FreeSurfer's codes and 5xx for what is around."""
+    codes = np.asarray(dseg.data).astype(np.int32)
+    brain = (codes > 0) & (codes < NOT_BRAIN) & (codes != OUTER_CSF)
+    distance = _distance(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
+    # Left and right share their intensities, so they share a label.
+    left = {s.code: min(s.code, s.mirror) for s in load_table().structures}
+    known, compact = np.unique(codes, return_inverse=True)
+    _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
+    compact = paired[compact].reshape(codes.shape)
+    small = resample(Volume(compact.astype(np.uint8), dseg.grid), distance.grid, order=0)
+    return Head(name, source, distance.data.astype(np.float16), labels=small.data.copy())
+
+
+def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
+    """A real head and a brain on its grid; ``close`` where the brain ends at the cortex."""
+    mask = np.asarray(brain.data) > 0
+    if close:
+        mask = closed(mask, brain.grid.spacing_mm)
+    distance = _distance(Volume(ndimage.binary_fill_holes(mask), brain.grid))
+    image = normalise(resample(t1, distance.grid).data)
+    return Head(
+        name, source, distance.data.astype(np.float16), np.round(image * 255).astype(np.uint8)
+    )
+
+
+def _distance(mask: Volume) -> Volume:
+    """Signed distance of a mask, on a 2 mm RAS grid."""
+    fine = Volume(signed_distance(mask.data, mask.grid.spacing_mm), mask.grid)
+    return resample(fine, mask.grid.working(SPACING_MM, tolerance=0.0), fill=-FAR_MM)
+
+
+class HeadDraws(Dataset[HeadPatch]):
+    """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone."""
+
+    def __init__(self, heads: Sequence[Head], config: HeadConfig) -> None:
+        self.real = [h for h in heads if h.image is not None]
+        self.drawn = [h for h in heads if h.labels is not None]
+        self.config = config
+
+    def __getitem__(self, index: int) -> HeadPatch:
+        """Draw a source, a head of it, and a patch."""
+        generator = torch.Generator().manual_seed(self.config.seed * 10_000_019 + index)
+        want_real = float(torch.rand(1, generator=generator)) < self.config.real
+        pool = (self.real if want_real else self.drawn) or self.real or self.drawn
+        head = pool[int(torch.randint(len(pool), (1,), generator=generator))]
+        return draw_head(head, self.config, generator)
+
+
+def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> HeadPatch:
+    """Rotate, scale and bend a head, give it contrast, artefacts and a field of view."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    def chance(p: float) -> bool:
+        return float(torch.rand(1, generator=generator)) < p
+
+    n = config.patch
+    shape = torch.tensor(head.distance.shape)
+    inside = np.argwhere(head.distance > 0)
+    centre = torch.from_numpy(inside.mean(axis=0)).float()
+    centre = centre + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
+    zoom = float(1 + config.scale * uniform(-1, 1, 1))
+    # Half of the heads lie as a technician lays them, half in any way.
+    widest = config.rotation_deg if chance(0.5) else config.rotation_deg / 3
+    matrix = rotation(uniform(-1, 1, 3) * math.radians(widest)) * zoom
+    axis = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
+    offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    bend = smooth_noise(config.elastic_mm / SPACING_MM, 20.0, n, n, generator)
+    points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
+    if chance(0.5):
+        points = points.flip(1)
+
+    stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
+    distance = (read(stored, points, shape)[0] - FAR_MM) / zoom
+    if head.image is not None:
+        image = read(torch.from_numpy(head.image)[None].float() / 255, points, shape)[0]
+    else:
+        assert head.labels is not None
+        image = paint(_nearest(head.labels, points, shape), generator)
+    image = _artefacts(image, config, generator)
+    if chance(config.deface):
+        image = _deface(image, distance, generator)
+    if chance(config.cut):
+        image, distance = _cut(image, distance, generator)
+    return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
+
+
+def paint(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """An image of ``labels`` (X, Y, Z) int64: a random mean and texture for each; 0 is air.
+
+    Labels share a few tissues in some images, so that borders within the brain vanish as they do
+    in real ones.
+    """
+    n = int(labels.max()) + 1
+    means = torch.rand(n, generator=generator)
+    if float(torch.rand(1, generator=generator)) < 0.5:
+        tissues = torch.rand(5, generator=generator)
+        means = tissues[torch.randint(5, (n,), generator=generator)]
+    spread = 0.08 * torch.rand(n, generator=generator)
+    if float(torch.rand(1, generator=generator)) < 0.8:
+        means[0], spread[0] = 0.0, 0.02 * spread[0]
+    noise = torch.randn(labels.shape, generator=generator)
+    image = means[labels] + spread[labels] * noise
+    width = 0.3 + 0.5 * float(torch.rand(1, generator=generator))
+    smooth = ndimage.gaussian_filter(image.numpy(), width)
+    return torch.from_numpy(smooth).clamp(0, 1)
+
+
+def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
+    """Bias field, contrast, noise, thick slices; brightest tissue of any brightness."""
+    if float(torch.rand(1, generator=generator)) < 0.3:
+        thickness = SPACING_MM + (config.slice_mm - SPACING_MM) * float(
+            torch.rand(1, generator=generator)
+        )
+        size = list(image.shape)
+        axis = int(torch.randint(3, (1,), generator=generator))
+        size[axis] = max(1, round(size[axis] * SPACING_MM / thickness))
+        slices = F.interpolate(image[None, None], size=size, mode="area")
+        image = F.interpolate(slices, size=image.shape, mode="trilinear")[0, 0]
+    chain = mt.Compose(
+        [
+            mt.RandBiasField(prob=0.6, coeff_range=(0.0, 0.2)),
+            mt.RandAdjustContrast(prob=0.6, gamma=(0.5, 2.0)),
+            mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2),
+            mt.RandGaussianSmooth(
+                prob=0.15, sigma_x=(0.3, 1.0), sigma_y=(0.3, 1.0), sigma_z=(0.3, 1.0)
+            ),
+            mt.RandGaussianNoise(prob=0.5, std=0.06),
+            mt.RandScaleIntensity(factors=0.3, prob=0.6),
+        ]
+    )
+    chain.set_random_state(seed=int(torch.randint(2**31 - 1, (1,), generator=generator)))
+    changed: Tensor = chain(image[None])
+    return changed.as_subclass(Tensor)[0].clamp(0, 1)
+
+
+def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tensor:
+    """Remove what lies in front of and below a plane that keeps clear of the brain."""
+    axis = torch.linspace(-1, 1, image.shape[0])
+    _, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
+    angle = math.radians(20 + 50 * float(torch.rand(1, generator=generator)))
+    along = y * math.sin(angle) - z * math.cos(angle)
+    brain = distance > -1
+    if not brain.any():
+        return image
+    margin = 0.02 + 0.1 * float(torch.rand(1, generator=generator))
+    return torch.where(along > float(along[brain].max()) + margin, 0.0, image)
+
+
+def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A field of view that ends within the head: up to a quarter is missing at one or two sides.
+
+    What is not seen is not in the mask: the distance is also that to the plane of the cut.
+    """
+    for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
+        axis = int(torch.randint(3, (1,), generator=generator))
+        size = image.shape[axis]
+        amount = int(size * 0.25 * float(torch.rand(1, generator=generator)))
+        inside_mm = SPACING_MM * (torch.arange(size) - amount + 0.5)
+        if float(torch.rand(1, generator=generator)) < 0.5:
+            inside_mm = inside_mm.flip(0)
+        view = [1, 1, 1]
+        view[axis] = -1
+        inside_mm = inside_mm.reshape(view)
+        image, distance = image * (inside_mm > 0), torch.minimum(distance, inside_mm)
+    return image, distance
+
+
+def _nearest(labels: np.ndarray, points: Tensor, shape: Tensor) -> Tensor:
+    """Labels (int64) at voxel coordinates; 0 outside."""
+    index = points.round().long()
+    outside = ((index < 0) | (index >= shape[:, None, None, None])).any(dim=0)
+    index = torch.minimum(index.clamp(min=0), shape[:, None, None, None] - 1)
+    flat = (index[0] * shape[1] + index[1]) * shape[2] + index[2]
+    found = torch.from_numpy(labels).reshape(-1)[flat].long()
+    found[outside] = 0
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class MaskLosses:
+    """Parts of the loss: the distance near the border, and the overlap of what it encloses."""
+
+    distance: Tensor
+    overlap: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return self.distance + self.overlap
+
+
+def mask_objective(net: BrainNet, patch: HeadPatch, _generator: torch.Generator) -> MaskLosses:
+    """L1 of the distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
+    estimate = net(patch.image)
+    error = (estimate - patch.distance).abs()
+    # Where the truth is at the end of the reach, anything farther on that side is right.
+    far = (patch.distance.abs() >= REACH_MM) & (estimate * patch.distance.sign() > REACH_MM)
+    distance = error.masked_fill(far, 0).mean() / REACH_MM
+    p, q = estimate.sigmoid(), (patch.distance > 0).float()
+    dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)
+    return MaskLosses(distance, 0.5 * (1 - dice))
+
+
+def stack_heads(patches: Sequence[HeadPatch]) -> HeadPatch:
+    """Several patches as one batch."""
+    return HeadPatch(
+        torch.cat([p.image for p in patches]), torch.cat([p.distance for p in patches])
+    )
+
+
+def head_loader(
+    heads: Sequence[Head], config: HeadConfig, step: int, workers: int
+) -> "DataLoader[HeadPatch]":
+    """Batches from ``step`` on, in order."""
+    return DataLoader(
+        HeadDraws(heads, config),
+        batch_size=config.batch,
+        sampler=range(step * config.batch, config.steps * config.batch),
+        num_workers=workers,
+        collate_fn=stack_heads,
+    )
+
+
+def save_head(path: Path, head: Head) -> None:
+    """Write one head as a compressed ``.npz``."""
+    arrays = {"image": head.image, "labels": head.labels}
+    present = {key: value for key, value in arrays.items() if value is not None}
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            name=head.name,
+            source=head.source,
+            distance=head.distance,
+            **present,  # type: ignore[arg-type]
+        )
+
+
+def load_head(path: Path) -> Head:
+    """Read a head written by ``save_head``."""
+    with np.load(path, allow_pickle=False) as stored:
+        found = dict(stored)
+    return Head(
+        str(found["name"]),
+        str(found["source"]),
+        found["distance"],
+        found.get("image"),
+        found.get("labels"),
+    )

@@ -1,0 +1,151 @@
+"""Watch a run: TensorBoard curves, Dice on held-out scans, and a picture of one of them."""
+
+import csv
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from cadiff_cli.config import SampleConfig
+from cadiff_cli.io.weights import Model
+from cadiff_cli.labels import LabelTable
+from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.nets.unet import CADiffNet
+from cadiff_cli.products import Conditions, CoordinateField
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.segment import class_probabilities
+from cadiff_cli.training.cache import Sample
+from cadiff_cli.training.loop import Interval, State
+
+log = logging.getLogger(__name__)
+
+
+class RunMonitor:
+    """Writes ``validation.tsv`` and TensorBoard events into ``folder``.
+
+    Every ``minutes`` the averaged network segments one of ``held_out`` after the other, from its
+    cached conditions, and is scored at 1 mm.  TensorBoard is
+    optional: without it only the table and the log are written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        held_out: Sequence[Sample],
+        table: LabelTable,
+        minutes: float = 15.0,
+        sampling: SampleConfig | None = None,
+    ) -> None:
+        self.folder, self.held_out, self.table = folder, held_out, table
+        self.minutes = minutes
+        self.sampling = sampling or SampleConfig(flip=False)
+        self.last = time.monotonic()
+        self.turn = 0
+        self.board = _board(folder / "tensorboard")
+
+    def interval(self, step: int, report: Interval) -> None:
+        """Add a point to each curve."""
+        if self.board:
+            for name, value in report.losses.items():
+                self.board.add_scalar(f"loss/{name}", value, step)
+            self.board.add_scalar("rate", report.rate, step)
+            self.board.add_scalar("seconds_per_step", report.seconds_per_step, step)
+            self.board.add_scalar("data_share", report.data_share, step)
+
+    def step_done(self, state: State[CADiffNet]) -> None:
+        """Validate on the next held-out scan when it is time."""
+        if self.held_out and time.monotonic() - self.last > 60 * self.minutes:
+            self.validate(state)
+
+    def validate(self, state: State[CADiffNet]) -> float:
+        """Score the next held-out scan; returns its mean foreground Dice (27 structures)."""
+        sample = self.held_out[self.turn % len(self.held_out)]
+        self.turn += 1
+        predicted = segment_sample(state.ema, sample, self.table, self.sampling)
+        classes = self.table.subset("malc27")
+        score = float(np.nanmean(dice(predicted, sample.classes, classes)))
+        log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
+        self._record(state, sample.name, score)
+        if self.board:
+            self.board.add_scalar(f"dice/{sample.name}", score, state.step)
+            picture = overlay(sample, predicted, self.table)
+            self.board.add_image("held_out", picture, state.step, dataformats="HWC")
+        self.last = time.monotonic()
+        return score
+
+    def close(self) -> None:
+        """Flush what TensorBoard still holds."""
+        if self.board:
+            self.board.close()
+
+    def _record(self, state: State[CADiffNet], name: str, score: float) -> None:
+        path = self.folder / "validation.tsv"
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+            if new:
+                writer.writerow(("step", "hours", "scan", "dice"))
+            writer.writerow((state.step, f"{state.seconds / 3600:.3f}", name, f"{score:.4f}"))
+
+
+def segment_sample(
+    net: CADiffNet, sample: Sample, table: LabelTable, config: SampleConfig
+) -> np.ndarray:
+    """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code that inference runs.
+
+    The field is that of the first of the sample's templates, in alphabetical order.
+    """
+    shape = sample.image.shape
+    grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
+    stored = torch.from_numpy(sample.fields[min(sample.fields)].astype(np.float32))[None]
+    field = F.interpolate(stored, scale_factor=2, mode="trilinear")[0].numpy()
+    conditions = Conditions(
+        Volume(sample.image.astype(np.float32) / 255, grid),
+        Volume(sample.mask, grid),
+        CoordinateField(field, grid.coarsen(2)),
+    )
+    p, _ = class_probabilities(conditions, Model(net, table, "training", "", {}), config)
+    return np.asarray(p.argmax(dim=0).to(torch.uint8).numpy() * sample.mask)
+
+
+def overlay(sample: Sample, predicted: np.ndarray, table: LabelTable) -> np.ndarray:
+    """Image, prediction and manual labels in the middle slice of each plane: (H, W, 3) uint8."""
+    colours = np.array(
+        [(0, 0, 0), *(_rgb(s.color) for s in table.structures)],
+        dtype=np.float64,
+    )
+    rows = []
+    for labels in (None, predicted, sample.classes):
+        tiles = []
+        for axis, size in enumerate(sample.image.shape):
+            grey = np.rot90(np.take(sample.image, size // 2, axis=axis))
+            tile = np.repeat(grey[..., None].astype(np.float64), 3, axis=2)
+            if labels is not None:
+                inked = colours[np.rot90(np.take(labels, size // 2, axis=axis))]
+                tile = np.where(inked.any(axis=2, keepdims=True), 0.5 * tile + 0.5 * inked, tile)
+            tiles.append(tile)
+        height = max(t.shape[0] for t in tiles)
+        rows.append(
+            np.concatenate(
+                [np.pad(t, ((0, height - t.shape[0]), (0, 0), (0, 0))) for t in tiles], axis=1
+            )
+        )
+    return np.asarray(np.concatenate(rows), dtype=np.uint8)
+
+
+def _rgb(color: str) -> tuple[int, int, int]:
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("TensorBoard is not installed (pip install cadiff[train]): no curves are written")
+        return None
+    return SummaryWriter(str(folder))

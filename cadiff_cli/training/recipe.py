@@ -1,0 +1,73 @@
+"""Settings of a training run, by method, and the patches that it sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cadiff_cli.errors import UsageError
+from cadiff_cli.nets.unet import NetConfig
+from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
+from cadiff_cli.training.cache import Sample
+from cadiff_cli.training.loop import Schedule
+from cadiff_cli.training.objective import METHODS, Objective
+from cadiff_cli.training.synthesis import SynthesisConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig(Schedule):
+    """How to train CA-Diff: the schedule, the objective and what patches go through.
+
+    Patches have ``patch`` voxels a side.  The label prior is counted over ``prior_scans`` scans
+    drawn by the seed, or over all (0).
+    """
+
+    patch: int = 96
+    prior_scans: int = 0
+    objective: Objective = field(default_factory=Objective)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch < 64 or self.patch % 32:
+            # Below 64 the deepest level is 2 voxels wide, where torch's bfloat16 gradients fail.
+            raise UsageError(f"patch is {self.patch}", "use 64 or more, a multiple of 32")
+
+
+def recipe(
+    method: str = "cadiff", synthetic: float = 0.1, **settings: Any
+) -> tuple[NetConfig, TrainConfig]:
+    """Network and training settings of a named method; ``settings`` are ``TrainConfig``'s own."""
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}", f"choose from {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    synthesis = replace(SynthesisConfig(), share=synthetic)
+    return chosen.net, TrainConfig(
+        objective=chosen.objective,
+        prior_scans=chosen.prior_scans,
+        augment=AugmentConfig(synthesis=synthesis),
+        **settings,
+    )
+
+
+def patch_loader(
+    samples: Sequence[Sample],
+    mirror: Tensor,
+    config: TrainConfig,
+    step: int,
+    workers: int,
+    device: torch.device,
+) -> "DataLoader[Patch]":
+    """Batches of patches from ``step`` on, in order."""
+    draws = Draws(samples, config.patch, mirror, config.augment, config.seed)
+    return DataLoader(
+        draws,
+        batch_size=config.batch,
+        sampler=range(step * config.batch, config.steps * config.batch),
+        num_workers=workers,
+        collate_fn=stack,
+        pin_memory=device.type == "cuda",
+    )

@@ -1,0 +1,324 @@
+"""The learned brain mask: what is learnt, from what it is drawn, and how a mask is judged."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import seeded
+
+from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.weights import BrainModel, load_brain_model, load_model
+from cadiff_cli.nets.brain import REACH_MM, BrainConfig, BrainNet
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.brain import brain_distance, brain_mask, judge, normalise, predict_distance
+from cadiff_cli.training.heads import (
+    FAR_MM,
+    Head,
+    HeadConfig,
+    HeadDraws,
+    closed,
+    draw_head,
+    from_labels,
+    from_scan,
+    head_loader,
+    load_head,
+    mask_objective,
+    paint,
+    save_head,
+    signed_distance,
+)
+from cadiff_cli.training.mask import held_out_dice, prepare_heads, train_mask
+
+TINY = BrainConfig((8, 8))
+SPACING = np.array([2.0, 2.0, 2.0])
+
+
+def ball(radius_mm, size=40, spacing=2.0, centre=None):
+    ijk = np.indices((size,) * 3) * spacing
+    middle = np.full(3, (size - 1) / 2 * spacing) if centre is None else np.asarray(centre)
+    return np.linalg.norm(ijk - middle.reshape(3, 1, 1, 1), axis=0) < radius_mm
+
+
+def on_grid(data, spacing=2.0):
+    return Volume(data, Grid(data.shape, np.diag([spacing, spacing, spacing, 1.0])))
+
+
+# --- the mask to learn ----------------------------------------------------------------------------
+
+
+def test_closing_adds_and_repeats_nothing():
+    rng = np.random.default_rng(0)
+    brain = ball(30) & (rng.random((40,) * 3) > 0.3)
+    once = closed(brain, SPACING)
+    assert (once >= brain).all()
+    assert np.array_equal(closed(once, SPACING), once)
+
+
+def test_closing_fills_sulci_and_leaves_what_is_wide():
+    brain = ball(30)
+    sulcus, fissure = brain.copy(), brain.copy()
+    sulcus[18:21, 20:] = False  # 6 mm
+    fissure[13:27, 20:] = False  # 28 mm
+    assert (closed(sulcus, SPACING) ^ brain).sum() < 0.01 * brain.sum()
+    assert not closed(fissure, SPACING)[20, 30, 20]
+
+
+def test_closing_does_not_depend_on_the_field_of_view():
+    brain = ball(30)
+    brain[18:21, 20:] = False
+    inner = np.ix_(*[np.arange(4, 36)] * 3)
+    assert np.array_equal(closed(brain, SPACING)[inner], closed(brain[inner], SPACING))
+
+
+def test_the_distance_of_a_ball_is_known():
+    distance = signed_distance(ball(30, 64), SPACING)
+    ijk = np.indices((64,) * 3) * 2.0 - 63.0
+    wanted = np.clip(30 - np.linalg.norm(ijk, axis=0), -FAR_MM, FAR_MM)
+    # A border made of voxels lies within a voxel's half diagonal of the true one.
+    assert abs(distance - wanted).max() < 1.8
+    assert abs((distance - wanted)[abs(wanted) < 2].mean()) < 0.15
+
+
+def test_an_empty_brain_is_refused():
+    with pytest.raises(DataError, match="empty"):
+        signed_distance(np.zeros((8, 8, 8), dtype=bool), SPACING)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def label_map():
+    """A 3 mm head: scalp 511, outer CSF 24, white matter left and right."""
+    codes = np.zeros((60, 60, 60), dtype=np.int16)
+    codes[ball(80, 60, 3.0)] = 511
+    codes[ball(66, 60, 3.0)] = 24
+    brain = ball(60, 60, 3.0)
+    codes[brain] = 2
+    codes[brain & (np.arange(60) >= 30)[:, None, None]] = 41
+    return on_grid(codes, 3.0)
+
+
+@pytest.fixture
+def drawn_head(label_map):
+    return from_labels("drawn", "toys", label_map)
+
+
+@pytest.fixture
+def real_head(label_map):
+    codes = np.asarray(label_map.data)
+    image = np.select([np.isin(codes, (2, 41)), codes == 24, codes > 0], [100.0, 20.0, 60.0], 0.0)
+    brain = on_grid(np.isin(codes, (2, 41)).astype(np.uint8), 3.0)
+    t1 = on_grid(image.astype(np.float32), 3.0)
+    return from_scan("real", "scanner", t1, brain, close=True)
+
+
+def test_outer_csf_and_scalp_are_not_brain(drawn_head):
+    litres = (drawn_head.distance > 0).sum() * 8 / 1e6
+    assert litres == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.03)
+
+
+def test_left_and_right_share_a_label(drawn_head):
+    assert len(np.unique(drawn_head.labels)) == 4
+
+
+def test_real_and_drawn_heads_agree_on_the_brain(drawn_head, real_head):
+    assert np.array_equal(drawn_head.distance, real_head.distance)
+    assert real_head.image.max() == 255
+
+
+def test_heads_are_read_back(drawn_head, real_head, tmp_path):
+    for head in (drawn_head, real_head):
+        save_head(tmp_path / "h.npz", head)
+        again = load_head(tmp_path / "h.npz")
+        assert (again.name, again.source) == (head.name, head.source)
+        assert np.array_equal(again.distance, head.distance)
+        assert (again.image is None) == (head.image is None)
+        assert (again.labels is None) == (head.labels is None)
+
+
+def test_each_label_has_an_intensity_of_its_own():
+    labels = torch.zeros(24, 24, 24, dtype=torch.int64)
+    labels[8:16] = 1
+    image = paint(labels, seeded(2))
+    inner = [image[2:6], image[10:14]]
+    assert max(float(part.std()) for part in inner) < 0.1
+    assert image.min() >= 0
+    assert image.max() <= 1
+
+
+def test_a_number_decides_a_head(drawn_head, real_head):
+    config = HeadConfig(patch=32, steps=4)
+    draws = HeadDraws([drawn_head, real_head], config)
+    for a, b in zip(
+        head_loader([drawn_head, real_head], config, 0, 1),
+        (draws[i] for i in range(4)),
+        strict=True,
+    ):
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.distance, b.distance)
+
+
+def test_distances_stay_within_the_reach_and_images_in_range(drawn_head, real_head):
+    config = HeadConfig(patch=32)
+    for index in range(12):
+        patch = draw_head((drawn_head, real_head)[index % 2], config, seeded(index))
+        assert patch.distance.abs().max() <= REACH_MM
+        assert patch.image.min() >= 0
+        assert patch.image.max() <= 1
+
+
+def test_what_is_cut_off_is_not_brain(drawn_head):
+    """A slab without any image holds no mask."""
+    config = HeadConfig(patch=64, cut=1.0, deface=0.0, off_centre_mm=0.0)
+    for index in range(8):
+        patch = draw_head(drawn_head, config, seeded(index))
+        for axis in (2, 3, 4):
+            rest = tuple(a for a in range(5) if a != axis)
+            empty = ~(patch.image > 0).any(dim=rest)
+            assert not (patch.distance > 0).transpose(0, axis)[empty].any()
+
+
+def test_a_face_may_go_but_not_the_brain(drawn_head):
+    plain = HeadConfig(patch=64, cut=0.0, deface=0.0)
+    for index in range(6):
+        defaced = draw_head(drawn_head, HeadConfig(patch=64, cut=0.0, deface=1.0), seeded(index))
+        whole = draw_head(drawn_head, plain, seeded(index))
+        inside = whole.distance > 0
+        assert torch.equal(defaced.image[inside], whole.image[inside])
+
+
+# --- network and stage ----------------------------------------------------------------------------
+
+
+def test_any_size_is_padded_and_given_back():
+    net = BrainNet(TINY).requires_grad_(False)
+    head = np.random.default_rng(0).random((17, 22, 9), dtype=np.float32)
+    distance = predict_distance(net, head)
+    assert distance.shape == head.shape
+    assert abs(distance).max() <= REACH_MM
+
+
+def test_intensities_do_not_depend_on_units():
+    image = np.random.default_rng(0).gamma(1.0, size=(20, 20, 20)).astype(np.float32)
+    image[:5] = 0
+    assert np.allclose(normalise(image), normalise(1000 * image), atol=1e-5)
+    assert np.allclose(normalise(image), normalise(image - 50), atol=1e-4)
+
+
+class Oracle(BrainNet):
+    """Answers with the distance of whatever is brighter than a half."""
+
+    def __init__(self):
+        super().__init__(TINY)
+
+    def forward(self, head):
+        mask = head[0, 0].numpy() > 0.5
+        return torch.from_numpy(signed_distance(mask, SPACING))[None, None]
+
+
+@pytest.fixture
+def oracle():
+    return BrainModel(Oracle(), "oracle", "", {})
+
+
+@pytest.mark.parametrize("spacing", [1.0, 2.0, 3.0])
+def test_the_mask_is_smooth_and_in_its_place(oracle, spacing):
+    size = round(100 / spacing)
+    inside = ball(36, size, spacing)
+    t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32), spacing)
+    mask, quality = brain_mask(t1, t1.grid.working(), oracle)
+    wanted = ball(36, mask.data.shape[0], 1.0)
+    overlap = 2 * (mask.data & wanted).sum() / (mask.data.sum() + wanted.sum())
+    assert overlap > 0.96
+    assert not quality.warnings
+
+
+def test_orientation_does_not_matter(oracle, phantom, orientation):
+    head = phantom(orientation, 3.0)
+    t1 = Volume(np.where(head.codes > 0, 100.0, 5.0).astype(np.float32), head.t1.grid)
+    distance = brain_distance(t1, oracle)
+    litres = (distance.data > 0).sum() * distance.grid.voxel_volume_mm3
+    assert litres == pytest.approx((head.codes > 0).sum() * 27, rel=0.03)
+
+
+def test_nothing_is_found_in_noise(oracle):
+    noise = np.random.default_rng(0).random((40, 40, 40)).astype(np.float32)
+    t1 = on_grid(noise)
+    with pytest.raises(DataError, match="no brain found"):
+        brain_mask(t1, t1.grid.working(), oracle)
+
+
+def judged(mask):
+    return judge(on_grid(signed_distance(mask, SPACING)))
+
+
+def test_a_brain_in_one_piece_is_not_suspicious():
+    quality = judged(ball(40, 48))
+    assert not quality.warnings
+    assert quality.largest_share == 1
+    assert quality.symmetry > 0.97
+    assert quality.at_edge == 0
+    assert quality.deep_litres == pytest.approx(4 / 3 * np.pi * 0.34**3, rel=0.05)
+
+
+def test_pieces_cuts_and_lopsided_masks_are_said():
+    pieces = ball(20, 48, centre=(24, 46, 46)) | ball(18, 48, centre=(70, 46, 46))
+    assert "pieces" in " ".join(judged(pieces).warnings)
+    cut = ball(40, 48, centre=(10, 46, 46))
+    assert "field of view" in " ".join(judged(cut).warnings)
+    lopsided = ball(24, 64, centre=(50, 50, 50)) | ball(20, 64, centre=(90, 50, 50))
+    lopsided |= ball(16, 64, centre=(50, 86, 50)) | ball(18, 64, centre=(50, 50, 88))
+    assert "lopsided" in " ".join(judged(lopsided).warnings)
+
+
+def test_nothing_is_judged_as_nothing():
+    quality = judge(on_grid(np.full((8, 8, 8), -FAR_MM, dtype=np.float32)))
+    assert quality.deep_litres == 0
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_zero_at_the_truth():
+    distance = torch.from_numpy(signed_distance(ball(30), SPACING)).clamp(-REACH_MM, REACH_MM)
+
+    class Truth(torch.nn.Module):
+        def forward(self, _image):
+            # Farther than the reach is as right as the reach itself.
+            return torch.where(distance.abs() >= REACH_MM, 3 * distance, distance)[None, None]
+
+    patch = type("P", (), {"image": None, "distance": distance[None, None]})()
+    losses = mask_objective(Truth(), patch, seeded())
+    assert float(losses.distance) == 0
+    assert float(losses.overlap) < 0.04
+
+
+def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
+    held = Head("held", "elsewhere", real_head.distance, image=real_head.image)
+    heads = {"toys": [drawn_head], "scanner": [real_head], "elsewhere": [held]}
+    config = HeadConfig(steps=2, warmup=1, decay=1, patch=32)
+    path = train_mask(heads, tmp_path, config, hold_out=["elsewhere"])
+    model = load_brain_model(str(path))
+    assert model.metadata["training"]["trained_on"] == {"toys": 1, "scanner": 1}
+    assert 0 <= held_out_dice(model.net, held) <= 1
+    assert (tmp_path / "held_out.tsv").read_text().startswith("source\thead\tdice\nelsewhere\theld")
+    with pytest.raises(DataError, match="format"):
+        load_model(str(path))
+    with pytest.raises(UsageError, match="nowhere"):
+        train_mask(heads, tmp_path, config, hold_out=["nowhere"])
+
+
+def test_folders_become_heads_once(label_map, tmp_path):
+    maps, scans = tmp_path / "maps", tmp_path / "scans"
+    save_volume(maps / "one.nii.gz", label_map.data.astype(np.int16), label_map.grid)
+    anat = scans / "sub-01" / "anat"
+    image = np.where(label_map.data > 0, 50, 0).astype(np.float32)
+    save_volume(anat / "sub-01_T1w.nii.gz", image, label_map.grid)
+    brain = np.isin(label_map.data, (2, 41)).astype(np.uint8)
+    save_volume(anat / "sub-01_seg-x_dseg.nii.gz", brain, label_map.grid)
+    heads = prepare_heads([maps], [scans], tmp_path / "cache")
+    assert [len(heads[name]) for name in ("maps", "scans")] == [1, 1]
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    prepare_heads([maps], [scans], tmp_path / "cache")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == kept
