@@ -6,15 +6,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from cadiff_cli.config import Config
 from cadiff_cli.products import Prepared, Result, Scan, Template
-from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
-from cadiff_cli.stages.strip import strip
+from cadiff_cli.stages.strip import on_scan, strip
 from cadiff_cli.stages.volumes import volumes_mm3
 
 if TYPE_CHECKING:
@@ -76,14 +72,8 @@ def run(
     watch = Stopwatch(announce)
     prepared = prepare(scan, template, config, work_dir, watch)
     with gate or nullcontext(), watch.stage("segment"):
-        mask = native_mask(prepared)
+        mask = on_scan(prepared.stripped, scan)
         segmentation = segment(scan, prepared.conditions, mask, model, config.sample)
     return Result(
         prepared, mask, segmentation, volumes_mm3(segmentation), model, config, watch.seconds
     )
-
-
-def native_mask(prepared: Prepared) -> Volume:
-    """The brain mask on the scan's own grid."""
-    mask, grid = prepared.stripped.mask, prepared.scan.t1.grid
-    return Volume(resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5, grid)

@@ -52,12 +52,16 @@ class Template:
 
 @dataclass(frozen=True, eq=False)
 class Stripped:
-    """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``."""
+    """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
+
+    ``quality`` holds what the learned method says of its mask (see ``stages.brain.MaskQuality``).
+    """
 
     t1: Volume
     mask: Volume
     method: str
     warnings: tuple[str, ...] = ()
+    quality: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

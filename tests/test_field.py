@@ -7,12 +7,13 @@ import pytest
 
 from cadiff_cli.config import Config, RegisterConfig
 from cadiff_cli.errors import UsageError
-from cadiff_cli.pipeline import native_mask, prepare
+from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.stages.field import coordinate_field, template_coordinates
 from cadiff_cli.stages.register import register, settings, similarity, warp
+from cadiff_cli.stages.strip import on_scan
 
 
 def world_of(grid):
@@ -127,7 +128,7 @@ def test_a_deformable_registration_finds_an_oblique_head(phantom, toy_template, 
     assert field.grid.shape == tuple(n // 2 for n in grid.shape)
     assert field.data.dtype == np.float32
     assert (conditions.image.data[~conditions.mask.data] == 0).all()
-    agreement = native_mask(prepared).data == (head.codes > 0)
+    agreement = on_scan(prepared.stripped, prepared.scan).data == (head.codes > 0)
     assert agreement.mean() > 0.995
 
 

@@ -124,7 +124,7 @@ def test_a_template_without_a_skull_cannot_strip(phantom, head_of, toy_template,
     brain = phantom("RAS", 2.0)
     head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
     with pytest.raises(MissingInputError, match="no skull") as caught:
-        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("auto")), tmp_path)
+        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("template")), tmp_path)
     assert "--mask" in caught.value.remedy
     with pytest.raises(UsageError, match="skull-strip"):
         strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("magic")), tmp_path)

@@ -20,6 +20,7 @@ from cadiff_cli.errors import CadiffError, DiskError, UsageError
 
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
+    "mask": "Find the brain in one scan.",
     "run": "Segment every scan of a BIDS dataset.",
     "fetch": "Download templates for machines without a network.",
     "train": "Train the network on labelled scans.",

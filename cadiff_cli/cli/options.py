@@ -29,11 +29,11 @@ SEGMENTATION = (
     ),
     click.option(
         "--registration",
-        type=click.Choice(["fast", "affine", "none"]),
+        type=click.Choice(["fast", "fine", "affine", "none"]),
         default="fast",
         show_default=True,
-        help="fast: affine and SyN at 2 mm. none: the network finds the field together with the"
-        " labels.",
+        help="fast: affine and SyN at 2 mm. fine: more iterations, three times as long. none: the"
+        " network finds the field together with the labels.",
     ),
     click.option("--offline", is_flag=True, help="Never try to download a template."),
     click.option(

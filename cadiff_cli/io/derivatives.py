@@ -23,13 +23,15 @@ from cadiff_cli.io.dataset import save_dataset_files
 from cadiff_cli.io.nifti import replacing, save_volume
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.text import read_json, write_json, write_tsv
-from cadiff_cli.products import CoordinateField, InSpace, Registered, Result
+from cadiff_cli.labels import load_table
+from cadiff_cli.products import CoordinateField, InSpace, Registered, Result, Scan, Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 
 T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
+BRAIN = "desc-brain_T1w"
 DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
 OURS = (
-    *(f"{name}.*" for name in (T1W, MASK, FIELD, DSEG, PROBSEG, MORPH)),
+    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, DSEG, PROBSEG, MORPH)),
     *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
     "space-*_seg-cadiff_res-*_dseg.*",
     "from-*_mode-image_xfm.*",
@@ -172,12 +174,7 @@ def save_result(
         SkullStripped=True,
     )
     write.image(MASK, result.mask.data, native, like=path)
-    write.sidecar(
-        MASK,
-        [write.raw],
-        Description=f"Brain mask ({prepared.stripped.method})",
-        Type="Brain",
-    )
+    write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped))
     for each in {
         r.template.name: r for r in (registered, *(s.registered for s in spaces))
     }.values():
@@ -217,6 +214,28 @@ def save_result(
         **({"RunId": run_id} if run_id else {}),
     )
     return sorted(write.written)
+
+
+def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
+    """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path."""
+    write = _Writer(Derivatives(out, scan.path), scan.path.name)
+    save_dataset_files(out, load_table())
+    brain = np.where(mask.data, scan.t1.data, 0).astype(np.float32)
+    write.image(BRAIN, brain, mask.grid, like=scan.path)
+    write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)
+    write.image(MASK, mask.data, mask.grid, like=scan.path)
+    write.sidecar(MASK, [write.raw], **about_mask(stripped))
+    return write.place.path(f"{MASK}.nii.gz")
+
+
+def about_mask(stripped: Stripped) -> dict[str, Any]:
+    """What a mask's sidecar tells: how it was made, and how it looks."""
+    return {
+        "Description": f"Brain mask ({stripped.method})",
+        "Type": "Brain",
+        **({"Quality": dict(stripped.quality)} if stripped.quality else {}),
+        **({"Warnings": list(stripped.warnings)} if stripped.warnings else {}),
+    }
 
 
 class _Writer:

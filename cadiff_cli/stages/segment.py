@@ -7,16 +7,15 @@ tiled inference run the same code: tiling only changes how the network is applie
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli import machine
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.diffusion.sampler import sample, times
 from cadiff_cli.errors import UsageError
@@ -258,21 +257,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now: of the GPU, or of the machine within its control group."""
+    """Memory that can be had now: of the GPU, or of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    group = Path("/sys/fs/cgroup")
-    try:  # containers and clusters limit a process below the machine's memory
-        limit, used = (
-            int((group / name).read_text(encoding="ascii"))
-            for name in ("memory.max", "memory.current")
-        )
-    except (OSError, ValueError):  # no such group, or "max"
-        return free
-    return min(free, limit - used)
+    return machine.free_memory_bytes()

@@ -1,7 +1,11 @@
 """Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
 
+import dataclasses
 import logging
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
@@ -13,6 +17,9 @@ from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 
+if TYPE_CHECKING:
+    from cadiff_cli.io.weights import BrainModel
+
 log = logging.getLogger(__name__)
 
 METHODS = ("auto", "net", "template", "none")
@@ -22,12 +29,13 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 """Brain masks outside this range (children to large adults) are reported as suspicious."""
 
 
-def strip(scan: Scan, template: Template, config: Config, work_dir: Path) -> Stripped:
-    """The brain on the working grid, 0 outside its mask."""
+def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
+    """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
     t1 = resample(scan.t1, working, order=3)
     t1 = Volume(np.clip(t1.data, scan.t1.data.min(), scan.t1.data.max()), working)
     method, warnings = config.strip.method, list[str]()
+    quality: Mapping[str, float] = {}
     if config.strip.mask is not None:
         method, mask = "mask file", _given(config.strip.mask, scan, working)
     else:
@@ -49,8 +57,12 @@ def strip(scan: Scan, template: Template, config: Config, work_dir: Path) -> Str
         if method == "none":
             mask = resample(Volume(_foreground(scan.t1.data), scan.t1.grid), working, order=0)
         elif method == "net":
-            mask, said = _from_network(scan.t1, working)
-            warnings.extend(f"skull stripping: {text}" for text in said)
+            from cadiff_cli.stages.brain import brain_mask
+
+            mask, judged = brain_mask(scan.t1, working, _brain_model())
+            quality = dataclasses.asdict(judged)
+            log.info("brain mask: %s", judged)
+            warnings.extend(f"skull stripping: {text}" for text in judged.warnings)
         else:
             mask, said = _from_template(t1, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
@@ -67,7 +79,13 @@ def strip(scan: Scan, template: Template, config: Config, work_dir: Path) -> Str
         log.warning(text)
     background = _background(scan.t1.data)
     brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
-    return Stripped(Volume(brain, working), mask, method, tuple(warnings))
+    return Stripped(Volume(brain, working), mask, method, tuple(warnings), quality)
+
+
+def on_scan(stripped: Stripped, scan: Scan) -> Volume:
+    """The brain mask on the scan's own grid."""
+    mask, grid = stripped.mask, scan.t1.grid
+    return Volume(resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5, grid)
 
 
 def already_stripped(t1: Volume) -> bool:
@@ -114,25 +132,24 @@ def _given(path: Path, scan: Scan, working: Grid) -> Volume:
     )
 
 
-def _from_network(t1: Volume, working: Grid) -> tuple[Volume, tuple[str, ...]]:
-    """Mask and warnings of the learned method."""
+@cache
+def _brain_model() -> "BrainModel":
+    """The released network, loaded once."""
     from cadiff_cli.io.weights import load_brain_model
-    from cadiff_cli.stages.brain import brain_mask
 
-    mask, quality = brain_mask(t1, working, load_brain_model())
-    log.info("brain mask: %s", quality)
-    return mask, quality.warnings
+    return load_brain_model()
 
 
 def _from_template(
-    t1: Volume, template: Template, config: RegisterConfig, work_dir: Path
+    t1: Volume, template: Template | None, config: RegisterConfig, work_dir: Path
 ) -> tuple[Volume, tuple[str, ...]]:
     """Register the template's whole head and carry its brain mask over; mask and warnings."""
     from cadiff_cli.stages.register import register, warp
 
-    if template.head is None or template.mask is None:
+    if template is None or template.head is None or template.mask is None:
+        name = template.name if template else "none"
         raise MissingInputError(
-            f"the scan is a whole head, and template {template.name} has no skull to strip it by",
+            f"the scan is a whole head, and template {name} has no skull to strip it by",
             "set TEMPLATEFLOW_HOME to a cache with MNIColin27 ('templateflow get MNIColin27' on a"
             " machine with a network), or give --mask FILE, or strip the scan first",
         )

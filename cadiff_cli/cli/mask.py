@@ -1,0 +1,48 @@
+"""``cadiff mask``: the brain mask alone, and the stripped image."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("t1", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option(
+    "--skull-strip",
+    type=click.Choice(["auto", "net", "template", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto leaves a stripped scan alone and finds the brain of a whole head with a network.",
+)
+@click.option("--offline", is_flag=True, help="Never try to download a template.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier mask.")
+def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: bool) -> None:
+    """Find the brain in a T1-weighted head.
+
+    Writes the mask and the stripped image on the scan's own grid, with a sidecar that says how good
+    the mask looks, and prints the mask's path.
+    """
+    import logging
+    from tempfile import TemporaryDirectory
+
+    from cadiff_cli.config import Config, StripConfig
+    from cadiff_cli.errors import OutputError
+    from cadiff_cli.io.derivatives import Derivatives, save_mask
+    from cadiff_cli.io.nifti import load_scan
+    from cadiff_cli.io.templates import load_template
+    from cadiff_cli.stages.strip import on_scan, strip
+
+    logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
+    scan = load_scan(t1)
+    place = Derivatives(out, t1)
+    if place.commit.exists():
+        raise OutputError(
+            f"{place.folder} holds a segmentation and the mask it was made with",
+            "choose another output folder",
+        )
+    place.claim(t1, overwrite=overwrite)
+    template = load_template(offline=offline) if skull_strip == "template" else None
+    with TemporaryDirectory(prefix="cadiff-") as work:
+        stripped = strip(scan, template, Config(strip=StripConfig(skull_strip)), Path(work))
+    click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))

@@ -1,0 +1,150 @@
+"""``cadiff mask`` and the learned method within ``strip``; the released network on real heads."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cadiff_cli.cli.mask import command
+from cadiff_cli.config import Config, StripConfig
+from cadiff_cli.errors import CadiffError, DataError, OutputError
+from cadiff_cli.io.nifti import load_scan, load_volume, save_volume
+from cadiff_cli.io.weights import BrainModel
+from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.products import Scan
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages import strip as stage
+from cadiff_cli.stages.strip import on_scan, strip
+from cadiff_cli.training.heads import signed_distance
+
+
+class Bright(BrainNet):
+    """Takes whatever is brighter than 0.45 for brain."""
+
+    def forward(self, head):
+        mask = head[0, 0].numpy() > 0.45
+        return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
+
+
+@pytest.fixture
+def bright(monkeypatch):
+    model = BrainModel(Bright(BrainConfig((8, 8))), "bright", "", {})
+    monkeypatch.setattr(stage, "_brain_model", lambda: model)
+
+
+@pytest.fixture
+def head(phantom):
+    """The phantom's brain, of one brightness, in a dim scalp and noisy air."""
+
+    def make(orientation="RAS", spacing=3.0):
+        brain = phantom(orientation, spacing)
+        rng = np.random.default_rng(0)
+        shape = np.array(brain.codes.shape)
+        ijk = (np.indices(shape) - shape.reshape(3, 1, 1, 1) / 2) / (
+            0.47 * shape.reshape(3, 1, 1, 1)
+        )
+        scalp = np.where((ijk**2).sum(0) < 1, 30.0, 0.0) + abs(rng.standard_normal(shape))
+        data = np.where(brain.codes > 0, 100.0, scalp).astype(np.float32)
+        return Volume(data, brain.t1.grid), brain.codes > 0
+
+    return make
+
+
+def overlap(a, b):
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
+    t1, brain = head(orientation)
+    scan = Scan(t1, tmp_path / "sub-01_T1w.nii.gz")
+    stripped = strip(scan, None, Config(StripConfig("auto")), tmp_path)
+    assert stripped.method == "net"
+    assert set(stripped.quality) == {"deep_litres", "largest_share", "symmetry", "at_edge"}
+    assert overlap(on_scan(stripped, scan).data, brain) > 0.96
+
+
+def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
+    t1, brain = head("LPS")
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    save_volume(path, t1.data, t1.grid)
+    out = tmp_path / "out"
+    done = CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
+    anat = out / "sub-01" / "anat"
+    assert done.output.strip() == str(anat / "sub-01_desc-brain_mask.nii.gz")
+    mask, image = (nib.load(anat / f"sub-01_desc-brain_{kind}.nii.gz") for kind in ("mask", "T1w"))
+    for written in (mask, image):
+        assert written.shape == t1.grid.shape
+        np.testing.assert_allclose(written.affine, t1.grid.affine, atol=1e-4)
+    inside = np.asarray(mask.dataobj) > 0
+    assert overlap(inside, brain) > 0.96
+    np.testing.assert_allclose(
+        np.asarray(image.dataobj), np.where(inside, t1.data, 0), rtol=1e-3, atol=1e-2
+    )
+    sidecar = json.loads((anat / "sub-01_desc-brain_mask.json").read_text())
+    assert sidecar["Quality"]["largest_share"] > 0.99
+    with pytest.raises(OutputError, match="already"):
+        CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
+    again = [str(path), "-o", str(out), "--overwrite"]
+    assert CliRunner().invoke(command, again, catch_exceptions=False).exit_code == 0
+
+
+def test_a_segmentations_mask_is_not_replaced(bright, head, tmp_path):
+    t1, _ = head()
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    save_volume(path, t1.data, t1.grid)
+    commit = tmp_path / "out" / "sub-01" / "anat" / "sub-01_seg-cadiff_dseg.json"
+    commit.parent.mkdir(parents=True)
+    commit.write_text("{}")
+    with pytest.raises(OutputError, match="segmentation"):
+        CliRunner().invoke(
+            command, [str(path), "-o", str(tmp_path / "out"), "--overwrite"], catch_exceptions=False
+        )
+
+
+# --- the released network -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released_mask():
+    from cadiff_cli.io.releases import DEFAULT_BRAIN, weights_folder
+
+    if not (weights_folder() / DEFAULT_BRAIN / "model.safetensors").is_file():
+        pytest.skip("no released brain-mask network")
+
+
+@pytest.mark.parametrize("kind", ["noise", "blob", "ramp"])
+def test_no_brain_is_found_where_there_is_none(released_mask, kind, tmp_path, all_threads):
+    shape = (90, 110, 90)
+    rng = np.random.default_rng(0)
+    ijk = np.indices(shape) / np.reshape(shape, (3, 1, 1, 1)) - 0.5
+    images = {
+        "noise": rng.random(shape),
+        "blob": np.where((ijk**2).sum(0) < 0.16, 80 + 5 * rng.standard_normal(shape), 0)
+        + rng.random(shape),
+        "ramp": ijk[0] + 0.01 * rng.random(shape),
+    }
+    grid = Grid(shape, np.diag([2.0, 2.0, 2.0, 1.0]))
+    scan = Scan(Volume(images[kind].astype(np.float32), grid), tmp_path / "x.nii.gz")
+    with pytest.raises(DataError, match="brain"):
+        strip(scan, None, Config(StripConfig("net")), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mass03", "mass08"])
+def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_threads):
+    folder = shared(f"heads/mass/sub-{name}/anat")
+    scan = load_scan(folder / f"sub-{name}_T1w.nii.gz")
+    stripped = strip(scan, None, Config(StripConfig()), tmp_path)
+    assert stripped.method == "net"
+    assert not stripped.warnings
+    truth = np.asarray(load_volume(folder / f"sub-{name}_desc-brain_mask.nii.gz").data) > 0
+    assert overlap(on_scan(stripped, scan).data, truth) > 0.93
+
+
+def test_errors_are_ours(tmp_path):
+    with pytest.raises(CadiffError):
+        CliRunner().invoke(
+            command, [str(tmp_path / "no.nii"), "-o", str(tmp_path)], catch_exceptions=False
+        )
