@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from cadiff_cli.cli.mask import command
 from cadiff_cli.config import Config, StripConfig
-from cadiff_cli.errors import CadiffError, DataError, OutputError
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
+from cadiff_cli.io import releases
 from cadiff_cli.io.nifti import load_scan, load_volume, save_volume
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
@@ -33,6 +34,8 @@ class Bright(BrainNet):
 def bright(monkeypatch):
     model = BrainModel(Bright(BrainConfig((8, 8))), "bright", "", {})
     monkeypatch.setattr(stage, "_brain_model", lambda: model)
+    for module in (stage, releases):
+        monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)
 
 
 @pytest.fixture
@@ -141,6 +144,18 @@ def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_thre
     assert not stripped.warnings
     truth = np.asarray(load_volume(folder / f"sub-{name}_desc-brain_mask.nii.gz").data) > 0
     assert overlap(on_scan(stripped, scan).data, truth) > 0.93
+
+
+def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):
+    monkeypatch.setattr(releases, "weights_folder", lambda: tmp_path)
+    monkeypatch.setattr("cadiff_cli.io.weights.find_weights", releases.find_weights)
+    stage._brain_model.cache_clear()
+    scan = Scan(head()[0], tmp_path / "x.nii.gz")
+    with pytest.raises(MissingInputError, match="no network"):
+        strip(scan, None, Config(StripConfig("net")), tmp_path)
+    # auto falls back on the template, and needs one.
+    with pytest.raises(MissingInputError, match="no skull"):
+        strip(scan, None, Config(StripConfig("auto")), tmp_path)
 
 
 def test_errors_are_ours(tmp_path):

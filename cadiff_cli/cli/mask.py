@@ -13,7 +13,8 @@ import click
     type=click.Choice(["auto", "net", "template", "none"]),
     default="auto",
     show_default=True,
-    help="auto leaves a stripped scan alone and finds the brain of a whole head with a network.",
+    help="auto leaves a stripped scan alone and strips a whole head: with the network if this"
+    " version carries one, else with the template.",
 )
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier mask.")
@@ -30,6 +31,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.derivatives import Derivatives, save_mask
     from cadiff_cli.io.nifti import load_scan
+    from cadiff_cli.io.releases import strip_weights_sha256
     from cadiff_cli.io.templates import load_template
     from cadiff_cli.stages.strip import on_scan, strip
 
@@ -42,7 +44,9 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
             "choose another output folder",
         )
     place.claim(t1, overwrite=overwrite)
-    template = load_template(offline=offline) if skull_strip == "template" else None
+    method = StripConfig(skull_strip)
+    by_template = skull_strip in ("auto", "template") and not strip_weights_sha256(method)
+    template = load_template(offline=offline) if by_template else None
     with TemporaryDirectory(prefix="cadiff-") as work:
-        stripped = strip(scan, template, Config(strip=StripConfig(skull_strip)), Path(work))
+        stripped = strip(scan, template, Config(strip=method), Path(work))
     click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))

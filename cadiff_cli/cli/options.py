@@ -17,8 +17,8 @@ SEGMENTATION = (
         type=click.Choice(["auto", "net", "template", "none"]),
         default="auto",
         show_default=True,
-        help="auto leaves a stripped scan alone and finds the brain of a whole head with a"
-        " network.",
+        help="auto leaves a stripped scan alone and strips a whole head: with the network if this"
+        " version carries one, else with the template.",
     ),
     click.option(
         "--atlas",

@@ -13,6 +13,7 @@ from scipy import ndimage
 from cadiff_cli.config import Config, RegisterConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
@@ -43,7 +44,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
             raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
         stripped_already = already_stripped(scan.t1)
         if method == "auto":
-            method = "none" if stripped_already else "net"
+            learned = "net" if strip_weights_sha256(config.strip) else "template"
+            method = "none" if stripped_already else learned
             log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         elif method in ("net", "template") and stripped_already:
             warnings.append(
@@ -137,7 +139,13 @@ def _brain_model() -> "BrainModel":
     """The released network, loaded once."""
     from cadiff_cli.io.weights import load_brain_model
 
-    return load_brain_model()
+    try:
+        return load_brain_model()
+    except MissingInputError as error:
+        raise MissingInputError(
+            "this version carries no network that finds the brain",
+            "use --skull-strip template, or give --mask FILE",
+        ) from error
 
 
 def _from_template(
