@@ -23,7 +23,7 @@ from cadiff_cli.io.releases import find_weights, strip_weights_sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
-from cadiff_cli.runner.boilerplate import write_citations
+from cadiff_cli.report.boilerplate import write_citations
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import write_group
 from cadiff_cli.runner.job import Job, Outcome
