@@ -175,5 +175,3 @@ def _registration(case: Case) -> tuple[Volume | None, CoordinateField | None]:
 
 def _beside(result: Finished, suffix: str) -> Path:
     return result.commit.with_name(f"{result.entities}_{suffix}")
-
-

@@ -7,8 +7,9 @@ contourpy and Pillow.
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -96,9 +97,10 @@ def outline(values: np.ndarray, level: float = 0.5) -> str:
     part = values[top : rows.max() + 2, left : columns.max() + 2].astype(np.float32)
     if min(part.shape) < 2:
         return ""
-    # NaN is nowhere.
-    lines = contourpy.contour_generator(z=np.ma.masked_invalid(part)).lines(level)
-    return "".join(_path(np.asarray(line) + (left + 0.5, top + 0.5)) for line in lines)
+    centre = np.array([left + 0.5, top + 0.5])
+    nowhere: Any = np.ma.MaskedArray(part, mask=~np.isfinite(part))
+    lines = contourpy.contour_generator(z=nowhere).lines(level)
+    return "".join(_path(np.asarray(line) + centre) for line in lines)
 
 
 def _path(points: np.ndarray) -> str:
@@ -116,9 +118,10 @@ def _path(points: np.ndarray) -> str:
 
 
 def positions(inside: np.ndarray, axis: int, n: int) -> list[int]:
-    """``n`` slices spread evenly over the middle nine tenths of what is ``inside``."""
+    """``n`` slices spread evenly over what is ``inside``; few keep to its middle."""
     there = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
-    shares = np.linspace(0.1, 0.9, n) if n > 1 else np.array([0.5])
+    low, high = (0.08, 0.92) if n > 3 else (0.36, 0.55)
+    shares = np.linspace(low, high, n)
     return [round(float(x)) for x in np.quantile(there, shares)]
 
 
@@ -148,7 +151,7 @@ def structures(case: Case, table: LabelTable, n: int = SLICES) -> list[Plane]:
     ]
 
 
-def head(case: Case, n: int = 3) -> list[Plane]:
+def head(case: Case, n: int = 2) -> list[Plane]:
     """The mask's outline over the whole scan."""
     image = grey(case.t1, case.mask.data)
     return [
@@ -197,16 +200,16 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
         return []
     field = case.coordinates.data
     image = grey(resample(case.t1, case.near))
-    inside = resample(
-        Volume(case.mask.data.astype(np.float32), case.mask.grid), case.near
-    ).data > 0.5
+    inside = (
+        resample(Volume(case.mask.data.astype(np.float32), case.mask.grid), case.near).data > 0.5
+    )
     levels = np.arange(FIELD_STEP, 1, FIELD_STEP)
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
         brain = cut(inside, axis, index)
         for channel in (a for a in range(3) if a != axis):
             values = np.where(brain, cut(field[channel], axis, index), np.nan)
-            path = "".join(outline(values, level) for level in levels)
+            path = "".join(outline(values, float(level)) for level in levels)
             yield Outline("xyz"[channel], COLOURS[channel], path)
 
     return [
@@ -230,8 +233,7 @@ def _slice(
     second: np.ndarray | None = None,
 ) -> Slice:
     pixels = cut(image, axis, index)
-    centre: Sequence[float] = (np.array(grid.shape) - 1) / 2
-    at = np.array(centre)
+    at = (np.array(grid.shape) - 1) / 2
     at[axis] = index
     mm = grid.to_world(at)[axis]
     return Slice(

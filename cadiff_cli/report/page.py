@@ -31,18 +31,22 @@ MARK = '<meta name="generator" content="cadiff '
 """By which a page of ours is known."""
 
 
-def report_scan(out: Path, t1: Path) -> str:
+def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
     """Write the page of a scan that has just been segmented; returns what went wrong, if anything.
 
-    A page is for looking at: whatever happens to it, the segmentation stands.
+    A page is for looking at: whatever happens to it, the segmentation stands.  If none is
+    ``wanted``, an earlier one, which shows other labels, goes.
     """
+    place = Derivatives(out, t1)
     try:
-        result = finished_result(Derivatives(out, t1))
-        if result is not None:
+        if wanted and (result := finished_result(place)) is not None:
             write_page(out, result, t1)
+        elif (path := page_path(out, place.stem)).exists():
+            claim(path)
+            path.unlink()
         return ""
     except Exception as error:
-        text = f"no page was written ({' '.join(str(error).split())}): cadiff report {out.name}"
+        text = f"no page was written ({' '.join(str(error).split())})"
         log.warning(text)
         log.debug("the report failed", exc_info=True)
         return text
@@ -157,6 +161,8 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    found.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
+    found.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
     found.filters["link"] = lambda name: quote(str(name))
     return found
 

@@ -98,13 +98,13 @@ def judge(
     if missing:
         reasons.append(f"not found: {', '.join(missing)}")
     reasons += [f"{name}: {text}" for name, text in implausible.items()]
-    reasons += [
-        f"{side.left} and right differ by {side.percent:+.0f} %,"
-        f" {ranges.asymmetry_percent[side.left].low:+.0f} to"
-        f" {ranges.asymmetry_percent[side.left].high:+.0f} % expected"
-        for side in sides
-        if not side.plausible
-    ]
+    for side in sides:
+        if not side.plausible and side.left not in missing and side.right not in missing:
+            span = ranges.asymmetry_percent[side.left]
+            reasons.append(
+                f"{side.left.removeprefix('Left-')}: left and right differ by"
+                f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
+            )
     # Those that are not about the result, or were said above in other words.
     known = ("is used instead", "registration score", " l, outside ")
     warnings = [str(text) for text in result.sidecar.get("Warnings", ())]

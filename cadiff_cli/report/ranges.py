@@ -16,6 +16,8 @@ from cadiff_cli.labels import LabelTable
 
 WIDE = 3.5
 """Standard deviations that are still plausible: one in two thousand measures lies outside."""
+LEAST_ASYMMETRY = 10.0
+"""Per cent by which any pair may differ: a network errs more than the hand that drew labels."""
 FEWEST = 5
 """People without whom a spread means nothing."""
 
@@ -47,9 +49,7 @@ class Ranges:
 
 def brain_mm3(volumes: Mapping[str, float], table: LabelTable) -> float:
     """Sum of all structures but vessels."""
-    return sum(
-        volumes.get(s.name, 0.0) for s in table.structures if s.mapping != NON_BRAIN_MAPPING
-    )
+    return sum(volumes.get(s.name, 0.0) for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
 
 
 def asymmetry(left: float, right: float) -> float | None:
@@ -79,7 +79,9 @@ def load_ranges() -> Ranges:
     return Ranges(found.get("people", ""), read("percent_brain"), read("asymmetry_percent"))
 
 
-def measure(scans: Iterable[Mapping[str, float]], table: LabelTable, people: str) -> dict[str, object]:
+def measure(
+    scans: Iterable[Mapping[str, float]], table: LabelTable, people: str
+) -> dict[str, object]:
     """Content of ``plausible.json`` from volumes (mm^3 by name), one mapping a person.
 
     Sizes are spread evenly on a logarithmic scale (a ventricle may double, not vanish), asymmetries
@@ -99,7 +101,9 @@ def measure(scans: Iterable[Mapping[str, float]], table: LabelTable, people: str
         if left in sizes and right in sizes:
             found = [asymmetry(one[left], one[right]) or 0.0 for one in volumes]
             centre, reach = mean(found), WIDE * stdev(found)
-            sides[left] = [_short(centre + k * reach) for k in (-1, 0, 1)]
+            low = min(centre - reach, -LEAST_ASYMMETRY)
+            high = max(centre + reach, LEAST_ASYMMETRY)
+            sides[left] = [_short(value) for value in (low, centre, high)]
     return {"people": people, "percent_brain": sizes, "asymmetry_percent": sides}
 
 

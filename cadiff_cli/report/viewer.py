@@ -27,12 +27,12 @@ def viewer_data(case: Case, table: LabelTable) -> dict[str, Any]:
     if np.prod(grid.shape) > MOST_VOXELS:
         grid = grid.coarsen(2)
     t1 = grey(resample(case.t1, grid), resample_mask(case, grid))
-    labels = resample(case.labels, grid, order=0).data
-    classes = table.encode(labels, table.identity_mapping())
-    centres = {
-        k: [int(x) for x in np.argwhere(classes == k)[len(np.argwhere(classes == k)) // 2]]
-        for k in np.unique(classes[classes > 0]).tolist()
-    }
+    labels = resample(case.labels, grid, order=0)
+    classes = table.encode(labels.data, table.identity_mapping())
+    order = np.argsort(classes, axis=None, kind="stable")
+    found, first, count = np.unique(classes.ravel()[order], return_index=True, return_counts=True)
+    middles = np.stack(np.unravel_index(order[first + count // 2], classes.shape), axis=-1)
+    centres = {int(k): at for k, at in zip(found, middles.tolist(), strict=True) if k}
     return {
         "shape": list(grid.shape),
         "affine": np.round(grid.affine, 4).tolist(),
