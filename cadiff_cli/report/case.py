@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.derivatives import MASK, T1W, Finished, xfm_name
 from cadiff_cli.io.nifti import load_volume
@@ -120,7 +121,8 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     try:
         template, carried = _registration(case)
     except CadiffError as error:
-        notes.append(f"the registration is not shown: {error.message}")
+        home = str(machine.home())  # where somebody lives is nobody's business
+        notes.append(f"the registration is not shown: {error.message.replace(home, '~')}")
         return replace(case, notes=tuple(notes))
     return replace(case, template=template, coordinates=carried, notes=tuple(notes))
 

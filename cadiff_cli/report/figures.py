@@ -62,9 +62,17 @@ class Plane:
     slices: tuple[Slice, ...]
 
 
+def near_mask(case: Case, grid: Grid | None = None) -> np.ndarray:
+    """(X, Y, Z) bool: the brain on the grid around it, or on another."""
+    mask = Volume(case.mask.data.astype(np.float32), case.mask.grid)
+    return np.asarray(resample(mask, grid or case.near).data > 0.5)
+
+
 def grey(t1: Volume, mask: np.ndarray | None = None) -> np.ndarray:
     """(X, Y, Z) uint8: 0 is the darkest, 255 the 99.5th percentile of the brain."""
     inside = t1.data[mask] if mask is not None and mask.any() else t1.data[t1.data > t1.data.min()]
+    if not inside.size:
+        return np.zeros(t1.data.shape, dtype=np.uint8)
     low = float(min(np.percentile(t1.data, 1), np.percentile(inside, 1)))
     high = float(np.percentile(inside, 99.5))
     scaled = (t1.data - low) / max(high - low, 1e-6) * 255
@@ -98,8 +106,9 @@ def outline(values: np.ndarray, level: float = 0.5) -> str:
     if min(part.shape) < 2:
         return ""
     centre = np.array([left + 0.5, top + 0.5])
-    nowhere: Any = np.ma.MaskedArray(part, mask=~np.isfinite(part))
-    lines = contourpy.contour_generator(z=nowhere).lines(level)
+    masked: Any = np.ma  # untyped
+    z = masked.array(part, mask=~np.isfinite(part))
+    lines = contourpy.contour_generator(z=z).lines(level)
     return "".join(_path(np.asarray(line) + centre) for line in lines)
 
 
@@ -128,8 +137,9 @@ def positions(inside: np.ndarray, axis: int, n: int) -> list[int]:
 def structures(case: Case, table: LabelTable, n: int = SLICES) -> list[Plane]:
     """Outlines of all structures over the scan."""
     t1, labels = resample(case.t1, case.near), resample(case.labels, case.near, order=0).data
-    mask = resample(Volume(case.mask.data.astype(np.uint8), case.mask.grid), case.near, order=0)
-    image = grey(t1, mask.data > 0)
+    brain = near_mask(case)
+    image = grey(t1, brain)
+    shown = labels > 0 if labels.any() else brain
     by_code = {s.code: s for s in table.structures}
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
@@ -144,7 +154,7 @@ def structures(case: Case, table: LabelTable, n: int = SLICES) -> list[Plane]:
             name,
             tuple(
                 _slice(image, case.near, axis, index, drawn(axis, index))
-                for index in positions(labels > 0, axis, n)
+                for index in positions(shown, axis, n)
             ),
         )
         for axis, name in enumerate(PLANES)
@@ -173,7 +183,8 @@ def registration(case: Case, n: int = 2) -> list[Plane]:
     """Edges of the carried template over the scan, and the template itself to flicker with."""
     if case.template is None:
         return []
-    image, mask = grey(resample(case.t1, case.near)), case.template.data > 0
+    brain, image = near_mask(case), grey(resample(case.t1, case.near))
+    mask = case.template.data > 0
     other = grey(case.template, mask)
     smooth = ndimage.gaussian_filter(case.template.data, 0.7)
     top = float(np.percentile(smooth[mask], 98)) if mask.any() else 1.0
@@ -187,7 +198,7 @@ def registration(case: Case, n: int = 2) -> list[Plane]:
             name,
             tuple(
                 _slice(image, case.near, axis, index, drawn(axis, index), other)
-                for index in positions(mask, axis, n)
+                for index in positions(brain, axis, n)
             ),
         )
         for axis, name in enumerate(PLANES)
@@ -200,9 +211,7 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
         return []
     field = case.coordinates.data
     image = grey(resample(case.t1, case.near))
-    inside = (
-        resample(Volume(case.mask.data.astype(np.float32), case.mask.grid), case.near).data > 0.5
-    )
+    inside = near_mask(case)
     levels = np.arange(FIELD_STEP, 1, FIELD_STEP)
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:

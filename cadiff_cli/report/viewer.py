@@ -8,8 +8,7 @@ import numpy as np
 
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import Case
-from cadiff_cli.report.figures import grey
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.report.figures import grey, near_mask
 from cadiff_cli.spatial.resample import resample
 
 MOST_VOXELS = 9_000_000
@@ -26,7 +25,7 @@ def viewer_data(case: Case, table: LabelTable) -> dict[str, Any]:
     grid = case.near
     if np.prod(grid.shape) > MOST_VOXELS:
         grid = grid.coarsen(2)
-    t1 = grey(resample(case.t1, grid), resample_mask(case, grid))
+    t1 = grey(resample(case.t1, grid), near_mask(case, grid))
     labels = resample(case.labels, grid, order=0)
     classes = table.encode(labels.data, table.identity_mapping())
     order = np.argsort(classes, axis=None, kind="stable")
@@ -43,12 +42,6 @@ def viewer_data(case: Case, table: LabelTable) -> dict[str, Any]:
         "t1": pack(t1 // (256 // SHADES) * (256 // SHADES)),
         "labels": pack(classes),
     }
-
-
-def resample_mask(case: Case, grid: Any) -> np.ndarray:
-    """The brain mask on ``grid``."""
-    mask = Volume(case.mask.data.astype(np.float32), case.mask.grid)
-    return np.asarray(resample(mask, grid).data > 0.5)
 
 
 def pack(volume: np.ndarray) -> str:
