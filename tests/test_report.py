@@ -426,6 +426,19 @@ def test_opacity_and_outlines_change_the_picture(pages, visit):
     assert not page.locator(".outlines").first.is_visible()
 
 
+def test_a_pointer_inside_a_structure_meets_its_outline(pages, visit, table):
+    page = visit(pages / "sub-01.html")
+    names = page.evaluate(
+        """() => [...document.querySelectorAll("figure svg")].slice(0, 24).map((svg) => {
+        svg.scrollIntoView({ block: "center" }); const b = svg.getBoundingClientRect();
+        const e = document.elementFromPoint(b.x + .4 * b.width, b.y + .5 * b.height);
+        return e.querySelector("title")?.textContent; })"""
+    )
+    met = {name for name in names if name}
+    assert len(met) > 2
+    assert met <= {s.name for s in table.structures}
+
+
 def test_names_are_words_and_nothing_more(pages, visit, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pages, out)

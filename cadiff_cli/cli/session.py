@@ -88,7 +88,8 @@ def segment_file(
                 field=save_field,
                 announce=announce,
             )
-        announce("report")
+        if report:
+            announce("report")
         report_scan(out, t1, wanted=report)
         if show:
             console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
