@@ -134,7 +134,9 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
     links = (read_json(out / "dataset_description.json") or {}).get("DatasetLinks", {})
     places = [scans] if scans is not None and scans.is_file() else []
     if scans is not None:
-        places += [scans / inner, scans / Path(inner).name]
+        name = Path(inner).name
+        inside = scans / result.entities.split("_")[0]
+        places += [scans / inner, scans / name, *sorted(inside.rglob(name))]
     if inner != named:
         places.append(out / str(links.get("raw", "")) / inner)
     wanted = result.sidecar.get("SourceSHA256")

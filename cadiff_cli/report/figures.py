@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from cadiff_cli.labels import LabelTable, Structure
-from cadiff_cli.report.case import Case
+from cadiff_cli.report.case import Case, around
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 
@@ -27,6 +27,8 @@ FINE = 4
 QUALITY = 82
 TISSUES = (0.35, 0.72)
 """Levels of a template's intensity (of its 98th percentile) that separate CSF, grey and white."""
+AIR = 16
+"""Shades of 255 that may be noise."""
 FIELD_STEP = 0.05
 COLOURS = ("#ff6b6b", "#51cf66", "#4dabf7")
 """Of x, y and z."""
@@ -162,17 +164,20 @@ def structures(case: Case, table: LabelTable, n: int = SLICES) -> list[Plane]:
 
 
 def head(case: Case, n: int = 2) -> list[Plane]:
-    """The mask's outline over the whole scan."""
+    """The mask's outline over the whole scan, without the air around it."""
     image = grey(case.t1, case.mask.data)
+    grid = around(Volume((image > AIR) | case.mask.data, case.mask.grid))
+    image = resample(Volume(image, case.t1.grid), grid, order=0).data
+    brain = near_mask(case, grid)
     return [
         Plane(
             name,
             tuple(
                 _slice(
-                    *(image, case.t1.grid, axis, index),
-                    [Outline("brain mask", "#ffd43b", outline(cut(case.mask.data, axis, index)))],
+                    *(image, grid, axis, index),
+                    [Outline("brain mask", "#ffd43b", outline(cut(brain, axis, index)))],
                 )
-                for index in positions(case.mask.data, axis, n)
+                for index in positions(brain, axis, n)
             ),
         )
         for axis, name in enumerate(PLANES)
@@ -244,9 +249,9 @@ def _slice(
     pixels = cut(image, axis, index)
     at = (np.array(grid.shape) - 1) / 2
     at[axis] = index
-    mm = grid.to_world(at)[axis]
+    mm = round(float(grid.to_world(at)[axis]))
     return Slice(
-        f"{'xyz'[axis]} = {mm:.0f} mm",
+        f"{'xyz'[axis]} = {mm} mm",
         pixels.shape[1],
         pixels.shape[0],
         picture(pixels),

@@ -63,7 +63,7 @@
   function show() {
     for (let axis = 0; axis < 3; axis++) draw(axis);
     const i = at[0] + at[1] * stride[1] + at[2] * stride[2], k = labels[i];
-    const mm = [0, 1, 2].map((r) => data.affine[r].reduce((sum, m, c) => sum + m * (c < 3 ? at[c] : 1), 0).toFixed(0));
+    const mm = [0, 1, 2].map((r) => Math.round(data.affine[r].reduce((sum, m, c) => sum + m * (c < 3 ? at[c] : 1), 0)));
     const name = document.createElement("b");
     name.textContent = k ? data.names[k] : "no structure";
     readout.replaceChildren(name, `${k ? ` (${data.codes[k]})` : ""} at x ${mm[0]}, y ${mm[1]}, z ${mm[2]} mm`);
