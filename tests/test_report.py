@@ -428,6 +428,12 @@ def test_opacity_and_outlines_change_the_picture(pages, visit):
     assert page.locator(".outlines").first.is_visible()
     page.locator(".outlines-on").first.uncheck()
     assert not page.locator(".outlines").first.is_visible()
+    second = "getComputedStyle(document.querySelector('.second'))"
+    assert page.evaluate(f"{second}.opacity") == "0"
+    page.check(".flicker")
+    assert page.evaluate(f"{second}.animationName") == "flicker"
+    page.check(".hold")
+    assert page.evaluate(f"{second}.opacity") == "1"
 
 
 def test_a_pointer_inside_a_structure_meets_its_outline(pages, visit, table):
