@@ -10,7 +10,7 @@ from cadiff_cli.io.nifti import save_volume
 
 QUICK = (
     *("--offline", "--atlas", "MNI152NLin2009aSym", "--registration", "affine"),
-    *("--skull-strip", "none", "--steps", "1", "--no-flip"),
+    *("--skull-strip", "none", "--steps", "1", "--no-flip", "--no-report"),
 )
 """The cheapest settings that still go through every stage."""
 

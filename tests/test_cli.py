@@ -31,6 +31,9 @@ HEAVY = {
     "templateflow",
     "nilearn",
     "distributed",
+    "contourpy",
+    "jinja2",
+    "PIL",
 }
 
 
@@ -226,6 +229,7 @@ def test_every_result_is_there(segmented):
     transforms = ("from-MNI152NLin2009aSym_to-T1w", "from-T1w_to-MNI152NLin2009aSym")
     assert found - logs == {
         *("dataset_description.json", ".bidsignore", "dseg.tsv", "README.md"),
+        "sub-01_ses-a.html",
         *(f"{prefix}{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
         *(f"{prefix}{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
         *(f"{prefix}desc-distance_field.{suffix}" for suffix in ("nii.gz", "json")),

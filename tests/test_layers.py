@@ -14,8 +14,9 @@ RANKS = {
     "stages": 4,
     "pipeline": 5,
     **dict.fromkeys(("training", "evaluation"), 6),
-    "runner": 7,
-    **dict.fromkeys(("cli", "__main__"), 8),
+    "report": 7,
+    "runner": 8,
+    **dict.fromkeys(("cli", "__main__"), 9),
 }
 DOORS = {
     "ants": ("stages/register.py",),
@@ -25,6 +26,9 @@ DOORS = {
     "nibabel": ("io/nifti.py", "spatial/grid.py"),
     "safetensors": ("io/weights.py",),
     "distributed": ("runner/cluster.py",),
+    "contourpy": ("report/figures.py",),
+    "PIL": ("report/figures.py",),
+    "jinja2": ("report/page.py",),
     "click": ("cli/",),
     "rich": ("cli/",),
 }

@@ -30,7 +30,7 @@ def batch(small_head, tiny_weights, tmp_path_factory):
     odd = bids / "sub-02" / "anat" / "sub-02_T1w copy.nii.gz"
     odd.write_bytes(b"")
     out = bids / "derivatives" / "cadiff"
-    arguments = [*QUICK, "--model", tiny_weights, "--posteriors", "--save-field"]
+    arguments = [*QUICK, "--model", tiny_weights, "--posteriors", "--save-field", "--report"]
     arguments += ["--output-spaces", "MNI152NLin2009aSym:res-4", "--nprocs", "2"]
     return cadiff("run", bids, out, "participant", *arguments), bids, out, arguments
 
@@ -96,6 +96,13 @@ def test_the_official_validator_finds_no_error(batch):
     issues = json.loads(done.stdout)["issues"]["issues"]
     assert [issue for issue in issues if issue["severity"] == "error"] == []
     assert done.returncode == 0
+
+
+def test_every_scan_has_a_page_that_shows_the_scan_itself(batch):
+    _, _, out, _ = batch
+    assert {path.name for path in out.glob("*.html")} == {f"{name}.html" for name in GOOD}
+    for name in GOOD:
+        assert "The outline over the whole scan" in (out / f"{name}.html").read_text()
 
 
 def test_sources_are_uris_of_files_that_exist(batch):
@@ -268,6 +275,9 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
     out = shutil.copytree(source, tmp_path / "out")
     done = cadiff("run", bids, out, "group")
     assert done.returncode == 0, done.stderr
+    page = (out / "group.html").read_text()
+    assert all(f'href="{name}.html"' in page for name in GOOD)
+    assert "not a readable image" in page
     assert "sub-03 is not in the table: sub-03_T1w.nii.gz is not a readable image" in done.stderr
     assert "4 of 5 scans" in done.stderr
     with (out / "group_morph.tsv").open() as stream:
@@ -350,10 +360,13 @@ def test_reports_can_be_rebuilt_from_finished_results(batch, tmp_path):
     before = (out / "logs" / "CITATION.md").read_text()
     for path in out.glob("logs/CITATION.*"):
         path.unlink()
+    for page in out.glob("*.html"):
+        page.unlink()
     for option in ("--boilerplate-only", "--reports-only"):
         done = cadiff("run", bids, out, "participant", option)
         assert done.returncode == 0, done.stderr
         assert (out / "logs" / "CITATION.md").read_text() == before
+    assert {path.stem for path in out.glob("*.html")} == {*GOOD, "group"}
     assert cadiff("run", bids, tmp_path / "empty", "participant", option).returncode == 66
 
 

@@ -16,7 +16,7 @@ from cadiff_cli.config import Config, Recipe, SampleConfig, StripConfig
 from cadiff_cli.errors import DataError, OutputError
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_text, write_tsv
-from cadiff_cli.runner.boilerplate import citations, describe
+from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, failure, locked

@@ -22,6 +22,7 @@ COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
     "mask": "Find the brain in one scan.",
     "run": "Segment every scan of a BIDS dataset.",
+    "report": "Write pages to look at from finished results.",
     "fetch": "Download templates for machines without a network.",
     "train": "Train the network on labelled scans.",
     "crossval": "Cross-validate training over people.",

@@ -23,9 +23,10 @@ from cadiff_cli.io.releases import find_weights, strip_weights_sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
-from cadiff_cli.runner.boilerplate import write_citations
+from cadiff_cli.report.boilerplate import write_citations
+from cadiff_cli.report.group import write_group_page
 from cadiff_cli.runner.executor import Executor
-from cadiff_cli.runner.group import write_group
+from cadiff_cli.runner.group import Group, write_group
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
@@ -49,6 +50,7 @@ class Request:
     database: Path | None = None
     link: str | None = None
     validate: bool = True
+    report: bool = True
     overwrite: bool = False
     dry_run: bool = False
     stop_on_first_crash: bool = False
@@ -88,6 +90,8 @@ def group_level(request: Request) -> int:
         return 0
     group = write_group(request.out, expected, load_table())
     write_citations(request.out)
+    if request.report:
+        group_page(request.out, group, console)
     for note in group.notes:
         warn(console, note)
     for entities, reason in group.missing.items():
@@ -96,11 +100,23 @@ def group_level(request: Request) -> int:
     return 0
 
 
-def rebuild_reports(request: Request) -> int:
+def rebuild_reports(request: Request, *, pages: bool) -> int:
     """Write again what is derived from finished results."""
     check_folders(request)
     write_citations(request.out)
+    if pages:
+        from cadiff_cli.cli.report import rebuild
+
+        return rebuild(request.out, request.dataset.root)
     return 0
+
+
+def group_page(out: Path, group: Group, console: Console) -> None:
+    """``group.html``; it is for looking at, so the table stands whatever happens to it."""
+    try:
+        write_group_page(out, group.rows, group.judged, group.missing, load_table())
+    except Exception as error:
+        warn(console, f"no group page was written ({error})")
 
 
 def make_console(verbosity: int) -> Console:
@@ -173,6 +189,7 @@ def _any_job(request: Request) -> Job:
         threads=request.executor.omp_nthreads,
         notes=template.warnings,
         overwrite=request.overwrite,
+        report=request.report,
     )
 
 

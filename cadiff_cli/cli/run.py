@@ -114,6 +114,9 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     callback=_configured,
     help="TOML of an earlier run (OUT/logs/cadiff_*.toml); flags win over it.",
 )
+@click.option(
+    "--report/--no-report", default=True, help="Write a page for each scan and the group [on]."
+)
 @click.option("--overwrite", is_flag=True, help="Redo scans that were made with other settings.")
 @click.option("--dry-run", is_flag=True, help="List what would be done, and do nothing.")
 @click.option("--stop-on-first-crash", is_flag=True, help="Do not go on after a failed scan.")
@@ -136,7 +139,8 @@ def command(
     r"""Segment every T1-weighted scan of a BIDS dataset; a BIDS app.
 
     participant: segments scans, skips those that are finished, records those that fail and goes
-    on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv. Both may be given.
+    on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv and group.html. Both
+    may be given.
 
     \b
     Exit codes: 0 done, 1 a scan failed, 16 invalid dataset, 17 unknown analysis level,
@@ -173,13 +177,14 @@ def command(
         database=o.bids_database_dir,
         link=_raw_link(o.dataset_links),
         validate=not o.skip_bids_validation,
+        report=o.report,
         overwrite=o.overwrite,
         dry_run=o.dry_run,
         stop_on_first_crash=o.stop_on_first_crash,
         verbosity=o.verbose,
     )
     if o.reports_only or o.boilerplate_only:
-        return rebuild_reports(request)
+        return rebuild_reports(request, pages=o.reports_only)
     code = participant_level(request) if "participant" in levels else 0
     if "group" in levels and not (o.dry_run and "participant" in levels):
         code = group_level(request) or code

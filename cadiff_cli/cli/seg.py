@@ -14,6 +14,7 @@ from cadiff_cli.cli.options import make_config, segmentation_options
 @click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
 @segmentation_options
 @click.option("--threads", type=click.IntRange(1), help="CPU threads for the network.")
+@click.option("--report/--no-report", default=True, help="Write OUT/SCAN.html to look at [on].")
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run.")
 @click.option("-v", "--verbose", count=True, help="More messages.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
@@ -25,6 +26,7 @@ def command(
     offline: bool,
     save_field: bool,
     threads: int | None,
+    report: bool,
     overwrite: bool,
     verbose: int,
     quiet: bool,
@@ -33,7 +35,7 @@ def command(
     r"""Segment the brain of a T1-weighted scan (NIfTI or MGH).
 
     Writes labels on the scan's own grid, a volume table, brain mask, transforms and provenance
-    into OUT as BIDS derivatives.
+    into OUT as BIDS derivatives, and a page to judge them by.
 
     \b
     Exit codes: 0 done, 1 failure, 64 usage, 65 bad data, 66 input, template or weights missing,
@@ -49,6 +51,7 @@ def command(
         model=model,
         offline=offline,
         save_field=save_field,
+        report=report,
         overwrite=overwrite,
         threads=threads,
         verbosity=-1 if quiet else verbose,

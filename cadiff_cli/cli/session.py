@@ -30,6 +30,7 @@ def segment_file(
     offline: bool = False,
     save_field: bool = False,
     overwrite: bool = False,
+    report: bool = True,
     threads: int | None = None,
     verbosity: int = 0,
 ) -> Result:
@@ -69,6 +70,7 @@ def segment_file(
         # Huge pages: fewer page faults for torch's large tensors.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from cadiff_cli.io.weights import load_model
+        from cadiff_cli.report.page import report_scan
         from cadiff_cli.runner.execute import segment_scan
 
         if threads:
@@ -86,6 +88,9 @@ def segment_file(
                 field=save_field,
                 announce=announce,
             )
+        if report:
+            announce("report")
+        report_scan(out, t1, wanted=report)
         if show:
             console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
         return result

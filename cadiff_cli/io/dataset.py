@@ -20,6 +20,7 @@ Brain structures and their volumes, segmented from T1-weighted scans by cadiff.
 
 - `sub-*/[ses-*/]anat/*_seg-cadiff_dseg.nii.gz`: labels on the scan's own grid; codes in `dseg.tsv`
 - `sub-*/[ses-*/]anat/*_desc-volumetric_morph.tsv`: volumes in mm3
+- `sub-*.html`, `group.html`: pages to judge them by
 - `group_morph.tsv`: one row a scan, written by `cadiff run BIDS_DIR OUT group`
 - `logs/CITATION.md`: what was run, in words for a methods section, with references
 

@@ -20,6 +20,7 @@ from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template
+from cadiff_cli.report.page import report_scan
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, failure, locked
 
@@ -44,8 +45,10 @@ def execute(job: Job) -> Outcome:
                     return Outcome(job.entities, "done")
                 with _logged(job):
                     result = _segment(job)
+                    failed = report_scan(job.out, job.t1, wanted=job.report)
                 seconds = round(time.perf_counter() - begun, 1)
-                outcome = Outcome(job.entities, "done", seconds, warnings=result.warnings)
+                said = (*result.warnings, failed) if failed else result.warnings
+                outcome = Outcome(job.entities, "done", seconds, warnings=said)
                 Journal(job.out).record(outcome)
                 return outcome
         except Exception as error:

@@ -1,15 +1,17 @@
 """The group level: one table of every finished scan, and who is missing from it."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import MissingInputError
 from cadiff_cli.io.derivatives import AGGREGATES, Finished, finished
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.labels import LabelTable
+from cadiff_cli.report.case import read_rows
+from cadiff_cli.report.group import judgements
+from cadiff_cli.report.qc import COLUMNS, Judgement, columns
 from cadiff_cli.runner.journal import Journal
 
 ENTITIES = {
@@ -29,17 +31,24 @@ QUALITY = {
     "seconds": "Seconds that the scan took",
     "version": "Version of cadiff",
     "fingerprint": "Changes with settings, weights, template and version",
+    **COLUMNS,
 }
 
 
 @dataclass(frozen=True)
 class Group:
-    """What the table holds (``scans``), and for scans without a result, why (``missing``)."""
+    """What the table holds (``rows``), and for scans without a result, why (``missing``)."""
 
     path: Path
-    scans: tuple[str, ...]
+    rows: tuple[dict[str, Any], ...]
+    judged: dict[str, Judgement]
     missing: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def scans(self) -> tuple[str, ...]:
+        """Entities of the scans in the table."""
+        return tuple(sorted(row["scan"] for row in self.rows))
 
 
 def column(name: str) -> str:
@@ -47,8 +56,8 @@ def column(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
-    """``group_morph.tsv`` with its JSON; expected scans that lack go to ``group_missing.tsv``.
+def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
+    """Rows of the expected scans that are finished, and why the others are not.
 
     Raises ``MissingInputError`` if no expected scan is finished.
     """
@@ -64,23 +73,36 @@ def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
         if entities not in ready:
             last = journal.read(entities)
             missing[entities] = last.message if last and last.message else "not run yet"
-    volumes = [column(s.name) for s in table.structures] + [column(n) for n in AGGREGATES]
-    header = ("scan", *ENTITIES, *volumes, *QUALITY)
-    path = out / "group_morph.tsv"
-    write_tsv(path, header, ([row(result)[name] for name in header] for result in results))
-    write_json(path.with_suffix(".json"), _columns(table))
-    lacking = out / "group_missing.tsv"
-    if missing:
-        write_tsv(lacking, ("scan", "reason"), missing.items())
-    else:
-        lacking.unlink(missing_ok=True)
     recipes = {result.sidecar["Fingerprint"] for result in results}
     notes = (
         [f"results were made in {len(recipes)} different ways: see the column fingerprint"]
         if len(recipes) > 1
         else []
     )
-    return Group(path, tuple(sorted(ready)), missing, tuple(notes))
+    judged = judgements(results, table)
+    rows = (row(result) | columns(judged[result.entities]) for result in results)
+    return Group(out / "group_morph.tsv", tuple(rows), judged, missing, tuple(notes))
+
+
+def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
+    """``group_morph.tsv`` with its JSON; expected scans that lack go to ``group_missing.tsv``."""
+    group = collect(out, expected, table)
+    volumes = [column(s.name) for s in table.structures] + [column(n) for n in AGGREGATES]
+    header = ("scan", *ENTITIES, *volumes, *QUALITY)
+    write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
+    write_json(group.path.with_suffix(".json"), _columns(table))
+    lacking = out / "group_missing.tsv"
+    if group.missing:
+        write_tsv(lacking, ("scan", "reason"), group.missing.items())
+    else:
+        lacking.unlink(missing_ok=True)
+    return group
+
+
+def known_scans(out: Path) -> list[str]:
+    """Every scan that an output folder has a result of, or that was tried."""
+    tried = {path.stem for path in (out / "logs" / "journal").glob("*.json")}
+    return sorted(tried | {result.entities for result in finished(out)})
 
 
 def row(result: Finished) -> dict[str, Any]:
@@ -93,25 +115,16 @@ def row(result: Finished) -> dict[str, Any]:
         if key in parts
     }
     sidecar = result.sidecar
-    with result.morph.open(encoding="utf-8") as stream:
-        lines = list(csv.DictReader(stream, delimiter="\t"))
-    try:
-        volumes = {column(line["name"]): line["volume-mm3"] for line in lines}
-        counted = [float(line["volume-mm3"]) for line in lines if line["index"] != "n/a"]
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"{result.morph} is not a volume table ({error})",
-            "delete it and run the participant level again",
-        ) from error
+    rows = read_rows(result)
     return {
         "scan": result.entities,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
-        **volumes,
+        **{column(line.name): f"{line.mm3:.3f}" for line in rows},
         "registration_score": sidecar["Template"]["Score"],
         "registration": sidecar["Template"]["Registration"],
         "template": sidecar["Template"]["Name"],
         "skull_stripping": sidecar["SkullStripping"],
-        "missing_structures": counted.count(0.0),
+        "missing_structures": sum(line.code is not None and not line.mm3 for line in rows),
         "n_warnings": len(sidecar["Warnings"]),
         "seconds": round(sum(sidecar["Seconds"].values()), 1),
         "version": sidecar["GeneratedBy"][0]["Version"],

@@ -17,6 +17,7 @@ class Job:
     ``source`` is the scan's BIDS URI.  ``weights`` is what ``load_model`` takes.  ``notes`` are
     warnings about the template.  ``overwrite`` allows it to replace a result of other settings.  A
     job that finds another process at its scan comes back as ``busy``, or waits if ``wait`` is set.
+    ``report`` asks for a page to look at.
     """
 
     t1: Path
@@ -30,6 +31,7 @@ class Job:
     notes: tuple[str, ...] = ()
     overwrite: bool = False
     wait: bool = False
+    report: bool = True
 
     def of(self, t1: Path, source: str) -> "Job":
         """The same job for another scan."""

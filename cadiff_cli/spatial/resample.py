@@ -23,6 +23,11 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
     data = volume.data
     if same_lattice(to_source):
         to_source, order = np.round(to_source), 0
+        start = to_source[:3, 3].astype(int)
+        inside = (start >= 0).all() and (start + grid.shape <= volume.grid.shape).all()
+        if inside and (to_source[:3, :3] == np.eye(3)).all():
+            part = tuple(slice(a, a + n) for a, n in zip(start, grid.shape, strict=True))
+            return Volume(data[part].copy(), grid)
     elif order > 0:
         data = data.astype(np.float32)
         ratio = np.linalg.norm(to_source[:3, :3], axis=1)

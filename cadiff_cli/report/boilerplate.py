@@ -25,28 +25,7 @@ def write_citations(out: Path) -> None:
     results = list(finished(out))
     if not results:
         raise MissingInputError(f"{out} holds no finished result", "run the participant level")
-    paragraphs = describe(results)
-    used = dict.fromkeys(
-        key
-        for group in re.findall(r"\[(@[^\]]+)\]", " ".join(paragraphs))
-        for key in group.replace("@", "").split("; ")
-    )
-    sources = {key: source for key, source in citations().items() if key in used}
-
-    def cited(text: str) -> str:
-        """``[@a; @b]`` -> ``(Author et al., 2020; ...)``."""
-        return re.sub(
-            r"\[(@[^\]]+)\]",
-            lambda m: (
-                "("
-                + "; ".join(_short(sources[key]) for key in m[1].replace("@", "").split("; "))
-                + ")"
-            ),
-            text,
-        )
-
-    text = [cited(paragraph) for paragraph in paragraphs]
-    references = sorted(_reference(source) for source in sources.values())
+    text, references, sources = _cited(results)
     folder = out / "logs"
     write_text(
         folder / "CITATION.md",
@@ -80,6 +59,39 @@ def write_citations(out: Path) -> None:
     write_text(
         folder / "CITATION.bib", "\n".join(_bibtex(key, entry) for key, entry in sources.items())
     )
+
+
+def methods(results: Sequence[Finished]) -> tuple[list[str], list[str]]:
+    """Paragraphs of a methods section, and the references they cite."""
+    text, references, _ = _cited(results)
+    return text, references
+
+
+def _cited(
+    results: Sequence[Finished],
+) -> tuple[list[str], list[str], dict[str, dict[str, Any]]]:
+    paragraphs = describe(results)
+    used = dict.fromkeys(
+        key
+        for group in re.findall(r"\[(@[^\]]+)\]", " ".join(paragraphs))
+        for key in group.replace("@", "").split("; ")
+    )
+    sources = {key: source for key, source in citations().items() if key in used}
+
+    def cited(text: str) -> str:
+        """``[@a; @b]`` -> ``(Author et al., 2020; ...)``."""
+        return re.sub(
+            r"\[(@[^\]]+)\]",
+            lambda m: (
+                "("
+                + "; ".join(_short(sources[key]) for key in m[1].replace("@", "").split("; "))
+                + ")"
+            ),
+            text,
+        )
+
+    references = sorted(_reference(source) for source in sources.values())
+    return [cited(paragraph) for paragraph in paragraphs], references, sources
 
 
 def describe(results: Sequence[Finished]) -> list[str]:
@@ -123,9 +135,11 @@ def describe(results: Sequence[Finished]) -> list[str]:
     )
     model = each(lambda s: f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}")
     labels = each(_sampling)
+    dataset = any(str(s.get("SpatialReference")).startswith("bids:") for s in sidecars)
     first = (
-        f"{len(results)} T1-weighted scans of {len(people)} participants, organised as a BIDS"
-        " dataset [@bids; @pybids], were segmented"
+        f"{_number(len(results), 'T1-weighted scan')} of {_number(len(people), 'participant')}"
+        f"{', organised as a BIDS dataset [@bids; @pybids],' if dataset else ''}"
+        f" {'was' if len(results) == 1 else 'were'} segmented"
         f" with cadiff {versions}, an implementation of collaborative anatomy diffusion [@cadiff],"
         f" with {libraries}."
     )
@@ -171,6 +185,10 @@ def _counted(values: Iterable[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", or ".join(f"{value} (n = {n})" for value, n in counts.most_common())
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _short(source: dict[str, Any]) -> str:

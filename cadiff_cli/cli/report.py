@@ -1,0 +1,46 @@
+"""``cadiff report``: pages from finished results, with neither network nor torch."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="report", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--scans",
+    type=click.Path(path_type=Path, exists=True),
+    help="The scan, or a folder that holds the scans [where OUT's dataset_description.json says].",
+)
+def command(out: Path, scans: Path | None) -> int:
+    """Rebuild the page of every finished result in OUT, and group.html where there are several.
+
+    Pages show the scan itself where it is found (known by its SHA-256), else only its brain.
+    """
+    return rebuild(out.absolute(), scans)
+
+
+def rebuild(out: Path, scans: Path | None = None) -> int:
+    """Every page of an output folder; returns the exit code."""
+    from cadiff_cli.errors import CadiffError, MissingInputError
+    from cadiff_cli.io.derivatives import finished
+    from cadiff_cli.labels import load_table
+    from cadiff_cli.report.group import write_group_page
+    from cadiff_cli.report.page import write_page
+    from cadiff_cli.runner.group import collect, known_scans
+
+    results = list(finished(out))
+    if not results:
+        raise MissingInputError(f"{out} holds no finished result", "segment a scan first")
+    code = 0
+    for result in results:
+        try:
+            click.echo(write_page(out, result, scans))
+        except CadiffError as error:
+            click.echo(f"cadiff: WARNING: {result.entities}: {error}", err=True)
+            code = 1
+    known = known_scans(out)
+    if len(known) > 1:
+        group = collect(out, known, table := load_table())
+        click.echo(write_group_page(out, group.rows, group.judged, group.missing, table))
+    return code

@@ -1,0 +1,1 @@
+"""Pages that people look at: one per scan, one per group, made from files on disk alone."""

@@ -1,0 +1,181 @@
+"""One finished result as a page needs it, read back from its files.  Loads no torch."""
+
+import csv
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli import machine
+from cadiff_cli.errors import CadiffError, DataError
+from cadiff_cli.io.derivatives import MASK, T1W, Finished, xfm_name
+from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.text import read_json
+from cadiff_cli.products import CoordinateField, Registered
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+
+log = logging.getLogger(__name__)
+
+MARGIN_MM = 8.0
+"""How much is shown around the brain."""
+FIELD_COARSER = 4
+"""The field is smooth: it is carried to every fourth voxel and interpolated between."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the volume table; aggregates have no ``code``."""
+
+    code: int | None
+    name: str
+    mm3: float
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A scan and its labels on the working grid (RAS axes, 1 mm).
+
+    ``t1`` is the whole scan where it was found (``whole``), else its brain.  ``near`` is the grid
+    around the brain.  ``template`` (the template's brain carried onto the scan) and
+    ``coordinates`` (the distance field) live on ``near``, or are None with the reason in ``notes``.
+    """
+
+    result: Finished
+    rows: tuple[Row, ...]
+    t1: Volume
+    whole: bool
+    mask: Volume
+    labels: Volume
+    near: Grid
+    quality: Mapping[str, float]
+    template: Volume | None = None
+    coordinates: CoordinateField | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The scan's entities."""
+        return self.result.entities
+
+
+def read_rows(result: Finished) -> tuple[Row, ...]:
+    """The volume table.  Raises ``DataError`` if it is not one."""
+    try:
+        with result.morph.open(encoding="utf-8") as stream:
+            return tuple(
+                Row(
+                    None if line["index"] == "n/a" else int(line["index"]),
+                    line["name"],
+                    float(line["volume-mm3"]),
+                )
+                for line in csv.DictReader(stream, delimiter="\t")
+            )
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{result.morph} is not a volume table ({error})",
+            "delete it and run the participant level again",
+        ) from error
+
+
+def mask_quality(result: Finished) -> dict[str, float]:
+    """What the mask's sidecar says of it; empty for masks that nobody judged."""
+    sidecar = read_json(_beside(result, f"{MASK}.json")) or {}
+    return {str(key): float(value) for key, value in sidecar.get("Quality", {}).items()}
+
+
+def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
+    """Read everything that a page of ``result`` shows.
+
+    ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels,
+    mask or volumes cannot be read; what else is missing becomes a note.
+    """
+    labels = load_volume(result.commit.with_suffix(".nii.gz"))
+    mask = load_volume(_beside(result, f"{MASK}.nii.gz"))
+    working = labels.grid.working()
+    notes = []
+    scan = find_scan(out, result, scans)
+    if scan is None:
+        notes.append("the scan itself was not found: only its brain is shown")
+        t1 = load_volume(_beside(result, f"{T1W}.nii.gz"))
+    else:
+        t1 = load_volume(scan)
+    shown = resample(Volume(np.nan_to_num(np.asarray(t1.data, np.float32)), t1.grid), working)
+    inside = resample(Volume(np.asarray(mask.data > 0, np.float32), mask.grid), working)
+    codes = resample(Volume(np.asarray(labels.data, np.int16), labels.grid), working, order=0)
+    case = Case(
+        result,
+        read_rows(result),
+        shown,
+        scan is not None,
+        Volume(inside.data > 0.5, working),
+        codes,
+        around(Volume((inside.data > 0.5) | (codes.data > 0), working)),
+        mask_quality(result),
+    )
+    try:
+        template, carried = _registration(case)
+    except CadiffError as error:
+        home = str(machine.home())  # where somebody lives is nobody's business
+        notes.append(f"the registration is not shown: {error.message.replace(home, '~')}")
+        return replace(case, notes=tuple(notes))
+    return replace(case, template=template, coordinates=carried, notes=tuple(notes))
+
+
+def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | None:
+    """The scan that ``result`` was made from, known by its SHA-256; None if it is not there."""
+    named = str(result.sidecar.get("SpatialReference", ""))
+    inner = named.removeprefix("bids:raw:")
+    links = (read_json(out / "dataset_description.json") or {}).get("DatasetLinks", {})
+    places = [scans] if scans is not None and scans.is_file() else []
+    if scans is not None:
+        name = Path(inner).name
+        inside = scans / result.entities.split("_")[0]
+        places += [scans / inner, scans / name, *sorted(inside.rglob(name))]
+    if inner != named:
+        places.append(out / str(links.get("raw", "")) / inner)
+    wanted = result.sidecar.get("SourceSHA256")
+    for place in places:
+        if place.is_file() and sha256(place) == wanted:
+            return place
+    return None
+
+
+def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
+    """The part of the mask's grid that holds it, with a margin where there is room."""
+    found = np.argwhere(mask.data)
+    if not len(found):
+        raise DataError("the brain mask is empty", "segment the scan again")
+    margin = np.ceil(margin_mm / mask.grid.spacing_mm).astype(int)
+    low = np.maximum(found.min(axis=0) - margin, 0)
+    high = np.minimum(found.max(axis=0) + 1 + margin, mask.grid.shape)
+    return mask.grid.crop(tuple(low), tuple(high - low))
+
+
+def _registration(case: Case) -> tuple[Volume | None, CoordinateField | None]:
+    """The template's brain and the distance field on the grid around the brain."""
+    told: dict[str, Any] = case.result.sidecar["Template"]
+    if told["Registration"] == "none":
+        return None, None
+    from cadiff_cli.stages.field import coordinate_field
+    from cadiff_cli.stages.register import warp
+
+    template = load_template(str(told["Name"]), offline=True)
+    path = _beside(case.result, xfm_name(template.name, "T1w"))
+    if not path.is_file():
+        raise DataError(f"{path.name} is not there", "segment the scan again")
+    registered = Registered(template, path, None, str(told["Registration"]), told["Score"])
+    coarse = coordinate_field(registered, case.near.coarsen(FIELD_COARSER))
+    channels = [resample(Volume(x, coarse.grid), case.near, fill=np.nan).data for x in coarse.data]
+    return warp(template.brain, registered, case.near), CoordinateField(
+        np.stack(channels), case.near
+    )
+
+
+def _beside(result: Finished, suffix: str) -> Path:
+    return result.commit.with_name(f"{result.entities}_{suffix}")

@@ -1,0 +1,188 @@
+"""The page of one scan: everything in one file, nothing fetched.  The only module with jinja2."""
+
+import base64
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import cadiff_cli
+from cadiff_cli.errors import OutputError
+from cadiff_cli.io.derivatives import AGGREGATES, Derivatives, Finished, finished_result
+from cadiff_cli.io.text import write_text
+from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.report.boilerplate import methods
+from cadiff_cli.report.case import Case, read_case
+from cadiff_cli.report.qc import Judgement, judge
+from cadiff_cli.report.ranges import Ranges, load_ranges
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+log = logging.getLogger(__name__)
+
+MARK = '<meta name="generator" content="cadiff '
+"""By which a page of ours is known."""
+
+
+def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
+    """Write the page of a scan that has just been segmented; returns what went wrong, if anything.
+
+    A page is for looking at: whatever happens to it, the segmentation stands.  If none is
+    ``wanted``, an earlier one, which shows other labels, goes.
+    """
+    place = Derivatives(out, t1)
+    try:
+        if wanted and (result := finished_result(place)) is not None:
+            write_page(out, result, t1)
+        elif (path := page_path(out, place.stem)).exists():
+            claim(path)
+            path.unlink()
+        return ""
+    except Exception as error:
+        text = f"no page was written ({' '.join(str(error).split())})"
+        log.warning(text)
+        log.debug("the report failed", exc_info=True)
+        return text
+
+
+def page_path(out: Path, entities: str) -> Path:
+    """Where BIDS apps put it."""
+    return out / f"{entities}.html"
+
+
+def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
+    """``OUT/sub-X[_ses-Y]....html``, from the result's files.
+
+    ``scans`` is the scan, or a folder to find it in.  Raises ``CadiffError`` if the result cannot
+    be read, or another program's page is in the way.
+    """
+    from cadiff_cli.report import figures
+    from cadiff_cli.report.viewer import viewer_data
+
+    begun = time.perf_counter()
+    path, table, ranges = page_path(out, result.entities), load_table(), load_ranges()
+    claim(path)
+    case = read_case(out, result, scans)
+    judgement = judge(result, case.rows, case.quality, table, ranges)
+    paragraphs, references = methods([result])
+    text = render(
+        "scan.html.j2",
+        title=result.entities,
+        case=case,
+        judgement=judgement,
+        sidecar=result.sidecar,
+        groups=[
+            figures.structures(case, table),
+            figures.head(case),
+            figures.registration(case),
+            figures.coordinates(case),
+        ],
+        volumes=volume_table(case, judgement, table, ranges),
+        aggregates=[(row.name, row.mm3 / 1000) for row in case.rows if row.name in AGGREGATES],
+        measured_on=ranges.people,
+        settings=plain(result.sidecar.get("Settings", {})),
+        viewer=viewer_data(case, table),
+        paragraphs=paragraphs,
+        references=references,
+    )
+    write_text(path, text)
+    log.info("page %s in %.1f s", path.name, time.perf_counter() - begun)
+    return path
+
+
+def claim(path: Path) -> None:
+    """Raise ``OutputError`` if ``path`` is a page that cadiff did not write."""
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise OutputError(f"{path} is another program's page", "choose another output folder")
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from its template; every value is escaped."""
+    script = _script(template)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template(template)
+        .render(version=cadiff_cli.__version__, script=script, script_sha256=digest, **values)
+    )
+
+
+def volume_table(
+    case: Case, judgement: Judgement, table: LabelTable, ranges: Ranges
+) -> list[dict[str, Any]]:
+    """A line for each structure, left and right together."""
+    mm3 = {row.name: row.mm3 for row in case.rows}
+    names = {s.code: s for s in table.structures}
+    sides = {side.left: side for side in judgement.sides}
+    lines = []
+    for s in table.structures:
+        if s.code > s.mirror:
+            continue
+        other = names[s.mirror]
+        members = [s] if other is s else [s, other]
+        side = sides.get(s.name)
+        lines.append(
+            {
+                "name": s.name.removeprefix("Left-").replace("-", " "),
+                "members": [
+                    {
+                        "code": one.code,
+                        "name": one.name,
+                        "color": one.color,
+                        "ml": mm3.get(one.name, 0.0) / 1000,
+                        "percent": judgement.percent_brain.get(one.name),
+                        "range": ranges.percent_brain.get(one.name),
+                        "odd": one.name in judgement.implausible or one.name in judgement.missing,
+                    }
+                    for one in members
+                ],
+                "asymmetry": side.percent if side else None,
+                "odd": side is not None and not side.plausible,
+            }
+        )
+    return lines
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    found = Environment(
+        loader=PackageLoader("cadiff_cli.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    found.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
+    found.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
+    found.filters["link"] = lambda name: quote(str(name))
+    return found
+
+
+@cache
+def _script(template: str) -> str:
+    """The page's only script: the template of the same name with ``.js``."""
+    name = re.sub(r"\.html\.j2$", ".js", template)
+    text = files("cadiff_cli.report").joinpath("templates", name).read_text(encoding="utf-8")
+    if "</script" in text.lower():
+        raise ValueError(f"{name} would end itself")
+    return text
+
+
+def plain(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as lines."""
+    lines: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += plain(value, f"{prefix}{key}.")
+        else:
+            lines.append((f"{prefix}{key}", value))
+    return lines

@@ -1,0 +1,164 @@
+"""Numbers to judge a result by, and what they amount to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING, Finished
+from cadiff_cli.labels import LabelTable
+from cadiff_cli.report.case import Row
+from cadiff_cli.report.ranges import Ranges, asymmetry, brain_mm3, pairs
+from cadiff_cli.stages.register import POOR_SCORE
+from cadiff_cli.stages.strip import PLAUSIBLE_LITRES
+
+FAR = 3.5
+"""Robust standard deviations from the group's median that make an outlier (Iglewicz, Hoaglin)."""
+FEWEST = 5
+"""Scans without which a group has no outliers."""
+SPREAD = 0.03
+"""Smallest relative spread of a group: less is luck, and would make outliers of nothing."""
+
+COLUMNS = {
+    "verdict": "'fine', or 'look' where something is suspicious",
+    "reasons": "What is suspicious",
+    "mask_litres": "Volume of the brain mask in litres",
+    "mask_largest_share": "Share of the largest component in all that the mask network found",
+    "mask_symmetry": "Dice of the brain mask and its mirror image",
+    "mask_at_edge": "Share of the mask's border that is the end of the field of view",
+    "missing": "Structures that were not found",
+    "largest_asymmetry": "Pair that differs most between left and right",
+    "largest_asymmetry_percent": "Its difference in per cent of its mean, left minus right",
+    "implausible": "Structures outside the range of the people the network was trained on",
+}
+"""What the group table says of quality, besides what it always did."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Left and right of one structure; ``percent`` is (left - right) in per cent of their mean."""
+
+    left: str
+    right: str
+    percent: float
+    plausible: bool
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What can be said of a result without the truth.  ``reasons`` to look; none: looks fine."""
+
+    reasons: tuple[str, ...]
+    mask_litres: float
+    mask_quality: Mapping[str, float]
+    registration_score: float | None
+    missing: tuple[str, ...]
+    implausible: Mapping[str, str]
+    sides: tuple[Side, ...]
+    percent_brain: Mapping[str, float]
+
+    @property
+    def fine(self) -> bool:
+        """Whether nothing is suspicious."""
+        return not self.reasons
+
+    @property
+    def largest_side(self) -> Side | None:
+        """The most asymmetric pair."""
+        return max(self.sides, key=lambda side: abs(side.percent), default=None)
+
+
+def judge(
+    result: Finished,
+    rows: Sequence[Row],
+    mask_quality: Mapping[str, float],
+    table: LabelTable,
+    ranges: Ranges,
+) -> Judgement:
+    """Compare a result with what is plausible."""
+    volumes = {row.name: row.mm3 for row in rows}
+    tissue = [s.name for s in table.structures if s.mapping != NON_BRAIN_MAPPING]
+    brain = brain_mm3(volumes, table)
+    percent = {name: 100 * volumes.get(name, 0.0) / brain if brain else 0.0 for name in tissue}
+    missing = tuple(name for name in tissue if not volumes.get(name))
+    sides = tuple(
+        Side(left, right, value, value in ranges.asymmetry_percent.get(left, ANY))
+        for left, right in pairs(table)
+        if left in tissue
+        and (value := asymmetry(volumes.get(left, 0.0), volumes.get(right, 0.0))) is not None
+    )
+    implausible = {
+        name: f"{percent[name]:.3g} % of the brain, {span.low:.3g} to {span.high:.3g} % expected"
+        for name, span in ranges.percent_brain.items()
+        if name in percent and name not in missing and percent[name] not in span
+    }
+    litres = volumes.get("Brain-Mask", 0.0) / 1e6
+    score = result.sidecar["Template"]["Score"]
+    reasons = list(_suspicions(litres, score))
+    if missing:
+        reasons.append(f"not found: {', '.join(missing)}")
+    reasons += [f"{name}: {text}" for name, text in implausible.items()]
+    for side in sides:
+        if not side.plausible and side.left not in missing and side.right not in missing:
+            span = ranges.asymmetry_percent[side.left]
+            reasons.append(
+                f"{side.left.removeprefix('Left-')}: left and right differ by"
+                f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
+            )
+    # Those that are not about the result, or were said above in other words.
+    known = ("is used instead", "registration score", " l, outside ")
+    warnings = [str(text) for text in result.sidecar.get("Warnings", ())]
+    reasons += [text for text in warnings if not any(part in text for part in known)]
+    return Judgement(
+        tuple(reasons), litres, mask_quality, score, missing, implausible, sides, percent
+    )
+
+
+class _Anything:
+    def __contains__(self, value: float) -> bool:
+        return True
+
+
+ANY = _Anything()
+
+
+def _suspicions(litres: float, score: float | None) -> list[str]:
+    said = []
+    low, high = PLAUSIBLE_LITRES
+    if not low <= litres <= high:
+        said.append(f"the brain mask holds {litres:.2f} l, {low} to {high} l expected")
+    if score is not None and score < POOR_SCORE:
+        said.append(f"the registration score {score:.3f} is below {POOR_SCORE}")
+    return said
+
+
+def columns(judgement: Judgement) -> dict[str, Any]:
+    """The group table's values (``COLUMNS``)."""
+    side, quality = judgement.largest_side, judgement.mask_quality
+    return {
+        "verdict": "fine" if judgement.fine else "look",
+        "reasons": "; ".join(judgement.reasons) or None,
+        "mask_litres": round(judgement.mask_litres, 3),
+        **{f"mask_{k}": quality.get(k) for k in ("largest_share", "symmetry", "at_edge")},
+        "missing": ", ".join(judgement.missing) or None,
+        "largest_asymmetry": side.left.removeprefix("Left-") if side else None,
+        "largest_asymmetry_percent": round(side.percent, 1) if side else None,
+        "implausible": ", ".join(judgement.implausible) or None,
+    }
+
+
+def robust_z(values: Sequence[float]) -> list[float]:
+    """How far each value is from the median, in standard deviations that outliers cannot move.
+
+    1.4826 times the median absolute deviation is the standard deviation of normal values; at least
+    3 % of the median is taken.  Fewer than five values are all at 0.
+
+    >>> [round(z, 1) for z in robust_z([10, 11, 9, 10, 30])]
+    [0.0, 0.7, -0.7, 0.0, 13.5]
+    """
+    if len(values) < FEWEST:
+        return [0.0] * len(values)
+    centre = median(values)
+    spread = 1.4826 * median(abs(value - centre) for value in values)
+    spread = max(spread, SPREAD * abs(centre), 1e-12)
+    return [(value - centre) / spread for value in values]

@@ -1,0 +1,111 @@
+"""How large structures are in the people the network was trained on.
+
+``data/plausible.json`` is written by ``tests/measure_plausible.py`` from their manual labels.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from statistics import mean, stdev
+
+from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING
+from cadiff_cli.labels import LabelTable
+
+WIDE = 3.5
+"""Standard deviations that are still plausible: one in two thousand measures lies outside."""
+LEAST_ASYMMETRY = 10.0
+"""Per cent by which any pair may differ: a network errs more than the hand that drew labels."""
+FEWEST = 5
+"""People without whom a spread means nothing."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """From ``low`` to ``high``, around ``centre``."""
+
+    low: float
+    centre: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Plausible values by structure name; empty where nothing was measured.
+
+    ``percent_brain`` is the share of all structures but vessels; ``asymmetry_percent`` is listed
+    under the left structure.  ``people`` says who was measured.
+    """
+
+    people: str
+    percent_brain: Mapping[str, Range]
+    asymmetry_percent: Mapping[str, Range]
+
+
+def brain_mm3(volumes: Mapping[str, float], table: LabelTable) -> float:
+    """Sum of all structures but vessels."""
+    return sum(volumes.get(s.name, 0.0) for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
+
+
+def asymmetry(left: float, right: float) -> float | None:
+    """Difference of left and right in per cent of their mean; None if both are absent.
+
+    >>> asymmetry(3.0, 1.0)
+    100.0
+    """
+    return 200 * (left - right) / (left + right) if left + right else None
+
+
+def pairs(table: LabelTable) -> list[tuple[str, str]]:
+    """Names of left and right partners."""
+    names = {s.code: s.name for s in table.structures}
+    return [(s.name, names[s.mirror]) for s in table.structures if s.code < s.mirror]
+
+
+@cache
+def load_ranges() -> Ranges:
+    """The ranges in the package, if it has any."""
+    path = files("cadiff_cli").joinpath("data/plausible.json")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def read(key: str) -> dict[str, Range]:
+        return {name: Range(*values) for name, values in found.get(key, {}).items()}
+
+    return Ranges(found.get("people", ""), read("percent_brain"), read("asymmetry_percent"))
+
+
+def measure(
+    scans: Iterable[Mapping[str, float]], table: LabelTable, people: str
+) -> dict[str, object]:
+    """Content of ``plausible.json`` from volumes (mm^3 by name), one mapping a person.
+
+    Sizes are spread evenly on a logarithmic scale (a ventricle may double, not vanish), asymmetries
+    on a linear one.  A structure that somebody lacks gets no range.
+    """
+    volumes = list(scans)
+    shares = [{n: 100 * v / brain_mm3(one, table) for n, v in one.items()} for one in volumes]
+    sizes, sides = dict[str, list[float]](), dict[str, list[float]]()
+    for s in table.structures:
+        values = [one.get(s.name, 0.0) for one in shares]
+        tissue = s.mapping != NON_BRAIN_MAPPING
+        if tissue and len(values) >= FEWEST and min(values) > 0:
+            logs = [math.log(value) for value in values]
+            centre, reach = mean(logs), WIDE * stdev(logs)
+            sizes[s.name] = [_short(math.exp(centre + k * reach)) for k in (-1, 0, 1)]
+    for left, right in pairs(table):
+        if left in sizes and right in sizes:
+            found = [asymmetry(one[left], one[right]) or 0.0 for one in volumes]
+            centre, reach = mean(found), WIDE * stdev(found)
+            low = min(centre - reach, -LEAST_ASYMMETRY)
+            high = max(centre + reach, LEAST_ASYMMETRY)
+            sides[left] = [_short(value) for value in (low, centre, high)]
+    return {"people": people, "percent_brain": sizes, "asymmetry_percent": sides}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

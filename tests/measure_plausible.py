@@ -1,0 +1,46 @@
+"""Measure ``cadiff_cli/data/plausible.json`` on the manual labels of training people.
+
+    python tests/measure_plausible.py DATASET --leave-out 1014 1018 1107 1122 \\
+        > cadiff_cli/data/plausible.json
+
+DATASET is a folder as ``cadiff train`` takes it.  Of a person with several scans the first counts.
+Only means and spreads over people are written.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from cadiff_cli.io.bids import labelled_scans
+from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.labels import load_table
+from cadiff_cli.report.ranges import measure
+
+
+def volumes(path, table):
+    """mm^3 by name of a Neuromorphometrics label map."""
+    labels = load_volume(path)
+    classes = table.encode(np.asarray(labels.data), table.neuromorphometrics_mapping())
+    counts = np.bincount(classes.ravel(), minlength=table.n_classes)[1:]
+    mm3 = counts * labels.grid.voxel_volume_mm3
+    return {s.name: float(v) for s, v in zip(table.structures, mm3, strict=True)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--leave-out", nargs="*", default=[])
+    wanted, table = parser.parse_args(), load_table()
+    first = {}
+    for scan in labelled_scans(wanted.dataset):
+        if scan.subject not in wanted.leave_out:
+            first.setdefault(scan.subject, scan.dseg)
+    people = f"{len(first)} people of {wanted.dataset.name}, manual labels"
+    found = measure((volumes(path, table) for path in first.values()), table, people)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

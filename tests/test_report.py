@@ -1,0 +1,480 @@
+"""Pages: their numbers obey laws, and a real browser opens them with its network cut off."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64decode
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bids_dataset import environment
+
+from cadiff_cli.config import Config
+from cadiff_cli.errors import OutputError
+from cadiff_cli.io.derivatives import Finished, finished, save_result
+from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.templates import EMBEDDED, load_template
+from cadiff_cli.products import Prepared, Registered, Result, Segmentation
+from cadiff_cli.report import figures
+from cadiff_cli.report.case import Row, around, find_scan
+from cadiff_cli.report.group import outliers
+from cadiff_cli.report.page import page_path, report_scan, write_page
+from cadiff_cli.report.qc import FAR, judge, robust_z
+from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
+from cadiff_cli.report.viewer import pack
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.volumes import volumes_mm3
+
+NO_RANGES = Ranges("", {}, {})
+EVIL = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
+SIDECAR = {
+    "Template": {"Name": "x", "Registration": "fast", "Source": "y", "Score": 1.2},
+    "Warnings": [],
+}
+
+
+@pytest.fixture(scope="module")
+def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_path_factory):
+    """Derivatives of a phantom that is labelled perfectly and lies in the embedded template."""
+    import ants
+
+    transform = tmp_path_factory.mktemp("identity") / "identity.h5"
+    ants.write_transform(ants.new_ants_transform(dimension=3), str(transform))
+
+    def write(out, name="sub-01_T1w.nii.gz", orientation="RAS", warnings=()):
+        head = phantom(orientation)
+        path = out.parent / "scans" / name
+        save_volume(path, head.t1.data, head.t1.grid)
+        template = load_template(EMBEDDED, offline=True)
+        registered = Registered(template, transform, transform, "affine", 1.2)
+        from cadiff_cli.products import Scan
+
+        scan = Scan(head.t1, path, tuple(warnings))
+        prepared = Prepared(scan, stripped_of(head), registered, conditions_of(head))
+        labels = Volume(head.codes, head.t1.grid)
+        segmentation = Segmentation(labels, table, 5, 0)
+        mask = Volume(head.codes > 0, head.t1.grid)
+        config, seconds = Config(), {"segment": 1.0}
+        volumes = volumes_mm3(segmentation)
+        save_result(Result(prepared, mask, segmentation, volumes, tiny_model, config, seconds), out)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def pages(write_result, tmp_path_factory):
+    """A folder with two pages, one of a scan whose header and warnings are hostile, and a group."""
+    out = tmp_path_factory.mktemp("pages") / "out"
+    for name, orientation, warnings in (
+        ("sub-01_T1w.nii.gz", "RAS", ()),
+        ("sub-02_T1w.nii.gz", "oblique", (EVIL,)),
+    ):
+        t1 = write_result(out, name, orientation, warnings)
+        assert report_scan(out, t1) == ""
+    journal = {"entities": "sub-03", "status": "failed", "message": EVIL, "warnings": []}
+    path = out / "logs" / "journal" / "sub-03.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(journal))
+    return out
+
+
+def rebuild(out, *more):
+    """``cadiff report`` where torch cannot be imported."""
+    code = "import sys; sys.modules['torch'] = None; from cadiff_cli.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "report", str(out), *map(str, more)]
+    return subprocess.run(
+        arguments, capture_output=True, text=True, check=False, env=environment(), timeout=300
+    )
+
+
+def judged(table, ranges=NO_RANGES, **mm3):
+    rows = [Row(s.code, s.name, mm3.get(s.abbreviation, 1000.0)) for s in table.structures]
+    rows.append(Row(None, "Brain-Mask", mm3.get("mask", 1.4e6)))
+    return judge(Finished("sub-01", Path(), SIDECAR), rows, {}, table, ranges)
+
+
+def enclosed(path):
+    """Area within an SVG path, in pixels."""
+    total = 0.0
+    for part in re.findall(r"M(-?\d+) (-?\d+)l([^Mz]*)", path):
+        steps = np.array([int(x) for x in re.findall(r"-?\d+", part[2])]).reshape(-1, 2)
+        x, y = (np.vstack([[int(part[0]), int(part[1])], steps]).cumsum(axis=0) / figures.FINE).T
+        total += abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+    return total
+
+
+def test_outlines_enclose_what_they_outline():
+    y, x = np.indices((60, 80))
+    for radius in (5, 12, 25):
+        disk = (x - 40) ** 2 + (y - 30) ** 2 < radius**2
+        assert enclosed(figures.outline(disk)) == pytest.approx(disk.sum(), rel=0.02)
+    assert figures.outline(np.zeros((9, 9))) == ""
+
+
+def test_an_iso_line_lies_where_the_value_is():
+    """Of a ramp, at the pixel's centre; nothing is drawn where nothing is known."""
+    ramp = np.tile(np.arange(20.0), (10, 1))
+    (line,) = re.findall(r"M(\d+) (\d+)l", figures.outline(ramp, 7.25))
+    assert int(line[0]) / figures.FINE == 7.25 + 0.5
+    assert figures.outline(np.full((10, 20), np.nan), 0.5) == ""
+
+
+def test_left_is_left_and_up_is_up():
+    data = np.zeros((4, 5, 6))
+    data[0, 4, 5] = 1  # left, anterior, superior
+    for axis, index in ((0, 0), (1, 4), (2, 5)):
+        rows, columns = np.nonzero(figures.cut(data, axis, index))
+        assert rows == [0]
+        assert columns == [4 if axis == 0 else 0]
+
+
+def test_a_crop_is_copied_exactly():
+    rng = np.random.default_rng(0)
+    volume = Volume(rng.normal(size=(9, 8, 7)), Grid((9, 8, 7), np.diag([1.5, 1, 2, 1])))
+    part = resample(volume, volume.grid.crop((2, 1, 3), (5, 6, 4)))
+    assert (part.data == volume.data[2:7, 1:7, 3:7]).all()
+    beyond = resample(volume, volume.grid.crop((-1, 0, 0), (5, 8, 7)), fill=9.0)
+    assert (beyond.data[0] == 9).all()
+    assert (beyond.data[1:] == volume.data[:4]).all()
+
+
+def test_around_keeps_the_brain():
+    inside = np.zeros((40, 50, 60), dtype=bool)
+    inside[3:30, 20:40, 10:55] = True
+    mask = Volume(inside, Grid(inside.shape, np.eye(4)))
+    near = around(mask, 8.0)
+    assert resample(mask, near, order=0).data.sum() == inside.sum()
+    assert near.shape == (38, 36, 58)
+
+
+def test_packed_volumes_unpack():
+    volume = np.random.default_rng(0).integers(0, 255, (5, 6, 7), dtype=np.uint8)
+    flat = np.frombuffer(gzip.decompress(b64decode(pack(volume))), np.uint8)
+    x, y, z = 3, 2, 6
+    assert flat[x + 5 * (y + 6 * z)] == volume[x, y, z]
+    assert (flat.reshape(7, 6, 5).transpose(2, 1, 0) == volume).all()
+
+
+def test_robust_distances_do_not_depend_on_the_unit():
+    values = list(np.random.default_rng(0).lognormal(sigma=0.5, size=30))
+    z = robust_z(values)
+    assert robust_z([1000 * v for v in values]) == pytest.approx(z)
+    worse = robust_z([*values[:-1], 1e6])
+    assert worse[-1] > FAR
+    assert worse[:-1] == pytest.approx(z[:-1], abs=0.5)
+    assert robust_z([5.0] * 9) == [0.0] * 9
+    assert robust_z([1, 2, 90]) == [0, 0, 0]
+
+
+def test_mirroring_a_brain_turns_its_asymmetry_round(table):
+    assert asymmetry(3, 2) == -asymmetry(2, 3)
+    assert asymmetry(0, 0) is None
+    one = judged(table, L_HIP=1200.0)
+    other = judged(table, R_HIP=1200.0)
+    assert one.largest_side.left == "Left-Hippocampus"
+    assert one.largest_side.percent == pytest.approx(-other.largest_side.percent)
+
+
+def test_what_is_suspicious_is_said(table):
+    assert judged(table).fine
+    assert judged(table, L_VES=0.0).fine
+    missing = judged(table, L_HIP=0.0)
+    assert missing.missing == ("Left-Hippocampus",)
+    assert "Left-Hippocampus" in " ".join(missing.reasons)
+    assert "2.90 l" in " ".join(judged(table, mask=2.9e6).reasons)
+    poor = {"Template": {**SIDECAR["Template"], "Score": 1.01}, "Warnings": ["the FOV cuts"]}
+    rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
+    said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES).reasons
+    assert any("1.010" in text for text in said)
+    assert "the FOV cuts" in said
+
+
+def test_ranges_hold_the_people_they_were_measured_on(table):
+    rng = np.random.default_rng(0)
+    people = [
+        {s.name: 1000 * float(rng.lognormal(sigma=0.1)) for s in table.structures}
+        for _ in range(20)
+    ]
+    found = measure(people, table, "tests")
+    ranges = Ranges(
+        "tests",
+        {k: Range(*v) for k, v in found["percent_brain"].items()},
+        {k: Range(*v) for k, v in found["asymmetry_percent"].items()},
+    )
+    assert "Left-Hippocampus" in ranges.percent_brain
+    assert "Left-vessel" not in ranges.percent_brain
+    by_abbreviation = {s.abbreviation: people[0][s.name] for s in table.structures}
+    assert judged(table, ranges, **by_abbreviation).fine
+    # Larger heads have the same shares.
+    assert judged(table, ranges, **{k: 1.3 * v for k, v in by_abbreviation.items()}).fine
+    by_abbreviation["L_HIP"] *= 3
+    strange = judged(table, ranges, **by_abbreviation)
+    assert set(strange.implausible) == {"Left-Hippocampus"}
+    assert any("left and right differ" in text for text in strange.reasons)
+    assert not measure(people[:3], table, "few")["percent_brain"]
+
+
+def test_released_ranges_are_ordered_and_of_known_structures(table):
+    ranges = load_ranges()
+    assert ranges.people
+    names = {s.name for s in table.structures}
+    for found in (ranges.percent_brain, ranges.asymmetry_percent):
+        assert found
+        assert set(found) <= names
+        assert all(span.low < span.centre < span.high for span in found.values())
+
+
+def test_a_group_names_who_stands_out(table):
+    rng = np.random.default_rng(0)
+    group = {
+        f"sub-{k:02d}": judged(table, L_HIP=1000 * rng.normal(1, 0.02), L_THA=1000.0)
+        for k in range(9)
+    }
+    assert outliers(group) == {}
+    group["sub-99"] = judged(table, L_HIP=2500.0)
+    found = outliers(group)
+    assert set(found) == {"sub-99"}
+    assert any("Left-Hippocampus" in text for text in found["sub-99"])
+    assert outliers({name: group[name] for name in ("sub-01", "sub-99")}) == {}
+
+
+def test_the_scan_is_known_by_its_content(write_result, tmp_path):
+    out = tmp_path / "out"
+    t1 = write_result(out)
+    (result,) = finished(out)
+    assert find_scan(out, result) is None
+    assert find_scan(out, result, t1) == t1
+    assert find_scan(out, result, t1.parent) == t1
+    nested = t1.parent / "sub-01" / "anat" / t1.name
+    nested.parent.mkdir(parents=True)
+    t1.rename(nested)
+    assert find_scan(out, result, t1.parent) == nested
+    nested.write_bytes(nested.read_bytes() + b"\0")
+    assert find_scan(out, result, t1.parent) is None
+    text = write_page(out, result, t1.parent).read_text()
+    assert "only its brain is shown" in text
+
+
+def test_a_page_never_costs_a_segmentation(write_result, tmp_path):
+    out = tmp_path / "out"
+    t1 = write_result(out)
+    (result,) = finished(out)
+    page = page_path(out, result.entities)
+    page.write_text("<html>another program's</html>")
+    assert "another program's page" in report_scan(out, t1)
+    assert page.read_text() == "<html>another program's</html>"
+    with pytest.raises(OutputError):
+        write_page(out, result)
+    page.unlink()
+    result.morph.write_text("not a table\n1")
+    assert "not a volume table" in report_scan(out, t1)
+    assert [r.entities for r in finished(out)] == ["sub-01"]
+    assert not page.exists()
+
+
+def test_without_a_report_an_earlier_one_goes(pages, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pages, out)
+    assert report_scan(out, Path("sub-01_T1w.nii.gz"), wanted=False) == ""
+    assert not (out / "sub-01.html").exists()
+    assert (out / "sub-02.html").exists()
+
+
+def test_pages_are_rebuilt_without_torch_or_network(pages, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pages, out)
+    done = rebuild(out, "--scans", pages.parent / "scans")
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).name for line in done.stdout.splitlines()] == [
+        "sub-01.html",
+        "sub-02.html",
+        "group.html",
+    ]
+    assert (out / "sub-01.html").read_text() == (pages / "sub-01.html").read_text()
+    bare = rebuild(tmp_path)
+    assert bare.returncode == 66
+    assert "holds no finished result" in bare.stderr
+
+
+def test_a_page_holds_what_it_promises_and_asks_for_nothing(pages):
+    text = (pages / "sub-01.html").read_text()
+    assert len(text) < 12e6
+    # Whatever is fetched is in the file: no address of another but in words.
+    assert re.findall(r'(?:src|href|action)="(?!data:)[^"]*"', text) == []
+    assert re.findall(r"url\(|@import", text) == []
+    assert text.count("<script") == 2
+    for needed in (
+        "Look here",
+        "Registration",
+        "Distance field",
+        "0" * 64,
+        "Hippocampus",
+        "seed 0",
+    ):
+        assert needed in text, needed
+
+
+# In a real browser ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a network."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra 'browser')")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium in PATH (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page offline; an error, a dialog or a request to anywhere fails the test."""
+    contexts, said = [], []
+
+    def open_page(path, scheme="light", width=1100):
+        size = {"width": width, "height": 900}
+        context = browser.new_context(offline=True, color_scheme=scheme, viewport=size)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: message.type == "error" and said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on(
+            "request", lambda request: request.url.startswith("http") and said.append(request.url)
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def viewer_ready(page):
+    page.wait_for_function("document.documentElement.dataset.ready === 'yes'", timeout=20_000)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_follows_the_theme_and_fits_a_phone(pages, visit, scheme):
+    page = visit(pages / "sub-01.html", scheme, width=390)
+    viewer_ready(page)
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", color)[:3])) / 3
+    assert (brightness > 128) == (scheme == "light")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.emulate_media(media="print")
+    assert not page.is_visible("#viewer")
+
+
+def test_a_click_names_the_structure(pages, visit, phantom):
+    """The phantom's labels are known in millimetres; the readout tells millimetres back."""
+    page = visit(pages / "sub-01.html")
+    viewer_ready(page)
+    readout = page.locator("#readout")
+    seen = set()
+    axial = page.locator("canvas[data-axis='2']")
+    axial.scroll_into_view_if_needed()
+    box = axial.bounding_box()
+    head = phantom("RAS")
+    for across, down in ((0.3, 0.4), (0.7, 0.4), (0.6, 0.2), (0.45, 0.6), (0.02, 0.02)):
+        page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
+        text = readout.inner_text()
+        seen.add(text)
+        xyz = [int(n) for n in re.findall(r"[xyz] (-?\d+)", text)]
+        ijk = np.rint(np.linalg.solve(head.t1.grid.affine, [*xyz, 1])[:3]).astype(int)
+        near = head.codes[tuple(slice(i - 1, i + 2) for i in ijk)]
+        code = re.search(r"\((\d+)\)", text)
+        assert (int(code[1]) if code else 0) in near
+        # Left in the picture is left in the world.
+        assert (xyz[0] < 0) == (across < 0.5)
+    assert len(seen) == 5
+    page.click("button[data-code='51']")
+    assert "Right-Putamen (51)" in readout.inner_text() or "(51)" in readout.inner_text()
+    axial.focus()
+    before = readout.inner_text()
+    page.keyboard.press("PageUp")
+    assert readout.inner_text() != before
+
+
+def test_opacity_and_outlines_change_the_picture(pages, visit):
+    page = visit(pages / "sub-01.html")
+    viewer_ready(page)
+
+    def coloured():
+        """Pixels that are not grey."""
+        return page.evaluate(
+            """() => { const c = document.querySelector("canvas[data-axis='1']");
+            const d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data; let n = 0;
+            for (let i = 0; i < d.length; i += 4) n += Math.abs(d[i] - d[i + 1]) > 8; return n; }"""
+        )
+
+    filled = coloured()
+    page.check("#edges")
+    assert 0 < coloured() < filled / 2
+    page.fill("#opacity", "0")
+    assert coloured() == 0
+    assert page.locator(".outlines").first.is_visible()
+    page.locator(".outlines-on").first.uncheck()
+    assert not page.locator(".outlines").first.is_visible()
+    second = "getComputedStyle(document.querySelector('.second'))"
+    assert page.evaluate(f"{second}.opacity") == "0"
+    page.check(".flicker")
+    assert page.evaluate(f"{second}.animationName") == "flicker"
+    page.check(".hold")
+    assert page.evaluate(f"{second}.opacity") == "1"
+
+
+def test_a_pointer_inside_a_structure_meets_its_outline(pages, visit, table):
+    page = visit(pages / "sub-01.html")
+    names = page.evaluate(
+        """() => [...document.querySelectorAll("figure svg")].slice(0, 24).map((svg) => {
+        svg.scrollIntoView({ block: "center" }); const b = svg.getBoundingClientRect();
+        const e = document.elementFromPoint(b.x + .4 * b.width, b.y + .5 * b.height);
+        return e.querySelector("title")?.textContent; })"""
+    )
+    met = {name for name in names if name}
+    assert len(met) > 2
+    assert met <= {s.name for s in table.structures}
+
+
+def test_names_are_words_and_nothing_more(pages, visit, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pages, out)
+    results = list(finished(out))
+    sidecar = {**results[1].sidecar, "SpatialReference": EVIL}
+    write_page(out, replace(results[1], sidecar=sidecar))
+    page = visit(out / "sub-02.html")
+    viewer_ready(page)
+    assert page.title() == "sub-02 \u2013 cadiff"
+    assert EVIL in page.inner_text("#verdict")
+    assert EVIL in page.inner_text("header")
+    assert page.locator("img").count() == 0
+    assert page.locator("script").count() == 2
+
+
+def test_a_group_sorts_and_links(pages, visit, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pages, out)
+    assert rebuild(out).returncode == 0
+    page = visit(out / "group.html")
+    assert EVIL in page.inner_text("#missing")
+    first = page.locator("#scans tbody tr td:first-child").first
+    assert first.inner_text() == "sub-01"
+    page.click("#scans th:first-child")
+    page.click("#scans th:first-child")
+    assert first.inner_text() == "sub-02"
+    first.locator("a").click()
+    page.wait_for_url("**/sub-02.html")
+    assert page.inner_text("h1") == "sub-02"
