@@ -4,18 +4,13 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import SKULL_STRIP
+
 
 @click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
-@click.option(
-    "--skull-strip",
-    type=click.Choice(["auto", "net", "template", "none"]),
-    default="auto",
-    show_default=True,
-    help="auto leaves a stripped scan alone and strips a whole head: with the network if this"
-    " version carries one, else with the template.",
-)
+@SKULL_STRIP
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier mask.")
 def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: bool) -> None:

@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SKULL_STRIP = click.option(
+    "--skull-strip",
+    type=click.Choice(["auto", "net", "template", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto leaves a stripped scan alone and strips a whole head: with the network if this"
+    " version carries one, else with the template.",
+)
 SEGMENTATION = (
-    click.option(
-        "--skull-strip",
-        type=click.Choice(["auto", "net", "template", "none"]),
-        default="auto",
-        show_default=True,
-        help="auto leaves a stripped scan alone and strips a whole head: with the network if this"
-        " version carries one, else with the template.",
-    ),
+    SKULL_STRIP,
     click.option(
         "--atlas",
         default="auto",
