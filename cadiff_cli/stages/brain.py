@@ -91,7 +91,7 @@ class MaskQuality:
 
 
 def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> tuple[Volume, MaskQuality]:
-    """The brain on the ``working`` grid (bool, one component, no holes) and how it looks.
+    """The brain on the ``working`` grid (bool; ``strip`` tidies it) and how it looks.
 
     Raises ``DataError`` where no brain is found.
     """
@@ -104,9 +104,7 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> tuple[Volume, Ma
             "is this a T1-weighted head? Check the header's voxel sizes, or give --mask FILE",
         )
     fine = resample(distance, working, fill=-REACH_MM)
-    parts, n = ndimage.label(fine.data > 0)
-    largest = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if n > 1 else parts == 1
-    return Volume(ndimage.binary_fill_holes(largest), working), quality
+    return Volume(fine.data > 0, working), quality
 
 
 def judge(distance: Volume) -> MaskQuality:

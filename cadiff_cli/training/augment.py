@@ -140,10 +140,7 @@ def draw_patch(
     points = offsets + centre[:, None, None, None]
 
     image = read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
-    nearest = points.round().long()
-    outside = ((nearest < 0) | (nearest >= shape[:, None, None, None])).any(dim=0)
-    nearest = torch.minimum(nearest.clamp(min=0), shape[:, None, None, None] - 1)
-    flat = (nearest[0] * shape[1] + nearest[1]) * shape[2] + nearest[2]
+    flat, outside = nearest(points, shape)
     classes = torch.from_numpy(sample.classes).reshape(-1)[flat].long()
     classes[outside] = 0
     mask = torch.from_numpy(sample.mask).reshape(-1)[flat] & ~outside
@@ -252,6 +249,15 @@ def smooth_noise(
     strength = amplitude * torch.rand(1, generator=generator)
     coarse = strength * torch.randn(1, 3, knots, knots, knots, generator=generator)
     return F.interpolate(coarse, size=(size,) * 3, mode="trilinear", align_corners=True)[0]
+
+
+def nearest(points: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices of the voxels nearest to ``points`` (3, ...), and which lie outside."""
+    index = points.round().long()
+    size = shape[:, None, None, None]
+    outside = ((index < 0) | (index >= size)).any(dim=0)
+    index = torch.minimum(index.clamp(min=0), size - 1)
+    return (index[0] * shape[1] + index[1]) * shape[2] + index[2], outside
 
 
 def read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:

@@ -26,7 +26,7 @@ from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import normalise
-from cadiff_cli.training.augment import read, rotation, smooth_noise
+from cadiff_cli.training.augment import nearest, read, rotation, smooth_noise
 from cadiff_cli.training.loop import Schedule
 
 CLOSING_MM = 5.0
@@ -204,7 +204,9 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         image = read(torch.from_numpy(head.image)[None].float() / 255, points, shape)[0]
     else:
         assert head.labels is not None
-        image = paint(_nearest(head.labels, points, shape), generator)
+        flat, outside = nearest(points, shape)
+        labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
+        image = paint(labels.masked_fill(outside, 0), generator)
     image = _artefacts(image, config, generator)
     if chance(config.deface):
         image = _deface(image, distance, generator)
@@ -292,17 +294,6 @@ def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[T
         inside_mm = inside_mm.reshape(view)
         image, distance = image * (inside_mm > 0), torch.minimum(distance, inside_mm)
     return image, distance
-
-
-def _nearest(labels: np.ndarray, points: Tensor, shape: Tensor) -> Tensor:
-    """Labels (int64) at voxel coordinates; 0 outside."""
-    index = points.round().long()
-    outside = ((index < 0) | (index >= shape[:, None, None, None])).any(dim=0)
-    index = torch.minimum(index.clamp(min=0), shape[:, None, None, None] - 1)
-    flat = (index[0] * shape[1] + index[1]) * shape[2] + index[2]
-    found = torch.from_numpy(labels).reshape(-1)[flat].long()
-    found[outside] = 0
-    return found
 
 
 @dataclass(frozen=True, eq=False)
