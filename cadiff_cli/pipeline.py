@@ -1,7 +1,7 @@
 """The order of the stages.  Inference, training and evaluation all begin with ``prepare``."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,25 +38,30 @@ class Stopwatch:
 
 def prepare(
     scan: Scan,
-    template: Template,
+    templates: Sequence[Template],
     config: Config,
     work_dir: Path,
     watch: Stopwatch | None = None,
 ) -> Prepared:
-    """Everything before the network; transforms are written into ``work_dir``."""
+    """Everything before the network; transforms are written into ``work_dir``.
+
+    The first of the ``templates`` may also serve to find the brain.
+    """
     watch = watch or Stopwatch()
     with watch.stage("strip"):
-        stripped = strip(scan, template, config, work_dir)
+        stripped = strip(scan, templates[0], config, work_dir)
     with watch.stage("register"):
-        registered = register(stripped, template, config.register, work_dir)
+        registrations = tuple(
+            register(stripped, template, config.register, work_dir) for template in templates
+        )
     with watch.stage("field"):
-        conditions = condition(stripped, registered)
-    return Prepared(scan, stripped, registered, conditions)
+        conditions = condition(stripped, registrations)
+    return Prepared(scan, stripped, registrations, conditions)
 
 
 def run(
     scan: Scan,
-    template: Template,
+    templates: Sequence[Template],
     model: "Model",
     config: Config,
     work_dir: Path,
@@ -70,7 +75,7 @@ def run(
     from cadiff_cli.stages.segment import segment
 
     watch = Stopwatch(announce)
-    prepared = prepare(scan, template, config, work_dir, watch)
+    prepared = prepare(scan, templates, config, work_dir, watch)
     with gate or nullcontext(), watch.stage("segment"):
         mask = on_scan(prepared.stripped, scan)
         segmentation = segment(scan, prepared.conditions, mask, model, config.sample)

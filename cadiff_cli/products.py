@@ -123,12 +123,20 @@ class Segmentation:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Everything before the network."""
+    """Everything before the network.
+
+    ``registrations`` are to one template or more; the field is the mean of what they say.
+    """
 
     scan: Scan
     stripped: Stripped
-    registered: Registered
+    registrations: tuple[Registered, ...]
     conditions: Conditions
+
+    @property
+    def registered(self) -> Registered:
+        """The first registration: that to the template which is preferred."""
+        return self.registrations[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +161,9 @@ class Result:
         p = self.prepared
         return (
             *p.scan.warnings,
-            *p.registered.template.warnings,
+            *(text for r in p.registrations for text in r.template.warnings),
             *p.stripped.warnings,
-            *p.registered.warnings,
+            *(text for r in p.registrations for text in r.warnings),
             *self.segmentation.warnings,
         )
 

@@ -287,8 +287,8 @@ def test_the_sidecar_says_how(segmented, tiny_weights):
     sidecar = json.loads(anat(out, "seg-cadiff_dseg.json").read_text())
     assert sidecar["Model"]["WeightsSHA256"] == sha256(tiny_weights)
     assert (sidecar["Seed"], sidecar["Steps"]) == (5, 1)
-    assert sidecar["Template"]["Name"] == "MNI152NLin2009aSym"
-    assert sidecar["Template"]["Registration"] == "affine"
+    assert sidecar["Templates"][0]["Name"] == "MNI152NLin2009aSym"
+    assert sidecar["Templates"][0]["Registration"] == "affine"
     assert sidecar["Sources"][0] == source.name
     assert set(sidecar["Sources"][1:]) == {
         f"bids::{anat(Path(), name).as_posix()}"

@@ -11,7 +11,7 @@ from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.condition import brain_crop, normalise
-from cadiff_cli.stages.field import coordinate_field, template_coordinates
+from cadiff_cli.stages.field import coordinate_field, mean_field, template_coordinates
 from cadiff_cli.stages.register import register, settings, similarity, warp
 from cadiff_cli.stages.strip import on_scan
 
@@ -53,6 +53,22 @@ def test_field_under_the_identity_is_the_closed_form(toy_template, identity, gri
     assert expected.min() < 0
     assert expected.max() > 1
     np.testing.assert_allclose(field.data, np.clip(expected, 0, 1), atol=1e-4)
+
+
+def test_the_mean_field_leaves_out_what_looks_wrong(toy_template, identity, grid_of):
+    """Errors of opposite sign cancel; a suspicious registration counts only if all are."""
+    grid = grid_of("RAS", 8.0)
+    template = toy_template(spacing=8.0)
+    moved = (replace(template, ac_mm=np.add(template.ac_mm, (x, 0, 0))) for x in (-4, 4, 20))
+    left, right, far = map(identity, moved)
+    truth = coordinate_field(identity(template), grid).data
+    far = replace(far, warnings=("poor",))
+    inside = ((truth > 0.1) & (truth < 0.9)).all(axis=0)
+    for several in ((left, right), (left, far, right)):
+        field = mean_field(several, grid).data
+        np.testing.assert_allclose(field[:, inside], truth[:, inside], atol=1e-5)
+    alone = mean_field([far], grid).data
+    np.testing.assert_array_equal(alone, coordinate_field(far, grid).data)
 
 
 def test_an_image_is_warped_in_any_orientation(phantom, toy_template, identity, grid_of):
@@ -110,7 +126,7 @@ def test_a_deformable_registration_finds_an_oblique_head(phantom, toy_template, 
     head = phantom("oblique", (1.6, 2.0, 2.4))
     template = toy_template(shift_mm=(4, -6, 5))
     scan = scan_of(head)
-    prepared = prepare(scan, template, Config(register=RegisterConfig("fast")), tmp_path)
+    prepared = prepare(scan, [template], Config(register=RegisterConfig("fast")), tmp_path)
     conditions = prepared.conditions
 
     assert prepared.registered.kind == "fast"

@@ -34,7 +34,7 @@ from cadiff_cli.stages.volumes import volumes_mm3
 NO_RANGES = Ranges("", {}, {})
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
 SIDECAR = {
-    "Template": {"Name": "x", "Registration": "fast", "Source": "y", "Score": 1.2},
+    "Templates": [{"Name": "x", "Registration": "fast", "Source": "y", "Score": 1.2}],
     "Warnings": [],
 }
 
@@ -56,7 +56,7 @@ def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_pat
         from cadiff_cli.products import Scan
 
         scan = Scan(head.t1, path, tuple(warnings))
-        prepared = Prepared(scan, stripped_of(head), registered, conditions_of(head))
+        prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
         labels = Volume(head.codes, head.t1.grid)
         segmentation = Segmentation(labels, table, 5, 0)
         mask = Volume(head.codes > 0, head.t1.grid)
@@ -189,7 +189,7 @@ def test_what_is_suspicious_is_said(table):
     assert missing.missing == ("Left-Hippocampus",)
     assert "Left-Hippocampus" in " ".join(missing.reasons)
     assert "2.90 l" in " ".join(judged(table, mask=2.9e6).reasons)
-    poor = {"Template": {**SIDECAR["Template"], "Score": 1.01}, "Warnings": ["the FOV cuts"]}
+    poor = {"Templates": [{**SIDECAR["Templates"][0], "Score": 1.01}], "Warnings": ["the FOV cuts"]}
     rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
     said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES).reasons
     assert any("1.010" in text for text in said)

@@ -167,7 +167,7 @@ def test_boilerplate_counts_what_differs():
             "GeneratedBy": [{"Name": "cadiff", "Version": "1"}],
             "Packages": {"torch": "2", "antspyx": "3"},
             "SkullStripping": "none",
-            "Template": {"Name": "MNIColin27", "Registration": kind, "Source": "templateflow"},
+            "Templates": [{"Name": "MNIColin27", "Registration": kind, "Source": "templateflow"}],
             "Model": {"Name": "m", "WeightsSHA256": "0" * 64},
             "Steps": steps,
             "Seed": 0,

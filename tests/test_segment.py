@@ -328,8 +328,8 @@ def test_without_registration_there_are_labels_but_no_transforms(unregistered):
 def test_the_sidecar_says_that_nothing_was_registered(unregistered):
     _, anat = unregistered
     sidecar = json.loads((anat / "sub-01_seg-cadiff_dseg.json").read_text())
-    assert sidecar["Template"]["Registration"] == "none"
-    assert sidecar["Template"]["Score"] is None
+    assert sidecar["Templates"][0]["Registration"] == "none"
+    assert sidecar["Templates"][0]["Score"] is None
     assert sidecar["Settings"]["register"]["name"] == "none"
 
 

@@ -18,7 +18,7 @@ def result_of(scan_of, stripped_of, conditions_of, table, tiny_model):
 
     def make(head, registered):
         scan = scan_of(head)
-        prepared = Prepared(scan, stripped_of(head), registered, conditions_of(head))
+        prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
         mask = Volume(head.codes > 0, head.t1.grid)
         labels = Segmentation(Volume(head.codes, head.t1.grid), table, 1, 0)
         return Result(prepared, mask, labels, {}, tiny_model, Config())

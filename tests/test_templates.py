@@ -10,7 +10,16 @@ import pytest
 
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io import templates
-from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, registry, templateflow_home
+from cadiff_cli.io.templates import (
+    EMBEDDED,
+    PREFERRED,
+    joint_name,
+    load_template,
+    load_templates,
+    parse_names,
+    registry,
+    templateflow_home,
+)
 
 
 @pytest.fixture
@@ -72,18 +81,29 @@ def test_an_unknown_name_is_a_usage_error():
     assert PREFERRED in caught.value.remedy
 
 
+def test_names_are_joined_by_plus(install, good):
+    install(*good)
+    assert parse_names("auto") == ("auto",)
+    assert parse_names(f"{EMBEDDED}+{PREFERRED}+{EMBEDDED}") == (EMBEDDED, PREFERRED)
+    for names in (f"{EMBEDDED}+MNI153", f"auto+{EMBEDDED}", ""):
+        with pytest.raises(UsageError, match="unknown template"):
+            parse_names(names)
+    names = f"{EMBEDDED}+{PREFERRED}"
+    assert joint_name(load_templates(names, offline=True)) == names
+
+
 def test_an_installed_template_loads(install, good):
     head, mask = good
     install(head, mask)
-    template = load_template("auto", offline=True)
-    assert template.name == PREFERRED
-    assert not template.warnings
+    template, embedded = load_templates("auto", offline=True)
+    assert (template.name, embedded.name) == (PREFERRED, EMBEDDED)
+    assert not template.warnings + embedded.warnings
     np.testing.assert_array_equal(template.mask.data, mask > 0)
     np.testing.assert_array_equal(template.brain.data, np.where(mask > 0, head, 0))
 
 
 def test_auto_falls_back_and_says_so(home):
-    template = load_template("auto", offline=True)
+    (template,) = load_templates("auto", offline=True)
     assert template.name == EMBEDDED
     (warning,) = template.warnings
     assert PREFERRED in warning
@@ -123,7 +143,7 @@ def test_damage_names_its_remedy(install, home, good, kind):
     assert type(caught.value) is error
     for advice in ("cadiff fetch", str(home), EMBEDDED):
         assert advice in caught.value.remedy
-    fallback = load_template("auto", offline=True)
+    (fallback,) = load_templates("auto", offline=True)
     assert fallback.name == EMBEDDED
     assert fallback.warnings
 
@@ -153,7 +173,7 @@ def test_without_a_network_the_client_is_not_asked(home, monkeypatch):
     monkeypatch.setattr(templates, "_reachable", lambda: False)
     with pytest.raises(MissingInputError, match="no network"):
         load_template(PREFERRED)
-    fallback = load_template("auto")
+    (fallback,) = load_templates("auto")
     assert fallback.name == EMBEDDED
     assert "no network" in fallback.warnings[0]
 

@@ -20,7 +20,7 @@ from cadiff_cli.errors import DiskError, UsageError
 from cadiff_cli.io.bids import Dataset, Selection
 from cadiff_cli.io.dataset import refuse_foreign, save_dataset_files
 from cadiff_cli.io.releases import find_weights, strip_weights_sha256
-from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.templates import joint_name, load_template, load_templates
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.boilerplate import write_citations
@@ -168,10 +168,10 @@ def _any_job(request: Request) -> Job:
     spaces = tuple(dict.fromkeys(request.spaces))
     for name, _ in map(parse_space, spaces):
         load_template(name, offline=request.offline)
-    template = load_template(request.atlas, offline=request.offline)
+    templates = load_templates(request.atlas, offline=request.offline)
     recipe = Recipe(
         request.config,
-        template.name,
+        joint_name(templates),
         label,
         sha256,
         strip_weights_sha256(request.config.strip),
@@ -187,7 +187,7 @@ def _any_job(request: Request) -> Job:
         run_id=new_run_id(),
         work_dir=request.work_dir,
         threads=request.executor.omp_nthreads,
-        notes=template.warnings,
+        notes=templates[0].warnings,
         overwrite=request.overwrite,
         report=request.report,
     )

@@ -25,8 +25,9 @@ SEGMENTATION = (
         "--atlas",
         default="auto",
         show_default=True,
-        help="MNIColin27, MNI152NLin2009cAsym (both TemplateFlow), MNI152NLin2009aSym (embedded)."
-        " auto: Colin27 if it can be had, else the embedded one.",
+        help="MNIColin27, MNI152NLin2009cAsym (both TemplateFlow), MNI152NLin2009aSym (embedded);"
+        " several, joined by +, share in the field. auto: Colin27, if it can be had, and the"
+        " embedded one.",
     ),
     click.option(
         "--registration",

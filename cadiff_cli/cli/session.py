@@ -11,10 +11,9 @@ from rich.console import Console
 
 import cadiff_cli
 from cadiff_cli.config import Config
-from cadiff_cli.errors import UsageError
 from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import load_scan
-from cadiff_cli.io.templates import load_template, registry
+from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result
 
 LOGGER = logging.getLogger("cadiff_cli")
@@ -43,10 +42,7 @@ def segment_file(
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     scan = load_scan(t1)
-    if atlas != "auto" and atlas not in registry():
-        raise UsageError(
-            f"unknown template {atlas!r}", f"choose from auto, {', '.join(registry())}"
-        )
+    parse_names(atlas)
     place = Derivatives(out, t1)
     place.claim(t1, config.strip.mask, overwrite=overwrite)
     show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
@@ -81,10 +77,10 @@ def segment_file(
 
         pick_device(config.sample.device)
         loaded = load_model(model)
-        template = load_template(atlas, offline=offline)
+        templates = load_templates(atlas, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
             result = segment_scan(
-                *(scan, template, loaded, config, out, Path(work)),
+                *(scan, templates, loaded, config, out, Path(work)),
                 field=save_field,
                 announce=announce,
             )

@@ -22,6 +22,7 @@ from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.dataset import save_dataset_files
 from cadiff_cli.io.nifti import replacing, save_volume
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
+from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.text import read_json, write_json, write_tsv
 from cadiff_cli.labels import load_table
 from cadiff_cli.products import CoordinateField, InSpace, Registered, Result, Scan, Stripped
@@ -157,12 +158,14 @@ def save_result(
     """
     prepared, segmentation = result.prepared, result.segmentation
     path, native = prepared.scan.path, prepared.scan.t1.grid
-    registered, table = prepared.registered, segmentation.table
+    registrations, table = prepared.registrations, segmentation.table
     write = _Writer(Derivatives(out, path), source or path.name)
     mask, t1w, dseg = (write.uri(name) for name in (MASK, T1W, DSEG))
-    to_scan = [write.place.uri(xfm_name(registered.template.name, "T1w"))]
-    if registered.from_template is None:  # the network found the field
-        to_scan = []
+    to_scan = [
+        write.place.uri(xfm_name(r.template.name, "T1w"))
+        for r in registrations
+        if r.from_template is not None  # else the network found the field
+    ]
     save_dataset_files(out, table)
     write.place.commit.unlink(missing_ok=True)
 
@@ -176,7 +179,7 @@ def save_result(
     write.image(MASK, result.mask.data, native, like=path)
     write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped))
     for each in {
-        r.template.name: r for r in (registered, *(s.registered for s in spaces))
+        r.template.name: r for r in (*registrations, *(s.registered for s in spaces))
     }.values():
         write.transforms(each, [t1w])
     if field is not None:
@@ -185,10 +188,15 @@ def save_result(
             FIELD,
             to_scan,
             Description="Distance field: x, y, z relative to the AC, extents scaled to 0..1",
-            Template=registered.template.name,
-            LowMm=registered.template.low_mm,
-            HighMm=registered.template.high_mm,
-            OriginMm=registered.template.ac_mm,
+            Templates=[
+                {
+                    "Name": r.template.name,
+                    "LowMm": r.template.low_mm,
+                    "HighMm": r.template.high_mm,
+                    "OriginMm": r.template.ac_mm,
+                }
+                for r in registrations
+            ],
         )
     segmented_from = [write.raw, t1w, mask, *to_scan]
     if segmentation.posteriors is not None:
@@ -288,6 +296,7 @@ class _Writer:
                 To=end,
                 Registration=registered.kind,
                 Score=registered.score,
+                **({"Warnings": list(registered.warnings)} if registered.warnings else {}),
             )
 
     def standard(self, space: InSpace) -> None:
@@ -381,10 +390,10 @@ def provenance(
     result: Result, spaces: Sequence[InSpace] = (), field: bool = False
 ) -> dict[str, Any]:
     """What made this segmentation: enough to make it again, and to know that it need not be."""
-    registered = result.prepared.registered
+    registrations = result.prepared.registrations
     recipe = Recipe(
         result.config,
-        registered.template.name,
+        joint_name([r.template for r in registrations]),
         result.model.name,
         result.model.sha256,
         strip_weights_sha256(result.config.strip),
@@ -400,12 +409,15 @@ def provenance(
         "Seed": result.segmentation.seed,
         "Tile": result.segmentation.tile,
         "Device": result.config.sample.device,
-        "Template": {
-            "Name": registered.template.name,
-            "Source": registered.template.source,
-            "Registration": registered.kind,
-            "Score": registered.score,
-        },
+        "Templates": [
+            {
+                "Name": r.template.name,
+                "Source": r.template.source,
+                "Registration": r.kind,
+                "Score": r.score,
+            }
+            for r in registrations
+        ],
         "SkullStripping": result.prepared.stripped.method,
         "Settings": recipe.settings(),
         "Fingerprint": recipe.fingerprint(),

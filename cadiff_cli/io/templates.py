@@ -11,7 +11,9 @@ import logging
 import os
 import socket
 import urllib.request
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -51,30 +53,54 @@ def templateflow_home() -> Path:
     return Path(base) / "templateflow"
 
 
-def load_template(name: str = "auto", *, offline: bool = False) -> Template:
-    """The template called ``name``; ``"auto"`` is Colin27 if it can be had, else the embedded one.
+def load_templates(names: str = "auto", *, offline: bool = False) -> tuple[Template, ...]:
+    """Templates by name, joined by ``+``; ``"auto"`` is Colin27 and the embedded one.
 
-    ``offline`` forbids downloads.  Raises ``UsageError`` for an unknown name, ``MissingInputError``
-    or ``DataError`` with the remedy when its files cannot be had or are damaged.
+    Where Colin27 cannot be had, the embedded one carries a warning and serves alone.  ``offline``
+    forbids downloads.  Raises what ``load_template`` raises.
     """
-    if name != "auto":
-        return _load(name, offline)
+    if names != "auto":
+        return tuple(load_template(name, offline=offline) for name in parse_names(names))
+    embedded = load_template(EMBEDDED, offline=offline)
     try:
-        return _load(PREFERRED, offline)
+        return load_template(PREFERRED, offline=offline), embedded
     except CadiffError as error:
         reason = error.message
     warning = (
         f"template {PREFERRED} is not available ({reason}); {EMBEDDED}, which comes with nilearn,"
-        " is used instead"
+        " serves alone: labels are a little less accurate"
     )
     log.warning(warning)
-    return _load(EMBEDDED, offline, (warning,))
+    return (replace(embedded, warnings=(warning,)),)
 
 
-def _load(name: str, offline: bool, warnings: tuple[str, ...] = ()) -> Template:
+def joint_name(templates: Sequence[Template]) -> str:
+    """What ``load_templates`` finds these by."""
+    return "+".join(template.name for template in templates)
+
+
+def parse_names(names: str) -> tuple[str, ...]:
+    """The names in ``NAME[+NAME...]`` or ``auto``, each once; ``UsageError`` for an unknown one."""
+    parts = tuple(dict.fromkeys(names.split("+")))
+    known = ("auto", *registry())
+    for name in parts:
+        if name not in known or (name == "auto" and len(parts) > 1):
+            raise UsageError(
+                f"unknown template {name!r} in {names!r}",
+                f"choose auto, or one or more of {', '.join(known[1:])}, joined by +",
+            )
+    return parts
+
+
+def load_template(name: str, *, offline: bool = False) -> Template:
+    """The template called ``name``.
+
+    ``offline`` forbids downloads.  Raises ``UsageError`` for an unknown name, ``MissingInputError``
+    or ``DataError`` with the remedy when its files cannot be had or are damaged.
+    """
     known = registry()
     if name not in known:
-        raise UsageError(f"unknown template {name!r}", f"choose from auto, {', '.join(known)}")
+        raise UsageError(f"unknown template {name!r}", f"choose from {', '.join(known)}")
     entry = known[name]
     head: Volume | None
     if entry["source"] == "nilearn":
@@ -100,7 +126,7 @@ def _load(name: str, offline: bool, warnings: tuple[str, ...] = ()) -> Template:
     extents: dict[str, Any] = {
         key: tuple(map(float, entry[key])) for key in ("ac_mm", "low_mm", "high_mm")
     }
-    return Template(name, brain, **extents, head=head, mask=mask, source=source, warnings=warnings)
+    return Template(name, brain, **extents, head=head, mask=mask, source=source)
 
 
 @cache

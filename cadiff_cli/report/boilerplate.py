@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -94,6 +94,10 @@ def _cited(
     return [cited(paragraph) for paragraph in paragraphs], references, sources
 
 
+def _kind(sidecar: Mapping[str, Any]) -> str:
+    return str(sidecar["Templates"][0]["Registration"])
+
+
 def describe(results: Sequence[Finished]) -> list[str]:
     """Paragraphs of a methods section; ``[@key]`` cites."""
     sidecars = [result.sidecar for result in results]
@@ -117,21 +121,21 @@ def describe(results: Sequence[Finished]) -> list[str]:
             "mask file": "skull-stripped by masks that were given",
         }.get(s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'")
     )
-    used = [s for s in sidecars if s["Template"]["Registration"] != "none"]
-    names = dict.fromkeys(s["Template"]["Name"] for s in used)
+    used = [t for s in sidecars for t in s["Templates"] if t["Registration"] != "none"]
+    names = dict.fromkeys(t["Name"] for t in used)
     spaces = dict.fromkeys(
         space for s in sidecars for space in s["Settings"].get("output_spaces", ())
     )
     atlases = "; ".join(
         dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in (*names, *spaces))
     )
-    flows = any(s["Template"]["Source"] == "templateflow" for s in used)
+    flows = any(t["Source"] == "templateflow" for t in used)
     registration = each(
         lambda s: {
             "fast": "affine and SyN [@syn] registration at 2 mm",
             "affine": "affine registration",
             "none": "the network itself, which found the distance field together with the labels",
-        }.get(s["Template"]["Registration"], f"registration '{s['Template']['Registration']}'")
+        }.get(_kind(s), f"registration '{_kind(s)}'")
     )
     model = each(lambda s: f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}")
     labels = each(_sampling)
@@ -145,10 +149,11 @@ def describe(results: Sequence[Finished]) -> list[str]:
     )
     second = f"Scans were {strip}."
     if used:
+        whose = "The mean of the templates'" if len(names) > 1 else "The template's"
         second += (
             f" Brains were registered to {' and '.join(names)} [{atlases}]"
             f"{', obtained from TemplateFlow [@templateflow],' if flows else ''} by {registration}."
-            " The template's coordinates, carried to each scan, gave its distance field."
+            f" {whose} coordinates, carried to each scan, gave its distance field."
         )
     else:
         second += " The network found the distance field together with the labels."

@@ -159,22 +159,28 @@ def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
 
 def _registration(case: Case) -> tuple[Volume | None, CoordinateField | None]:
     """The template's brain and the distance field on the grid around the brain."""
-    told: dict[str, Any] = case.result.sidecar["Template"]
-    if told["Registration"] == "none":
+    if case.result.sidecar["Templates"][0]["Registration"] == "none":
         return None, None
-    from cadiff_cli.stages.field import coordinate_field
+    from cadiff_cli.stages.field import mean_field
     from cadiff_cli.stages.register import warp
 
-    template = load_template(str(told["Name"]), offline=True)
-    path = _beside(case.result, xfm_name(template.name, "T1w"))
-    if not path.is_file():
-        raise DataError(f"{path.name} is not there", "segment the scan again")
-    registered = Registered(template, path, None, str(told["Registration"]), told["Score"])
-    coarse = coordinate_field(registered, case.near.coarsen(FIELD_COARSER))
+    made = [_registered(case.result, told) for told in case.result.sidecar["Templates"]]
+    coarse = mean_field(made, case.near.coarsen(FIELD_COARSER))
     channels = [resample(Volume(x, coarse.grid), case.near, fill=np.nan).data for x in coarse.data]
-    return warp(template.brain, registered, case.near), CoordinateField(
+    return warp(made[0].template.brain, made[0], case.near), CoordinateField(
         np.stack(channels), case.near
     )
+
+
+def _registered(result: Finished, told: Mapping[str, Any]) -> Registered:
+    """A registration from its stored transform and what the sidecar tells of it."""
+    template = load_template(str(told["Name"]), offline=True)
+    path = _beside(result, xfm_name(template.name, "T1w"))
+    sidecar = read_json(_beside(result, xfm_name(template.name, "T1w").replace(".h5", ".json")))
+    if not path.is_file():
+        raise DataError(f"{path.name} is not there", "segment the scan again")
+    warnings = tuple((sidecar or {}).get("Warnings", ()))
+    return Registered(template, path, None, str(told["Registration"]), told["Score"], warnings)
 
 
 def _beside(result: Finished, suffix: str) -> Path:

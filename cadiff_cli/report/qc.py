@@ -93,7 +93,7 @@ def judge(
         if name in percent and name not in missing and percent[name] not in span
     }
     litres = volumes.get("Brain-Mask", 0.0) / 1e6
-    score = result.sidecar["Template"]["Score"]
+    score = registration_score(result.sidecar)
     reasons = list(_suspicions(litres, score))
     if missing:
         reasons.append(f"not found: {', '.join(missing)}")
@@ -106,12 +106,18 @@ def judge(
                 f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
             )
     # Those that are not about the result, or were said above in other words.
-    known = ("is used instead", "registration score", " l, outside ")
+    known = ("serves alone", "of the registration to", " l, outside ")
     warnings = [str(text) for text in result.sidecar.get("Warnings", ())]
     reasons += [text for text in warnings if not any(part in text for part in known)]
     return Judgement(
         tuple(reasons), litres, mask_quality, score, missing, implausible, sides, percent
     )
+
+
+def registration_score(sidecar: Mapping[str, Any]) -> float | None:
+    """The lowest score of a result's registrations; None without any."""
+    scores = [told["Score"] for told in sidecar["Templates"] if told["Score"] is not None]
+    return min(scores, default=None)
 
 
 class _Anything:

@@ -17,7 +17,7 @@ import cadiff_cli
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.derivatives import save_result
 from cadiff_cli.io.nifti import load_scan
-from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template
 from cadiff_cli.report.page import report_scan
@@ -72,7 +72,7 @@ def _segment(job: Job) -> Result:
     with tempfile.TemporaryDirectory(prefix=f"{job.entities}-", dir=job.work_dir) as work:
         return segment_scan(
             scan,
-            replace(_template(job.recipe.template), warnings=job.notes),
+            _templates(job.recipe.template, job.notes),
             _model(job.weights, job.recipe.weights_sha256),
             job.recipe.config,
             job.out,
@@ -88,7 +88,7 @@ def _segment(job: Job) -> Result:
 
 def segment_scan(
     scan: Scan,
-    template: Template,
+    templates: Sequence[Template],
     model: "Model",
     config: "Config",
     out: Path,
@@ -102,10 +102,10 @@ def segment_scan(
     gate: AbstractContextManager[object] | None = None,
 ) -> Result:
     """Run the pipeline on one scan and write everything it gives into ``out``."""
-    from cadiff_cli.stages.field import coordinate_field
+    from cadiff_cli.stages.field import mean_field
     from cadiff_cli.stages.space import parse_space, to_space
 
-    result = run(scan, template, model, config, work_dir, announce, gate)
+    result = run(scan, templates, model, config, work_dir, announce, gate)
     carried = [
         to_space(result, _template(name), resolution, work_dir)
         for name, resolution in map(parse_space, spaces)
@@ -115,7 +115,7 @@ def segment_scan(
     save_result(
         result,
         out,
-        coordinate_field(result.prepared.registered, scan.t1.grid) if field else None,
+        mean_field(result.prepared.registrations, scan.t1.grid) if field else None,
         carried,
         source=source,
         run_id=run_id,
@@ -135,6 +135,13 @@ def _model(name: str, sha256: str) -> "Model":
             f"the weights {name} changed while cadiff was running", "run it again from the start"
         )
     return model
+
+
+@lru_cache(maxsize=1)
+def _templates(names: str, notes: tuple[str, ...]) -> tuple[Template, ...]:
+    """Loaded once per process; ``notes`` are what was said when they were chosen."""
+    first, *others = load_templates(names, offline=True)
+    return replace(first, warnings=notes), *others
 
 
 @lru_cache(maxsize=4)

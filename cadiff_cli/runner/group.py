@@ -11,7 +11,7 @@ from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import read_rows
 from cadiff_cli.report.group import judgements
-from cadiff_cli.report.qc import COLUMNS, Judgement, columns
+from cadiff_cli.report.qc import COLUMNS, Judgement, columns, registration_score
 from cadiff_cli.runner.journal import Journal
 
 ENTITIES = {
@@ -22,9 +22,9 @@ ENTITIES = {
 }
 """Columns that say which scan a row is of; ``scan`` holds all of its entities."""
 QUALITY = {
-    "registration_score": "Normalised mutual information of scan and template, 1 to 2",
+    "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
     "registration": "Kind of registration that was used",
-    "template": "Template that the scan was registered to",
+    "template": "Templates that the scan was registered to",
     "skull_stripping": "How the brain mask was found",
     "missing_structures": "Number of structures that were not found",
     "n_warnings": "Number of warnings in the scan's sidecar",
@@ -120,9 +120,9 @@ def row(result: Finished) -> dict[str, Any]:
         "scan": result.entities,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
         **{column(line.name): f"{line.mm3:.3f}" for line in rows},
-        "registration_score": sidecar["Template"]["Score"],
-        "registration": sidecar["Template"]["Registration"],
-        "template": sidecar["Template"]["Name"],
+        "registration_score": registration_score(sidecar),
+        "registration": sidecar["Templates"][0]["Registration"],
+        "template": "+".join(told["Name"] for told in sidecar["Templates"]),
         "skull_stripping": sidecar["SkullStripping"],
         "missing_structures": sum(line.code is not None and not line.mm3 for line in rows),
         "n_warnings": len(sidecar["Warnings"]),

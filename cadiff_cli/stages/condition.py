@@ -1,12 +1,14 @@
 """From a registered brain to what the network is given: normalise, crop, attach the field."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.products import Conditions, Registered, Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
-from cadiff_cli.stages.field import coordinate_field
+from cadiff_cli.stages.field import mean_field
 
 MARGIN_VOXELS = 6
 MULTIPLE = 16
@@ -14,7 +16,7 @@ FIELD_STRIDE = 2
 """The field is smooth: the network reads it (and diffuses labels) at 2 mm."""
 
 
-def condition(stripped: Stripped, registered: Registered) -> Conditions:
+def condition(stripped: Stripped, registrations: Sequence[Registered]) -> Conditions:
     """Crop to the brain, scale intensities and sample the distance field on the crop."""
     grid = brain_crop(stripped.mask)
     image, mask = (resample(v, grid) for v in (stripped.t1, stripped.mask))
@@ -22,8 +24,8 @@ def condition(stripped: Stripped, registered: Registered) -> Conditions:
         image=Volume(normalise(image.data, mask.data), grid),
         mask=mask,
         field=None
-        if registered.kind == "none"
-        else coordinate_field(registered, grid.coarsen(FIELD_STRIDE)),
+        if registrations[0].kind == "none"
+        else mean_field(registrations, grid.coarsen(FIELD_STRIDE)),
     )
 
 

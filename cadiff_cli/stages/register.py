@@ -48,16 +48,19 @@ def register(
 ) -> Registered:
     """Find the transform between the scan's brain and the template's brain.
 
-    Transforms are written into ``work_dir``.  If the deformable registration fails, the affine one
-    is used, with a warning.  With the name ``none`` nothing is sought.
+    Transforms are written into ``work_dir``, under the template's name.  If the deformable
+    registration fails, the affine one is used, with a warning.  With the name ``none`` nothing is
+    sought.
     """
     if config.name == "none":
         return Registered(template, None, None, "none", None)
     wanted = settings(config.name)
     warnings: list[str] = []
     kind = config.name
+    folder = work_dir / template.name
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        forward, inverse = _run(stripped.t1, template.brain, wanted, config.seed, work_dir)
+        forward, inverse = _run(stripped.t1, template.brain, wanted, config.seed, folder)
     except Exception as error:  # ITK errors arrive as RuntimeError or ValueError
         if config.name == "affine":
             raise DataError(
@@ -68,7 +71,7 @@ def register(
         kind = "affine"
         try:
             forward, inverse = _run(
-                stripped.t1, template.brain, settings("affine"), config.seed, work_dir
+                stripped.t1, template.brain, settings("affine"), config.seed, folder
             )
         except Exception as last:
             raise DataError(
@@ -81,7 +84,8 @@ def register(
     log.info("registration score (normalised mutual information) %.3f", score)
     if score < POOR_SCORE:
         warnings.append(
-            f"registration score {score:.3f} is below {POOR_SCORE}: look at the result with care"
+            f"the score {score:.3f} of the registration to {template.name} is below {POOR_SCORE}:"
+            " look at the result with care"
         )
     for text in warnings:
         log.warning(text)

@@ -35,14 +35,14 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
     The registration that the labels were made with serves again if it was to this template.  The
     scan is registered to another one with the same settings.
     """
-    registered, stripped = result.prepared.registered, result.prepared.stripped
-    if template.name != registered.template.name or registered.to_template is None:
-        folder = work_dir / template.name
-        folder.mkdir(exist_ok=True)
+    stripped = result.prepared.stripped
+    made = {r.template.name: r for r in result.prepared.registrations if r.to_template is not None}
+    registered = made.get(template.name)
+    if registered is None:
         wanted = result.config.register
         if wanted.name == "none":  # for the labels; the space still needs one
             wanted = RegisterConfig(seed=wanted.seed)
-        registered = register(stripped, template, wanted, folder)
+        registered = register(stripped, template, wanted, work_dir)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
     labels = result.segmentation.labels
     if labels.grid.is_sheared:  # ITK knows no sheared grids

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.training.cache import FIELD_STRIDE, Sample
+from cadiff_cli.training.cache import FIELD_STRIDE, Sample, mean_field
 from cadiff_cli.training.synthesis import SynthesisConfig, resynthesise
 
 FIELD_EXTENT_MM = 190.0
@@ -29,9 +29,10 @@ class AugmentConfig:
     ``deform`` is the share of patches that are rotated, scaled and bent; the others are copied
     voxel by voxel, as sharp as what inference sees.  ``thick_slices`` is the share that is sampled
     in slices of 2 to ``slice_mm`` mm, ``bad_mask`` the share whose brain mask is cut up to
-    ``mask_error_mm`` deep or leaves bits of the head up to twice as far.  ``field_error_mm`` is the
-    largest standard deviation of a smooth error of the registration.  ``intensity`` scales bias
-    field, contrast, noise and blur.
+    ``mask_error_mm`` deep or leaves bits of the head up to twice as far.  ``mean_field`` is the
+    share that sees the mean of all templates' fields, as inference does; the others see that of
+    one.  ``field_error_mm`` is the largest standard deviation of a smooth error of the
+    registration.  ``intensity`` scales bias field, contrast, noise and blur.
     """
 
     flip: float = 0.5
@@ -40,7 +41,8 @@ class AugmentConfig:
     scale: float = 0.1
     elastic_mm: float = 2.0
     elastic_spacing_mm: float = 24.0
-    field_error_mm: float = 2.0
+    mean_field: float = 0.6
+    field_error_mm: float = 1.0
     thick_slices: float = 0.1
     slice_mm: float = 5.0
     bad_mask: float = 0.2
@@ -147,19 +149,21 @@ def draw_patch(
     image = image * mask
 
     names = sorted(sample.fields)
-    name = names[int(torch.randint(len(names), (1,), generator=generator))]
-    stored = torch.from_numpy(sample.fields[name].astype(np.float32))
+    pick = int(torch.randint(len(names), (1,), generator=generator))
+    together = float(uniform(0, 1, 1)) < config.mean_field
+    field = mean_field(sample) if together else sample.fields[names[pick]].astype(np.float32)
+    stored = torch.from_numpy(field)
     half = F.avg_pool3d(points[None], 2)[0]
     # Centres of stored cells lie (stride - 1) / 2 voxels inside.
     cells = (half - (FIELD_STRIDE - 1) / 2) / FIELD_STRIDE
-    field = read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
+    position = read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
     error = smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
-    field = (field + error / FIELD_EXTENT_MM).clamp(0, 1)
+    position = (position + error / FIELD_EXTENT_MM).clamp(0, 1)
 
     if float(uniform(0, 1, 1)) < config.flip:
         image, mask = image.flip(0), mask.flip(0)
-        classes, field = mirror[classes.flip(0)], field.flip(1)
-        field = torch.cat([1 - field[:1], field[1:]])
+        classes, position = mirror[classes.flip(0)], position.flip(1)
+        position = torch.cat([1 - position[:1], position[1:]])
     if float(uniform(0, 1, 1)) < config.synthesis.share:
         image = resynthesise(image, mask, classes, mirror, config.synthesis, generator)
     image = recolour(image, mask, config.intensity, generator)
@@ -167,7 +171,7 @@ def draw_patch(
         image = thicken(image, mask, float(uniform(2, config.slice_mm, 1)), generator)
     if float(uniform(0, 1, 1)) < config.bad_mask:
         image, classes = spoil_mask(image, mask, classes, config.mask_error_mm, generator)
-    return Patch(image[None, None], classes[None], field[None])
+    return Patch(image[None, None], classes[None], position[None])
 
 
 def recolour(image: Tensor, mask: Tensor, strength: float, generator: torch.Generator) -> Tensor:

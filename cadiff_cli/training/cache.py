@@ -84,7 +84,7 @@ def build(
         stripped = strip(loaded, atlases[0], Config(), Path(work))
         for atlas in atlases:
             registered = register(stripped, atlas, RegisterConfig(), Path(work))
-            conditions = condition(stripped, registered)
+            conditions = condition(stripped, [registered])
             assert conditions.field is not None  # RegisterConfig() registers
             field = pool(conditions.field.data, FIELD_STRIDE // NETWORK_STRIDE)
             arrays[f"field_{atlas.name}"] = field.astype(np.float16)
@@ -111,6 +111,12 @@ def load(path: Path) -> Sample:
             stored["classes"],
             fields,
         )
+
+
+def mean_field(sample: Sample) -> np.ndarray:
+    """Mean over the templates of a sample's fields, (3, X/4, Y/4, Z/4) float32."""
+    fields = [field.astype(np.float32) for field in sample.fields.values()]
+    return np.asarray(sum(fields) / np.float32(len(fields)))
 
 
 def pool(data: np.ndarray, factor: int) -> np.ndarray:

@@ -70,17 +70,19 @@ class HeadConfig(Schedule):
     """How to train the brain mask, and what heads go through.
 
     ``patch`` voxels a side at 2 mm.  ``off_centre_mm`` is how far a patch's centre may lie from the
-    brain's.  ``cut`` and ``deface`` are the shares of heads whose field of view ends within the
-    head, and whose face is removed.
+    brain's.  ``tilted`` is the share of heads that lie in any way, up to ``rotation_deg``; the
+    others lie as a technician lays them, up to a quarter of that.  ``cut`` and ``deface`` are the
+    shares of heads whose field of view ends within the head, and whose face is removed.
     """
 
     patch: int = 96
     rotation_deg: float = 45.0
-    scale: float = 0.2
+    tilted: float = 0.2
+    scale: float = 0.15
     elastic_mm: float = 3.0
-    off_centre_mm: float = 50.0
-    real: float = 0.4
-    cut: float = 0.3
+    off_centre_mm: float = 30.0
+    real: float = 0.6
+    cut: float = 0.2
     deface: float = 0.2
     slice_mm: float = 8.0
 
@@ -188,8 +190,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     centre = torch.from_numpy(inside.mean(axis=0)).float()
     centre = centre + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
     zoom = float(1 + config.scale * uniform(-1, 1, 1))
-    # Half of the heads lie as a technician lays them, half in any way.
-    widest = config.rotation_deg if chance(0.5) else config.rotation_deg / 3
+    widest = config.rotation_deg if chance(config.tilted) else config.rotation_deg / 4
     matrix = rotation(uniform(-1, 1, 3) * math.radians(widest)) * zoom
     axis = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
     offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))

@@ -19,7 +19,7 @@ from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.segment import class_probabilities
-from cadiff_cli.training.cache import Sample
+from cadiff_cli.training.cache import Sample, mean_field
 from cadiff_cli.training.loop import Interval, State
 
 log = logging.getLogger(__name__)
@@ -98,11 +98,11 @@ def segment_sample(
 ) -> np.ndarray:
     """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code that inference runs.
 
-    The field is that of the first of the sample's templates, in alphabetical order.
+    The field is the mean of its templates' fields.
     """
     shape = sample.image.shape
     grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-    stored = torch.from_numpy(sample.fields[min(sample.fields)].astype(np.float32))[None]
+    stored = torch.from_numpy(mean_field(sample))[None]
     field = F.interpolate(stored, scale_factor=2, mode="trilinear")[0].numpy()
     conditions = Conditions(
         Volume(sample.image.astype(np.float32) / 255, grid),

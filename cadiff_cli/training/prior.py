@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.training.cache import Sample
+from cadiff_cli.training.cache import Sample, mean_field
 
 SMOOTHING_CELLS = 0.6
 PSEUDO_COUNT = 0.02
@@ -20,23 +20,20 @@ def count_prior(
 ) -> Tensor:
     """Log-probability of each class per field cell, (1, classes, *shape) float32.
 
-    Every voxel of every sample, with every template's field, votes for the cell at its field value
-    (cells are centred like ``grid_sample`` with ``align_corners``); mirrored brains vote too, so
-    the prior is symmetric.  Cells without votes say background.
+    Every voxel of every sample votes for the cell at the mean of its templates' fields (cells are
+    centred like ``grid_sample`` with ``align_corners``); mirrored brains vote too, so the prior is
+    symmetric.  Cells without votes say background.
     """
     counts = np.zeros((table.n_classes, *shape))
     top = np.array(shape) - 1
     for sample in samples:
         classes = sample.classes.ravel().astype(np.int64)
-        for field in sample.fields.values():
-            fine = F.interpolate(
-                torch.from_numpy(field.astype(np.float32))[None],
-                size=sample.classes.shape,
-                mode="trilinear",
-            )[0].numpy()
-            cell = [np.rint(fine[a].ravel() * top[a]).astype(np.int64) for a in range(3)]
-            flat = np.ravel_multi_index((classes, *cell), counts.shape)
-            counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+        fine = F.interpolate(
+            torch.from_numpy(mean_field(sample))[None], size=sample.classes.shape, mode="trilinear"
+        )[0].numpy()
+        cell = [np.rint(fine[a].ravel() * top[a]).astype(np.int64) for a in range(3)]
+        flat = np.ravel_multi_index((classes, *cell), counts.shape)
+        counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
     counts += counts[table.mirror_classes][:, ::-1]
     smooth = np.stack([ndimage.gaussian_filter(c, SMOOTHING_CELLS) for c in counts])
     smooth[0] += 1e-3
