@@ -16,20 +16,22 @@ from cadiff_cli.training.heads import (
     Head,
     HeadConfig,
     HeadDraws,
+    HeadPatch,
+    MaskObjective,
     closed,
+    distance_loss,
     draw_head,
     from_labels,
     from_scan,
     head_loader,
     load_head,
-    mask_objective,
     paint,
     save_head,
     signed_distance,
 )
 from cadiff_cli.training.mask import held_out_dice, prepare_heads, train_mask
 
-TINY = BrainConfig((8, 8))
+TINY = BrainConfig((8, 8), (8, 8))
 SPACING = np.array([2.0, 2.0, 2.0])
 
 
@@ -199,6 +201,26 @@ def test_any_size_is_padded_and_given_back():
     assert abs(distance).max() <= REACH_MM
 
 
+def test_only_the_box_around_the_brain_is_refined():
+    """Far from it the first network's word stands; in it the second one's."""
+    seen = []
+
+    class Watched(Oracle):
+        def refine(self, head, located):
+            if located is not None:
+                seen.append(tuple(head.shape[2:]))
+                assert tuple(2 * n for n in located.shape[2:]) == seen[-1]
+            return super().refine(head, located)
+
+    inside = ball(20, 64, centre=(40, 60, 80))
+    distance = predict_distance(Watched(), inside.astype(np.float32))
+    wanted = np.clip(signed_distance(inside, SPACING), -REACH_MM, REACH_MM)
+    assert np.array_equal(distance > 0, inside)
+    assert abs(distance - wanted).max() < 3
+    assert max(seen[0]) <= 36
+    assert (predict_distance(Watched(), np.zeros((16, 16, 16), np.float32)) <= 0).all()
+
+
 def test_intensities_do_not_depend_on_units():
     image = np.random.default_rng(0).gamma(1.0, size=(20, 20, 20)).astype(np.float32)
     image[:5] = 0
@@ -212,8 +234,13 @@ class Oracle(BrainNet):
     def __init__(self):
         super().__init__(TINY)
 
-    def forward(self, head):
+    def locate(self, head):
+        return torch.nn.functional.avg_pool3d(self.refine(head, None), 2)
+
+    def refine(self, head, _located):
         mask = head[0, 0].numpy() > 0.5
+        if not mask.any():
+            return torch.full(head.shape, -FAR_MM)
         return torch.from_numpy(signed_distance(mask, SPACING))[None, None]
 
 
@@ -281,17 +308,32 @@ def test_nothing_is_judged_as_nothing():
 
 
 def test_the_loss_is_zero_at_the_truth():
-    distance = torch.from_numpy(signed_distance(ball(30), SPACING)).clamp(-REACH_MM, REACH_MM)
+    truth = torch.from_numpy(signed_distance(ball(30), SPACING)).clamp(-REACH_MM, REACH_MM)
+    # Farther than the reach is as right as the reach itself.
+    estimate = torch.where(truth.abs() >= REACH_MM, 3 * truth, truth)
+    assert float(distance_loss(estimate, truth)) < 0.04
+    assert float(distance_loss(estimate + 2, truth)) > 0.1
+
+
+def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
+    """Whatever cube is drawn, a network that is right everywhere has no loss."""
+    patch = draw_head(drawn_head, HeadConfig(patch=64, off_centre_mm=20.0), seeded(3))
+    coded = HeadPatch(patch.distance, patch.distance)
 
     class Truth(torch.nn.Module):
-        def forward(self, _image):
-            # Farther than the reach is as right as the reach itself.
-            return torch.where(distance.abs() >= REACH_MM, 3 * distance, distance)[None, None]
+        def locate(self, head):
+            return torch.nn.functional.avg_pool3d(head, 2)
 
-    patch = type("P", (), {"image": None, "distance": distance[None, None]})()
-    losses = mask_objective(Truth(), patch, seeded())
-    assert float(losses.distance) == 0
-    assert float(losses.overlap) < 0.04
+        def refine(self, head, located):
+            coarse = torch.nn.functional.avg_pool3d(head, 2)
+            assert torch.equal(located, coarse)
+            return head
+
+    for index in range(6):
+        losses = MaskObjective(fine=32)(Truth(), coded, seeded(index))
+        assert float(losses.coarse) < 0.05
+        assert float(losses.fine) < 0.05
+    assert float(MaskObjective(fine=0)(Truth(), coded, seeded()).fine) == 0
 
 
 def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):

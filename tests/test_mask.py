@@ -25,14 +25,17 @@ from cadiff_cli.training.heads import signed_distance
 class Bright(BrainNet):
     """Takes whatever is brighter than 0.45 for brain."""
 
-    def forward(self, head):
+    def locate(self, head):
+        return torch.nn.functional.avg_pool3d(self.refine(head, None), 2)
+
+    def refine(self, head, _located):
         mask = head[0, 0].numpy() > 0.45
         return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
 
 
 @pytest.fixture
 def bright(monkeypatch):
-    model = BrainModel(Bright(BrainConfig((8, 8))), "bright", "", {})
+    model = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright", "", {})
     monkeypatch.setattr(stage, "_brain_model", lambda: model)
     for module in (stage, releases):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)

@@ -1,6 +1,8 @@
 """The brain-mask network: a head at 2 mm -> signed distance to the brain's border, in mm.
 
-A distance is smooth, so it can be read between voxels: the border at 1 mm has no 2 mm steps.
+Two U-Nets in a cascade.  The first looks at the whole head at 4 mm and finds the brain; the second
+sees the head at 2 mm and the first one's answer, and finds the border.  A distance is smooth, so it
+can be read between voxels: the border at 1 mm has no 2 mm steps.
 """
 
 from dataclasses import dataclass
@@ -21,19 +23,25 @@ REACH_MM = 10.0
 
 @dataclass(frozen=True)
 class BrainConfig:
-    """Channels of the levels, from 4 mm down."""
+    """Channels of the levels: of ``coarse`` from 8 mm down, of ``fine`` from 4 mm down."""
 
-    channels: tuple[int, ...] = (32, 64, 96, 128)
+    coarse: tuple[int, ...] = (32, 64, 96, 96)
+    fine: tuple[int, ...] = (32, 64, 96)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "BrainConfig":
         """Read back what ``config.as_dict`` made for a weights file's metadata."""
-        return BrainConfig(tuple(values["channels"]))
+        return BrainConfig(tuple(values["coarse"]), tuple(values["fine"]))
 
     @property
     def multiple(self) -> int:
-        """Sizes of the input must be multiples of this many voxels."""
-        return int(2 ** len(self.channels))
+        """Sizes of a whole head must be multiples of this many voxels."""
+        return int(max(2 * 2 ** len(self.coarse), self.fine_multiple))
+
+    @property
+    def fine_multiple(self) -> int:
+        """Sizes of what is refined must be multiples of this many voxels."""
+        return int(2 ** len(self.fine))
 
 
 class Block(nn.Module):
@@ -53,14 +61,13 @@ class Block(nn.Module):
         return out
 
 
-class BrainNet(nn.Module):
+class DistanceNet(nn.Module):
     """A U-Net over blocks of 2^3 voxels: the input loses nothing, and costs an eighth."""
 
-    def __init__(self, config: BrainConfig) -> None:
+    def __init__(self, c_in: int, channels: tuple[int, ...]) -> None:
         super().__init__()
-        self.config = config
-        c = config.channels
-        self.stem = nn.Conv3d(8, c[0], 3, padding=1)
+        c = channels
+        self.stem = nn.Conv3d(8 * c_in, c[0], 3, padding=1)
         self.encoder = nn.ModuleList(Block(n, n) for n in c)
         self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
         self.bottom = Block(c[-1], c[-1])
@@ -69,9 +76,9 @@ class BrainNet(nn.Module):
         self.norm = ChannelNorm(c[0])
         self.out = nn.Conv3d(c[0], 8, 3, padding=1)
 
-    def forward(self, head: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) intensities in [0, 1] -> (B, 1, X, Y, Z) float32 mm, inside positive."""
-        x = self.stem(last(2 * unshuffle(head) - 1))
+    def forward(self, *images: Tensor) -> Tensor:
+        """Images (B, 1, X, Y, Z) -> (B, 1, X, Y, Z) float32, in units of the reach."""
+        x = self.stem(last(torch.cat([unshuffle(image) for image in images], dim=1)))
         skips = []
         for level, block in enumerate(self.encoder):
             if level:
@@ -82,4 +89,29 @@ class BrainNet(nn.Module):
         for level in reversed(range(len(self.decoder))):
             x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest")
             x = self.decoder[level](torch.cat([skips[level], x], dim=1))
-        return REACH_MM * shuffle(self.out(F.silu(self.norm(x))).float())
+        return shuffle(self.out(F.silu(self.norm(x))).float())
+
+
+class BrainNet(nn.Module):
+    """Where the brain is, at 4 mm, then where it ends, at 2 mm."""
+
+    def __init__(self, config: BrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.coarse = DistanceNet(1, config.coarse)
+        self.fine = DistanceNet(2, config.fine)
+
+    def locate(self, head: Tensor) -> Tensor:
+        """(B, 1, 2x, 2y, 2z) intensities in [0, 1] at 2 mm -> (B, 1, x, y, z) mm at 4 mm."""
+        distance: Tensor = REACH_MM * self.coarse(2 * F.avg_pool3d(head, 2) - 1)
+        return distance
+
+    def refine(self, head: Tensor, located: Tensor) -> Tensor:
+        """``head`` and what ``locate`` says of it, or the same part of both -> mm at 2 mm."""
+        hint = F.interpolate(located, scale_factor=2, mode="trilinear") / REACH_MM
+        distance: Tensor = REACH_MM * (hint + self.fine(2 * head - 1, hint.clamp(-1, 1)))
+        return distance
+
+    def forward(self, head: Tensor) -> Tensor:
+        """(B, 1, X, Y, Z) intensities in [0, 1] -> (B, 1, X, Y, Z) float32 mm, inside positive."""
+        return self.refine(head, self.locate(head))

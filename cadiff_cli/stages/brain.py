@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy import ndimage
+from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.weights import BrainModel
@@ -40,18 +41,40 @@ def normalise(image: np.ndarray) -> np.ndarray:
 def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
     """(X, Y, Z) intensities in [0, 1] at 2 mm -> (X, Y, Z) float32 mm within the network's reach.
 
-    The image is padded with air to the sizes that the network takes.
+    The image is padded with air to the sizes that the network takes.  Only the box around what the
+    first network finds is refined.
     """
-    size = net.config.multiple
-    pad = [(0, -n % size) for n in head.shape]
-    x = torch.from_numpy(np.pad(head, pad))[None, None]
-    device = next(net.parameters()).device
-    with autocast(device):
-        distance = net(x.to(device))[0, 0].cpu().numpy()
-    inner = tuple(slice(0, n) for n in head.shape)
-    return np.asarray(np.clip(distance[inner], -REACH_MM, REACH_MM), dtype=np.float32)
+    pad = [(0, -n % net.config.multiple) for n in head.shape]
+    x = torch.from_numpy(np.pad(head, pad))[None, None].to(next(net.parameters()).device)
+    with autocast(x.device):
+        located = net.locate(x)
+        distance = F.interpolate(located, scale_factor=2, mode="trilinear")
+        if box := _around(located[0, 0] > -BOX_MARGIN_MM, net.config.fine_multiple // 2):
+            a, b, c = box
+            i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
+            distance[..., i, j, k] = net.refine(x[..., i, j, k], located[..., a, b, c])
+    i, j, k = (slice(0, n) for n in head.shape)
+    found = distance[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM)
+    return np.asarray(found.float().cpu().numpy())
 
 
+def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
+    """The box of (X, Y, Z) bool, grown to multiples of so many voxels; empty if there is none.
+
+    Sizes of ``inside`` are such multiples.
+    """
+    box = []
+    for axis in range(3):
+        found = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+        if not len(found):
+            return ()
+        low = int(found[0]) // multiple * multiple
+        box.append(slice(low, -(-(int(found[-1]) + 1) // multiple) * multiple))
+    return tuple(box)
+
+
+BOX_MARGIN_MM = 9.0
+"""What the first network puts farther outside the brain than this is not looked at again."""
 DEEP_MM = 6.0
 LEAST_DEEP_LITRES = 0.1
 """A brain has tissue this deep inside; what a network sees in noise or in a phantom has not."""

@@ -69,13 +69,14 @@ class HeadPatch:
 class HeadConfig(Schedule):
     """How to train the brain mask, and what heads go through.
 
-    ``patch`` voxels a side at 2 mm.  ``off_centre_mm`` is how far a patch's centre may lie from the
-    brain's.  ``tilted`` is the share of heads that lie in any way, up to ``rotation_deg``; the
-    others lie as a technician lays them, up to a quarter of that.  ``cut`` and ``deface`` are the
-    shares of heads whose field of view ends within the head, and whose face is removed.
+    ``patch`` voxels a side at 2 mm: as much as a head with its neck.  ``off_centre_mm`` is how far
+    a patch's centre may lie from the brain's.  ``tilted`` is the share of heads that lie in any
+    way, up to ``rotation_deg``; the others lie as a technician lays them, up to a quarter of that.
+    ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
+    whose face is removed.
     """
 
-    patch: int = 96
+    patch: int = 128
     rotation_deg: float = 45.0
     tilted: float = 0.2
     scale: float = 0.15
@@ -299,27 +300,58 @@ def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[T
 
 @dataclass(frozen=True, eq=False)
 class MaskLosses:
-    """Parts of the loss: the distance near the border, and the overlap of what it encloses."""
+    """Losses of the two parts of the cascade."""
 
-    distance: Tensor
-    overlap: Tensor
+    coarse: Tensor
+    fine: Tensor
 
     @property
     def total(self) -> Tensor:
         """What is minimised."""
-        return self.distance + self.overlap
+        return self.coarse + self.fine
 
 
-def mask_objective(net: BrainNet, patch: HeadPatch, _generator: torch.Generator) -> MaskLosses:
-    """L1 of the distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
-    estimate = net(patch.image)
-    error = (estimate - patch.distance).abs()
+@dataclass(frozen=True)
+class MaskObjective:
+    """Whole heads for the first network, a random cube of ``fine`` voxels for the second.
+
+    With ``fine`` 0 only the first one learns: it is the quicker part, and the second one's input.
+    """
+
+    fine: int = 80
+
+    def __call__(self, net: BrainNet, patch: HeadPatch, generator: torch.Generator) -> MaskLosses:
+        """Losses of one batch of heads; the cube lies around a random place in the brain."""
+        located = net.locate(patch.image)
+        coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))
+        size = min(self.fine, patch.image.shape[-1])
+        if not size:
+            return MaskLosses(coarse, torch.zeros_like(coarse))
+        # The corner is even: both resolutions share it.
+        inside = torch.nonzero(patch.distance[0, 0] > 0)
+        if not len(inside):
+            inside = torch.nonzero(patch.distance[0, 0] > -torch.inf)
+        pick = torch.randint(len(inside), (1,), generator=generator, device=generator.device)
+        corner = (inside[pick][0] - size // 2).clamp(0, patch.image.shape[-1] - size) // 2
+
+        def cube(volume: Tensor, voxels: int, scale: int) -> Tensor:
+            for axis, start in enumerate(corner.tolist(), 2):
+                volume = volume.narrow(axis, start * scale, voxels)
+            return volume
+
+        hint = cube(located.detach(), size // 2, 1)
+        estimate = net.refine(cube(patch.image, size, 2), hint)
+        return MaskLosses(coarse, distance_loss(estimate, cube(patch.distance, size, 2)))
+
+
+def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
+    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
+    error = (estimate - truth).abs()
     # Where the truth is at the end of the reach, anything farther on that side is right.
-    far = (patch.distance.abs() >= REACH_MM) & (estimate * patch.distance.sign() > REACH_MM)
-    distance = error.masked_fill(far, 0).mean() / REACH_MM
-    p, q = estimate.sigmoid(), (patch.distance > 0).float()
+    far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)
+    p, q = estimate.sigmoid(), (truth > 0).float()
     dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)
-    return MaskLosses(distance, 0.5 * (1 - dice))
+    return error.masked_fill(far, 0).mean() / REACH_MM + 0.5 * (1 - dice)
 
 
 def stack_heads(patches: Sequence[HeadPatch]) -> HeadPatch:

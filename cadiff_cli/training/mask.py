@@ -20,11 +20,11 @@ from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training.heads import (
     Head,
     HeadConfig,
+    MaskObjective,
     from_labels,
     from_scan,
     head_loader,
     load_head,
-    mask_objective,
     save_head,
 )
 from cadiff_cli.training.loop import fit, load_checkpoint, new_state
@@ -78,6 +78,7 @@ def train_mask(
     config: HeadConfig,
     *,
     hold_out: Sequence[str] = (),
+    objective: MaskObjective | None = None,
     device: str = "auto",
     workers: int = 0,
     max_minutes: float = math.inf,
@@ -86,6 +87,7 @@ def train_mask(
 
     ``run/held_out.tsv`` gets the Dice (at 2 mm) of every held-out head.
     """
+    objective = objective or MaskObjective()
     if unknown := sorted(set(hold_out) - set(heads)):
         raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(heads)}")
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
@@ -107,7 +109,7 @@ def train_mask(
     }
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     loader = head_loader(chosen, config, state.step, workers)
-    fit(state, loader, mask_objective, config, checkpoint, max_minutes=max_minutes)
+    fit(state, loader, objective, config, checkpoint, max_minutes=max_minutes)
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
     save_brain_model(path, state.ema, described)
