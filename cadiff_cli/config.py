@@ -33,7 +33,8 @@ class SampleConfig:
 
     ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the prediction with that
     of the mirrored brain.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
-    the whole volume at once.
+    the whole volume at once.  ``samples`` predictions, from noise of as many seeds, are averaged.
+    ``uncertainty`` asks for a map of it, which several samples give unasked.
     """
 
     steps: int = 5
@@ -42,6 +43,8 @@ class SampleConfig:
     tile: int | None = None
     device: str = "auto"
     posteriors: bool = False
+    samples: int = 1
+    uncertainty: bool = False
 
 
 @dataclass(frozen=True)

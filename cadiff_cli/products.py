@@ -110,6 +110,11 @@ class Segmentation:
 
     ``tile`` is the edge of the tiles the network saw, None for the whole volume.
     ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for.
+    ``expected_dice`` maps a code to the Dice that the network's probabilities let expect, as they
+    are (``metrics.quality`` calibrates); a structure that is absent is not in it.
+    ``volume_sd_mm3`` is the standard deviation of each volume over the samples, empty for a single
+    one.  ``uncertainty`` (X, Y, Z) float32 is the entropy of the probabilities, 0 to 1, 0 outside
+    the mask, when it was asked for.
     """
 
     labels: Volume
@@ -119,6 +124,9 @@ class Segmentation:
     tile: int | None = None
     posteriors: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
+    expected_dice: Mapping[int, float] = field(default_factory=dict)
+    volume_sd_mm3: Mapping[int, float] = field(default_factory=dict)
+    uncertainty: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

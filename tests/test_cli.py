@@ -202,7 +202,7 @@ def segmented(phantom, tiny_weights, tmp_path_factory):
         *(str(source), "-o", str(folder / "out"), "--model", str(tiny_weights)),
         *("--atlas", "MNI152NLin2009aSym", "--registration", "affine", "--offline"),
         *("--steps", "1", "--no-flip", "--seed", "5", "--threads", "1"),
-        *("--posteriors", "--save-field"),
+        *("--posteriors", "--save-field", "--samples", "2"),
     ]
     return call("cadiff-seg", *arguments), source, folder / "out", arguments
 
@@ -225,7 +225,10 @@ def test_every_result_is_there(segmented):
     logs = {name for name in found if name.startswith("logs/")}
     assert len(logs) == 1
     prefix = "sub-01/ses-a/anat/sub-01_ses-a_"
-    images = ("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg")
+    images = (
+        *("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg"),
+        "seg-cadiff_desc-uncertainty_probseg",
+    )
     transforms = ("from-MNI152NLin2009aSym_to-T1w", "from-T1w_to-MNI152NLin2009aSym")
     assert found - logs == {
         *("dataset_description.json", ".bidsignore", "dseg.tsv", "README.md"),
@@ -240,7 +243,8 @@ def test_every_result_is_there(segmented):
 def test_results_lie_on_the_scan(segmented):
     _, source, out, _ = segmented
     scan = nib.load(source)
-    for suffix in ("seg-cadiff_dseg", "desc-brain_mask", "seg-cadiff_probseg"):
+    maps = ("seg-cadiff_probseg", "seg-cadiff_desc-uncertainty_probseg")
+    for suffix in ("seg-cadiff_dseg", "desc-brain_mask", *maps):
         image = nib.load(anat(out, f"{suffix}.nii.gz"))
         assert image.shape[:3] == scan.shape
         np.testing.assert_array_equal(image.affine, scan.affine)
@@ -280,6 +284,30 @@ def test_volumes_are_label_counts_times_the_voxel(segmented):
     assert sums["Brain-Segmentation-Not-CSF"] == pytest.approx(brain - fluid, abs=0.1)
     shares = [float(row["percent-brain"]) for row in rows if row["name"] in ("Brain-Segmentation",)]
     assert shares == [100]
+
+
+def test_every_structure_tells_what_to_expect(segmented):
+    _, _, out, _ = segmented
+    with anat(out, "desc-volumetric_morph.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    for row in rows:
+        if row["index"] == "n/a":
+            assert (row["expected-dice"], row["volume-sd-mm3"]) == ("n/a", "n/a")
+        else:
+            assert float(row["volume-sd-mm3"]) >= 0
+            assert float(row["volume-mm3"]) == 0 or 0 <= float(row["expected-dice"]) <= 1
+    described = json.loads(anat(out, "desc-volumetric_morph.json").read_text())
+    assert not described["expected-dice"]["Calibrated"]
+    assert "2 samples" in described["volume-sd-mm3"]["Description"]
+    entropy = nib.load(anat(out, "seg-cadiff_desc-uncertainty_probseg.nii.gz"))
+    brain = np.asarray(nib.load(anat(out, "desc-brain_mask.nii.gz")).dataobj) > 0
+    assert entropy.get_data_dtype() == np.float32
+    values = np.asarray(entropy.dataobj)
+    assert 0 < values.max() <= 1
+    assert not values[~brain].any()
+    page = (out / "sub-01_ses-a.html").read_text()
+    for needed in ("Uncertainty", "not calibrated for these weights", "2 samples averaged"):
+        assert needed in page
 
 
 def test_the_sidecar_says_how(segmented, tiny_weights):

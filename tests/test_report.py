@@ -19,12 +19,13 @@ from cadiff_cli.errors import OutputError
 from cadiff_cli.io.derivatives import Finished, finished, save_result
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
+from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.products import Prepared, Registered, Result, Segmentation
 from cadiff_cli.report import figures
-from cadiff_cli.report.case import Row, around, find_scan
+from cadiff_cli.report.case import Row, around, find_scan, read_rows
 from cadiff_cli.report.group import outliers
 from cadiff_cli.report.page import page_path, report_scan, write_page
-from cadiff_cli.report.qc import FAR, judge, robust_z
+from cadiff_cli.report.qc import FAR, FAR_BELOW, POOR_DICE, columns, judge, robust_z
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -47,7 +48,7 @@ def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_pat
     transform = tmp_path_factory.mktemp("identity") / "identity.h5"
     ants.write_transform(ants.new_ants_transform(dimension=3), str(transform))
 
-    def write(out, name="sub-01_T1w.nii.gz", orientation="RAS", warnings=()):
+    def write(out, name="sub-01_T1w.nii.gz", orientation="RAS", warnings=(), **found):
         head = phantom(orientation)
         path = out.parent / "scans" / name
         save_volume(path, head.t1.data, head.t1.grid)
@@ -58,7 +59,7 @@ def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_pat
         scan = Scan(head.t1, path, tuple(warnings))
         prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
         labels = Volume(head.codes, head.t1.grid)
-        segmentation = Segmentation(labels, table, 5, 0)
+        segmentation = Segmentation(labels, table, 5, 0, **found)
         mask = Volume(head.codes > 0, head.t1.grid)
         config, seconds = Config(), {"segment": 1.0}
         volumes = volumes_mm3(segmentation)
@@ -94,10 +95,14 @@ def rebuild(out, *more):
     )
 
 
-def judged(table, ranges=NO_RANGES, **mm3):
-    rows = [Row(s.code, s.name, mm3.get(s.abbreviation, 1000.0)) for s in table.structures]
+def judged(table, ranges=NO_RANGES, dice=None, usual=None, **mm3):
+    """What is said of these volumes (1 ml each but those given) and of these expected Dice."""
+    rows = [
+        Row(s.code, s.name, mm3.get(s.abbreviation, 1000.0), (dice or {}).get(s.abbreviation))
+        for s in table.structures
+    ]
     rows.append(Row(None, "Brain-Mask", mm3.get("mask", 1.4e6)))
-    return judge(Finished("sub-01", Path(), SIDECAR), rows, {}, table, ranges)
+    return judge(Finished("sub-01", Path(), SIDECAR), rows, {}, table, ranges, usual or {})
 
 
 def enclosed(path):
@@ -191,9 +196,30 @@ def test_what_is_suspicious_is_said(table):
     assert "2.90 l" in " ".join(judged(table, mask=2.9e6).reasons)
     poor = {"Templates": [{**SIDECAR["Templates"][0], "Score": 1.01}], "Warnings": ["the FOV cuts"]}
     rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
-    said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES).reasons
+    said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES, {}).reasons
     assert any("1.010" in text for text in said)
     assert "the FOV cuts" in said
+
+
+def test_a_structure_that_nobody_is_sure_of_is_named(table):
+    sure = {s.abbreviation: 0.9 for s in table.structures}
+    assert judged(table, dice=sure).fine
+    assert judged(table, dice=sure).mean_expected_dice == pytest.approx(0.9)
+    assert judged(table, dice={**sure, "L_VES": 0.1}).fine
+    unsure = judged(table, dice={**sure, "L_HIP": POOR_DICE - 0.01})
+    assert set(unsure.doubtful) == {"Left-Hippocampus"}
+    assert any("Left-Hippocampus" in text for text in unsure.reasons)
+    said = columns(unsure)
+    assert said["least_expected"].startswith("Left-Hippocampus")
+    assert said["expected_dice"] < 0.9
+    # A structure that is hard in every scan is judged by what is usual for it.
+    for usual, fine in ((POOR_DICE, True), (POOR_DICE + FAR_BELOW, False)):
+        said = judged(table, dice={**sure, "L_HIP": 0.55}, usual={"Left-Hippocampus": usual})
+        assert said.fine == fine
+    # What is missing is said once.
+    missing = judged(table, dice={**sure, "L_HIP": 0.0}, L_HIP=0.0)
+    assert len(missing.reasons) == 1
+    assert columns(judged(table))["expected_dice"] is None
 
 
 def test_ranges_hold_the_people_they_were_measured_on(table):
@@ -243,6 +269,45 @@ def test_a_group_names_who_stands_out(table):
     assert set(found) == {"sub-99"}
     assert any("Left-Hippocampus" in text for text in found["sub-99"])
     assert outliers({name: group[name] for name in ("sub-01", "sub-99")}) == {}
+
+
+def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, monkeypatch):
+    """Calibrated where the weights were measured, as a column, a reason, and a map."""
+    halved = Calibration("0" * 64, "four people", (0.0, 1.0), (0.0, 0.5))
+    for user in ("io.derivatives", "report.qc"):
+        monkeypatch.setattr(f"cadiff_cli.{user}.load_calibration", lambda _: halved)
+    out = tmp_path / "out"
+    uncertain = np.full(phantom("RAS").t1.grid.shape, 0.1, dtype=np.float32)
+    write_result(
+        out,
+        expected_dice={s.code: 0.9 for s in table.structures},
+        volume_sd_mm3={s.code: 12.0 for s in table.structures},
+        uncertainty=uncertain,
+    )
+    (result,) = finished(out)
+    assert {(row.expected_dice, row.sd_mm3) for row in read_rows(result) if row.code} == {
+        (0.45, 12.0)
+    }
+    text = write_page(out, result).read_text()
+    for needed in ("calibrated on four people", "<h2>Uncertainty</h2>", "a low Dice is expected"):
+        assert needed in text
+    # Tables of earlier versions lack the columns.
+    lines = [line.split("\t")[:5] for line in result.morph.read_text().splitlines()]
+    result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
+    assert {row.expected_dice for row in read_rows(result)} == {None}
+    assert "a low Dice is expected" not in write_page(out, result).read_text()
+
+
+def test_uncertainty_glows_where_it_is():
+    image = np.full((2, 2, 2), 100, dtype=np.uint8)
+    entropy = np.zeros((2, 2, 2), dtype=np.float32)
+    entropy[1] = 1
+    shown = figures.glow(image, entropy)
+    assert (shown[0] == 100).all()
+    assert (shown[1] == figures.ALARM).all()
+    rows = figures.cut(shown, 1, 0)
+    assert rows.shape == (2, 2, 3)
+    assert (rows[:, 1] == figures.ALARM).all()
 
 
 def test_the_scan_is_known_by_its_content(write_result, tmp_path):

@@ -31,7 +31,7 @@ def batch(small_head, tiny_weights, tmp_path_factory):
     odd.write_bytes(b"")
     out = bids / "derivatives" / "cadiff"
     arguments = [*QUICK, "--model", tiny_weights, "--posteriors", "--save-field", "--report"]
-    arguments += ["--output-spaces", "MNI152NLin2009aSym:res-4", "--nprocs", "2"]
+    arguments += ["--uncertainty", "--output-spaces", "MNI152NLin2009aSym:res-4", "--nprocs", "2"]
     return cadiff("run", bids, out, "participant", *arguments), bids, out, arguments
 
 
@@ -71,7 +71,7 @@ def test_every_scan_has_its_own_complete_result(batch):
     _, _, out, _ = batch
     template = "MNI152NLin2009aSym"
     images = ("desc-preproc_T1w", "desc-brain_mask", "desc-distance_field")
-    images += ("seg-cadiff_dseg", "seg-cadiff_probseg")
+    images += ("seg-cadiff_dseg", "seg-cadiff_probseg", "seg-cadiff_desc-uncertainty_probseg")
     images += tuple(
         f"space-{template}_{name}"
         for name in ("res-4_desc-preproc_T1w", "res-4_desc-brain_mask", "seg-cadiff_res-4_dseg")
@@ -114,7 +114,7 @@ def test_sources_are_uris_of_files_that_exist(batch):
     assert raw == bids.resolve()
     roots = {"bids::": out, "bids:raw:": raw}
     sidecars = list(out.glob("sub-*/**/anat/*.json"))
-    assert len(sidecars) == 11 * len(GOOD)
+    assert len(sidecars) == 12 * len(GOOD)
     for sidecar in sidecars:
         values = json.loads(sidecar.read_text())
         uris = [*values["Sources"], *[v for k, v in values.items() if k == "SpatialReference"]]
@@ -238,7 +238,8 @@ def test_overwrite_makes_selected_scans_again(batch, tmp_path):
     _, bids, _, arguments = batch
     copy = shutil.copytree(bids, tmp_path / "bids")
     out = copy / "derivatives" / "cadiff"
-    kept = [option for option in arguments if option not in ("--posteriors", "--save-field")]
+    extra = ("--posteriors", "--uncertainty", "--save-field")
+    kept = [option for option in arguments if option not in extra]
     done = cadiff(
         *("run", copy, out, "participant", *kept, "--steps", "0", "--overwrite"),
         *("--participant-label", "sub-01", "--session-label", "b"),
@@ -248,7 +249,9 @@ def test_overwrite_makes_selected_scans_again(batch, tmp_path):
     steps = {result.entities: result.sidecar["Steps"] for result in finished(out)}
     assert steps == dict.fromkeys(GOOD, 1) | {"sub-01_ses-b_run-2": 0}
     left = {p.name for p in (copy / "derivatives").rglob("*run-*probseg.nii.gz")}
-    assert left == {"sub-01_ses-b_run-1_seg-cadiff_probseg.nii.gz"}
+    assert left == {
+        f"sub-01_ses-b_run-1_seg-cadiff_{name}probseg.nii.gz" for name in ("", "desc-uncertainty_")
+    }
     # The group level tells that the dataset is a mixture now.
     done = cadiff("run", copy, out, "group")
     assert "2 different ways" in done.stderr

@@ -96,12 +96,10 @@ def test_teams_fit_the_machine(tmp_path, n_jobs, limits, team):
     assert Executor(**limits).team([job_of(tmp_path)] * n_jobs) == team
 
 
-def test_posteriors_need_more_memory(tmp_path):
+@pytest.mark.parametrize("wish", [{"posteriors": True}, {"samples": 2}], ids=str)
+def test_some_wishes_need_more_memory(tmp_path, wish):
     limits = Executor(nprocs=4, memory_bytes=4 * SCAN_BYTES)
-    plain, costly = (
-        limits.team([job_of(tmp_path, posteriors=posteriors)] * 4)[0]
-        for posteriors in (False, True)
-    )
+    plain, costly = (limits.team([job_of(tmp_path, **w)] * 4)[0] for w in ({}, wish))
     assert costly < plain
 
 

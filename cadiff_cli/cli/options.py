@@ -56,18 +56,30 @@ SEGMENTATION = (
         show_default=True,
         help="Of registration and noise.",
     ),
+    click.option(
+        "--samples",
+        type=click.IntRange(1, 100),
+        default=1,
+        show_default=True,
+        help="Average predictions from this many noises; tells how far volumes vary.",
+    ),
     click.option("--flip/--no-flip", default=True, help="Average with the mirrored brain [on]."),
     click.option(
         "--tile", type=click.IntRange(32), help="Tile edge in mm (default: whole volume)."
     ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
     click.option("--posteriors", is_flag=True, help="Also write the 4-D probseg."),
+    click.option(
+        "--uncertainty",
+        is_flag=True,
+        help="Also write a map of uncertainty (--samples 2 and more always do).",
+    ),
     click.option("--save-field", is_flag=True, help="Also write the distance field."),
 )
 """What decides a segmentation."""
 CONFIG = (
-    *("skull_strip", "registration", "steps", "seed", "flip", "tile", "device"),
-    *("posteriors", "save_field"),
+    *("skull_strip", "registration", "steps", "seed", "samples", "flip", "tile", "device"),
+    *("posteriors", "uncertainty", "save_field"),
 )
 """Those of them that ``make_config`` takes."""
 
@@ -85,10 +97,12 @@ def make_config(
     registration: str,
     steps: int,
     seed: int,
+    samples: int,
     flip: bool,
     tile: int | None,
     device: str,
     posteriors: bool,
+    uncertainty: bool,
     save_field: bool = False,
     mask: Any = None,
 ) -> "Config":
@@ -102,7 +116,7 @@ def make_config(
     return Config(
         strip=StripConfig(skull_strip, mask),
         register=RegisterConfig(registration, seed),
-        sample=SampleConfig(steps, seed, flip, tile, device, posteriors),
+        sample=SampleConfig(steps, seed, flip, tile, device, posteriors, samples, uncertainty),
     )
 
 

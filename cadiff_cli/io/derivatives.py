@@ -24,15 +24,17 @@ from cadiff_cli.io.nifti import replacing, save_volume
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.text import read_json, write_json, write_tsv
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels import Structure, load_table
+from cadiff_cli.metrics.quality import Calibration, load_calibration
 from cadiff_cli.products import CoordinateField, InSpace, Registered, Result, Scan, Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 
 T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
 BRAIN = "desc-brain_T1w"
 DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
+UNCERTAINTY = "seg-cadiff_desc-uncertainty_probseg"
 OURS = (
-    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, DSEG, PROBSEG, MORPH)),
+    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, DSEG, PROBSEG, UNCERTAINTY, MORPH)),
     *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
     "space-*_seg-cadiff_res-*_dseg.*",
     "from-*_mode-image_xfm.*",
@@ -208,6 +210,15 @@ def save_result(
             LabelMap=["BG", *(s.abbreviation for s in table.structures)],
             Manual=False,
         )
+    if segmentation.uncertainty is not None:
+        write.image(UNCERTAINTY, segmentation.uncertainty, native, like=path)
+        write.sidecar(
+            UNCERTAINTY,
+            segmented_from,
+            Description="Entropy of the probabilities of all structures, over its greatest value:"
+            " 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
+            Manual=False,
+        )
     for space in spaces:
         write.standard(space)
     write.volumes(result, [dseg, mask])
@@ -323,8 +334,16 @@ class _Writer:
     def volumes(self, result: Result, sources: Sequence[str]) -> None:
         """The volume table and what its columns mean."""
         path = self.place.path(f"{MORPH}.tsv")
-        header = ("index", "name", "abbreviation", "volume-mm3", "percent-brain")
-        write_tsv(path, header, volume_rows(result))
+        header = ["index", "name", "abbreviation", "volume-mm3", "percent-brain", "expected-dice"]
+        varied = {}
+        if result.segmentation.volume_sd_mm3:
+            header.append("volume-sd-mm3")
+            varied["volume-sd-mm3"] = {
+                "Description": "Standard deviation of the volume, counted at 1 mm, over"
+                f" {result.config.sample.samples} samples",
+                "Units": "mm3",
+            }
+        write_tsv(path, header, (row[: len(header)] for row in volume_rows(result)))
         self.written.add(path)
         self.sidecar(
             MORPH,
@@ -338,6 +357,8 @@ class _Writer:
                     "Description": "Share of the row Brain-Segmentation",
                     "Units": "%",
                 },
+                "expected-dice": about_expected_dice(result),
+                **varied,
                 **{name: {"Description": text} for name, text in AGGREGATES.items()},
             },
         )
@@ -371,19 +392,47 @@ AGGREGATES = {
 
 def volume_rows(result: Result) -> Iterator[tuple[object, ...]]:
     """Rows of the volume table: every structure, then the aggregates (index ``n/a``)."""
-    table, volumes = result.segmentation.table, result.volumes_mm3
+    made, volumes = result.segmentation, result.volumes_mm3
+    table, calibrate = made.table, calibration(result)
     brain = sum(volumes[s.code] for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
     csf = sum(volumes[s.code] for s in table.structures if s.mapping == CSF_MAPPING)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
 
-    def row(index: object, name: str, abbreviation: str | None, mm3: float) -> tuple[object, ...]:
-        share = f"{100 * mm3 / brain:.3f}" if brain else None
-        return index, name, abbreviation, f"{mm3:.3f}", share
+    def share(mm3: float) -> str | None:
+        return f"{100 * mm3 / brain:.3f}" if brain else None
+
+    def expected(s: Structure) -> str | None:
+        raw = made.expected_dice.get(s.code)
+        return None if raw is None else f"{calibrate(s.name, raw) if calibrate else raw:.3f}"
+
+    def spread(s: Structure) -> str | None:
+        return f"{made.volume_sd_mm3[s.code]:.3f}" if made.volume_sd_mm3 else None
 
     for s in table.structures:
-        yield row(s.code, s.name, s.abbreviation, volumes[s.code])
+        mm3 = volumes[s.code]
+        described = (s.code, s.name, s.abbreviation, f"{mm3:.3f}", share(mm3))
+        yield (*described, expected(s), spread(s))
     for name, mm3 in zip(AGGREGATES, (brain, brain - csf, mask), strict=True):
-        yield row(None, name, None, mm3)
+        yield None, name, None, f"{mm3:.3f}", share(mm3), None, None
+
+
+def calibration(result: Result) -> Calibration | None:
+    """What turns expected into true Dice for these weights, if it was measured.
+
+    It was with the network: the prior alone (``--steps 0``) has probabilities of another kind.
+    """
+    return load_calibration(result.model.sha256) if result.segmentation.steps else None
+
+
+def about_expected_dice(result: Result) -> dict[str, Any]:
+    """What the column ``expected-dice`` holds."""
+    found = calibration(result)
+    return {
+        "Description": "Dice to expect, from the probabilities of the network"
+        + (", calibrated to true Dice" if found else "; not calibrated for these weights"),
+        "Calibrated": found is not None,
+        **({"MeasuredOn": found.people} if found else {}),
+    }
 
 
 def provenance(
@@ -423,6 +472,7 @@ def provenance(
         "Fingerprint": recipe.fingerprint(),
         "SourceSHA256": sha256(result.prepared.scan.path),
         "Seconds": dict(result.seconds),
+        "ExpectedDice": about_expected_dice(result),
         "Warnings": [text.replace(home, "~") for text in result.warnings],
     }
 

@@ -171,10 +171,15 @@ def _sampling(sidecar: dict[str, Any]) -> str:
     if not steps:
         return "the most probable ones of the registered label prior, without the network"
     flip = sidecar["Settings"]["sample"]["flip"]
+    samples = sidecar["Settings"]["sample"].get("samples", 1)
+    first = sidecar["Seed"]
+    last = first + samples - 1
+    seeds = f"seed {first}" if samples == 1 else f"the seeds {first} to {last} (mean of {samples})"
     return (
         "the most probable ones that the network, conditioned on scan and field, gave after"
-        f" {steps} deterministic denoising step{'s' * (steps > 1)} [@ddim] from noise of seed"
-        f" {sidecar['Seed']}{', averaged with those of the mirrored brain' if flip else ''}"
+        f" {steps} deterministic denoising step{'s' * (steps > 1)} [@ddim] from"
+        f" noise of {seeds}"
+        f"{', averaged with those of the mirrored brain' if flip else ''}"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
-from cadiff_cli.io.derivatives import MASK, T1W, Finished, xfm_name
+from cadiff_cli.io.derivatives import MASK, T1W, UNCERTAINTY, Finished, xfm_name
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.templates import load_template
@@ -30,11 +30,16 @@ FIELD_COARSER = 4
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the volume table; aggregates have no ``code``."""
+    """A line of the volume table; aggregates have no ``code``.
+
+    ``expected_dice`` is None where a structure is absent, ``sd_mm3`` where one sample was drawn.
+    """
 
     code: int | None
     name: str
     mm3: float
+    expected_dice: float | None = None
+    sd_mm3: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +48,8 @@ class Case:
 
     ``t1`` is the whole scan where it was found (``whole``), else its brain.  ``near`` is the grid
     around the brain.  ``template`` (the template's brain carried onto the scan) and
-    ``coordinates`` (the distance field) live on ``near``, or are None with the reason in ``notes``.
+    ``coordinates`` (the distance field) live on ``near``, or are None with the reason in ``notes``;
+    so does ``uncertainty``, if there is a map of it.
     """
 
     result: Finished
@@ -56,6 +62,7 @@ class Case:
     quality: Mapping[str, float]
     template: Volume | None = None
     coordinates: CoordinateField | None = None
+    uncertainty: Volume | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,6 +80,8 @@ def read_rows(result: Finished) -> tuple[Row, ...]:
                     None if line["index"] == "n/a" else int(line["index"]),
                     line["name"],
                     float(line["volume-mm3"]),
+                    _number(line.get("expected-dice", "n/a")),
+                    _number(line.get("volume-sd-mm3", "n/a")),
                 )
                 for line in csv.DictReader(stream, delimiter="\t")
             )
@@ -81,6 +90,10 @@ def read_rows(result: Finished) -> tuple[Row, ...]:
             f"{result.morph} is not a volume table ({error})",
             "delete it and run the participant level again",
         ) from error
+
+
+def _number(cell: str) -> float | None:
+    return None if cell == "n/a" else float(cell)
 
 
 def mask_quality(result: Finished) -> dict[str, float]:
@@ -118,6 +131,9 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         around(Volume((inside.data > 0.5) | (codes.data > 0), working)),
         mask_quality(result),
     )
+    path = _beside(result, f"{UNCERTAINTY}.nii.gz")
+    if path.is_file():
+        case = replace(case, uncertainty=resample(load_volume(path), case.near))
     try:
         template, carried = _registration(case)
     except CadiffError as error:

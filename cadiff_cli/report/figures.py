@@ -32,6 +32,10 @@ AIR = 16
 FIELD_STEP = 0.05
 COLOURS = ("#ff6b6b", "#51cf66", "#4dabf7")
 """Of x, y and z."""
+UNCERTAIN = 0.25
+"""The uncertainty that is shown in full: between two equal structures (0.19) and three (0.30)."""
+CALM, ALARM = np.array((255.0, 60.0, 0.0)), np.array((255.0, 255.0, 80.0))
+"""Colours of little uncertainty and of much."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,12 @@ def grey(t1: Volume, mask: np.ndarray | None = None) -> np.ndarray:
 
 
 def cut(data: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice as rows of an image, the top one first."""
-    return np.asarray(np.take(data, index, axis=axis).T[::-1])
+    """A slice as rows of an image, the top one first; colours, if any, are the last axis."""
+    return np.asarray(np.take(data, index, axis=axis).swapaxes(0, 1)[::-1])
 
 
 def picture(pixels: np.ndarray) -> str:
-    """A data URI of (rows, columns) uint8."""
+    """A data URI of (rows, columns) or (rows, columns, 3) uint8."""
     from PIL import Image
 
     stream = io.BytesIO()
@@ -236,6 +240,32 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
         )
         for axis, name in enumerate(PLANES)
     ]
+
+
+def uncertainty(case: Case, n: int = 2) -> list[Plane]:
+    """Where the probabilities are spread over several structures, glowing over the scan."""
+    if case.uncertainty is None:
+        return []
+    inside = near_mask(case)
+    image = grey(resample(case.t1, case.near), inside)
+    glowing = glow(image, case.uncertainty.data)
+    return [
+        Plane(
+            name,
+            tuple(
+                _slice(image, case.near, axis, index, (), glowing)
+                for index in positions(inside, axis, n)
+            ),
+        )
+        for axis, name in enumerate(PLANES)
+    ]
+
+
+def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
+    """(X, Y, Z, 3) uint8: a grey image under red (uncertain) to yellow (very uncertain)."""
+    share = np.clip(uncertainty / UNCERTAIN, 0, 1)[..., None].astype(np.float32)
+    colour = CALM + share * (ALARM - CALM)
+    return np.asarray(((1 - share) * image[..., None] + share * colour).astype(np.uint8))
 
 
 def _slice(

@@ -18,8 +18,8 @@ from cadiff_cli.io.derivatives import AGGREGATES, Derivatives, Finished, finishe
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.report.boilerplate import methods
-from cadiff_cli.report.case import Case, read_case
-from cadiff_cli.report.qc import Judgement, judge
+from cadiff_cli.report.case import Case, Row, read_case
+from cadiff_cli.report.qc import Judgement, judge, usual_dice
 from cadiff_cli.report.ranges import Ranges, load_ranges
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     path, table, ranges = page_path(out, result.entities), load_table(), load_ranges()
     claim(path)
     case = read_case(out, result, scans)
-    judgement = judge(result, case.rows, case.quality, table, ranges)
+    usual = usual_dice(result.sidecar)
+    judgement = judge(result, case.rows, case.quality, table, ranges, usual)
     paragraphs, references = methods([result])
     text = render(
         "scan.html.j2",
@@ -83,6 +84,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
             figures.head(case),
             figures.registration(case),
             figures.coordinates(case),
+            figures.uncertainty(case),
         ],
         volumes=volume_table(case, judgement, table, ranges),
         aggregates=[(row.name, row.mm3 / 1000) for row in case.rows if row.name in AGGREGATES],
@@ -118,7 +120,7 @@ def volume_table(
     case: Case, judgement: Judgement, table: LabelTable, ranges: Ranges
 ) -> list[dict[str, Any]]:
     """A line for each structure, left and right together."""
-    mm3 = {row.name: row.mm3 for row in case.rows}
+    rows = {row.name: row for row in case.rows}
     names = {s.code: s for s in table.structures}
     sides = {side.left: side for side in judgement.sides}
     lines = []
@@ -136,7 +138,8 @@ def volume_table(
                         "code": one.code,
                         "name": one.name,
                         "color": one.color,
-                        "ml": mm3.get(one.name, 0.0) / 1000,
+                        **_measured(rows.get(one.name)),
+                        "doubtful": one.name in judgement.doubtful,
                         "percent": judgement.percent_brain.get(one.name),
                         "range": ranges.percent_brain.get(one.name),
                         "odd": one.name in judgement.implausible or one.name in judgement.missing,
@@ -148,6 +151,14 @@ def volume_table(
             }
         )
     return lines
+
+
+def _measured(row: Row | None) -> dict[str, float | None]:
+    """What the volume table says of a structure, in ml."""
+    if row is None:
+        return {"ml": 0.0, "sd_ml": None, "dice": None}
+    sd_ml = None if row.sd_mm3 is None else row.sd_mm3 / 1000
+    return {"ml": row.mm3 / 1000, "sd_ml": sd_ml, "dice": row.expected_dice}
 
 
 @cache

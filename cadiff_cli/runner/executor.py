@@ -13,6 +13,8 @@ SCAN_BYTES = 6 * 2**30
 """Memory that one scan may need: 5.6 GiB was measured."""
 POSTERIORS_BYTES = 4 * 2**30
 """What 4-D posteriors add to it, for a 256^3 scan."""
+SAMPLES_BYTES = 2**30
+"""What the sum of several samples adds to it, for a large brain."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Executor:
         need = SCAN_BYTES
         if any(job.recipe.config.sample.posteriors for job in jobs):
             need += POSTERIORS_BYTES
+        if any(job.recipe.config.sample.samples > 1 for job in jobs):
+            need += SAMPLES_BYTES
         fit = (self.memory_bytes or machine.free_memory_bytes()) // need
         workers = max(1, min(len(jobs), fit, nprocs // (self.omp_nthreads or 1)))
         return workers, self.omp_nthreads or max(1, nprocs // workers)

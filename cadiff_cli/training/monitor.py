@@ -96,21 +96,23 @@ class RunMonitor:
 def segment_sample(
     net: CADiffNet, sample: Sample, table: LabelTable, config: SampleConfig
 ) -> np.ndarray:
-    """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code that inference runs.
+    """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code of inference."""
+    conditions = sample_conditions(sample)
+    p, _ = class_probabilities(conditions, Model(net, table, "training", "", {}), config)
+    return np.asarray(p.argmax(dim=0).to(torch.uint8).numpy() * sample.mask)
 
-    The field is the mean of its templates' fields.
-    """
+
+def sample_conditions(sample: Sample) -> Conditions:
+    """A cached scan as inference sees it; the field is the mean of its templates' fields."""
     shape = sample.image.shape
     grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
     stored = torch.from_numpy(mean_field(sample))[None]
     field = F.interpolate(stored, scale_factor=2, mode="trilinear")[0].numpy()
-    conditions = Conditions(
+    return Conditions(
         Volume(sample.image.astype(np.float32) / 255, grid),
         Volume(sample.mask, grid),
         CoordinateField(field, grid.coarsen(2)),
     )
-    p, _ = class_probabilities(conditions, Model(net, table, "training", "", {}), config)
-    return np.asarray(p.argmax(dim=0).to(torch.uint8).numpy() * sample.mask)
 
 
 def overlay(sample: Sample, predicted: np.ndarray, table: LabelTable) -> np.ndarray:
