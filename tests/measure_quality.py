@@ -5,7 +5,8 @@
 
 CACHE_DIR holds scans as ``cadiff train`` prepares them; ``--subjects`` are people whom the network
 has never seen.  Each scan is segmented as it is and in ways that scans, masks and registrations go
-wrong.  ``--table`` keeps the measurements: what is in it is not measured again.
+wrong.  ``--table`` keeps the measurements: what is in it is not measured again.  ``--without``
+names structures whose manual labels cannot serve as truth.
 """
 
 import argparse
@@ -180,6 +181,13 @@ def left_out(measured, offsets):
     return expected, usual
 
 
+def of_means(measured, values, dice, rows):
+    """Spearman's correlation of the means over structures of every scan and condition."""
+    scans = np.char.add(np.char.add(measured.scan, " "), measured.degradation)
+    each = [rows & (scans == scan) for scan in np.unique(scans[rows])]
+    return spearmanr(*([v[one].mean() for one in each] for v in (values, dice))).statistic
+
+
 def report(measured):
     """Print how far expected Dice can be believed; returns whether offsets help."""
     errors = {o: abs(left_out(measured, o)[0] - measured.dice).mean() for o in (False, True)}
@@ -192,8 +200,6 @@ def report(measured):
         rho = spearmanr(expected[rows], dice[rows]).statistic
         means = [v[rows].mean() for v in (dice, measured.raw, expected, abs(expected - dice))]
         print("{:18} {:7.3f} {:7.3f} {:8.3f} {:7.3f} {:8.3f}".format(name, *means, rho))
-    scans = np.char.add(np.char.add(measured.scan, " "), measured.degradation)
-    each = [scans == one for one in np.unique(scans)]
     for what, values in (("raw", measured.raw), ("expected", expected)):
         rho = spearmanr(values, dice).statistic
         within = np.mean(
@@ -203,10 +209,13 @@ def report(measured):
                 if (rows := measured.structure == name).sum() > 2
             ]
         )
-        of_scans = spearmanr([values[r].mean() for r in each], [dice[r].mean() for r in each])
+        people = [measured.person == person for person in np.unique(measured.person)]
+        everybody = of_means(measured, values, dice, np.full(len(dice), True))
+        one = np.mean([of_means(measured, values, dice, rows) for rows in people])
         print(
-            f"{what}: Spearman {rho:.3f} over structures, {of_scans.statistic:.3f} of scan means,"
-            f" {within:.3f} within a structure; mean error {abs(values - dice).mean():.3f}"
+            f"{what}: Spearman {rho:.3f} over structures, {within:.3f} within a structure,"
+            f" {everybody:.3f} of scan means, {one:.3f} of those of one person;"
+            f" mean error {abs(values - dice).mean():.3f}"
         )
     good = measured.degradation == "none"
     each = list(zip(measured.scan, measured.structure, dice, strict=True))
@@ -227,6 +236,7 @@ def main():
     parser.add_argument("cache", type=Path)
     parser.add_argument("--subjects", nargs="+", required=True)
     parser.add_argument("--degradations", nargs="+", choices=DEGRADATIONS, default=[*DEGRADATIONS])
+    parser.add_argument("--without", nargs="*", default=[], help="Structures not to fit to.")
     parser.add_argument("--model", default=DEFAULT, help="Released name or .safetensors file.")
     parser.add_argument("--steps", type=int, default=SampleConfig().steps)
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
@@ -252,6 +262,7 @@ def main():
                         writer.writerows(measure(path, name, model, config))
                         stream.flush()
     measured = read(wanted.table)
+    measured = measured.where(~np.isin(measured.structure, wanted.without))
     helps = report(measured)
     if wanted.write:
         n = len(np.unique(measured.scan))

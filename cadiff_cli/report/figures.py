@@ -32,8 +32,8 @@ AIR = 16
 FIELD_STEP = 0.05
 COLOURS = ("#ff6b6b", "#51cf66", "#4dabf7")
 """Of x, y and z."""
-UNCERTAIN = 0.25
-"""The uncertainty that is shown in full: between two equal structures (0.19) and three (0.30)."""
+UNCERTAIN = 0.4
+"""The uncertainty that is shown in full; borders, between two equal structures, have 0.19."""
 CALM, ALARM = np.array((255.0, 60.0, 0.0)), np.array((255.0, 255.0, 80.0))
 """Colours of little uncertainty and of much."""
 
@@ -262,7 +262,7 @@ def uncertainty(case: Case, n: int = 2) -> list[Plane]:
 
 
 def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
-    """(X, Y, Z, 3) uint8: a grey image under red (uncertain) to yellow (very uncertain)."""
+    """(X, Y, Z, 3) uint8: a grey image under orange (uncertain) to yellow (very uncertain)."""
     share = np.clip(uncertainty / UNCERTAIN, 0, 1)[..., None].astype(np.float32)
     colour = CALM + share * (ALARM - CALM)
     return np.asarray(((1 - share) * image[..., None] + share * colour).astype(np.uint8))
