@@ -97,12 +97,14 @@ def rebuild(out, *more):
 
 def judged(table, ranges=NO_RANGES, dice=None, usual=None, **mm3):
     """What is said of these volumes (1 ml each but those given) and of these expected Dice."""
+    dice, usual = dice or {}, usual or {}
     rows = [
-        Row(s.code, s.name, mm3.get(s.abbreviation, 1000.0), (dice or {}).get(s.abbreviation))
+        Row(s.code, s.name, mm3.get(a, 1000.0), dice.get(a), usual.get(a))
         for s in table.structures
+        for a in [s.abbreviation]
     ]
     rows.append(Row(None, "Brain-Mask", mm3.get("mask", 1.4e6)))
-    return judge(Finished("sub-01", Path(), SIDECAR), rows, {}, table, ranges, usual or {})
+    return judge(Finished("sub-01", Path(), SIDECAR), rows, {}, table, ranges)
 
 
 def enclosed(path):
@@ -196,7 +198,7 @@ def test_what_is_suspicious_is_said(table):
     assert "2.90 l" in " ".join(judged(table, mask=2.9e6).reasons)
     poor = {"Templates": [{**SIDECAR["Templates"][0], "Score": 1.01}], "Warnings": ["the FOV cuts"]}
     rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
-    said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES, {}).reasons
+    said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES).reasons
     assert any("1.010" in text for text in said)
     assert "the FOV cuts" in said
 
@@ -214,7 +216,7 @@ def test_a_structure_that_nobody_is_sure_of_is_named(table):
     assert said["expected_dice"] < 0.9
     # A structure that is hard in every scan is judged by what is usual for it.
     for usual, fine in ((POOR_DICE, True), (POOR_DICE + FAR_BELOW, False)):
-        said = judged(table, dice={**sure, "L_HIP": 0.55}, usual={"Left-Hippocampus": usual})
+        said = judged(table, dice={**sure, "L_HIP": 0.55}, usual={"L_HIP": usual})
         assert said.fine == fine
     # What is missing is said once.
     missing = judged(table, dice={**sure, "L_HIP": 0.0}, L_HIP=0.0)
@@ -273,9 +275,10 @@ def test_a_group_names_who_stands_out(table):
 
 def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, monkeypatch):
     """Calibrated where the weights were measured, as a column, a reason, and a map."""
-    halved = Calibration("0" * 64, "four people", (0.0, 1.0), (0.0, 0.5))
-    for user in ("io.derivatives", "report.qc"):
-        monkeypatch.setattr(f"cadiff_cli.{user}.load_calibration", lambda _: halved)
+    halved = Calibration(
+        "0" * 64, "four people", (0.0, 1.0), (0.0, 0.5), {}, {"Left-Thalamus": 0.8}
+    )
+    monkeypatch.setattr("cadiff_cli.io.derivatives.load_calibration", lambda _: halved)
     out = tmp_path / "out"
     uncertain = np.full(phantom("RAS").t1.grid.shape, 0.1, dtype=np.float32)
     write_result(
@@ -285,11 +288,15 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, m
         uncertainty=uncertain,
     )
     (result,) = finished(out)
-    assert {(row.expected_dice, row.sd_mm3) for row in read_rows(result) if row.code} == {
-        (0.45, 12.0)
-    }
+    rows = [row for row in read_rows(result) if row.code]
+    assert {(row.expected_dice, row.sd_mm3) for row in rows} == {(0.45, 12.0)}
+    assert {row.name: row.usual_dice for row in rows if row.usual_dice} == {"Left-Thalamus": 0.8}
     text = write_page(out, result).read_text()
-    for needed in ("calibrated on four people", "<h2>Uncertainty</h2>", "a low Dice is expected"):
+    for needed in (
+        "calibrated on four people",
+        "<h2>Uncertainty</h2>",
+        "Left-Thalamus (0.45, 0.80 is usual)",
+    ):
         assert needed in text
     # Tables of earlier versions lack the columns.
     lines = [line.split("\t")[:5] for line in result.morph.read_text().splitlines()]

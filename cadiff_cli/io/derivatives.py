@@ -24,7 +24,7 @@ from cadiff_cli.io.nifti import replacing, save_volume
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.text import read_json, write_json, write_tsv
-from cadiff_cli.labels import Structure, load_table
+from cadiff_cli.labels import load_table
 from cadiff_cli.metrics.quality import Calibration, load_calibration
 from cadiff_cli.products import CoordinateField, InSpace, Registered, Result, Scan, Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -334,34 +334,27 @@ class _Writer:
     def volumes(self, result: Result, sources: Sequence[str]) -> None:
         """The volume table and what its columns mean."""
         path = self.place.path(f"{MORPH}.tsv")
-        header = ["index", "name", "abbreviation", "volume-mm3", "percent-brain", "expected-dice"]
-        varied = {}
+        described: dict[str, dict[str, Any]] = {
+            "volume-mm3": {
+                "Description": "Label count times voxel volume on the scan's own grid",
+                "Units": "mm3",
+            },
+            "percent-brain": {"Description": "Share of the row Brain-Segmentation", "Units": "%"},
+            "expected-dice": about_expected_dice(result),
+        }
+        if calibration(result):
+            described["usual-dice"] = {"Description": "Dice to expect of it in a good scan"}
         if result.segmentation.volume_sd_mm3:
-            header.append("volume-sd-mm3")
-            varied["volume-sd-mm3"] = {
+            described["volume-sd-mm3"] = {
                 "Description": "Standard deviation of the volume, counted at 1 mm, over"
                 f" {result.config.sample.samples} samples",
                 "Units": "mm3",
             }
-        write_tsv(path, header, (row[: len(header)] for row in volume_rows(result)))
+        header = ("index", "name", "abbreviation", *described)
+        write_tsv(path, header, ([row.get(name) for name in header] for row in volume_rows(result)))
         self.written.add(path)
-        self.sidecar(
-            MORPH,
-            sources,
-            **{
-                "volume-mm3": {
-                    "Description": "Label count times voxel volume on the scan's own grid",
-                    "Units": "mm3",
-                },
-                "percent-brain": {
-                    "Description": "Share of the row Brain-Segmentation",
-                    "Units": "%",
-                },
-                "expected-dice": about_expected_dice(result),
-                **varied,
-                **{name: {"Description": text} for name, text in AGGREGATES.items()},
-            },
-        )
+        aggregates = {name: {"Description": text} for name, text in AGGREGATES.items()}
+        self.sidecar(MORPH, sources, **described, **aggregates)
 
 
 def standard_name(name: str, template: str, resolution: str = "") -> str:
@@ -390,30 +383,27 @@ AGGREGATES = {
 }
 
 
-def volume_rows(result: Result) -> Iterator[tuple[object, ...]]:
-    """Rows of the volume table: every structure, then the aggregates (index ``n/a``)."""
+def volume_rows(result: Result) -> Iterator[dict[str, object]]:
+    """Rows of the volume table: every structure, then the aggregates; what is absent is ``n/a``."""
     made, volumes = result.segmentation, result.volumes_mm3
     table, calibrate = made.table, calibration(result)
     brain = sum(volumes[s.code] for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
     csf = sum(volumes[s.code] for s in table.structures if s.mapping == CSF_MAPPING)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
 
-    def share(mm3: float) -> str | None:
-        return f"{100 * mm3 / brain:.3f}" if brain else None
-
-    def expected(s: Structure) -> str | None:
-        raw = made.expected_dice.get(s.code)
-        return None if raw is None else f"{calibrate(s.name, raw) if calibrate else raw:.3f}"
-
-    def spread(s: Structure) -> str | None:
-        return f"{made.volume_sd_mm3[s.code]:.3f}" if made.volume_sd_mm3 else None
+    def row(name: str, mm3: float, **values: object) -> dict[str, object]:
+        share = f"{100 * mm3 / brain:.3f}" if brain else None
+        return {"name": name, "volume-mm3": f"{mm3:.3f}", "percent-brain": share, **values}
 
     for s in table.structures:
-        mm3 = volumes[s.code]
-        described = (s.code, s.name, s.abbreviation, f"{mm3:.3f}", share(mm3))
-        yield (*described, expected(s), spread(s))
+        measured = {"usual-dice": calibrate.usual.get(s.name) if calibrate else None}
+        if (raw := made.expected_dice.get(s.code)) is not None:
+            measured["expected-dice"] = calibrate(s.name, raw) if calibrate else raw
+        measured["volume-sd-mm3"] = made.volume_sd_mm3.get(s.code)
+        shown = {key: f"{x:.3f}" for key, x in measured.items() if x is not None}
+        yield row(s.name, volumes[s.code], index=s.code, abbreviation=s.abbreviation, **shown)
     for name, mm3 in zip(AGGREGATES, (brain, brain - csf, mask), strict=True):
-        yield None, name, None, f"{mm3:.3f}", share(mm3), None, None
+        yield row(name, mm3)
 
 
 def calibration(result: Result) -> Calibration | None:

@@ -32,13 +32,15 @@ FIELD_COARSER = 4
 class Row:
     """A line of the volume table; aggregates have no ``code``.
 
-    ``expected_dice`` is None where a structure is absent, ``sd_mm3`` where one sample was drawn.
+    ``expected_dice`` is None where a structure is absent, ``usual_dice`` where it was not measured,
+    ``sd_mm3`` where one sample was drawn.
     """
 
     code: int | None
     name: str
     mm3: float
     expected_dice: float | None = None
+    usual_dice: float | None = None
     sd_mm3: float | None = None
 
 
@@ -80,8 +82,10 @@ def read_rows(result: Finished) -> tuple[Row, ...]:
                     None if line["index"] == "n/a" else int(line["index"]),
                     line["name"],
                     float(line["volume-mm3"]),
-                    _number(line.get("expected-dice", "n/a")),
-                    _number(line.get("volume-sd-mm3", "n/a")),
+                    *(
+                        _number(line.get(name, "n/a"))
+                        for name in ("expected-dice", "usual-dice", "volume-sd-mm3")
+                    ),
                 )
                 for line in csv.DictReader(stream, delimiter="\t")
             )

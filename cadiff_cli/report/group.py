@@ -11,7 +11,7 @@ from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import mask_quality, read_rows
 from cadiff_cli.report.page import claim, page_path, render
-from cadiff_cli.report.qc import FAR, FEWEST, Judgement, judge, robust_z, usual_dice
+from cadiff_cli.report.qc import FAR, FEWEST, Judgement, judge, robust_z
 from cadiff_cli.report.ranges import load_ranges
 
 PATH = "group.html"
@@ -44,14 +44,7 @@ def judgements(results: Sequence[Finished], table: LabelTable) -> dict[str, Judg
     """What can be said of each scan by itself."""
     ranges = load_ranges()
     return {
-        result.entities: judge(
-            result,
-            read_rows(result),
-            mask_quality(result),
-            table,
-            ranges,
-            usual_dice(result.sidecar),
-        )
+        result.entities: judge(result, read_rows(result), mask_quality(result), table, ranges)
         for result in results
     }
 

@@ -19,7 +19,7 @@ from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.report.boilerplate import methods
 from cadiff_cli.report.case import Case, Row, read_case
-from cadiff_cli.report.qc import Judgement, judge, usual_dice
+from cadiff_cli.report.qc import Judgement, judge
 from cadiff_cli.report.ranges import Ranges, load_ranges
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     path, table, ranges = page_path(out, result.entities), load_table(), load_ranges()
     claim(path)
     case = read_case(out, result, scans)
-    usual = usual_dice(result.sidecar)
-    judgement = judge(result, case.rows, case.quality, table, ranges, usual)
+    judgement = judge(result, case.rows, case.quality, table, ranges)
     paragraphs, references = methods([result])
     text = render(
         "scan.html.j2",

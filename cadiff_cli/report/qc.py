@@ -7,7 +7,6 @@ from typing import Any
 
 from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING, Finished
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.metrics.quality import load_calibration
 from cadiff_cli.report.case import Row
 from cadiff_cli.report.ranges import Ranges, asymmetry, brain_mm3, pairs
 from cadiff_cli.stages.register import POOR_SCORE
@@ -101,9 +100,8 @@ def judge(
     mask_quality: Mapping[str, float],
     table: LabelTable,
     ranges: Ranges,
-    usual: Mapping[str, float],
 ) -> Judgement:
-    """Compare a result with what is plausible, and expected with ``usual`` Dice."""
+    """Compare a result with what is plausible, and expected with usual Dice."""
     volumes = {row.name: row.mm3 for row in rows}
     tissue = [s.name for s in table.structures if s.mapping != NON_BRAIN_MAPPING]
     brain = brain_mm3(volumes, table)
@@ -131,10 +129,14 @@ def judge(
         for row in rows
         if row.name in percent and row.expected_dice is not None
     }
+    usual = {row.name: row.usual_dice for row in rows if row.usual_dice is not None}
+    lowest = {name: dice - FAR_BELOW for name, dice in usual.items()}
+    if not usual:  # raw values, of weights that nobody has measured
+        lowest = dict.fromkeys(expected, POOR_DICE)
     doubtful = {
-        name: f"{dice:.2f}, {usual[name]:.2f} is usual" if name in usual else f"{dice:.2f}"
+        name: f"{dice:.2f}, {usual[name]:.2f} is usual" if usual else f"{dice:.2f}"
         for name, dice in expected.items()
-        if name not in missing and dice < (usual[name] - FAR_BELOW if name in usual else POOR_DICE)
+        if name in lowest and name not in missing and dice < lowest[name]
     }
     if doubtful:
         named = "; ".join(f"{name} ({text})" for name, text in doubtful.items())
@@ -162,14 +164,6 @@ def judge(
         expected,
         doubtful,
     )
-
-
-def usual_dice(sidecar: Mapping[str, Any]) -> Mapping[str, float]:
-    """The Dice to expect of each structure in a good scan; empty if it was not measured."""
-    if not sidecar.get("ExpectedDice", {}).get("Calibrated"):
-        return {}
-    found = load_calibration(sidecar["Model"]["WeightsSHA256"])
-    return found.usual if found else {}
 
 
 def registration_score(sidecar: Mapping[str, Any]) -> float | None:
