@@ -5,8 +5,8 @@
 
 CACHE_DIR holds scans as ``cadiff train`` prepares them; ``--subjects`` are people whom the network
 has never seen.  Each scan is segmented as it is and in ways that scans, masks and registrations go
-wrong.  ``--table`` keeps the measurements: what is in it is not measured again.  ``--without``
-names structures whose manual labels cannot serve as truth.
+wrong.  ``--table`` keeps the measurements: what is in it is not measured again,
+and only one model with one choice of ``--steps`` and ``--flip`` goes into it.  ``--without`` names structures whose manual labels cannot serve as truth.
 """
 
 import argparse
@@ -28,11 +28,12 @@ from cadiff_cli.metrics.quality import expected_dice, fit
 from cadiff_cli.products import CoordinateField
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.condition import normalise
-from cadiff_cli.stages.segment import class_probabilities
+from cadiff_cli.stages.segment import class_probabilities, most_probable
 from cadiff_cli.training.cache import load
 from cadiff_cli.training.monitor import sample_conditions
 
-COLUMNS = ("person", "scan", "degradation", "structure", "raw", "dice")
+WORDS = ("made_with", "person", "scan", "degradation", "structure")
+NUMBERS = ("raw", "dice")
 
 
 def with_image(conditions, image):
@@ -128,24 +129,31 @@ def true_dice(drawn, truth, n_classes):
         return 2 * both / sum(sizes)
 
 
+def made_with(model, config):
+    """What measurements of one table share: weights and settings."""
+    return f"{model.sha256[:12]} steps {config.steps}{' flip' if config.flip else ''}"
+
+
 def measure(path, name, model, config):
     """A row for each structure of a degraded scan, but vessels."""
     sample = load(path)
     seed = zlib.crc32(f"{sample.name} {name}".encode())
     conditions = DEGRADATIONS[name](sample_conditions(sample), np.random.default_rng(seed))
     p, _ = class_probabilities(conditions, model, config)
-    drawn = p.argmax(dim=0).numpy().astype(np.uint8) * conditions.mask.data
+    drawn = most_probable(p) * conditions.mask.data
     raw = expected_dice(p.numpy(), drawn)
     dice = true_dice(drawn, sample.classes, model.table.n_classes)
     for s, *values in zip(model.table.structures, raw, dice, strict=True):
         if s.mapping != NON_BRAIN_MAPPING and np.isfinite(values).all():
-            yield (sample.subject, sample.name, name, s.name, *(f"{v:.4f}" for v in values))
+            known = made_with(model, config), sample.subject, sample.name
+            yield (*known, name, s.name, *(f"{v:.4f}" for v in values))
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
     """Columns of the table, all (n,)."""
 
+    made_with: np.ndarray
     person: np.ndarray
     scan: np.ndarray
     degradation: np.ndarray
@@ -154,14 +162,14 @@ class Measured:
     dice: np.ndarray
 
     def where(self, rows):
-        return Measured(*(getattr(self, name)[rows] for name in COLUMNS))
+        return Measured(*(getattr(self, name)[rows] for name in (*WORDS, *NUMBERS)))
 
 
 def read(table):
     with table.open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    words = [np.array([row[name] for row in rows]) for name in COLUMNS[:4]]
-    return Measured(*words, *(np.array([float(r[name]) for r in rows]) for name in COLUMNS[4:]))
+    words = [np.array([row[name] for row in rows]) for name in WORDS]
+    return Measured(*words, *(np.array([float(r[name]) for r in rows]) for name in NUMBERS))
 
 
 def fitted(measured, **options):
@@ -249,11 +257,15 @@ def main():
     config = SampleConfig(steps=wanted.steps, flip=wanted.flip)
     new = not wanted.table.exists()
     known = read(wanted.table) if not new else None
+    if known and set(known.made_with) != {made_with(model, config)}:
+        parser.error(
+            f"{wanted.table} was made with {', '.join(set(known.made_with))}: give another"
+        )
     done = set(zip(known.scan, known.degradation, strict=True)) if known else set()
     with wanted.table.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         if new:
-            writer.writerow(COLUMNS)
+            writer.writerow((*WORDS, *NUMBERS))
         for subject in wanted.subjects:
             for path in sorted(wanted.cache.glob(f"sub-{subject}_*.npz")):
                 scan = path.stem.rsplit("_", 1)[0]
