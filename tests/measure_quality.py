@@ -5,8 +5,9 @@
 
 CACHE_DIR holds scans as ``cadiff train`` prepares them; ``--subjects`` are people whom the network
 has never seen.  Each scan is segmented as it is and in ways that scans, masks and registrations go
-wrong.  ``--table`` keeps the measurements: what is in it is not measured again,
-and only one model with one choice of ``--steps`` and ``--flip`` goes into it.  ``--without`` names structures whose manual labels cannot serve as truth.
+wrong.  ``--table`` keeps the measurements of one model with one choice of ``--steps`` and
+``--flip``: what is in it is not measured again.  ``--without`` names structures whose manual labels
+cannot serve as truth.
 """
 
 import argparse
