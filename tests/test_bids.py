@@ -221,6 +221,15 @@ def test_absent_participants_are_named(raw):
         raw.t1w(Selection(participants=("10",)))
 
 
+def test_files_that_are_no_raw_scans_are_named(raw):
+    anat = raw.root / "sub-10" / "anat"
+    anat.mkdir(parents=True, exist_ok=True)
+    (anat / "sub-10_desc-brain_T1w.nii.gz").touch()
+    with pytest.raises(SelectionError, match="sub-10_desc-brain_T1w") as caught:
+        raw.t1w(Selection(participants=("10",)))
+    assert "cadiff-seg" in caught.value.remedy
+
+
 def test_the_index_can_be_kept(raw, tmp_path):
     """The second time it is read, whichever participants the first time asked for."""
     database = tmp_path / "database"

@@ -339,7 +339,7 @@ def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
 def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
     held = Head("held", "elsewhere", real_head.distance, image=real_head.image)
     heads = {"toys": [drawn_head], "scanner": [real_head], "elsewhere": [held]}
-    config = HeadConfig(steps=2, warmup=1, decay=1, patch=32)
+    config = HeadConfig(steps=3, warmup=1, decay=1, patch=32, coarse_steps=1)
     path = train_mask(heads, tmp_path, config, hold_out=["elsewhere"])
     model = load_brain_model(str(path))
     assert model.metadata["training"]["trained_on"] == {"toys": 1, "scanner": 1}
@@ -347,8 +347,27 @@ def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
     assert (tmp_path / "held_out.tsv").read_text().startswith("source\thead\tdice\nelsewhere\theld")
     with pytest.raises(DataError, match="format"):
         load_model(str(path))
+    stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert stored["step"] == 3
     with pytest.raises(UsageError, match="nowhere"):
         train_mask(heads, tmp_path, config, hold_out=["nowhere"])
+
+
+def test_what_locates_learns_first(drawn_head, tmp_path):
+    """Until ``coarse_steps`` the second network keeps its first weights; then both move."""
+
+    def trained(steps):
+        run = tmp_path / str(steps)
+        config = HeadConfig(steps=steps, warmup=1, decay=1, patch=32, coarse_steps=2)
+        train_mask({"toys": [drawn_head]}, run, config)
+        return torch.load(run / "checkpoint.pt", weights_only=True)["net"]
+
+    one, two, three = (trained(steps) for steps in (1, 2, 3))
+    for name in one:
+        if name.startswith("fine."):
+            assert torch.equal(one[name], two[name]), name
+    assert not torch.equal(one["coarse.out.weight"], two["coarse.out.weight"])
+    assert not torch.equal(two["fine.out.weight"], three["fine.out.weight"])
 
 
 def test_folders_become_heads_once(label_map, tmp_path):

@@ -16,6 +16,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.nets.unet import shuffle, unshuffle
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.segment import TILE, add_unmirrored, class_probabilities, mirrored, segment
@@ -135,7 +136,7 @@ def test_no_steps_need_a_field(tiny_model, small_conditions):
 def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monkeypatch, error):
     tiles = []
 
-    def denoise(net, image, field, steps, generator, device, tile=None):
+    def denoise(net, image, field, steps, generator, device, tile=None, flip=None):
         tiles.append(tile)
         if tile is None:
             raise error
@@ -187,13 +188,12 @@ def unmirrored(p, table):
 
 def test_mirroring_is_an_involution(table):
     generator = torch.Generator().manual_seed(0)
-    image, field = torch.rand(1, 1, 8, 6, 4), torch.rand(1, 3, 4, 3, 2, generator=generator)
-    back = mirrored(*mirrored(image, field))
-    torch.testing.assert_close(back[0], image, rtol=0, atol=0)
-    torch.testing.assert_close(back[1], field)
-    flipped, nothing = mirrored(image, None)
-    torch.testing.assert_close(flipped, image.flip(2), rtol=0, atol=0)
-    assert nothing is None
+    image = torch.rand(1, 1, 8, 6, 4, generator=generator)
+    state = torch.randn(1, 3 + table.n_classes, 4, 3, 2, generator=generator)
+    x = torch.cat([unshuffle(image), state], dim=1)
+    flipped = mirrored(x, table)
+    torch.testing.assert_close(mirrored(flipped, table), x, rtol=0, atol=0)
+    torch.testing.assert_close(shuffle(flipped[:, :8]), image.flip(2), rtol=0, atol=0)
     p = torch.rand(41, 8, 6, 4, generator=generator)
     torch.testing.assert_close(unmirrored(unmirrored(p, table), table), p, rtol=0, atol=0)
 
@@ -202,9 +202,10 @@ def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, small_con
     """``mirrored`` and ``add_unmirrored`` undo each other through the network's own prior."""
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
-    _, flipped = mirrored(image, field)
-    straight = tiny_net.prior(2 * field - 1)[0]
-    back = unmirrored(tiny_net.prior(2 * flipped - 1)[0], table)
+    labels = torch.zeros(1, table.n_classes, *field.shape[2:])
+    x = torch.cat([unshuffle(image), 2 * field - 1, labels], dim=1)
+    straight = tiny_net.prior(x[:, 8:11])[0]
+    back = unmirrored(tiny_net.prior(mirrored(x, table)[:, 8:11])[0], table)
     torch.testing.assert_close(back, straight, rtol=0, atol=1e-3)
 
 

@@ -27,7 +27,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.io.derivatives import Derivatives, save_mask
     from cadiff_cli.io.nifti import load_scan
     from cadiff_cli.io.releases import strip_weights_sha256
-    from cadiff_cli.io.templates import PREFERRED, load_template
+    from cadiff_cli.io.templates import load_templates
     from cadiff_cli.stages.strip import on_scan, strip
 
     logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
@@ -41,7 +41,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     place.claim(t1, overwrite=overwrite)
     method = StripConfig(skull_strip)
     by_template = skull_strip in ("auto", "template") and not strip_weights_sha256(method)
-    template = load_template(PREFERRED, offline=offline) if by_template else None
+    template = load_templates(offline=offline)[0] if by_template else None
     with TemporaryDirectory(prefix="cadiff-") as work:
         stripped = strip(scan, template, Config(strip=method), Path(work))
     click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))

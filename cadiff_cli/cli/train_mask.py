@@ -27,7 +27,7 @@ import click
     help="Name of a --heads folder not to train on (repeatable).",
 )
 @click.option("--cache", type=click.Path(path_type=Path), help="Prepared heads [RUN/cache].")
-@click.option("--steps", type=click.IntRange(1), default=2500, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=4000, show_default=True)
 @click.option("--decay", type=click.IntRange(1), default=800, show_default=True)
 @click.option("--rate", type=float, default=1e-3, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)

@@ -202,18 +202,23 @@ class Dataset:
             found = sorted(Path(name) for name in layout.get(**query))
         except ValueError as error:
             raise UsageError(f"--bids-filter-file: {error}", "use BIDS entities") from error
-        if not found:
-            raise SelectionError(
-                f"no T1w image of {self.root} fits",
-                "check --participant-label, --session-label and --bids-filter-file",
-            )
         known = {Path(name) for name in layout.get(**t1w, return_type="filename")}
-        seen = (
+        seen = [
             path
             for label in chosen
-            for path in (self.root / f"sub-{label}").glob("**/anat/*T1w*.nii*")
-        )
-        return found, sorted(path for path in seen if path not in known)
+            for path in sorted((self.root / f"sub-{label}").glob("**/anat/*T1w*.nii*"))
+        ]
+        unnamed = [path for path in seen if path not in known]
+        if not found:
+            others = (
+                f"; {unnamed[0].name} is no raw BIDS name (desc-, space-...)" if unnamed else ""
+            )
+            raise SelectionError(
+                f"no T1w image of {self.root} fits{others}",
+                "check --participant-label, --session-label and --bids-filter-file; segment other"
+                " files one by one with cadiff-seg",
+            )
+        return found, sorted(unnamed)
 
     def link(self, out: Path) -> str:
         """How a derivative dataset at ``out`` may call this one without telling where you live.

@@ -131,11 +131,8 @@ def class_probabilities(
 
     def predict(seed: int, tile: int | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        p = denoise(net, image, field, config.steps, generator, device, tile)
-        if config.flip:
-            q = denoise(net, *mirrored(image, field), config.steps, generator, device, tile)
-            p = add_unmirrored(p, q, model.table).div_(2)
-        return p
+        flip = model.table if config.flip else None
+        return denoise(net, image, field, config.steps, generator, device, tile, flip)
 
     def predict_somehow(seed: int, tile: int | None) -> tuple[Tensor, int | None]:
         """Whole if memory allows, unless an earlier sample, or somebody, wanted tiles."""
@@ -172,12 +169,14 @@ def denoise(
     generator: torch.Generator,
     device: torch.device,
     tile: int | None = None,
+    flip: LabelTable | None = None,
 ) -> Tensor:
     """Sample labels for one brain: (classes, X, Y, Z) float32 probabilities on the CPU.
 
     ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1], or None to
     denoise it with the labels.  No steps at all give the label prior at the field: what
-    registration alone knows.
+    registration alone knows.  With ``flip``, which tells left from right, the last step is the mean
+    of what the network says of the brain and of its mirror image.
     """
     if steps == 0:
         if field is None:
@@ -214,8 +213,7 @@ def denoise(
         labels = p.mul_(2).sub_(1)
         return labels if field is not None else torch.cat([coarse.field, labels], dim=1)
 
-    def estimate(x_t: Tensor, t: float, fine: bool = False) -> Tensor:
-        x = torch.cat([known, x_t], dim=1)
+    def estimate(x: Tensor, t: float, fine: bool = False) -> Tensor:
         if tile is None:
             return network(x, t, fine).cpu()
         from monai.inferers import sliding_window_inference
@@ -227,18 +225,36 @@ def denoise(
 
     schedule = times(steps if net.config.reads_labels else 1)
     x_t = noise
+
     # The sampler is lazy: its last step, which only the fine pass needs, is never evaluated.
-    for step in islice(sample(estimate, noise, schedule), len(schedule) - 1):
+    def clean(x_t: Tensor, t: float) -> Tensor:
+        return estimate(torch.cat([known, x_t], dim=1), t)
+
+    for step in islice(sample(clean, noise, schedule), len(schedule) - 1):
         x_t = step.x_next
-    return estimate(x_t, schedule[-1], fine=True)[0]
+    x = torch.cat([known, x_t], dim=1)
+    p = estimate(x, schedule[-1], fine=True)[0]
+    if flip is None:
+        return p
+    return add_unmirrored(p, estimate(mirrored(x, flip), schedule[-1], fine=True)[0], flip).div_(2)
 
 
-def mirrored(image: Tensor, field: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Image and field of the left-right mirrored brain; x is the first axis and D_x -> 1 - D_x."""
-    if field is None:
-        return image.flip(2), None
-    flipped = field.flip(2)
-    return image.flip(2), torch.cat([1 - flipped[:, :1], flipped[:, 1:]], dim=1)
+def mirrored(x: Tensor, table: LabelTable) -> Tensor:
+    """Image, field and labels (1, 8 + 3 + classes, X, Y, Z) of the left-right mirrored brain.
+
+    x is the first axis; the field's states are in [-1, 1], so D_x -> -D_x; left and right labels
+    change places.
+    """
+    image, field, labels = x[:, :8], x[:, 8:11].flip(2), x[:, 11:].flip(2)
+    return torch.cat(
+        [
+            unshuffle(shuffle(image).flip(2)),
+            -field[:, :1],
+            field[:, 1:],
+            labels[:, torch.from_numpy(table.mirror_classes)],
+        ],
+        dim=1,
+    )
 
 
 def add_unmirrored(p: Tensor, q: Tensor, table: LabelTable) -> Tensor:

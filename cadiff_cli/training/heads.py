@@ -73,9 +73,11 @@ class HeadConfig(Schedule):
     a patch's centre may lie from the brain's.  ``tilted`` is the share of heads that lie in any
     way, up to ``rotation_deg``; the others lie as a technician lays them, up to a quarter of that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
-    whose face is removed.
+    whose face is removed.  In the first ``coarse_steps`` only the network that locates the brain
+    learns.
     """
 
+    coarse_steps: int = 700
     patch: int = 128
     rotation_deg: float = 45.0
     tilted: float = 0.2

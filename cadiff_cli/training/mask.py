@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,6 @@ def train_mask(
     config: HeadConfig,
     *,
     hold_out: Sequence[str] = (),
-    objective: MaskObjective | None = None,
     device: str = "auto",
     workers: int = 0,
     max_minutes: float = math.inf,
@@ -87,7 +88,6 @@ def train_mask(
 
     ``run/held_out.tsv`` gets the Dice (at 2 mm) of every held-out head.
     """
-    objective = objective or MaskObjective()
     if unknown := sorted(set(hold_out) - set(heads)):
         raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(heads)}")
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
@@ -108,8 +108,15 @@ def train_mask(
         "held_out": sorted(hold_out),
     }
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    loader = head_loader(chosen, config, state.step, workers)
-    fit(state, loader, objective, config, checkpoint, max_minutes=max_minutes)
+    ends = time.monotonic() + 60 * max_minutes
+    # What refines learns from what locates, so that goes first.
+    locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
+    for phase, objective in ((locating, MaskObjective(fine=0)), (config, MaskObjective())):
+        loader = head_loader(chosen, phase, state.step, workers)
+        left = (ends - time.monotonic()) / 60
+        fit(state, loader, objective, phase, checkpoint, max_minutes=left)
+        if state.step < phase.steps:
+            break  # out of time, or asked to stop
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
     save_brain_model(path, state.ema, described)
