@@ -168,7 +168,7 @@ def draw_patch(
         image = resynthesise(image, mask, classes, mirror, config.synthesis, generator)
     image = recolour(image, mask, config.intensity, generator)
     if float(uniform(0, 1, 1)) < config.thick_slices:
-        image = thicken(image, mask, float(uniform(2, config.slice_mm, 1)), generator)
+        image = thicken(image, float(uniform(2, config.slice_mm, 1)), generator) * mask
     if float(uniform(0, 1, 1)) < config.bad_mask:
         image, classes = spoil_mask(image, mask, classes, config.mask_error_mm, generator)
     return Patch(image[None, None], classes[None], position[None])
@@ -198,14 +198,13 @@ def recolour(image: Tensor, mask: Tensor, strength: float, generator: torch.Gene
     return out.clamp(0, 1) * mask
 
 
-def thicken(image: Tensor, mask: Tensor, slice_mm: float, generator: torch.Generator) -> Tensor:
-    """``image`` (X, Y, Z) as if acquired in slices of ``slice_mm``, interpolated back to 1 mm."""
+def thicken(image: Tensor, voxels: float, generator: torch.Generator) -> Tensor:
+    """``image`` (X, Y, Z) as if acquired in slices of so many ``voxels``, interpolated back."""
     axis = int(torch.randint(3, (1,), generator=generator))
     size = list(image.shape)
-    size[axis] = max(1, round(size[axis] / slice_mm))
+    size[axis] = max(1, round(size[axis] / voxels))
     slices = F.interpolate(image[None, None], size=size, mode="area")
-    full = F.interpolate(slices, size=image.shape, mode="trilinear", align_corners=False)[0, 0]
-    return full * mask
+    return F.interpolate(slices, size=image.shape, mode="trilinear", align_corners=False)[0, 0]
 
 
 def spoil_mask(

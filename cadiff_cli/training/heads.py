@@ -26,7 +26,7 @@ from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import normalise
-from cadiff_cli.training.augment import nearest, read, rotation, smooth_noise
+from cadiff_cli.training.augment import nearest, read, rotation, smooth_noise, thicken
 from cadiff_cli.training.loop import Schedule
 
 CLOSING_MM = 5.0
@@ -243,14 +243,9 @@ def paint(labels: Tensor, generator: torch.Generator) -> Tensor:
 def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
     """Bias field, contrast, noise, thick slices; brightest tissue of any brightness."""
     if float(torch.rand(1, generator=generator)) < 0.3:
-        thickness = SPACING_MM + (config.slice_mm - SPACING_MM) * float(
-            torch.rand(1, generator=generator)
-        )
-        size = list(image.shape)
-        axis = int(torch.randint(3, (1,), generator=generator))
-        size[axis] = max(1, round(size[axis] * SPACING_MM / thickness))
-        slices = F.interpolate(image[None, None], size=size, mode="area")
-        image = F.interpolate(slices, size=image.shape, mode="trilinear")[0, 0]
+        thickest = config.slice_mm / SPACING_MM
+        voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
+        image = thicken(image, voxels, generator)
     chain = mt.Compose(
         [
             mt.RandBiasField(prob=0.6, coeff_range=(0.0, 0.2)),
