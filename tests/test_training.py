@@ -207,6 +207,7 @@ def test_reports_are_means_also_after_a_stop(straight, resumed):
     assert {step: r.losses["total"] for step, r in reports.items()} == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # with one core
 def test_workers_change_nothing(start, toy_sample, mirror, tmp_path):
     config = replace(QUICK, steps=1, batch=2)
     states = []
@@ -246,13 +247,13 @@ def test_checkpoints_are_replaced_whole(start, tmp_path):
 
 @pytest.mark.slow
 def test_training_lowers_the_loss(start, toy_sample, mirror, tmp_path):
-    """From a flat prior: on one small head, a dozen steps are enough to see it."""
-    config = replace(QUICK, steps=15, warmup=1, decay=1, rate=1e-2)
+    """From a flat prior: on one small head, two dozen steps are enough to see it."""
+    config = replace(QUICK, steps=25, warmup=1, decay=1, rate=1e-2)
     state, record = start(config), Recorder()
     state.net.prior.logits.zero_()
     fit(state, [toy_sample], mirror, config, tmp_path / "a.pt", monitor=record, report_every=5)
     losses = [report.losses["total"] for report in record.reports.values()]
-    assert len(losses) == 3
+    assert len(losses) == 5
     assert losses[-1] < 0.8 * losses[0]
 
 
