@@ -151,6 +151,15 @@ def make_conditions(head: Phantom) -> Conditions:
     )
 
 
+@pytest.fixture
+def all_threads():
+    """A full network on a whole brain is worth every core."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(few)
+
+
 @pytest.fixture(scope="session")
 def table():
     return load_table()
@@ -195,7 +204,7 @@ def small_head():
 
 @pytest.fixture(scope="session")
 def toy_sample(small_head, table):
-    """``small_head`` as a training sample."""
+    """``small_head`` as a training sample, registered to two templates."""
     conditions = make_conditions(small_head)
     codes = resample(Volume(small_head.codes, small_head.t1.grid), conditions.image.grid, order=0)
     return Sample(
@@ -204,7 +213,11 @@ def toy_sample(small_head, table):
         np.round(conditions.image.data * 255).astype(np.uint8),
         conditions.mask.data.copy(),
         table.encode(codes.data, table.identity_mapping()),
-        {"toy": pool(conditions.field.data, 2).astype(np.float16)},
+        {
+            "toy": pool(conditions.field.data, 2).astype(np.float16),
+            # A registration that errs by half a millimetre.
+            "other": pool(conditions.field.data + 0.003, 2).astype(np.float16),
+        },
     )
 
 

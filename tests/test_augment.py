@@ -19,6 +19,7 @@ from cadiff_cli.training.augment import (
     stack,
     thicken,
 )
+from cadiff_cli.training.cache import mean_field
 from cadiff_cli.training.synthesis import SynthesisConfig, resynthesise
 
 PLAIN = AugmentConfig.none()
@@ -42,6 +43,7 @@ def test_a_seed_decides_a_patch(toy_sample, mirror):
     assert 0 <= a.image.min() <= a.image.max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # with one core
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_series_is_the_same_in_any_process(toy_sample, ramp, mirror, workers):
     """Batches are the single draws, in their order, whoever draws them."""
@@ -95,6 +97,27 @@ def test_each_change_touches_only_its_own(toy_sample, mirror, change, touched):
     changed = draw_patch(toy_sample, 32, mirror, replace(PLAIN, **change), seeded(1))
     found = tuple(p for p in PARTS if not torch.equal(getattr(plain, p), getattr(changed, p)))
     assert found == touched
+
+
+def test_the_mean_field_is_seen_as_often_as_wanted(toy_sample, mirror):
+    """Always or never; else it is the field of one template, as it is."""
+
+    def field(fields, together, seed):
+        config = replace(PLAIN, together=together)
+        return draw_patch(
+            replace(toy_sample, fields=fields), 32, mirror, config, seeded(seed)
+        ).field
+
+    both = toy_sample.fields
+    mean = mean_field(toy_sample)
+    np.testing.assert_allclose(mean, np.mean(list(both.values()), axis=0, dtype=np.float32))
+    met = set()
+    for seed in range(8):
+        assert torch.equal(field(both, 1, seed), field({"mean": mean}, 0, seed))
+        found = field(both, 0, seed)
+        (name,) = (n for n, x in both.items() if torch.equal(found, field({n: x}, 0, seed)))
+        met.add(name)
+    assert met == set(both)
 
 
 def flips(sample, mirror, seed):

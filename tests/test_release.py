@@ -1,10 +1,7 @@
 """The released weights on whole brains: nilearn's atlas, and a labelled person."""
 
-import os
-
 import numpy as np
 import pytest
-import torch
 
 from cadiff_cli.config import Config, SampleConfig
 from cadiff_cli.evaluation import mean_over, score_pair
@@ -18,15 +15,6 @@ pytestmark = [
     # MONAI warns of its own call of its own function.
     pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning"),
 ]
-
-
-@pytest.fixture
-def all_threads():
-    """A full network on a whole brain is worth every core."""
-    few = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(few)
 
 
 def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, table):

@@ -50,9 +50,8 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
-    samples = prepare_dataset(
-        dataset, label_mapping(labels, load_table()), atlas, cache or run / "cache"
-    )
+    mapping = label_mapping(labels, load_table())
+    samples = prepare_dataset(dataset, mapping, atlas, cache or run / "cache")
     scores = cross_validate(
         samples,
         run,
@@ -60,6 +59,7 @@ def command(
         n_folds=folds,
         only=fold,
         net_config=net,
+        mapping=mapping,
         sampling=SampleConfig(device=device),
         workers=workers,
         max_minutes=max_minutes,

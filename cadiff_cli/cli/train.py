@@ -100,15 +100,15 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
-    samples = prepare_dataset(
-        dataset, label_mapping(labels, load_table()), atlas, cache or run / "cache"
-    )
+    mapping = label_mapping(labels, load_table())
+    samples = prepare_dataset(dataset, mapping, atlas, cache or run / "cache")
     path = train(
         samples,
         run,
         config,
         hold_out=hold_out,
         net_config=net,
+        mapping=mapping,
         device=device,
         workers=workers,
         validate_minutes=validate_minutes,

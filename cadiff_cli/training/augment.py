@@ -29,7 +29,7 @@ class AugmentConfig:
     ``deform`` is the share of patches that are rotated, scaled and bent; the others are copied
     voxel by voxel, as sharp as what inference sees.  ``thick_slices`` is the share that is sampled
     in slices of 2 to ``slice_mm`` mm, ``bad_mask`` the share whose brain mask is cut up to
-    ``mask_error_mm`` deep or leaves bits of the head up to twice as far.  ``mean_field`` is the
+    ``mask_error_mm`` deep or leaves bits of the head up to twice as far.  ``together`` is the
     share that sees the mean of all templates' fields, as inference does; the others see that of
     one.  ``field_error_mm`` is the largest standard deviation of a smooth error of the
     registration.  ``intensity`` scales bias field, contrast, noise and blur.
@@ -41,7 +41,7 @@ class AugmentConfig:
     scale: float = 0.1
     elastic_mm: float = 2.0
     elastic_spacing_mm: float = 24.0
-    mean_field: float = 0.6
+    together: float = 0.6
     field_error_mm: float = 1.0
     thick_slices: float = 0.1
     slice_mm: float = 5.0
@@ -56,6 +56,7 @@ class AugmentConfig:
         return AugmentConfig(
             flip=0,
             deform=0,
+            together=0,
             field_error_mm=0,
             thick_slices=0,
             bad_mask=0,
@@ -150,7 +151,7 @@ def draw_patch(
 
     names = sorted(sample.fields)
     pick = int(torch.randint(len(names), (1,), generator=generator))
-    together = float(uniform(0, 1, 1)) < config.mean_field
+    together = float(uniform(0, 1, 1)) < config.together
     field = mean_field(sample) if together else sample.fields[names[pick]].astype(np.float32)
     stored = torch.from_numpy(field)
     half = F.avg_pool3d(points[None], 2)[0]

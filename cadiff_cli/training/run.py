@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def train(
     *,
     hold_out: Sequence[str] = (),
     net_config: NetConfig | None = None,
+    mapping: Mapping[int, int] | None = None,
     device: str = "auto",
     workers: int = 0,
     validate_minutes: float = 15.0,
@@ -88,6 +89,7 @@ def train(
 ) -> Path:
     """Fit on every subject not in ``hold_out``; returns the exported weights (the EMA's).
 
+    ``mapping`` (source id -> class) is the one that the samples were prepared with, ours if none.
     ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
@@ -109,6 +111,8 @@ def train(
         "net": as_dict(net.config),
         "trained_on": sorted({s.subject for s in chosen}),
         "held_out": sorted(hold_out),
+        "templates": sorted({name for s in samples for name in s.fields}),
+        "labels": fingerprint(sorted((mapping or table.identity_mapping()).items())),
     }
     if checkpoint.exists():
         _same_run(run / "config.json", described)
@@ -144,17 +148,21 @@ def train(
 
 
 def _same_run(path: Path, described: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with other people, another network or another objective."""
+    """Refuse to continue a checkpoint with other people, atlases, labels, network or objective.
+
+    What an earlier version did not write down is taken to be the same.
+    """
     before = json.loads(path.read_text(encoding="utf-8"))
 
     def essence(values: dict[str, Any]) -> dict[str, Any]:
         train = {k: v for k, v in values["train"].items() if k not in ("steps", "decay", "rate")}
-        return {"trained_on": values["trained_on"], "net": values["net"], **train}
+        kept = ("trained_on", "templates", "labels", "net")
+        return {key: values[key] for key in kept if key in values} | train
 
     was, now = essence(before), essence(described)
     for key in now:
-        if was.get(key) != now[key]:
+        if was.get(key, now[key]) != now[key]:
             raise UsageError(
-                f"the checkpoint beside {path} has {key} {was.get(key)}, not {now[key]}",
+                f"the checkpoint beside {path} has {key} {was[key]}, not {now[key]}",
                 "use another --run folder; only --steps, --decay and --rate may change",
             )
