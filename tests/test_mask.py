@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from cadiff_cli.cli.mask import command
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
-from cadiff_cli.io import releases
+from cadiff_cli.io import releases, templates
 from cadiff_cli.io.nifti import load_scan, load_volume, save_volume
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
@@ -33,10 +33,12 @@ class Bright(BrainNet):
         return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
 
 
+BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright", "", {})
+
+
 @pytest.fixture
 def bright(monkeypatch):
-    model = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright", "", {})
-    monkeypatch.setattr(stage, "_brain_model", lambda: model)
+    monkeypatch.setattr(stage, "_brain_model", lambda: BRIGHT)
     for module in (stage, releases):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)
 
@@ -108,6 +110,37 @@ def test_a_segmentations_mask_is_not_replaced(bright, head, tmp_path):
         CliRunner().invoke(
             command, [str(path), "-o", str(tmp_path / "out"), "--overwrite"], catch_exceptions=False
         )
+
+
+def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monkeypatch):
+    """None for a brain, or where there is a network; for a head, those that might strip it."""
+    asked, weights = [], ""
+
+    def load(name, *, offline):
+        asked.append(name)
+        raise MissingInputError(f"no {name}", "none")
+
+    monkeypatch.setattr(templates, "load_template", load)
+    monkeypatch.setattr(templates, "load_templates", load)
+    for module in (stage, releases):
+        monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: weights)
+
+    def run(t1, name):
+        path = tmp_path / f"{name}_T1w.nii.gz"
+        save_volume(path, t1.data, t1.grid)
+        CliRunner().invoke(
+            command, [str(path), "-o", str(tmp_path / "out")], catch_exceptions=False
+        )
+
+    run(phantom("RAS", 3.0).t1, "sub-brain")
+    assert asked == []
+    with pytest.raises(MissingInputError):
+        run(head()[0], "sub-head")
+    assert asked == [templates.PREFERRED, templates.EMBEDDED]
+    weights = "0" * 64
+    monkeypatch.setattr(stage, "_brain_model", lambda: BRIGHT)
+    run(head()[0], "sub-net")
+    assert len(asked) == 2
 
 
 # --- the released network -------------------------------------------------------------------------

@@ -1,10 +1,15 @@
 """``cadiff mask``: the brain mask alone, and the stripped image."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cadiff_cli.cli.options import SKULL_STRIP
+
+if TYPE_CHECKING:
+    from cadiff_cli.config import StripConfig
+    from cadiff_cli.products import Scan, Template
 
 
 @click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,8 +31,6 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.derivatives import Derivatives, save_mask
     from cadiff_cli.io.nifti import load_scan
-    from cadiff_cli.io.releases import strip_weights_sha256
-    from cadiff_cli.io.templates import load_templates
     from cadiff_cli.stages.strip import on_scan, strip
 
     logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
@@ -40,8 +43,25 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
         )
     place.claim(t1, overwrite=overwrite)
     method = StripConfig(skull_strip)
-    by_template = skull_strip in ("auto", "template") and not strip_weights_sha256(method)
-    template = load_templates(offline=offline)[0] if by_template else None
+    template = _template(scan, method, offline)
     with TemporaryDirectory(prefix="cadiff-") as work:
         stripped = strip(scan, template, Config(strip=method), Path(work))
     click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))
+
+
+def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template | None":
+    """What the scan is stripped by, if a template it is; the embedded one where no head is had."""
+    from cadiff_cli.errors import CadiffError
+    from cadiff_cli.io.releases import strip_weights_sha256
+    from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template
+    from cadiff_cli.stages.strip import already_stripped
+
+    unaided = method.method == "auto" and (
+        strip_weights_sha256(method) or already_stripped(scan.t1)
+    )
+    if unaided or method.method not in ("auto", "template"):
+        return None
+    try:
+        return load_template(PREFERRED, offline=offline)
+    except CadiffError:
+        return load_template(EMBEDDED, offline=offline)
