@@ -7,7 +7,7 @@ contourpy and Pillow.
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,16 +155,7 @@ def structures(case: Case, table: LabelTable, n: int = SLICES) -> list[Plane]:
             if s is not None and (path := outline(codes == code)):
                 yield Outline(s.name, s.color, path)
 
-    return [
-        Plane(
-            name,
-            tuple(
-                _slice(image, case.near, axis, index, drawn(axis, index))
-                for index in positions(shown, axis, n)
-            ),
-        )
-        for axis, name in enumerate(PLANES)
-    ]
+    return _planes(image, case.near, shown, n, drawn)
 
 
 def head(case: Case, n: int = 2) -> list[Plane]:
@@ -173,19 +164,11 @@ def head(case: Case, n: int = 2) -> list[Plane]:
     grid = around(Volume((image > AIR) | case.mask.data, case.mask.grid))
     image = resample(Volume(image, case.t1.grid), grid, order=0).data
     brain = near_mask(case, grid)
-    return [
-        Plane(
-            name,
-            tuple(
-                _slice(
-                    *(image, grid, axis, index),
-                    [Outline("brain mask", "#ffd43b", outline(cut(brain, axis, index)))],
-                )
-                for index in positions(brain, axis, n)
-            ),
-        )
-        for axis, name in enumerate(PLANES)
-    ]
+
+    def drawn(axis: int, index: int) -> Iterable[Outline]:
+        yield Outline("brain mask", "#ffd43b", outline(cut(brain, axis, index)))
+
+    return _planes(image, grid, brain, n, drawn)
 
 
 def registration(case: Case, n: int = 2) -> list[Plane]:
@@ -202,16 +185,7 @@ def registration(case: Case, n: int = 2) -> list[Plane]:
         for level, color in zip(TISSUES, ("#ffd43b", "#66d9e8"), strict=True):
             yield Outline("template", color, outline(cut(smooth, axis, index), level * top))
 
-    return [
-        Plane(
-            name,
-            tuple(
-                _slice(image, case.near, axis, index, drawn(axis, index), other)
-                for index in positions(brain, axis, n)
-            ),
-        )
-        for axis, name in enumerate(PLANES)
-    ]
+    return _planes(image, case.near, brain, n, drawn, other)
 
 
 def coordinates(case: Case, n: int = 2) -> list[Plane]:
@@ -230,16 +204,7 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
             path = "".join(outline(values, float(level)) for level in levels)
             yield Outline("xyz"[channel], COLOURS[channel], path)
 
-    return [
-        Plane(
-            name,
-            tuple(
-                _slice(image, case.near, axis, index, drawn(axis, index))
-                for index in positions(inside, axis, n)
-            ),
-        )
-        for axis, name in enumerate(PLANES)
-    ]
+    return _planes(image, case.near, inside, n, drawn)
 
 
 def uncertainty(case: Case, n: int = 2) -> list[Plane]:
@@ -249,16 +214,7 @@ def uncertainty(case: Case, n: int = 2) -> list[Plane]:
     inside = near_mask(case)
     image = grey(resample(case.t1, case.near), inside)
     glowing = glow(image, case.uncertainty.data)
-    return [
-        Plane(
-            name,
-            tuple(
-                _slice(image, case.near, axis, index, (), glowing)
-                for index in positions(inside, axis, n)
-            ),
-        )
-        for axis, name in enumerate(PLANES)
-    ]
+    return _planes(image, case.near, inside, n, lambda _axis, _index: (), glowing)
 
 
 def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
@@ -266,6 +222,27 @@ def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
     share = np.clip(uncertainty / UNCERTAIN, 0, 1)[..., None].astype(np.float32)
     colour = CALM + share * (ALARM - CALM)
     return np.asarray(((1 - share) * image[..., None] + share * colour).astype(np.uint8))
+
+
+def _planes(
+    image: np.ndarray,
+    grid: Grid,
+    inside: np.ndarray,
+    n: int,
+    drawn: Callable[[int, int], Iterable[Outline]],
+    second: np.ndarray | None = None,
+) -> list[Plane]:
+    """``n`` slices of each orientation; ``drawn`` gives what lies over one (axis, index)."""
+    return [
+        Plane(
+            name,
+            tuple(
+                _slice(image, grid, axis, index, drawn(axis, index), second)
+                for index in positions(inside, axis, n)
+            ),
+        )
+        for axis, name in enumerate(PLANES)
+    ]
 
 
 def _slice(
