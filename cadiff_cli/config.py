@@ -10,6 +10,9 @@ from typing import Any
 
 from cadiff_cli import __version__
 
+REVISION = 2
+"""Raise it whenever the same settings give other results: none of before are taken for theirs."""
+
 
 @dataclass(frozen=True)
 class StripConfig:
@@ -31,7 +34,7 @@ class RegisterConfig:
 class SampleConfig:
     """How labels are denoised.
 
-    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the prediction with that
+    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the last step with that
     of the mirrored brain.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
     the whole volume at once.  ``samples`` predictions, from noise of as many seeds, are averaged.
     ``uncertainty`` asks for a map of it, which several samples give unasked.
@@ -61,7 +64,8 @@ class Recipe:
     """What a result was, or will be, made with.  Results of equal recipes may share a dataset.
 
     ``template`` is a name, never ``auto``.  ``strip_sha256`` is that of the network which may have
-    found the brain.  ``spaces`` are the standard spaces that results are carried into; ``field``
+    found the brain, ``calibration`` the fingerprint of what calibrates the expected Dice; both are
+    empty without one.  ``spaces`` are the standard spaces that results are carried into; ``field``
     tells whether the distance field is written.
     """
 
@@ -70,6 +74,7 @@ class Recipe:
     model: str
     weights_sha256: str
     strip_sha256: str = ""
+    calibration: str = ""
     spaces: tuple[str, ...] = ()
     field: bool = False
 
@@ -81,10 +86,12 @@ class Recipe:
             plain["strip"]["mask"] = self.config.strip.mask.name
         return {
             "version": __version__,
+            "revision": REVISION,
             "template": self.template,
             "model": self.model,
             "weights_sha256": self.weights_sha256,
             "strip_sha256": self.strip_sha256,
+            "calibration": self.calibration,
             "output_spaces": list(self.spaces),
             "field": self.field,
             **plain,

@@ -10,7 +10,7 @@ from cadiff_cli.config import Config
 from cadiff_cli.products import Prepared, Result, Scan, Template
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
-from cadiff_cli.stages.strip import on_scan, strip
+from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ def prepare(
 ) -> Prepared:
     """Everything before the network; transforms are written into ``work_dir``.
 
-    The first of the ``templates`` may also serve to find the brain.
+    The first of the ``templates`` that is a whole head may also serve to find the brain.
     """
     watch = watch or Stopwatch()
     with watch.stage("strip"):
-        stripped = strip(scan, templates[0], config, work_dir)
+        stripped = strip(scan, strip_template(templates), config, work_dir)
     with watch.stage("register"):
         registrations = tuple(
             register(stripped, template, config.register, work_dir) for template in templates

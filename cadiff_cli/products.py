@@ -5,7 +5,7 @@ conditions, and segmented.  Each product is immutable and carries the ones it wa
 where a later stage needs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +82,11 @@ class Registered:
     warnings: tuple[str, ...] = ()
 
 
+def sound(registrations: Sequence[Registered]) -> tuple[Registered, ...]:
+    """Those that share in the distance field: all without warnings, or all if none is without."""
+    return tuple(r for r in registrations if not r.warnings) or tuple(registrations)
+
+
 @dataclass(frozen=True, eq=False)
 class CoordinateField:
     """The distance field of section II-B: ``data`` (3, X, Y, Z) float32 in [0, 1] on ``grid``."""
@@ -133,7 +138,8 @@ class Segmentation:
 class Prepared:
     """Everything before the network.
 
-    ``registrations`` are to one template or more; the field is the mean of what they say.
+    ``registrations`` are to one template or more; the field is the mean of what the ``sound`` ones
+    say.
     """
 
     scan: Scan
@@ -141,18 +147,13 @@ class Prepared:
     registrations: tuple[Registered, ...]
     conditions: Conditions
 
-    @property
-    def registered(self) -> Registered:
-        """The first registration: that to the template which is preferred."""
-        return self.registrations[0]
-
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """Everything a run produced.
 
     ``mask`` is the brain on the scan's own grid; ``volumes_mm3`` maps a code to mm^3; ``seconds``
-    maps a stage to its wall time.
+    maps a stage to its wall time; ``spaces`` are the standard spaces it was carried into.
     """
 
     prepared: Prepared
@@ -162,17 +163,25 @@ class Result:
     model: "Model"
     config: Config
     seconds: Mapping[str, float] = field(default_factory=dict)
+    spaces: tuple["InSpace", ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Everything a user should know, in the order in which it happened."""
         p = self.prepared
+        # One registration may serve several resolutions, or the labels as well.
+        others = {
+            space.registered.template.name: space.registered
+            for space in self.spaces
+            if space.registered not in p.registrations
+        }
         return (
             *p.scan.warnings,
             *(text for r in p.registrations for text in r.template.warnings),
             *p.stripped.warnings,
             *(text for r in p.registrations for text in r.warnings),
             *self.segmentation.warnings,
+            *(text for r in others.values() for text in r.warnings),
         )
 
 

@@ -129,9 +129,10 @@ def test_a_deformable_registration_finds_an_oblique_head(phantom, toy_template, 
     prepared = prepare(scan, [template], Config(register=RegisterConfig("fast")), tmp_path)
     conditions = prepared.conditions
 
-    assert prepared.registered.kind == "fast"
-    assert prepared.registered.score > 1.2
-    assert not prepared.registered.warnings
+    (registered,) = prepared.registrations
+    assert registered.kind == "fast"
+    assert registered.score > 1.2
+    assert not registered.warnings
     field = conditions.field
     inside = conditions.mask.data[::2, ::2, ::2]
     extent = np.subtract(template.high_mm, template.low_mm)

@@ -20,14 +20,16 @@ from cadiff_cli.io.derivatives import Finished, finished, save_result
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.metrics.quality import Calibration
-from cadiff_cli.products import Prepared, Registered, Result, Segmentation
+from cadiff_cli.products import Prepared, Registered, Result, Scan, Segmentation
 from cadiff_cli.report import figures
+from cadiff_cli.report.boilerplate import describe, write_citations
 from cadiff_cli.report.case import Row, around, find_scan, read_rows
 from cadiff_cli.report.group import outliers
 from cadiff_cli.report.page import page_path, report_scan, write_page
 from cadiff_cli.report.qc import FAR, FAR_BELOW, POOR_DICE, columns, judge, robust_z
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
+from cadiff_cli.runner.group import known_scans, write_group
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -48,22 +50,35 @@ def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_pat
     transform = tmp_path_factory.mktemp("identity") / "identity.h5"
     ants.write_transform(ants.new_ants_transform(dimension=3), str(transform))
 
-    def write(out, name="sub-01_T1w.nii.gz", orientation="RAS", warnings=(), **found):
+    def write(
+        out,
+        name="sub-01_T1w.nii.gz",
+        orientation="RAS",
+        warnings=(),
+        templates=(EMBEDDED,),
+        poor=(),
+        **found,
+    ):
         head = phantom(orientation)
         path = out.parent / "scans" / name
         save_volume(path, head.t1.data, head.t1.grid)
         template = load_template(EMBEDDED, offline=True)
-        registered = Registered(template, transform, transform, "affine", 1.2)
-        from cadiff_cli.products import Scan
-
+        registrations = tuple(
+            Registered(
+                *(replace(template, name=x), transform, transform, "affine", 1.2),
+                warnings=("it looks poor",) * (x in poor),
+            )
+            for x in templates
+        )
         scan = Scan(head.t1, path, tuple(warnings))
-        prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
+        prepared = Prepared(scan, stripped_of(head), registrations, conditions_of(head))
         labels = Volume(head.codes, head.t1.grid)
         segmentation = Segmentation(labels, table, 5, 0, **found)
         mask = Volume(head.codes > 0, head.t1.grid)
         config, seconds = Config(), {"segment": 1.0}
         volumes = volumes_mm3(segmentation)
-        save_result(Result(prepared, mask, segmentation, volumes, tiny_model, config, seconds), out)
+        result = Result(prepared, mask, segmentation, volumes, tiny_model, config, seconds)
+        save_result(result, out, prepared.conditions.field)
         return path
 
     return write
@@ -201,6 +216,23 @@ def test_what_is_suspicious_is_said(table):
     said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES).reasons
     assert any("1.010" in text for text in said)
     assert "the FOV cuts" in said
+    # A score is told once; one that is not that of the labels' registration has no other place.
+    score = "the score 1.010 of the registration to"
+    said = judge(
+        Finished(
+            "sub-01",
+            Path(),
+            {
+                **poor,
+                "Warnings": [f"{x} is low" for x in (f"{score} x", f"{score} y")]
+                + [f"skull stripping: {score} x is low"],
+            },
+        ),
+        *(rows, {}, table, NO_RANGES),
+    ).reasons
+    assert f"{score} x is low" not in said
+    assert f"{score} y is low" in said
+    assert f"skull stripping: {score} x is low" in said
 
 
 def test_a_structure_that_nobody_is_sure_of_is_named(table):
@@ -218,6 +250,8 @@ def test_a_structure_that_nobody_is_sure_of_is_named(table):
     for usual, fine in ((POOR_DICE, True), (POOR_DICE + FAR_BELOW, False)):
         said = judged(table, dice={**sure, "L_HIP": 0.55}, usual={"L_HIP": usual})
         assert said.fine == fine
+    # What the calibration leaves out is not doubted.
+    assert judged(table, dice={**sure, "L_HIP": 0.1}, usual={"L_THA": 0.8}).fine
     # What is missing is said once.
     missing = judged(table, dice={**sure, "L_HIP": 0.0}, L_HIP=0.0)
     assert len(missing.reasons) == 1
@@ -303,6 +337,46 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, m
     result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
     assert {row.expected_dice for row in read_rows(result)} == {None}
     assert "a low Dice is expected" not in write_page(out, result).read_text()
+
+
+def test_what_is_not_in_the_field_is_told_and_not_shown(write_result, tmp_path, monkeypatch):
+    out, names = tmp_path / "out", ("MNIColin27", EMBEDDED)
+    embedded = load_template(EMBEDDED, offline=True)
+    monkeypatch.setattr(
+        "cadiff_cli.report.case.load_template", lambda name, offline: replace(embedded, name=name)
+    )
+    for poor, in_field in (((), names), (names[:1], names[1:]), (names, names)):
+        write_result(out, templates=names, poor=poor)
+        (result,) = finished(out)
+        folder = result.commit.parent
+        for name in names:
+            for way in (f"from-{name}_to-T1w", f"from-T1w_to-{name}"):
+                assert (folder / f"sub-01_{way}_mode-image_xfm.h5").is_file()
+        field = json.loads((folder / "sub-01_desc-distance_field.json").read_text())
+        for told in (result.sidecar["Templates"], field["Templates"]):
+            assert {t["Name"]: t["InField"] for t in told} == {x: x in in_field for x in names}
+        (said,) = (text for text in describe([result]) if "distance field" in text)
+        assert f"registered to {' and '.join(in_field)} [" in said
+        page = write_page(out, result).read_text()
+        assert f"Edges of {in_field[0]} over the scan" in page
+        assert page.count(", not in the field") == len(names) - len(in_field)
+        assert all(name in page for name in names)
+
+
+def test_results_of_the_first_layout_survive(write_result, table, tmp_path):
+    """They name one template, and say nothing of what shares in the field."""
+    out = tmp_path / "out"
+    write_result(out)
+    (result,) = finished(out)
+    (template,) = result.sidecar.pop("Templates")
+    template.pop("InField")
+    result.commit.write_text(json.dumps({**result.sidecar, "Template": template}))
+    (old,) = finished(out)
+    write_citations(out)
+    assert EMBEDDED in (out / "logs" / "CITATION.md").read_text()
+    (row,) = write_group(out, known_scans(out), table).rows
+    assert (row["template"], row["registration"]) == (EMBEDDED, "affine")
+    assert f"Edges of {EMBEDDED}" in write_page(out, old).read_text()
 
 
 def test_uncertainty_glows_where_it_is():

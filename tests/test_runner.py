@@ -12,10 +12,12 @@ from click.testing import CliRunner
 from cadiff_cli import machine
 from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
-from cadiff_cli.config import Config, Recipe, SampleConfig, StripConfig
+from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
 from cadiff_cli.errors import DataError, OutputError
+from cadiff_cli.io.derivatives import Finished, make_recipe
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_text, write_tsv
+from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
@@ -32,12 +34,33 @@ def job_of(out, entities="sub-01_ses-a", **sample):
     return Job(t1, out, f"bids:raw:{t1.name}", recipe_of(**sample), "cadiff-malc", "run-1")
 
 
-def test_a_fingerprint_changes_with_what_decides_the_result():
+def test_a_fingerprint_changes_with_what_decides_the_result(monkeypatch):
     base = recipe_of().fingerprint()
     assert recipe_of().fingerprint() == base
     assert recipe_of(device="cuda").fingerprint() == base
     assert recipe_of(steps=1).fingerprint() != base
     assert recipe_of("MNI152NLin2009aSym").fingerprint() != base
+    assert replace(recipe_of(), calibration="0" * 12).fingerprint() != base
+    monkeypatch.setattr("cadiff_cli.config.REVISION", 10_000)
+    assert recipe_of().fingerprint() != base
+
+
+def test_a_recipe_knows_the_calibration_in_use(toy_template, monkeypatch):
+    """Another measurement gives other results; without a network that is given a field, none."""
+    found = Calibration("0" * 64, "", (0.0, 1.0), (0.0, 0.5))
+    monkeypatch.setattr("cadiff_cli.io.derivatives.load_calibration", lambda _: found)
+
+    def calibrated(**settings):
+        return make_recipe(
+            Config(**settings), [toy_template(spacing=8.0)], "m", "0" * 64
+        ).calibration
+
+    first = calibrated()
+    assert len(first) == 12
+    found = replace(found, dice=(0.0, 0.6))
+    assert calibrated() not in ("", first)
+    assert calibrated(sample=SampleConfig(steps=0)) == ""
+    assert calibrated(register=RegisterConfig("none")) == ""
 
 
 def test_settings_hold_no_paths():
@@ -158,24 +181,32 @@ def test_a_failure_is_recorded_with_what_is_needed_to_mend_it(tmp_path):
 
 
 def test_boilerplate_counts_what_differs():
-    from cadiff_cli.io.derivatives import Finished
-
-    def sidecar(steps, kind):
+    def sidecar(steps, *templates):
         return {
             "GeneratedBy": [{"Name": "cadiff", "Version": "1"}],
             "Packages": {"torch": "2", "antspyx": "3"},
             "SkullStripping": "none",
-            "Templates": [{"Name": "MNIColin27", "Registration": kind, "Source": "templateflow"}],
+            "Templates": [
+                {"Name": name, "Registration": kind, "Source": "templateflow", **told}
+                for name, kind, told in templates
+            ],
             "Model": {"Name": "m", "WeightsSHA256": "0" * 64},
             "Steps": steps,
             "Seed": 0,
             "Settings": {"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
         }
 
+    def text_of(*sidecars):
+        return " ".join(describe([Finished(f"sub-{k}", Path(), s) for k, s in enumerate(sidecars)]))
+
+    def colin(kind, **told):
+        return "MNIColin27", kind, told
+
+    def mni(kind, **told):
+        return "MNI152NLin2009aSym", kind, told
+
     kinds = ((5, "fast"), (5, "fast"), (0, "affine"))
-    text = " ".join(
-        describe([Finished(f"sub-{k}", Path(), sidecar(*kind)) for k, kind in enumerate(kinds)])
-    )
+    text = text_of(*(sidecar(steps, colin(kind)) for steps, kind in kinds))
     assert "3 T1-weighted scans of 3 participants" in text
     assert "SyN [@syn] registration at 2 mm (n = 2), or affine registration (n = 1)" in text
     assert "5 deterministic denoising steps" in text
@@ -184,7 +215,18 @@ def test_boilerplate_counts_what_differs():
     assert "resampled to MNI152NLin2009cAsym" in text
     for key in ("syn", "templateflow", "MNIColin27", "MNI152", "ddim"):
         assert key in citations()
-    text = " ".join(describe([Finished("sub-1", Path(), sidecar(5, "none"))]))
+    # Only what shares in the field is told, and each kind of registration.
+    text = text_of(
+        sidecar(5, colin("fast"), mni("fast")),
+        sidecar(5, colin("fast"), mni("affine", InField=False)),
+    )
+    assert "MNIColin27 and MNI152NLin2009aSym (n = 1), or MNIColin27 (n = 1)" in text
+    assert "affine registration" not in text
+    assert "The template's, or the mean of several templates', coordinates" in text
+    text = text_of(sidecar(5, colin("fine"), mni("affine")))
+    assert "iterations at 2 mm (to MNIColin27) and affine registration (to MNI152" in text
+    assert "The mean of the templates' coordinates" in text
+    text = text_of(sidecar(5, colin("none", InField=False)))
     assert "The network found the distance field together with the labels" in text
     assert "@templateflow" not in text
 

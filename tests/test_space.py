@@ -87,6 +87,19 @@ def test_unknown_spaces_are_named(text):
     assert "MNIColin27" in caught.value.remedy
 
 
+def test_a_poor_registration_to_a_space_is_said_once(
+    phantom, toy_template, identity, result_of, tmp_path
+):
+    """Whatever its resolutions; that of the labels has been said already."""
+    own = replace(identity(toy_template(spacing=8.0)), warnings=("own",))
+    result = result_of(phantom("RAS", 8.0), own)
+    carried = to_space(result, own.template, "", tmp_path)
+    assert replace(result, spaces=(carried,)).warnings == ("own",)
+    other = replace(own, template=replace(own.template, name="other"), warnings=("poor",))
+    spaces = tuple(replace(carried, registered=replace(other), resolution=x) for x in "12")
+    assert replace(result, spaces=(carried, *spaces)).warnings == ("own", "poor")
+
+
 def test_names_say_which(toy_template, identity, result_of, phantom, tmp_path):
     template = replace(toy_template(spacing=4.0), name="MNIColin27")
     result = result_of(phantom("RAS", 4.0), identity(template))

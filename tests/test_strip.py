@@ -1,11 +1,15 @@
 """Finding the brain: what is stripped already, what a mask must be, and how one is tidied."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.strip import _tidy, already_stripped, strip
 
@@ -58,6 +62,29 @@ def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path,
     assert stripped.t1.data[stripped.mask.data].mean() == pytest.approx(
         head.t1.data[head.codes > 0].mean(), rel=0.02
     )
+
+
+def test_a_template_with_a_skull_is_stripped_by(
+    toy_template, scan_of, head_of, phantom, monkeypatch
+):
+    """Whichever of the templates it is; the first where none has one, for the error to name."""
+    asked = []
+
+    def witness(_scan, template, _config, _work):
+        asked.append(template.name)
+        raise DataError("stop", "")
+
+    monkeypatch.setattr("cadiff_cli.pipeline.strip", witness)
+    bare = toy_template(spacing=8.0)
+    whole = replace(bare, name="whole", head=head_of(), mask=bare.brain)
+    for templates, expected in (
+        ([bare, whole], "whole"),
+        ([whole, replace(whole, name="later")], "whole"),
+        ([bare, replace(bare, name="later")], "toy"),
+    ):
+        with pytest.raises(DataError, match="stop"):
+            prepare(scan_of(phantom("RAS", 8.0)), templates, Config(), Path())
+        assert asked.pop() == expected
 
 
 def test_a_dark_background_does_not_lift_the_brain(phantom, toy_template, scan_of, tmp_path):

@@ -278,7 +278,9 @@ def test_a_cache_is_read_back(toy_sample, tmp_path):
     for part in ("image", "mask", "classes"):
         np.testing.assert_array_equal(getattr(back, part), getattr(toy_sample, part))
         assert getattr(back, part).dtype == getattr(toy_sample, part).dtype
-    np.testing.assert_array_equal(back.fields["toy"], toy_sample.fields["toy"])
+    assert set(back.fields) == set(toy_sample.fields)
+    for name, field in toy_sample.fields.items():
+        np.testing.assert_array_equal(back.fields[name], field)
 
 
 def test_a_sample_is_built_as_inference_would(
@@ -310,6 +312,31 @@ def test_a_sample_is_built_as_inference_would(
     assert sample.mask.dtype == bool
     np.testing.assert_array_equal(sample.mask, sample.classes > 0)
     assert not sample.image[~sample.mask].any()
+
+
+@pytest.mark.parametrize(
+    ("poor", "kept"), [((), "ab"), (("a",), "b"), (("a", "b"), "ab")], ids=["none", "one", "all"]
+)
+def test_a_sample_holds_the_fields_that_inference_would_use(
+    phantom, toy_template, identity, table, monkeypatch, tmp_path, poor, kept
+):
+    from cadiff_cli.io.bids import LabelledScan
+    from cadiff_cli.io.nifti import save_volume
+
+    paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
+    head = phantom("RAS", 2.0, scale=0.8)
+    for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
+        save_volume(path, data, head.t1.grid)
+    template = toy_template(scale=0.8, spacing=8.0)
+    monkeypatch.setattr(cache, "load_template", lambda name, offline: replace(template, name=name))
+    monkeypatch.setattr(
+        cache,
+        "register",
+        lambda s, t, c, w: replace(identity(t), warnings=("poor",) * (t.name in poor)),
+    )
+    scan, mapping = LabelledScan("sub-1", "1", *paths), table.identity_mapping()
+    sample = cache.load(cache.build(scan, ["a", "b"], table, mapping, tmp_path))
+    assert set(sample.fields) == set(kept)
 
 
 TRAINER = """
@@ -382,6 +409,17 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
     assert all(0 < float(row.split("\t")[3]) <= 1 for row in rows)
     with pytest.raises(UsageError, match="trained_on"):  # the checkpoint knows whom it has seen
         train(people, tmp_path, config, net_config=tiny_config)
+    assert described["templates"] == ["other", "toy"]
+    fewer = [replace(s, fields={"toy": s.fields["toy"]}) for s in people]
+    for samples, mapping, what in ((fewer, None, "templates"), (people, {7: 1}, "labels")):
+        with pytest.raises(UsageError, match=f"has {what}") as caught:
+            train(
+                *(samples, tmp_path, config),
+                hold_out=["other"],
+                net_config=tiny_config,
+                mapping=mapping,
+            )
+        assert "another --run folder" in caught.value.remedy
     plain = replace(tiny_config, attention=False)
     with pytest.raises(UsageError, match="has net"):
         train(people, tmp_path, config, hold_out=["other"], net_config=plain)

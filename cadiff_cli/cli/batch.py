@@ -15,12 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import cadiff_cli
-from cadiff_cli.config import Config, Recipe
+from cadiff_cli.config import Config
 from cadiff_cli.errors import DiskError, UsageError
 from cadiff_cli.io.bids import Dataset, Selection
 from cadiff_cli.io.dataset import refuse_foreign, save_dataset_files
-from cadiff_cli.io.releases import find_weights, strip_weights_sha256
-from cadiff_cli.io.templates import joint_name, load_template, load_templates
+from cadiff_cli.io.derivatives import make_recipe
+from cadiff_cli.io.releases import find_weights
+from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.boilerplate import write_citations
@@ -169,20 +170,11 @@ def _any_job(request: Request) -> Job:
     for name, _ in map(parse_space, spaces):
         load_template(name, offline=request.offline)
     templates = load_templates(request.atlas, offline=request.offline)
-    recipe = Recipe(
-        request.config,
-        joint_name(templates),
-        label,
-        sha256,
-        strip_weights_sha256(request.config.strip),
-        spaces,
-        request.field,
-    )
     return Job(
         t1=Path(),
         out=request.out,
         source="",
-        recipe=recipe,
+        recipe=make_recipe(request.config, templates, label, sha256, spaces, request.field),
         weights=str(path.absolute()) if Path(request.model).suffix else request.model,
         run_id=new_run_id(),
         work_dir=request.work_dir,

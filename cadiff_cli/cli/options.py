@@ -63,7 +63,11 @@ SEGMENTATION = (
         show_default=True,
         help="Average predictions from this many noises; tells how far volumes vary.",
     ),
-    click.option("--flip/--no-flip", default=True, help="Average with the mirrored brain [on]."),
+    click.option(
+        "--flip/--no-flip",
+        default=True,
+        help="Average the last step with the mirrored brain's [on].",
+    ),
     click.option(
         "--tile", type=click.IntRange(32), help="Tile edge in mm (default: whole volume)."
     ),
@@ -111,6 +115,8 @@ def make_config(
 
     if tile is not None and tile % 32:
         raise click.BadParameter(f"{tile} is not a multiple of 32", param_hint="--tile")
+    if samples > 1 and not steps:
+        raise click.UsageError("--samples needs a step: the prior (--steps 0) gives one answer")
     if registration == "none" and (save_field or not steps):
         raise click.UsageError("--save-field and --steps 0 need a registration")
     return Config(

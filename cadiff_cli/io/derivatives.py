@@ -16,7 +16,7 @@ import numpy as np
 
 import cadiff_cli
 from cadiff_cli import machine
-from cadiff_cli.config import Recipe
+from cadiff_cli.config import Config, Recipe, fingerprint
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.dataset import save_dataset_files
@@ -26,7 +26,16 @@ from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.text import read_json, write_json, write_tsv
 from cadiff_cli.labels import load_table
 from cadiff_cli.metrics.quality import Calibration, load_calibration
-from cadiff_cli.products import CoordinateField, InSpace, Registered, Result, Scan, Stripped
+from cadiff_cli.products import (
+    CoordinateField,
+    InSpace,
+    Registered,
+    Result,
+    Scan,
+    Stripped,
+    Template,
+    sound,
+)
 from cadiff_cli.spatial.grid import Grid, Volume
 
 T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
@@ -132,6 +141,8 @@ def finished_result(place: Derivatives) -> Finished | None:
     there = all(place.path(name).exists() for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
     if not there or not sidecar or "Fingerprint" not in sidecar:
         return None
+    if "Template" in sidecar:  # results of earlier versions have one
+        sidecar["Templates"] = [sidecar.pop("Template")]
     return Finished(place.stem, place.commit, sidecar)
 
 
@@ -148,7 +159,6 @@ def save_result(
     result: Result,
     out: Path,
     field: CoordinateField | None = None,
-    spaces: Sequence[InSpace] = (),
     *,
     source: str | None = None,
     run_id: str | None = None,
@@ -181,7 +191,7 @@ def save_result(
     write.image(MASK, result.mask.data, native, like=path)
     write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped))
     for each in {
-        r.template.name: r for r in (*registrations, *(s.registered for s in spaces))
+        r.template.name: r for r in (*registrations, *(s.registered for s in result.spaces))
     }.values():
         write.transforms(each, [t1w])
     if field is not None:
@@ -196,6 +206,7 @@ def save_result(
                     "LowMm": r.template.low_mm,
                     "HighMm": r.template.high_mm,
                     "OriginMm": r.template.ac_mm,
+                    "InField": r in sound(registrations),
                 }
                 for r in registrations
             ],
@@ -219,7 +230,7 @@ def save_result(
             " 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
             Manual=False,
         )
-    for space in spaces:
+    for space in result.spaces:
         write.standard(space)
     write.volumes(result, [dseg, mask])
     write.image(DSEG, segmentation.labels.data, native, like=path)
@@ -229,7 +240,7 @@ def save_result(
         segmented_from,
         Description="Brain structures; codes in dseg.tsv",
         Manual=False,
-        **provenance(result, spaces, field is not None),
+        **provenance(result, field is not None),
         **({"RunId": run_id} if run_id else {}),
     )
     return sorted(write.written)
@@ -342,7 +353,7 @@ class _Writer:
             "percent-brain": {"Description": "Share of the row Brain-Segmentation", "Units": "%"},
             "expected-dice": about_expected_dice(result),
         }
-        if calibration(result):
+        if calibration(result.config, result.model.sha256):
             described["usual-dice"] = {"Description": "Dice to expect of it in a good scan"}
         if result.segmentation.volume_sd_mm3:
             described["volume-sd-mm3"] = {
@@ -386,7 +397,7 @@ AGGREGATES = {
 def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the volume table: every structure, then the aggregates; what is absent is ``n/a``."""
     made, volumes = result.segmentation, result.volumes_mm3
-    table, calibrate = made.table, calibration(result)
+    table, calibrate = made.table, calibration(result.config, result.model.sha256)
     brain = sum(volumes[s.code] for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
     csf = sum(volumes[s.code] for s in table.structures if s.mapping == CSF_MAPPING)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
@@ -406,17 +417,19 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         yield row(name, mm3)
 
 
-def calibration(result: Result) -> Calibration | None:
+def calibration(config: Config, weights_sha256: str) -> Calibration | None:
     """What turns expected into true Dice for these weights, if it was measured.
 
-    It was with the network: the prior alone (``--steps 0``) has probabilities of another kind.
+    It was with a network that is given the field: the prior alone (``--steps 0``) and a field that
+    the network has to find (``--registration none``) have probabilities of another kind.
     """
-    return load_calibration(result.model.sha256) if result.segmentation.steps else None
+    alike = config.sample.steps and config.register.name != "none"
+    return load_calibration(weights_sha256) if alike else None
 
 
 def about_expected_dice(result: Result) -> dict[str, Any]:
     """What the column ``expected-dice`` holds."""
-    found = calibration(result)
+    found = calibration(result.config, result.model.sha256)
     return {
         "Description": "Dice to expect, from the probabilities of the network"
         + (", calibrated to true Dice" if found else "; not calibrated for these weights"),
@@ -425,18 +438,37 @@ def about_expected_dice(result: Result) -> dict[str, Any]:
     }
 
 
-def provenance(
-    result: Result, spaces: Sequence[InSpace] = (), field: bool = False
-) -> dict[str, Any]:
+def make_recipe(
+    config: Config,
+    templates: Sequence[Template],
+    model: str,
+    weights_sha256: str,
+    spaces: Sequence[str] = (),
+    field: bool = False,
+) -> Recipe:
+    """The recipe of results that this installation makes, or has just made, with these settings."""
+    calibrate = calibration(config, weights_sha256)
+    return Recipe(
+        config,
+        joint_name(templates),
+        model,
+        weights_sha256,
+        strip_weights_sha256(config.strip),
+        fingerprint(calibrate.as_dict()) if calibrate else "",
+        tuple(spaces),
+        field,
+    )
+
+
+def provenance(result: Result, field: bool = False) -> dict[str, Any]:
     """What made this segmentation: enough to make it again, and to know that it need not be."""
     registrations = result.prepared.registrations
-    recipe = Recipe(
+    recipe = make_recipe(
         result.config,
-        joint_name([r.template for r in registrations]),
+        [r.template for r in registrations],
         result.model.name,
         result.model.sha256,
-        strip_weights_sha256(result.config.strip),
-        tuple(space.name for space in spaces),
+        [space.name for space in result.spaces],
         field,
     )
     home = str(machine.home())  # where somebody lives is nobody's business
@@ -454,6 +486,7 @@ def provenance(
                 "Source": r.template.source,
                 "Registration": r.kind,
                 "Score": r.score,
+                "InField": r.from_template is not None and r in sound(registrations),
             }
             for r in registrations
         ],

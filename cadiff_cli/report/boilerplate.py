@@ -94,8 +94,33 @@ def _cited(
     return [cited(paragraph) for paragraph in paragraphs], references, sources
 
 
-def _kind(sidecar: Mapping[str, Any]) -> str:
-    return str(sidecar["Templates"][0]["Registration"])
+KINDS = {
+    "fast": "affine and SyN [@syn] registration at 2 mm",
+    "fine": "affine and SyN [@syn] registration with iterations at 2 mm",
+    "affine": "affine registration",
+    "none": "the network itself, which found the distance field together with the labels",
+}
+
+
+def _in_field(sidecar: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The templates whose registrations share in the field; results of earlier versions: all."""
+    registered = (t for t in sidecar["Templates"] if t["Registration"] != "none")
+    return [t for t in registered if t.get("InField", True)]
+
+
+def _names(sidecar: Mapping[str, Any]) -> str:
+    return " and ".join(t["Name"] for t in _in_field(sidecar))
+
+
+def _kinds(sidecar: Mapping[str, Any]) -> str:
+    """How the templates of the field were registered, and which one how if that differs."""
+    how = {
+        t["Name"]: KINDS.get(t["Registration"], f"registration '{t['Registration']}'")
+        for t in _in_field(sidecar) or sidecar["Templates"]
+    }
+    if len(set(how.values())) == 1:
+        return next(iter(how.values()))
+    return " and ".join(f"{kind} (to {name})" for name, kind in how.items())
 
 
 def describe(results: Sequence[Finished]) -> list[str]:
@@ -121,7 +146,7 @@ def describe(results: Sequence[Finished]) -> list[str]:
             "mask file": "skull-stripped by masks that were given",
         }.get(s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'")
     )
-    used = [t for s in sidecars for t in s["Templates"] if t["Registration"] != "none"]
+    used = [t for s in sidecars for t in _in_field(s)]
     names = dict.fromkeys(t["Name"] for t in used)
     spaces = dict.fromkeys(
         space for s in sidecars for space in s["Settings"].get("output_spaces", ())
@@ -130,13 +155,7 @@ def describe(results: Sequence[Finished]) -> list[str]:
         dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in (*names, *spaces))
     )
     flows = any(t["Source"] == "templateflow" for t in used)
-    registration = each(
-        lambda s: {
-            "fast": "affine and SyN [@syn] registration at 2 mm",
-            "affine": "affine registration",
-            "none": "the network itself, which found the distance field together with the labels",
-        }.get(_kind(s), f"registration '{_kind(s)}'")
-    )
+    registration = each(_kinds)
     model = each(lambda s: f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}")
     labels = each(_sampling)
     dataset = any(str(s.get("SpatialReference")).startswith("bids:") for s in sidecars)
@@ -149,9 +168,13 @@ def describe(results: Sequence[Finished]) -> list[str]:
     )
     second = f"Scans were {strip}."
     if used:
-        whose = "The mean of the templates'" if len(names) > 1 else "The template's"
+        several = [len(_in_field(s)) > 1 for s in sidecars if _in_field(s)]
+        whose = "The mean of the templates'" if all(several) else "The template's"
+        if any(several) and not all(several):
+            whose = "The template's, or the mean of several templates',"
+        registered_to = _counted(_names(s) for s in sidecars if _in_field(s))
         second += (
-            f" Brains were registered to {' and '.join(names)} [{atlases}]"
+            f" Brains were registered to {registered_to} [{atlases}]"
             f"{', obtained from TemplateFlow [@templateflow],' if flows else ''} by {registration}."
             f" {whose} coordinates, carried to each scan, gave its distance field."
         )
@@ -179,7 +202,7 @@ def _sampling(sidecar: dict[str, Any]) -> str:
         "the most probable ones that the network, conditioned on scan and field, gave after"
         f" {steps} deterministic denoising step{'s' * (steps > 1)} [@ddim] from"
         f" noise of {seeds}"
-        f"{', averaged with those of the mirrored brain' if flip else ''}"
+        f"{', the last one averaged with that of the mirrored brain' if flip else ''}"
     )
 
 

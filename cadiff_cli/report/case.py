@@ -16,7 +16,7 @@ from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import read_json
-from cadiff_cli.products import CoordinateField, Registered
+from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 
@@ -49,9 +49,10 @@ class Case:
     """A scan and its labels on the working grid (RAS axes, 1 mm).
 
     ``t1`` is the whole scan where it was found (``whole``), else its brain.  ``near`` is the grid
-    around the brain.  ``template`` (the template's brain carried onto the scan) and
-    ``coordinates`` (the distance field) live on ``near``, or are None with the reason in ``notes``;
-    so does ``uncertainty``, if there is a map of it.
+    around the brain.  ``registered`` is the first registration that shares in the field;
+    ``template`` (its template's brain carried onto the scan) and ``coordinates`` (the distance
+    field) live on ``near``.  They are None with the reason in ``notes``.  ``uncertainty`` lives on
+    ``near`` too, if there is a map of it.
     """
 
     result: Finished
@@ -62,6 +63,7 @@ class Case:
     labels: Volume
     near: Grid
     quality: Mapping[str, float]
+    registered: Registered | None = None
     template: Volume | None = None
     coordinates: CoordinateField | None = None
     uncertainty: Volume | None = None
@@ -139,12 +141,11 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     if path.is_file():
         case = replace(case, uncertainty=resample(load_volume(path), case.near))
     try:
-        template, carried = _registration(case)
+        return replace(case, **_registration(case), notes=tuple(notes))
     except CadiffError as error:
         home = str(machine.home())  # where somebody lives is nobody's business
         notes.append(f"the registration is not shown: {error.message.replace(home, '~')}")
         return replace(case, notes=tuple(notes))
-    return replace(case, template=template, coordinates=carried, notes=tuple(notes))
 
 
 def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | None:
@@ -177,19 +178,22 @@ def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
     return mask.grid.crop(tuple(low), tuple(high - low))
 
 
-def _registration(case: Case) -> tuple[Volume | None, CoordinateField | None]:
-    """The template's brain and the distance field on the grid around the brain."""
+def _registration(case: Case) -> dict[str, Any]:
+    """What a case holds of its registrations; nothing if there was none."""
     if case.result.sidecar["Templates"][0]["Registration"] == "none":
-        return None, None
+        return {}
     from cadiff_cli.stages.field import mean_field
     from cadiff_cli.stages.register import warp
 
     made = [_registered(case.result, told) for told in case.result.sidecar["Templates"]]
     coarse = mean_field(made, case.near.coarsen(FIELD_COARSER))
     channels = [resample(Volume(x, coarse.grid), case.near, fill=np.nan).data for x in coarse.data]
-    return warp(made[0].template.brain, made[0], case.near), CoordinateField(
-        np.stack(channels), case.near
-    )
+    first = sound(made)[0]
+    return {
+        "registered": first,
+        "template": warp(first.template.brain, first, case.near),
+        "coordinates": CoordinateField(np.stack(channels), case.near),
+    }
 
 
 def _registered(result: Finished, told: Mapping[str, Any]) -> Registered:

@@ -23,7 +23,7 @@ Measured on good and on spoilt scans of people left out (docs/report.md): at 0.1
 good scan is doubted, at 0.1 the first one is.
 """
 POOR_DICE = 0.6
-"""Expected Dice that is doubtful where the usual one is not known; good scans had 0.69 or more."""
+"""Expected Dice that is doubtful without a calibration; in good scans it was 0.69 or more."""
 SPREAD = 0.03
 """Smallest relative spread of a group: less is luck, and would make outliers of nothing."""
 
@@ -131,6 +131,7 @@ def judge(
     }
     usual = {row.name: row.usual_dice for row in rows if row.usual_dice is not None}
     lowest = {name: dice - FAR_BELOW for name, dice in usual.items()}
+    # What a calibration leaves out, being drawn too variably to be measured, is not doubted.
     if not usual:  # raw values, of weights that nobody has measured
         lowest = dict.fromkeys(expected, POOR_DICE)
     doubtful = {
@@ -149,9 +150,13 @@ def judge(
                 f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
             )
     # Those that are not about the result, or were said above in other words.
-    known = ("serves alone", "of the registration to", " l, outside ")
-    warnings = [str(text) for text in result.sidecar.get("Warnings", ())]
-    reasons += [text for text in warnings if not any(part in text for part in known)]
+    scored = [told["Name"] for told in result.sidecar["Templates"] if told["Score"] is not None]
+    known = ("serves alone", " l, outside ", *(f"the registration to {x} " for x in scored))
+    reasons += [
+        text
+        for text in map(str, result.sidecar.get("Warnings", ()))
+        if text.startswith("skull stripping:") or not any(part in text for part in known)
+    ]
     return Judgement(
         tuple(reasons),
         litres,

@@ -106,17 +106,17 @@ def segment_scan(
     from cadiff_cli.stages.space import parse_space, to_space
 
     result = run(scan, templates, model, config, work_dir, announce, gate)
-    carried = [
+    carried = (
         to_space(result, _template(name), resolution, work_dir)
         for name, resolution in map(parse_space, spaces)
-    ]
+    )
+    result = replace(result, spaces=tuple(carried))
     if announce:
         announce("write")
     save_result(
         result,
         out,
         mean_field(result.prepared.registrations, scan.t1.grid) if field else None,
-        carried,
         source=source,
         run_id=run_id,
     )

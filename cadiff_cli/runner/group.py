@@ -23,7 +23,7 @@ ENTITIES = {
 """Columns that say which scan a row is of; ``scan`` holds all of its entities."""
 QUALITY = {
     "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
-    "registration": "Kind of registration that was used",
+    "registration": "Kinds of registration that were used, in the templates' order if they differ",
     "template": "Templates that the scan was registered to",
     "skull_stripping": "How the brain mask was found",
     "missing_structures": "Number of structures that were not found",
@@ -121,7 +121,9 @@ def row(result: Finished) -> dict[str, Any]:
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
         **{column(line.name): f"{line.mm3:.3f}" for line in rows},
         "registration_score": registration_score(sidecar),
-        "registration": sidecar["Templates"][0]["Registration"],
+        "registration": "+".join(
+            dict.fromkeys(told["Registration"] for told in sidecar["Templates"])
+        ),
         "template": "+".join(told["Name"] for told in sidecar["Templates"]),
         "skull_stripping": sidecar["SkullStripping"],
         "missing_structures": sum(line.code is not None and not line.mm3 for line in rows),

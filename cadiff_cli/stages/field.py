@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cadiff_cli.products import CoordinateField, Registered, Template
+from cadiff_cli.products import CoordinateField, Registered, Template, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import warp
 
@@ -43,11 +43,10 @@ def coordinate_field(registered: Registered, grid: Grid) -> CoordinateField:
 
 
 def mean_field(registrations: Sequence[Registered], grid: Grid) -> CoordinateField:
-    """The mean of the fields of one brain's registrations, (3, X, Y, Z) float32 in [0, 1].
+    """The mean of the fields of one brain's sound registrations, (3, X, Y, Z) float32 in [0, 1].
 
     Each registration errs by a millimetre or so, in its own way: the mean of two errs less.  One
     that looks wrong is left out where another does not.
     """
-    sound = [r for r in registrations if not r.warnings] or registrations
-    fields = [coordinate_field(r, grid).data for r in sound]
+    fields = [coordinate_field(r, grid).data for r in sound(registrations)]
     return CoordinateField(np.asarray(np.mean(fields, axis=0, dtype=np.float32)), grid)

@@ -73,14 +73,14 @@ def segment(
     return Segmentation(
         Volume(np.where(mask.data, table.codes[classes], 0).astype(np.int16), native),
         table,
-        config.steps,
-        config.seed,
-        tile,
-        posteriors,
-        warnings,
-        by_code(table, expected_dice(p.numpy(), best * inside)),
-        by_code(table, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
-        entropy,
+        steps=config.steps,
+        seed=config.seed,
+        tile=tile,
+        posteriors=posteriors,
+        warnings=warnings,
+        expected_dice=by_code(table, expected_dice(p.numpy(), best * inside)),
+        volume_sd_mm3=by_code(table, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
+        uncertainty=entropy,
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +82,11 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     background = _background(scan.t1.data)
     brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
     return Stripped(Volume(brain, working), mask, method, tuple(warnings), quality)
+
+
+def strip_template(templates: Sequence[Template]) -> Template:
+    """The first that can strip, being a whole head; the first of all if none is."""
+    return next((t for t in templates if t.head is not None), templates[0])
 
 
 def on_scan(stripped: Stripped, scan: Scan) -> Volume:

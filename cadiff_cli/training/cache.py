@@ -17,12 +17,13 @@ from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.nifti import load_scan, load_volume, replacing
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import LabelTable
+from cadiff_cli.products import sound
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import FIELD_STRIDE as NETWORK_STRIDE
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
-from cadiff_cli.stages.strip import strip
+from cadiff_cli.stages.strip import strip, strip_template
 
 FORMAT = 2
 """Counts changes of what a sample holds: older files are prepared again."""
@@ -64,8 +65,8 @@ def build(
 ) -> Path:
     """Prepare one scan with every template and write its sample; an existing one is kept.
 
-    The brain is found once (with the first template, if it is a whole head), so that all fields
-    share one crop.
+    The brain is found once, so that all fields share one crop.  Fields of registrations that look
+    wrong are left out, as inference does.
     """
     path = cached_path(scan, templates, mapping, folder)
     if path.exists():
@@ -81,13 +82,13 @@ def build(
     arrays: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as work:
         atlases = [load_template(name, offline=True) for name in templates]
-        stripped = strip(loaded, atlases[0], Config(), Path(work))
-        for atlas in atlases:
-            registered = register(stripped, atlas, RegisterConfig(), Path(work))
+        stripped = strip(loaded, strip_template(atlases), Config(), Path(work))
+        made = [register(stripped, atlas, RegisterConfig(), Path(work)) for atlas in atlases]
+        for registered in sound(made):
             conditions = condition(stripped, [registered])
             assert conditions.field is not None  # RegisterConfig() registers
             field = pool(conditions.field.data, FIELD_STRIDE // NETWORK_STRIDE)
-            arrays[f"field_{atlas.name}"] = field.astype(np.float16)
+            arrays[f"field_{registered.template.name}"] = field.astype(np.float16)
     grid = conditions.image.grid
     arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
     arrays["mask"] = conditions.mask.data.astype(bool)
