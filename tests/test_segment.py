@@ -267,8 +267,10 @@ def test_posteriors_are_probabilities_whose_best_is_the_label(
     np.testing.assert_allclose(posteriors.astype(np.float32).sum(0), 1, atol=5e-3)
     outside = head.codes == 0
     assert (posteriors[0, outside] == 1).all()
-    best = table.codes[posteriors.argmax(0)]
-    np.testing.assert_array_equal(segmentation.labels.data[~outside], best[~outside])
+    # Half precision makes ties of what was nearly one: the label is among the best.
+    classes = table.encode(segmentation.labels.data, table.identity_mapping())[None]
+    chosen = np.take_along_axis(posteriors, classes.astype(np.intp), axis=0)[0]
+    np.testing.assert_array_equal(chosen[~outside], posteriors.max(axis=0)[~outside])
     plain = labels_of(head, tiny_model, conditions_of(head), SampleConfig(steps=steps, flip=False))
     # Half precision may turn a tie the other way.
     assert (plain.labels.data == segmentation.labels.data).mean() > 0.999
