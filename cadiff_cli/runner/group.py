@@ -30,7 +30,7 @@ QUALITY = {
     "n_warnings": "Number of warnings in the scan's sidecar",
     "seconds": "Seconds that the scan took",
     "version": "Version of cadiff",
-    "fingerprint": "Changes with settings, weights, template and version",
+    "fingerprint": "Changes with settings, weights, calibration, template and version",
     **COLUMNS,
 }
 
