@@ -202,7 +202,7 @@ def _sampling(sidecar: dict[str, Any]) -> str:
         "the most probable ones that the network, conditioned on scan and field, gave after"
         f" {steps} deterministic denoising step{'s' * (steps > 1)} [@ddim] from"
         f" noise of {seeds}"
-        f"{', the last one averaged with that of the mirrored brain' if flip else ''}"
+        f"{', the last step averaged with that of the mirrored brain' if flip else ''}"
     )
 
 
