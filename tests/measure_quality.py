@@ -251,6 +251,9 @@ def main():
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--write", type=Path, help="Where to write the map, fitted to everybody.")
+    parser.add_argument(
+        "--serves", help="Weights of the same recipe, trained on everybody, that the map is for."
+    )
     wanted = parser.parse_args()
     if len(set(wanted.subjects)) < 2:
         parser.error("two people at least: each is predicted from the others")
@@ -283,7 +286,11 @@ def main():
             f"{n} scans of {len(np.unique(measured.person))} people whom the network has not seen,"
             f" each in {len(np.unique(measured.degradation))} conditions"
         )
-        found = fitted(measured, offsets=helps, weights_sha256=model.sha256, people=people)
+        weights = model.sha256
+        if wanted.serves:
+            weights = load_model(wanted.serves).sha256
+            people += "; measured with a network of the same recipe that was trained without them"
+        found = fitted(measured, offsets=helps, weights_sha256=weights, people=people)
         wanted.write.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 

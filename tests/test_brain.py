@@ -349,6 +349,8 @@ def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
         load_model(str(path))
     stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert stored["step"] == 3
+    with pytest.raises(UsageError, match="trained_on"):
+        train_mask(heads, tmp_path, config)
     with pytest.raises(UsageError, match="nowhere"):
         train_mask(heads, tmp_path, config, hold_out=["nowhere"])
 
@@ -383,3 +385,20 @@ def test_folders_become_heads_once(label_map, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
     prepare_heads([maps], [scans], tmp_path / "cache")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == kept
+    with pytest.raises(UsageError, match="two folders"):
+        prepare_heads([maps], [scans, scans], tmp_path / "cache")
+
+
+def test_a_repaired_brain_is_prepared_again(label_map, tmp_path):
+    anat, cache = tmp_path / "scans" / "sub-01" / "anat", tmp_path / "cache"
+    image = np.where(label_map.data > 0, 50, 0).astype(np.float32)
+    save_volume(anat / "sub-01_T1w.nii.gz", image, label_map.grid)
+
+    def litres(inside):
+        save_volume(anat / "sub-01_desc-brain_mask.nii.gz", inside, label_map.grid)
+        (head,) = prepare_heads([], [tmp_path / "scans"], cache)["scans"]
+        return (head.distance > 0).sum()
+
+    brain = np.isin(label_map.data, (2, 41)).astype(np.uint8)
+    half = brain * (np.arange(60) < 30)[:, None, None].astype(np.uint8)
+    assert litres(half) < 0.6 * litres(brain)

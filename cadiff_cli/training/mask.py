@@ -33,6 +33,9 @@ from cadiff_cli.training.loop import fit, load_checkpoint, new_state
 
 log = logging.getLogger(__name__)
 
+HEAD_FORMAT = 1
+"""Counts changes of how heads are prepared: older files are prepared again."""
+
 
 def prepare_heads(
     label_maps: Sequence[Path], datasets: Sequence[Path], cache: Path
@@ -48,14 +51,18 @@ def prepare_heads(
         if not folder.is_dir():
             raise MissingInputError(f"no folder {folder}", "check the path")
         images = sorted(folder.glob("*.nii*" if folder in label_maps else "sub-*/**/*_T1w.nii*"))
-        found = heads.setdefault(folder.name, [])
+        if folder.name in heads:
+            raise UsageError(f"two folders are called {folder.name!r}", "rename one")
+        found = heads[folder.name] = []
         for path in images:
-            kept = cache / f"{folder.name}_{stem(path)}.npz"
+            brain = path if folder in label_maps else _brain_of(path)
+            key = fingerprint([HEAD_FORMAT, *(p.stat().st_size for p in (path, brain))])
+            kept = cache / f"{folder.name}_{stem(path)}_{key}.npz"
             if not kept.exists():
                 if folder in label_maps:
                     head = from_labels(stem(path), folder.name, load_volume(path))
                 else:
-                    head = _real_head(path, folder.name)
+                    head = _real_head(path, brain, folder.name)
                 save_head(kept, head)
             found.append(load_head(kept))
         if not found:
@@ -64,14 +71,19 @@ def prepare_heads(
     return heads
 
 
-def _real_head(t1: Path, source: str) -> Head:
+def _brain_of(t1: Path) -> Path:
+    """The mask beside a head, else its dseg."""
     prefix = t1.name.split("_T1w")[0]
-    masks = sorted(t1.parent.glob(f"{prefix}*_mask.nii*"))
-    brains = masks or sorted(t1.parent.glob(f"{prefix}*_dseg.nii*"))
-    if not brains:
-        raise DataError(f"{t1} has neither mask nor dseg beside it", "add one, or remove the scan")
-    brain = load_volume(brains[0])
-    return from_scan(prefix, source, load_volume(t1), brain, close=not masks)
+    for suffix in ("mask", "dseg"):
+        if brains := sorted(t1.parent.glob(f"{prefix}*_{suffix}.nii*")):
+            return brains[0]
+    raise DataError(f"{t1} has neither mask nor dseg beside it", "add one, or remove the scan")
+
+
+def _real_head(t1: Path, brain: Path, source: str) -> Head:
+    ends_at_cortex = "_dseg." in brain.name
+    name = t1.name.split("_T1w")[0]
+    return from_scan(name, source, load_volume(t1), load_volume(brain), close=ends_at_cortex)
 
 
 def train_mask(
@@ -98,15 +110,17 @@ def train_mask(
     net = BrainNet(BrainConfig()).to(pick_device(device))
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
-    if checkpoint.exists():
-        load_checkpoint(checkpoint, state)
-        log.info("continuing at step %d", state.step)
     described: dict[str, Any] = {
         "train": as_dict(config),
         "fingerprint": fingerprint(as_dict(config)),
+        "net": as_dict(net.config),
         "trained_on": {s: len(g) for s, g in heads.items() if s not in hold_out},
         "held_out": sorted(hold_out),
     }
+    if checkpoint.exists():
+        _same_run(run / "config.json", described)
+        load_checkpoint(checkpoint, state)
+        log.info("continuing at step %d", state.step)
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     ends = time.monotonic() + 60 * max_minutes
     # What refines learns from what locates, so that goes first.
@@ -128,6 +142,17 @@ def train_mask(
             log.info("held out: %s %s Dice %.4f", source, head.name, score)
     (run / "held_out.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+def _same_run(path: Path, described: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint with other heads or another network."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("trained_on", "held_out", "net"):
+        if before.get(key) != described[key]:
+            raise UsageError(
+                f"the checkpoint beside {path} has {key} {before.get(key)}, not {described[key]}",
+                "use another --run folder",
+            )
 
 
 def held_out_dice(net: BrainNet, head: Head) -> float:
