@@ -23,6 +23,7 @@ from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import brain_mask
+from cadiff_cli.stages.strip import tidy
 from cadiff_cli.training.heads import closed
 
 SPACINGS = ((1, 1, 1), (2, 2, 2), (3, 3, 3), (6, 1, 1), (1, 6, 1), (1, 1, 6))
@@ -85,7 +86,7 @@ def score(t1: Volume, brain: Volume, model: BrainModel) -> tuple[float, float, s
         mask, quality = brain_mask(t1, t1.grid.working(), model)
     except CadiffError as error:
         return 0.0, np.inf, str(error)
-    smooth = Volume(mask.data.astype(np.float32), mask.grid)
+    smooth = Volume(tidy(mask.data).astype(np.float32), mask.grid)
     found = resample(smooth, t1.grid).data > 0.5
     overlap = 2 * np.count_nonzero(found & brain.data) / (found.sum() + brain.data.sum())
     far = hausdorff95_mm(

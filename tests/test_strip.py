@@ -11,7 +11,7 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.strip import _tidy, already_stripped, strip
+from cadiff_cli.stages.strip import already_stripped, strip, tidy
 
 
 @pytest.fixture
@@ -163,6 +163,6 @@ def test_tidy_keeps_the_largest_part_and_fills_it():
     solid = mask.copy()
     mask[5:7, 5:7, 5:7] = False
     mask[15:18, 15:18, 15:18] = True
-    np.testing.assert_array_equal(_tidy(mask), solid)
-    np.testing.assert_array_equal(_tidy(_tidy(mask)), solid)
-    assert not _tidy(np.zeros_like(mask)).any()
+    np.testing.assert_array_equal(tidy(mask), solid)
+    np.testing.assert_array_equal(tidy(tidy(mask)), solid)
+    assert not tidy(np.zeros_like(mask)).any()

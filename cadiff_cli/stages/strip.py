@@ -68,7 +68,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         else:
             mask, said = _from_template(t1, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
-    mask = Volume(_tidy(mask.data), working)
+    mask = Volume(tidy(mask.data), working)
     litres = np.count_nonzero(mask.data) * working.voxel_volume_mm3 / 1e6
     if litres == 0:
         raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
@@ -179,7 +179,7 @@ def _from_template(
     return mask, registered.warnings
 
 
-def _tidy(mask: np.ndarray) -> np.ndarray:
+def tidy(mask: np.ndarray) -> np.ndarray:
     """The largest component, with its holes filled."""
     parts, n = ndimage.label(mask)
     if n > 1:
