@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--model", default="brain-mask")
     parser.add_argument("--hard", action="store_true")
+    parser.add_argument("--close", action="store_true", help="close masks too, as dsegs are")
     parser.add_argument("--every", type=int, default=1, help="take every n-th head")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
@@ -47,7 +48,7 @@ def main() -> None:
         heads = sorted(folder.glob("sub-*/**/*_T1w.nii.gz"))[:: arguments.every]
         found = dict[str, list[tuple[float, float]]]()
         for path in heads:
-            for name, t1, brain in variants(load_scan(path).t1, truth(path)):
+            for name, t1, brain in variants(load_scan(path).t1, truth(path, arguments.close)):
                 begun = time.perf_counter()
                 overlap, distance_mm, said = score(t1, brain, model)
                 seconds = time.perf_counter() - begun
@@ -69,14 +70,16 @@ def main() -> None:
             )
 
 
-def truth(t1: Path) -> Volume:
+def truth(t1: Path, close: bool) -> Volume:
     """The brain that a head comes with."""
     prefix = t1.name.split("_T1w")[0]
     masks = sorted(t1.parent.glob(f"{prefix}*_mask.nii*"))
     if masks:
         volume = load_volume(masks[0])
-        return Volume(np.asarray(volume.data) > 0, volume.grid)
-    volume = load_volume(next(t1.parent.glob(f"{prefix}*_dseg.nii*")))
+        if not close:
+            return Volume(np.asarray(volume.data) > 0, volume.grid)
+    else:
+        volume = load_volume(next(t1.parent.glob(f"{prefix}*_dseg.nii*")))
     return Volume(closed(np.asarray(volume.data) > 0, volume.grid.spacing_mm), volume.grid)
 
 

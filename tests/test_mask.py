@@ -171,7 +171,7 @@ def test_no_brain_is_found_where_there_is_none(released_mask, kind, tmp_path, al
         strip(scan, None, Config(StripConfig("net")), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mass03", "mass08"])
+@pytest.mark.parametrize("name", ["mass04", "mass07"])  # never trained on
 def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_threads):
     folder = shared(f"heads/mass/sub-{name}/anat")
     scan = load_scan(folder / f"sub-{name}_T1w.nii.gz")
@@ -179,7 +179,7 @@ def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_thre
     assert stripped.method == "net"
     assert not stripped.warnings
     truth = np.asarray(load_volume(folder / f"sub-{name}_desc-brain_mask.nii.gz").data) > 0
-    assert overlap(on_scan(stripped, scan).data, truth) > 0.93
+    assert overlap(on_scan(stripped, scan).data, truth) > 0.915
 
 
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):

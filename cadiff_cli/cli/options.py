@@ -16,8 +16,7 @@ SKULL_STRIP = click.option(
     type=click.Choice(["auto", "net", "template", "none"]),
     default="auto",
     show_default=True,
-    help="auto leaves a stripped scan alone and strips a whole head: with the network if this"
-    " version carries one, else with the template.",
+    help="auto leaves a stripped scan alone and strips a whole head with the network.",
 )
 SEGMENTATION = (
     SKULL_STRIP,
