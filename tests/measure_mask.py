@@ -2,19 +2,25 @@
 
 python tests/measure_mask.py HEADS/mass HEADS/nichart            # as they are
 python tests/measure_mask.py HEADS/mass --hard                   # spacings, slices, orientations
+python tests/measure_mask.py --synthetic 6 --hard --figure worst.png
 
 A folder is BIDS-like: ``sub-*/anat/*_T1w.nii.gz`` with a ``*_mask.nii.gz`` (taken as it is), or a
-``*_dseg.nii.gz`` of the brain (closed with a ball of 5 mm, as the training heads are).
+``*_dseg.nii.gz`` of the brain (closed with a ball of 5 mm, as the training heads are).  Synthetic
+heads (``synthetic_head.py``) are free to be shown: ``--figure`` draws the worst of them.
 """
 
 import argparse
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
+from synthetic_head import stored, synthetic_head
 
 from cadiff_cli.errors import CadiffError
 from cadiff_cli.io.nifti import load_scan, load_volume
@@ -26,48 +32,79 @@ from cadiff_cli.stages.brain import brain_mask
 from cadiff_cli.stages.strip import tidy
 from cadiff_cli.training.heads import closed
 
+mpl.use("Agg")
+
 SPACINGS = ((1, 1, 1), (2, 2, 2), (3, 3, 3), (6, 1, 1), (1, 6, 1), (1, 1, 6))
 FAILURE = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A mask that was found, and what it should be."""
+
+    name: str
+    t1: Volume
+    brain: Volume
+    found: np.ndarray
+    dice: float
+    hd95_mm: float
+    said: str
 
 
 def main() -> None:
     """Print a line for each head and one for each source."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--synthetic", type=int, default=0, help="so many synthetic heads too")
     parser.add_argument("--model", default="brain-mask")
     parser.add_argument("--hard", action="store_true")
     parser.add_argument("--close", action="store_true", help="close masks too, as dsegs are")
     parser.add_argument("--every", type=int, default=1, help="take every n-th head")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--figure", type=Path, help="draw the worst synthetic case")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = load_brain_model(arguments.model)
     variants = hard if arguments.hard else plain
-    for folder in arguments.folders:
-        heads = sorted(folder.glob("sub-*/**/*_T1w.nii.gz"))[:: arguments.every]
+    sources = {folder.name: real(folder, arguments) for folder in arguments.folders}
+    sources["synthetic"] = (
+        (f"seed {seed}", *synthetic_head(seed)) for seed in range(arguments.synthetic)
+    )
+    worst: Case | None = None
+    for source, heads in sources.items():
         found = dict[str, list[tuple[float, float]]]()
-        for path in heads:
-            for name, t1, brain in variants(load_scan(path).t1, truth(path, arguments.close)):
+        for head, whole, wanted in heads:
+            for variant, t1, brain in variants(whole, wanted):
                 begun = time.perf_counter()
-                overlap, distance_mm, said = score(t1, brain, model)
+                case = score(f"{head}, {variant}", t1, brain, model)
                 seconds = time.perf_counter() - begun
-                found.setdefault(name, []).append((overlap, distance_mm))
-                if not arguments.hard or overlap < FAILURE:
+                found.setdefault(variant, []).append((case.dice, case.hd95_mm))
+                if source == "synthetic" and (worst is None or case.dice < worst.dice):
+                    worst = case
+                if not arguments.hard or case.dice < FAILURE:
                     print(
-                        f"{folder.name}\t{path.name}\t{name}\tDice {overlap:.4f}"
-                        f"\tHD95 {distance_mm:.2f} mm\t{seconds:.1f} s\t{said}",
+                        f"{source}\t{case.name}\tDice {case.dice:.4f}"
+                        f"\tHD95 {case.hd95_mm:.2f} mm\t{seconds:.1f} s\t{case.said}",
                         flush=True,
                     )
-        for name, values in found.items():
+        for variant, values in found.items():
             (dice, far), (low, _), (_, high) = (
                 f(values, axis=0) for f in (np.mean, np.min, np.max)
             )
             print(
-                f"{folder.name}\t{name}\t{len(values)} heads\tDice {dice:.4f} (least {low:.4f})"
+                f"{source}\t{variant}\t{len(values)} heads\tDice {dice:.4f} (least {low:.4f})"
                 f"\tHD95 {far:.2f} mm (most {high:.2f})",
                 flush=True,
             )
+    if arguments.figure and worst:
+        draw(worst, arguments.figure)
+
+
+def real(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Volume, Volume]]:
+    """(name, T1, brain) of every n-th head of a folder."""
+    for path in sorted(folder.glob("sub-*/**/*_T1w.nii.gz"))[:: arguments.every]:
+        yield path.name, load_scan(path).t1, truth(path, arguments.close)
 
 
 def truth(t1: Path, close: bool) -> Volume:
@@ -83,19 +120,37 @@ def truth(t1: Path, close: bool) -> Volume:
     return Volume(closed(np.asarray(volume.data) > 0, volume.grid.spacing_mm), volume.grid)
 
 
-def score(t1: Volume, brain: Volume, model: BrainModel) -> tuple[float, float, str]:
-    """Dice, 95 % Hausdorff distance in mm, and what was suspicious."""
+def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
+    """What the network finds, with Dice, 95 % Hausdorff distance, and what was suspicious."""
     try:
         mask, quality = brain_mask(t1, t1.grid.working(), model)
     except CadiffError as error:
-        return 0.0, np.inf, str(error)
+        return Case(name, t1, brain, np.zeros(t1.grid.shape, bool), 0.0, np.inf, str(error))
     smooth = Volume(tidy(mask.data).astype(np.float32), mask.grid)
     found = resample(smooth, t1.grid).data > 0.5
     overlap = 2 * np.count_nonzero(found & brain.data) / (found.sum() + brain.data.sum())
     far = hausdorff95_mm(
         found.astype(np.uint8), brain.data.astype(np.uint8), (1,), t1.grid.spacing_mm.tolist()
     )[0]
-    return float(overlap), float(far), "; ".join(quality.warnings)
+    return Case(name, t1, brain, found, float(overlap), float(far), "; ".join(quality.warnings))
+
+
+def draw(case: Case, path: Path) -> None:
+    """Three planes through the brain's centre: what should be found in white, what was in red."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
+    middle = np.argwhere(case.brain.data).mean(axis=0).astype(int)
+    sides = case.t1.grid.spacing_mm
+    for axis, panel in enumerate(axes):
+        plane = [np.take(d, middle[axis], axis=axis).T for d in (case.t1.data, case.found)]
+        wanted = np.take(case.brain.data, middle[axis], axis=axis).T
+        across, up = (sides[i] for i in range(3) if i != axis)
+        panel.imshow(plane[0], cmap="gray", origin="lower", aspect=up / across)
+        panel.contour(wanted, [0.5], colors="white", linewidths=1)
+        if plane[1].any():
+            panel.contour(plane[1], [0.5], colors="red", linewidths=1)
+        panel.axis("off")
+    figure.suptitle(f"{case.name}: Dice {case.dice:.3f}", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def plain(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
@@ -120,20 +175,6 @@ def hard(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
         for signs in itertools.product((1, -1), repeat=3):
             turned = [stored(data, small, order, signs) for data in at_3mm]
             yield "48 orientations at 3 mm", turned[0], turned[1]
-
-
-def stored(data: np.ndarray, grid: Grid, order: tuple[int, ...], signs: tuple[int, ...]) -> Volume:
-    """The same voxels at the same places, written along other axes."""
-    affine = grid.affine.copy()
-    affine[:3, :3] = affine[:3, list(order)]
-    data = np.transpose(data, order)
-    for axis, sign in enumerate(signs):
-        if sign < 0:
-            affine[:3, 3] += affine[:3, axis] * (data.shape[axis] - 1)
-            affine[:3, axis] *= -1
-            data = np.flip(data, axis)
-    shape = data.shape
-    return Volume(np.ascontiguousarray(data), Grid((shape[0], shape[1], shape[2]), affine))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The learned brain mask: what is learnt, from what it is drawn, and how a mask is judged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from cadiff_cli.training.heads import (
     closed,
     distance_loss,
     draw_head,
+    draw_nothing,
     from_labels,
     from_scan,
     head_loader,
@@ -188,6 +191,40 @@ def test_a_face_may_go_but_not_the_brain(drawn_head):
         whole = draw_head(drawn_head, plain, seeded(index))
         inside = whole.distance > 0
         assert torch.equal(defaced.image[inside], whole.image[inside])
+
+
+def test_where_there_is_no_head_there_is_no_brain():
+    config = HeadConfig(patch=32)
+    images = []
+    for index in range(12):
+        patch = draw_nothing(config, seeded(index))
+        assert (patch.distance == -REACH_MM).all()
+        assert patch.image.min() >= 0
+        assert patch.image.max() <= 1
+        assert torch.equal(patch.image, draw_nothing(config, seeded(index)).image)
+        images.append(patch.image)
+    assert min(float(image.std()) for image in images) > 0
+
+
+def test_empty_images_are_drawn_as_often_as_asked(drawn_head):
+    config = HeadConfig(patch=32, empty=0.25, cut=0.0)
+    draws = HeadDraws([drawn_head], config)
+    empty = sum(not (draws[i].distance > 0).any() for i in range(80))
+    assert 8 <= empty <= 34
+
+
+def test_a_small_source_is_drawn_by_the_root_of_its_size(real_head, monkeypatch):
+    """Sixteen heads of one source, one of another: four to one."""
+    heads = [replace(real_head, name=f"large{i}", source="large") for i in range(16)]
+    heads.append(replace(real_head, name="small", source="small"))
+    drawn = []
+    monkeypatch.setattr(
+        "cadiff_cli.training.heads.draw_head", lambda head, *_: drawn.append(head.source)
+    )
+    draws = HeadDraws(heads, HeadConfig(real=1.0, empty=0.0))
+    for i in range(500):
+        draws[i]
+    assert 65 < drawn.count("small") < 140
 
 
 # --- network and stage ----------------------------------------------------------------------------

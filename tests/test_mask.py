@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from synthetic_head import stored, synthetic_head
 
 from cadiff_cli.cli.mask import command
 from cadiff_cli.config import Config, StripConfig
@@ -180,6 +181,18 @@ def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_thre
     assert not stripped.warnings
     truth = np.asarray(load_volume(folder / f"sub-{name}_desc-brain_mask.nii.gz").data) > 0
     assert overlap(on_scan(stripped, scan).data, truth) > 0.915
+
+
+@pytest.mark.parametrize("turned", [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1))])
+def test_a_synthetic_head_is_stripped_however_it_is_stored(
+    released_mask, turned, tmp_path, all_threads
+):
+    t1, brain = (stored(v.data, v.grid, *turned) for v in synthetic_head(seed=0))
+    scan = Scan(t1, tmp_path / "sub-head_T1w.nii.gz")
+    stripped = strip(scan, None, Config(StripConfig()), tmp_path)
+    assert stripped.method == "net"
+    assert not stripped.warnings
+    assert overlap(on_scan(stripped, scan).data, brain.data) > 0.93
 
 
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):

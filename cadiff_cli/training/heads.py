@@ -7,6 +7,7 @@ labels a source comes with, so sources agree.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ class HeadConfig(Schedule):
     real: float = 0.6
     cut: float = 0.2
     deface: float = 0.2
+    empty: float = 0.05
     slice_mm: float = 8.0
 
 
@@ -162,7 +164,11 @@ def _distance(mask: Volume) -> Volume:
 
 
 class HeadDraws(Dataset[HeadPatch]):
-    """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone."""
+    """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone.
+
+    A source is drawn as often as the square root of its heads' number: neither a large one nor a
+    small one decides what a brain is.
+    """
 
     def __init__(self, heads: Sequence[Head], config: HeadConfig) -> None:
         self.real = [h for h in heads if h.image is not None]
@@ -170,11 +176,15 @@ class HeadDraws(Dataset[HeadPatch]):
         self.config = config
 
     def __getitem__(self, index: int) -> HeadPatch:
-        """Draw a source, a head of it, and a patch."""
+        """Draw a source, a head of it, and a patch; or nothing."""
         generator = torch.Generator().manual_seed(self.config.seed * 10_000_019 + index)
+        if float(torch.rand(1, generator=generator)) < self.config.empty:
+            return draw_nothing(self.config, generator)
         want_real = float(torch.rand(1, generator=generator)) < self.config.real
         pool = (self.real if want_real else self.drawn) or self.real or self.drawn
-        head = pool[int(torch.randint(len(pool), (1,), generator=generator))]
+        of_source = Counter(h.source for h in pool)
+        weights = torch.tensor([of_source[h.source] ** -0.5 for h in pool])
+        head = pool[int(torch.multinomial(weights, 1, generator=generator))]
         return draw_head(head, self.config, generator)
 
 
@@ -217,6 +227,36 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.cut):
         image, distance = _cut(image, distance, generator)
     return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
+
+
+def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
+    """Texture of two scales, everywhere, in a ball or along a ramp: no brain in it.
+
+    A network that never saw such an image finds a litre of brain in noise.
+    """
+    n = config.patch
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    image = torch.zeros(n, n, n)
+    for amount in (1.0, float(uniform(0, 1, 1))):
+        side = round(float(2 ** uniform(1, math.log2(n), 1)))
+        coarse = torch.rand(1, 1, side, side, side, generator=generator)
+        image += amount * F.interpolate(coarse, size=(n, n, n), mode="trilinear")[0, 0]
+    image = float(uniform(0, 1, 1)) + float(uniform(0, 1, 1)) * image
+    axis = torch.linspace(-1, 1, n)
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    view = (3, 1, 1, 1)
+    shape = int(torch.randint(3, (1,), generator=generator))
+    if shape == 1:
+        centre, radii = uniform(-0.3, 0.3, 3), uniform(0.2, 1.0, 3)
+        inside = ((points - centre.view(view)) / radii.view(view)).square().sum(dim=0) < 1
+        image = torch.where(inside, image, 0.05 * torch.rand(n, n, n, generator=generator))
+    elif shape == 2:
+        image = image * (1 + (points * uniform(-1, 1, 3).view(view)).sum(dim=0))
+    image = _artefacts((image / image.max()).clamp(0, 1), config, generator)
+    return HeadPatch(image[None, None], torch.full((1, 1, n, n, n), -REACH_MM))
 
 
 def paint(labels: Tensor, generator: torch.Generator) -> Tensor:
