@@ -98,6 +98,7 @@ def test_every_command_is_known_and_explained():
         command = cadiff.get_command(context, name)
         assert command.name == name
         assert command.help
+        assert "\\b" not in command.help, "Click's sign for no wrapping is a backspace"
     assert cadiff.get_command(context, "nonsense") is None
 
 

@@ -7,12 +7,11 @@ import click
 @click.argument("templates", nargs=-1)
 @click.option("--check", is_flag=True, help="Only look whether they are there and whole.")
 def command(templates: tuple[str, ...], check: bool) -> None:
-    r"""Download TEMPLATES [all that cadiff knows] into TemplateFlow's cache, and check them.
+    """Download TEMPLATES [all that cadiff knows] into TemplateFlow's cache, and check them.
 
     The cache is TEMPLATEFLOW_HOME, or ~/.cache/templateflow. On a cluster, fetch once where there
     is a network, and set TEMPLATEFLOW_HOME for the jobs.
 
-    \b
     Exit codes: 0 all are there, 64 unknown template, 66 one cannot be had.
     """
     from cadiff_cli.io.templates import load_template, registry, templateflow_home

@@ -136,13 +136,12 @@ def command(
     levels: tuple[str, ...],
     **options: Any,
 ) -> int:
-    r"""Segment every T1-weighted scan of a BIDS dataset; a BIDS app.
+    """Segment every T1-weighted scan of a BIDS dataset; a BIDS app.
 
     participant: segments scans, skips those that are finished, records those that fail and goes
     on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv and group.html. Both
     may be given.
 
-    \b
     Exit codes: 0 done, 1 a scan failed, 16 invalid dataset, 17 unknown analysis level,
     18 no such participant or no scan selected, 64 usage, 65 bad data, 66 input, template or
     weights missing, 73 output cannot be created, 74 disk error, 130 interrupted, 143 terminated.

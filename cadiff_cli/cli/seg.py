@@ -32,12 +32,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    r"""Segment the brain of a T1-weighted scan (NIfTI or MGH).
+    """Segment the brain of a T1-weighted scan (NIfTI or MGH).
 
     Writes labels on the scan's own grid, a volume table, brain mask, transforms and provenance
     into OUT as BIDS derivatives, and a page to judge them by.
 
-    \b
     Exit codes: 0 done, 1 failure, 64 usage, 65 bad data, 66 input, template or weights missing,
     73 output cannot be created, 74 disk error, 130 interrupted.
     """

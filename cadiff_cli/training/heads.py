@@ -88,7 +88,7 @@ class HeadConfig(Schedule):
     real: float = 0.6
     cut: float = 0.2
     deface: float = 0.2
-    empty: float = 0.05
+    empty: float = 0.08
     slice_mm: float = 8.0
 
 
@@ -230,7 +230,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
-    """Texture of two scales, everywhere, in a ball or along a ramp: no brain in it.
+    """Texture of two scales, in an ellipsoid, everywhere, or along a ramp: no brain in it.
 
     A network that never saw such an image finds a litre of brain in noise.
     """
@@ -248,12 +248,12 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
     axis = torch.linspace(-1, 1, n)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     view = (3, 1, 1, 1)
-    shape = int(torch.randint(3, (1,), generator=generator))
-    if shape == 1:
+    kind = float(torch.rand(1, generator=generator))
+    if kind < 0.6:
         centre, radii = uniform(-0.3, 0.3, 3), uniform(0.2, 1.0, 3)
         inside = ((points - centre.view(view)) / radii.view(view)).square().sum(dim=0) < 1
         image = torch.where(inside, image, 0.05 * torch.rand(n, n, n, generator=generator))
-    elif shape == 2:
+    elif kind < 0.8:
         image = image * (1 + (points * uniform(-1, 1, 3).view(view)).sum(dim=0))
     image = _artefacts((image / image.max()).clamp(0, 1), config, generator)
     return HeadPatch(image[None, None], torch.full((1, 1, n, n, n), -REACH_MM))
