@@ -192,7 +192,7 @@ def test_a_synthetic_head_is_stripped_however_it_is_stored(
     stripped = strip(scan, None, Config(StripConfig()), tmp_path)
     assert stripped.method == "net"
     assert not stripped.warnings
-    assert overlap(on_scan(stripped, scan).data, brain.data) > 0.93
+    assert overlap(on_scan(stripped, scan).data, brain.data) > 0.9
 
 
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):

@@ -76,8 +76,8 @@ def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
 BOX_MARGIN_MM = 9.0
 """What the first network puts farther outside the brain than this is not looked at again."""
 DEEP_MM = 6.0
-LEAST_DEEP_LITRES = 0.1
-"""A brain has tissue this deep inside; what a network sees in noise or in a phantom has not."""
+LEAST_DEEP_LITRES = 0.3
+"""A brain of half a litre has as much this deep inside; what is seen in noise (0.16 l) has not."""
 LEAST_SHARE = 0.9
 LEAST_SYMMETRY = 0.85
 MOST_AT_EDGE = 0.02
