@@ -288,11 +288,11 @@ def oracle():
 
 @pytest.mark.parametrize("spacing", [1.0, 2.0, 3.0])
 def test_the_mask_is_smooth_and_in_its_place(oracle, spacing):
-    size = round(100 / spacing)
-    inside = ball(36, size, spacing)
+    size = round(132 / spacing)
+    inside = ball(50, size, spacing)
     t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32), spacing)
     mask, quality = brain_mask(t1, t1.grid.working(), oracle)
-    wanted = ball(36, mask.data.shape[0], 1.0)
+    wanted = ball(50, mask.data.shape[0], 1.0)
     overlap = 2 * (mask.data & wanted).sum() / (mask.data.sum() + wanted.sum())
     assert overlap > 0.96
     assert not quality.warnings
