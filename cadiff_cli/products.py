@@ -54,7 +54,7 @@ class Template:
 class Stripped:
     """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
 
-    ``quality`` holds what the learned method says of its mask (see ``stages.brain.MaskQuality``).
+    ``quality`` tells how the mask looks (see ``stages.judge.MaskQuality``).
     """
 
     t1: Volume

@@ -115,6 +115,30 @@ def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
     assert litres == pytest.approx(np.count_nonzero(only_right) * 8e-6, rel=0.03)
 
 
+def test_a_given_mask_keeps_its_parts(phantom, toy_template, scan_of, tmp_path):
+    """Whoever drew it meant both; that it is in pieces is said."""
+    head = phantom("RAS", 2.0)
+    parts = (head.codes > 0) & (abs(np.arange(head.codes.shape[0]) - 44) > 6)[:, None, None]
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, parts, head.t1.grid)
+    stripped = strip(
+        scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
+    )
+    litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
+    assert litres == pytest.approx(np.count_nonzero(parts) * 8e-6, rel=0.02)
+    assert any("pieces" in text for text in stripped.warnings)
+
+
+@pytest.mark.parametrize("value", [0.0, -1000.0])
+def test_a_body_of_one_brightness_is_no_brain(phantom, scan_of, tmp_path, value):
+    head = phantom("RAS", 2.0)
+    noise = np.random.default_rng(0).normal(0, 5, head.codes.shape)
+    ball = np.where(head.codes > 0, 80 + noise, value).astype(np.float32)
+    phantom_scan = type(head)(Volume(ball, head.t1.grid), head.codes, 1.0, head.shift_mm)
+    with pytest.raises(DataError, match="no brain found"):
+        strip(scan_of(phantom_scan), None, Config(StripConfig()), tmp_path)
+
+
 def test_a_mask_on_another_grid_is_refused(phantom, toy_template, scan_of, tmp_path):
     head, other = phantom("RAS", 2.0, scale=0.5), phantom("RAS", 2.0, 0.5, shift_mm=(2, 0, 0))
     path = tmp_path / "mask.nii.gz"

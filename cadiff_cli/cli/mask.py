@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from cadiff_cli.config import StripConfig
     from cadiff_cli.products import Scan, Template
 
+SAID = {
+    "net": "the network",
+    "template": "the template's mask",
+    "none": "what is not background: the scan is stripped already",
+}
+
 
 @click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("t1", type=click.Path(path_type=Path))
@@ -22,7 +28,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     """Find the brain in a T1-weighted head.
 
     Writes the mask and the stripped image on the scan's own grid, with a sidecar that says how good
-    the mask looks, and prints the mask's path.
+    the mask looks, and prints the mask's path. What was done is said on standard error.
     """
     import logging
     from tempfile import TemporaryDirectory
@@ -35,6 +41,8 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
 
     logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
     scan = load_scan(t1)
+    for text in scan.warnings:
+        click.echo(f"cadiff: WARNING: {text}", err=True)
     place = Derivatives(out, t1)
     if place.commit.exists():
         raise OutputError(
@@ -46,6 +54,8 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     template = _template(scan, method, offline)
     with TemporaryDirectory(prefix="cadiff-") as work:
         stripped = strip(scan, template, Config(strip=method), Path(work))
+    litres = stripped.mask.data.sum() * stripped.mask.grid.voxel_volume_mm3 / 1e6
+    click.echo(f"cadiff: brain of {litres:.2f} l by {SAID[stripped.method]}", err=True)
     click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))
 
 

@@ -1,10 +1,7 @@
 """The learned brain mask: a head on any grid -> signed distance to the brain's border -> mask."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from scipy import ndimage
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.errors import DataError
@@ -78,91 +75,20 @@ BOX_MARGIN_MM = 9.0
 DEEP_MM = 6.0
 LEAST_DEEP_LITRES = 0.3
 """A brain of half a litre has as much this deep inside; what is seen in noise (0.16 l) has not."""
-LEAST_SHARE = 0.9
-LEAST_SYMMETRY = 0.85
-MOST_AT_EDGE = 0.02
 
 
-@dataclass(frozen=True)
-class MaskQuality:
-    """What can be judged of a mask without knowing the truth.
-
-    ``deep_litres`` lie more than 6 mm inside; ``largest_share`` is the share of the largest
-    component in all that was found; ``symmetry`` is the Dice of the mask and its mirror image in
-    the best of its three principal planes; ``at_edge`` is the share of the mask's border that is
-    the end of the field of view.
-    """
-
-    deep_litres: float
-    largest_share: float
-    symmetry: float
-    at_edge: float
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is suspicious, in words."""
-        said = []
-        if self.largest_share < LEAST_SHARE:
-            said.append(f"the brain fell into pieces (the largest holds {self.largest_share:.0%})")
-        if self.symmetry < LEAST_SYMMETRY:
-            said.append(f"the brain mask is lopsided (symmetry {self.symmetry:.2f})")
-        if self.at_edge > MOST_AT_EDGE:
-            said.append(
-                f"the field of view cuts the brain ({self.at_edge:.0%} of the mask's border)"
-            )
-        return tuple(said)
-
-
-def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> tuple[Volume, MaskQuality]:
-    """The brain on the ``working`` grid (bool; ``strip`` tidies it) and how it looks.
+def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
+    """The brain on the ``working`` grid (bool; ``strip`` judges and tidies it).
 
     Raises ``DataError`` where no brain is found.
     """
     distance = brain_distance(t1, model)
-    quality = judge(distance)
-    if quality.deep_litres < LEAST_DEEP_LITRES:
+    deep_litres = np.count_nonzero(distance.data > DEEP_MM) * distance.grid.voxel_volume_mm3 / 1e6
+    if deep_litres < LEAST_DEEP_LITRES:
         raise DataError(
-            f"no brain found: {quality.deep_litres:.2f} l of the image lie deep inside one,"
+            f"no brain found: {deep_litres:.2f} l of the image lie deep inside one,"
             f" at least {LEAST_DEEP_LITRES} l should",
             "is this a T1-weighted head? Check the header's voxel sizes, or give --mask FILE",
         )
     fine = resample(distance, working, fill=-REACH_MM)
-    return Volume(fine.data > 0, working), quality
-
-
-def judge(distance: Volume) -> MaskQuality:
-    """Quality of the mask that a signed distance (mm) encloses."""
-    inside = np.asarray(distance.data > 0)
-    litres = distance.grid.voxel_volume_mm3 / 1e6
-    parts, n = ndimage.label(inside)
-    if n == 0:
-        return MaskQuality(0.0, 0.0, 0.0, 0.0)
-    sizes = np.bincount(parts.ravel())[1:]
-    largest = parts == 1 + np.argmax(sizes)
-    deep = np.count_nonzero(largest & (distance.data > DEEP_MM)) * litres
-    border = np.count_nonzero(largest & ~ndimage.binary_erosion(largest, border_value=1))
-    faces = [np.take(largest, index, axis=axis) for axis in range(3) for index in (0, -1)]
-    edge = int(np.concatenate([face.ravel() for face in faces]).sum())
-    at_edge = edge / max(edge + int(border), 1)
-    return MaskQuality(
-        round(float(deep), 4),
-        round(float(sizes.max() / sizes.sum()), 4),
-        round(_symmetry(largest), 4),
-        round(float(at_edge), 4),
-    )
-
-
-def _symmetry(mask: np.ndarray) -> float:
-    """Best Dice of a mask with its mirror image in a principal plane through its centre."""
-    points = np.argwhere(mask).astype(np.float64)
-    if len(points) < 100:
-        return 0.0
-    centre = points.mean(axis=0)
-    points -= centre
-    _, axes = np.linalg.eigh(points.T @ points)
-    best = 0.0
-    for axis in axes.T:
-        mirrored = np.rint(points - 2 * np.outer(points @ axis, axis) + centre).astype(int)
-        ok = ((mirrored >= 0) & (mirrored < mask.shape)).all(axis=1)
-        best = max(best, float(mask[tuple(mirrored[ok].T)].sum()) / len(points))
-    return best
+    return Volume(fine.data > 0, working)

@@ -1,8 +1,8 @@
 """Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.judge import judge
 
 if TYPE_CHECKING:
     from cadiff_cli.io.weights import BrainModel
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 METHODS = ("auto", "net", "template", "none")
 STRIPPED_LITRES = (0.4, 2.3)
 """Non-background volume of a scan that is already stripped; a head holds more than this."""
+LEAST_SPREAD = 0.12
 PLAUSIBLE_LITRES = (0.7, 2.2)
 """Brain masks outside this range (children to large adults) are reported as suspicious."""
 
@@ -36,7 +38,6 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     t1 = resample(scan.t1, working, order=3)
     t1 = Volume(np.clip(t1.data, scan.t1.data.min(), scan.t1.data.max()), working)
     method, warnings = config.strip.method, list[str]()
-    quality: Mapping[str, float] = {}
     if config.strip.mask is not None:
         method, mask = "mask file", _given(config.strip.mask, scan, working)
     else:
@@ -57,18 +58,22 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
                 " labels will be unreliable outside the brain"
             )
         if method == "none":
+            if stripped_already:
+                _has_tissues(scan.t1)
             mask = resample(Volume(_foreground(scan.t1.data), scan.t1.grid), working, order=0)
         elif method == "net":
             from cadiff_cli.stages.brain import brain_mask
 
-            mask, judged = brain_mask(scan.t1, working, _brain_model())
-            quality = dataclasses.asdict(judged)
-            log.info("brain mask: %s", judged)
-            warnings.extend(f"skull stripping: {text}" for text in judged.warnings)
+            mask = brain_mask(scan.t1, working, _brain_model())
         else:
             mask, said = _from_template(t1, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
-    mask = Volume(tidy(mask.data), working)
+    quality = judge(mask)
+    log.info("brain mask (%s): %s", method, quality)
+    warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
+    # What people drew or cut out is theirs: only what was found here is reduced to one piece.
+    found_here = method in ("net", "template")
+    mask = Volume(tidy(mask.data) if found_here else filled(mask.data), working)
     litres = np.count_nonzero(mask.data) * working.voxel_volume_mm3 / 1e6
     if litres == 0:
         raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
@@ -81,7 +86,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         log.warning(text)
     background = _background(scan.t1.data)
     brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
-    return Stripped(Volume(brain, working), mask, method, tuple(warnings), quality)
+    return Stripped(Volume(brain, working), mask, method, tuple(warnings), asdict(quality))
 
 
 def strip_template(templates: Sequence[Template]) -> Template:
@@ -109,6 +114,21 @@ def already_stripped(t1: Volume) -> bool:
     # A brain touches at most one face of its field of view, and that one hardly.
     low, high = STRIPPED_LITRES
     return bool(low < litres < high and np.median(faces) < 0.01)
+
+
+def _has_tissues(t1: Volume) -> None:
+    """Raise ``DataError`` for a body of one brightness: a phantom, not a brain.
+
+    In 26 stripped scans of two scanners the spread is 0.28 to 0.40 of the mean.
+    """
+    inside = t1.data[_foreground(t1.data)] - min(_background(t1.data), 0.0)
+    spread = float(inside.std() / max(abs(float(inside.mean())), 1e-6))
+    if spread < LEAST_SPREAD:
+        raise DataError(
+            f"no brain found: what is not background is all alike (spread {spread:.2f} of its"
+            f" mean, at least {LEAST_SPREAD} in a brain)",
+            "is this a T1-weighted brain? To segment it all the same give --mask FILE",
+        )
 
 
 def _background(data: np.ndarray) -> float:
@@ -184,4 +204,9 @@ def tidy(mask: np.ndarray) -> np.ndarray:
     parts, n = ndimage.label(mask)
     if n > 1:
         mask = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+    return filled(mask)
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """All components, with their holes filled: ventricles are brain."""
     return np.asarray(ndimage.binary_fill_holes(mask))

@@ -1,0 +1,90 @@
+"""What can be judged of a brain mask without knowing the truth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import resample
+
+SPACING_MM = 2.0
+LEAST_SHARE = 0.9
+LEAST_SYMMETRY = 0.85
+MOST_AT_EDGE = 0.02
+TILT_DEG = 45.0
+"""How far a head may be turned out of the axes that its header names."""
+
+
+@dataclass(frozen=True)
+class MaskQuality:
+    """How a mask looks, whatever made it.
+
+    ``largest_share`` is the share of its largest component; ``symmetry`` is the Dice of that
+    component and its mirror image, left for right; ``at_edge`` is the share of its border that is
+    the end of the field of view.
+    """
+
+    largest_share: float
+    symmetry: float
+    at_edge: float
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is suspicious, in words."""
+        said = []
+        if self.largest_share < LEAST_SHARE:
+            said.append(f"the brain fell into pieces (the largest holds {self.largest_share:.0%})")
+        if self.symmetry < LEAST_SYMMETRY:
+            said.append(f"the brain mask is lopsided (symmetry {self.symmetry:.2f})")
+        if self.at_edge > MOST_AT_EDGE:
+            said.append(
+                f"the field of view cuts the brain ({self.at_edge:.0%} of the mask's border)"
+            )
+        return tuple(said)
+
+
+def judge(mask: Volume) -> MaskQuality:
+    """Judge a bool mask on any grid; it is looked at in RAS axes at 2 mm."""
+    grid = mask.grid.working(SPACING_MM, tolerance=0.0)
+    inside = resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5
+    parts, n = ndimage.label(inside)
+    if n == 0:
+        return MaskQuality(0.0, 0.0, 0.0)
+    sizes = np.bincount(parts.ravel())[1:]
+    largest = parts == 1 + np.argmax(sizes)
+    border = np.count_nonzero(largest & ~ndimage.binary_erosion(largest, border_value=1))
+    faces = [np.take(largest, index, axis=axis) for axis in range(3) for index in (0, -1)]
+    edge = int(np.concatenate([face.ravel() for face in faces]).sum())
+    return MaskQuality(
+        round(float(sizes.max() / sizes.sum()), 4),
+        round(_symmetry(largest), 4),
+        round(edge / max(edge + int(border), 1), 4),
+    )
+
+
+def _symmetry(mask: np.ndarray) -> float:
+    """Dice of a mask (RAS axes) with its mirror image in the best plane between left and right.
+
+    Planes go through the mask's centre; front and back, or top and bottom, are no sides: half a
+    brain would look symmetric.
+    """
+    points = np.argwhere(mask).astype(np.float64)
+    if len(points) < 100:
+        return 0.0
+    centre = points.mean(axis=0)
+    points = points[:: 1 + len(points) // 20_000] - centre
+
+    def overlap(angles: tuple[float, float]) -> float:
+        yaw, roll = np.deg2rad(angles)
+        normal = np.array([1.0, np.tan(yaw), np.tan(roll)])
+        normal /= np.linalg.norm(normal)
+        mirrored = np.rint(points - 2 * np.outer(points @ normal, normal) + centre).astype(int)
+        seen = ((mirrored >= 0) & (mirrored < mask.shape)).all(axis=1)
+        return float(mask[tuple(mirrored[seen].T)].sum()) / len(points)
+
+    best = (0.0, 0.0)
+    for reach, steps in ((TILT_DEG, 9), (TILT_DEG / 4, 5), (TILT_DEG / 16, 5)):
+        near = np.linspace(-reach, reach, steps)
+        best = max(((best[0] + y, best[1] + r) for y in near for r in near), key=overlap)
+    return overlap(best)

@@ -1,0 +1,78 @@
+"""What is said of a mask without knowing the truth."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.judge import judge
+
+SIZE = 96
+
+
+def body(*parts, spacing=2.0):
+    """A mask of ellipsoids: (centre, radii) in mm from the middle of the image."""
+    mm = spacing * (np.indices((SIZE,) * 3) - SIZE / 2)
+    inside = np.zeros((SIZE,) * 3, dtype=bool)
+    for centre, radii in parts:
+        at = (mm - np.reshape(centre, (3, 1, 1, 1))) / np.reshape(radii, (3, 1, 1, 1))
+        inside |= (at**2).sum(axis=0) < 1
+    return inside
+
+
+def judged(inside, spacing=2.0):
+    return judge(Volume(inside, Grid(inside.shape, np.diag([spacing] * 3 + [1.0]))))
+
+
+BRAIN = body(((0, 0, 0), (66, 84, 60)), ((0, -40, -40), (48, 30, 28)))
+"""Left and right alike; front and back, top and bottom not."""
+
+
+def test_a_brain_is_not_suspicious():
+    quality = judged(BRAIN)
+    assert not quality.warnings
+    assert quality.largest_share == 1
+    assert quality.symmetry > 0.97
+    assert quality.at_edge == 0
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (0, 2)])
+@pytest.mark.parametrize("degrees", [-40, -17, 25])
+def test_a_turned_head_is_as_symmetric(axes, degrees):
+    turned = ndimage.rotate(BRAIN.astype(np.float32), degrees, axes, reshape=False, order=1) > 0.5
+    assert judged(turned).symmetry > 0.95
+
+
+def test_a_missing_hemisphere_is_lopsided():
+    """Though it is symmetric enough from top to bottom."""
+    half = BRAIN.copy()
+    half[SIZE // 2 :] = False
+    assert "lopsided" in " ".join(judged(half).warnings)
+
+
+def test_a_missing_piece_of_a_side_is_lopsided():
+    bitten = BRAIN.copy()
+    bitten[: SIZE // 2, : SIZE // 2] = False
+    assert "lopsided" in " ".join(judged(bitten).warnings)
+
+
+def test_pieces_are_said():
+    pieces = body(((-60, 0, 0), (40, 40, 40)), ((60, 0, 0), (34, 34, 34)))
+    assert "pieces" in " ".join(judged(pieces).warnings)
+
+
+def test_a_cut_is_said():
+    assert "field of view" in " ".join(judged(BRAIN[:, :, 40:]).warnings)
+
+
+def test_orientation_and_spacing_do_not_matter():
+    wanted = judged(BRAIN)
+    flipped = Grid(BRAIN.shape, np.diag([-2.0, -2.0, 2.0, 1.0]))
+    seen = judge(Volume(BRAIN[::-1, ::-1], flipped))
+    assert seen.symmetry == pytest.approx(wanted.symmetry, abs=0.01)
+    fine = np.repeat(np.repeat(np.repeat(BRAIN, 2, 0), 2, 1), 2, 2)
+    assert judged(fine, 1.0).symmetry == pytest.approx(wanted.symmetry, abs=0.02)
+
+
+def test_nothing_is_judged_as_nothing():
+    assert judged(np.zeros((8, 8, 8), dtype=bool)).largest_share == 0
