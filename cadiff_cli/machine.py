@@ -5,16 +5,18 @@ import tempfile
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
     """Processors that this process may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:  # docker run --cpus 2
-        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(allowed or 1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such group, or "max"
-        return allowed or 1
+    found = [allowed or 1]
+    for group in _groups("cpu"):  # docker run --cpus 2, a SLURM job
+        quota, period = _numbers(group, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+        if quota and period:
+            found.append(quota // period)
+    return max(1, min(found))
 
 
 def free_memory_bytes() -> int:
@@ -25,14 +27,50 @@ def free_memory_bytes() -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    for group in _groups("memory"):
+        (limit,) = _numbers(group, "memory.max", "memory.limit_in_bytes")
+        (used,) = _numbers(group, "memory.current", "memory.usage_in_bytes")
+        if limit and used is not None:
+            free = min(free, limit - used + _cached(group))
+    return max(free, 0)
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders of the control groups that hold this process, the root last (versions 2 and 1)."""
     try:
-        limit, used = (
-            int((CGROUP / name).read_text(encoding="ascii"))
-            for name in ("memory.max", "memory.current")
-        )
+        lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
-        return free
-    return min(free, limit - used)
+        return []
+    found = []
+    for line in lines:
+        _, controllers, inner = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CGROUP / controller if controllers else CGROUP
+        here = root / inner.strip("/")
+        found += [here, *(above for above in here.parents if above.is_relative_to(root))]
+    return found
+
+
+def _numbers(group: Path, version_2: str, *version_1: str) -> list[int | None]:
+    """What a control group's files say, one number for each of version 1's; None is no limit."""
+    try:
+        words = (group / version_2).read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            words = [(group / name).read_text(encoding="ascii").strip() for name in version_1]
+        except (OSError, ValueError):
+            return [None] * len(version_1)
+    return [int(word) if word.isdigit() else None for word in words]
+
+
+def _cached(group: Path) -> int:
+    """Bytes of files that the kernel keeps in a group's memory, and gives back when asked."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        return int(dict(line.split() for line in lines)["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def home() -> Path:

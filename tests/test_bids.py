@@ -284,6 +284,37 @@ def test_links_do_not_tell_where_somebody_lives(tmp_path, out, doi, link):
     assert Dataset(root).link(tmp_path / out) == link
 
 
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
+def test_a_list_of_nobody_does_not_ask_for_all(tmp_path, content):
+    path = tmp_path / "labels.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"labels\.txt"):
+        labels([str(path)], "sub-")
+
+
+def test_an_index_that_was_not_finished_is_not_believed(raw, tmp_path, monkeypatch):
+    """It appears under its name when it is complete."""
+    from bids.layout import BIDSLayoutIndexer
+
+    database = tmp_path / "index"
+    with monkeypatch.context() as broken:
+        broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
+        with pytest.raises(DataError, match="bids-database-dir"):
+            raw.t1w(Selection(), database)
+    assert list(tmp_path.glob("*index*")) == []
+    found, _ = raw.t1w(Selection(), database)
+    assert found == raw.t1w()[0]
+    assert database.is_dir()
+
+
+@pytest.mark.parametrize("text", ['{"t1w": {"run": {"a": 1}}}', '{"t1w": 3}', "[1]"])
+def test_a_filter_that_is_none_is_an_error(tmp_path, text):
+    path = tmp_path / "filters.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="filter"):
+        read_filters(path)
+
+
 def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path):
     file = tmp_path / "participants.txt"
     file.write_text("sub-03\n04\n")

@@ -16,7 +16,7 @@ from bids_dataset import environment
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.derivatives import Finished, finished, save_result
+from cadiff_cli.io.derivatives import Finished, finished, page_path, save_result
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.metrics.quality import Calibration
@@ -25,7 +25,7 @@ from cadiff_cli.report import figures
 from cadiff_cli.report.boilerplate import describe, write_citations
 from cadiff_cli.report.case import Row, around, find_scan, read_rows
 from cadiff_cli.report.group import outliers
-from cadiff_cli.report.page import page_path, report_scan, write_page
+from cadiff_cli.report.page import report_scan, write_page
 from cadiff_cli.report.qc import FAR, FAR_BELOW, POOR_DICE, columns, judge, robust_z
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
@@ -419,7 +419,10 @@ def test_a_page_never_costs_a_segmentation(write_result, tmp_path):
     with pytest.raises(OutputError):
         write_page(out, result)
     page.unlink()
+    assert report_scan(out, t1) == ""
+    assert page.exists()
     result.morph.write_text("not a table\n1")
+    # The page shows labels that are gone: none is better than a wrong one.
     assert "not a volume table" in report_scan(out, t1)
     assert [r.entities for r in finished(out)] == ["sub-01"]
     assert not page.exists()

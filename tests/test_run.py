@@ -304,9 +304,60 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
     with (out / "group_missing.tsv").open() as stream:
         (missing,) = csv.DictReader(stream, delimiter="\t")
     assert missing["scan"] == BROKEN
+    # A group is the dataset: one task's participants do not replace all.  A damaged result is told.
+    (anat(out, GOOD[0]) / f"{GOOD[0]}_desc-volumetric_morph.tsv").write_text("x\n1\n")
     done = cadiff("run", bids, out, "group", "--participant-label", "02")
-    assert done.returncode == 0
-    assert not (out / "group_missing.tsv").exists()
+    assert done.returncode == 0, done.stderr
+    with (out / "group_morph.tsv").open() as stream:
+        assert [row["scan"] for row in csv.DictReader(stream, delimiter="\t")] == list(GOOD[1:])
+    assert f"{GOOD[0]} is not in the table: its result cannot be read" in done.stderr
+    done = cadiff("report", out, "--scans", bids)
+    assert done.returncode == 1
+    assert {path.stem for path in out.glob("*.html")} == {*GOOD, "group"}
+    assert f"WARNING: {GOOD[0]}" in done.stderr
+
+
+def test_a_page_that_a_kill_has_cost_is_written_by_the_next_run(batch, tmp_path):
+    _, bids, _, arguments = batch
+    copy = shutil.copytree(bids, tmp_path / "bids")
+    out = copy / "derivatives" / "cadiff"
+    page = out / f"{GOOD[-1]}.html"
+    page.unlink()
+    before = files(out)
+    (copy / BROKEN / "anat" / f"{BROKEN}_T1w.nii.gz").unlink()
+    done = cadiff("run", copy, out, "participant", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "1 done, 3 done before" in done.stderr
+    assert page.exists()
+    assert all(files(out)[p] == t for p, t in before.items() if p.name.endswith("dseg.nii.gz"))
+
+
+def test_what_a_run_did_not_write_is_not_lost(batch, tmp_path):
+    """A mask that somebody corrected is in the way, until --overwrite says that it may go."""
+    _, bids, _, arguments = batch
+    out = tmp_path / "out"
+    corrected = anat(out, GOOD[-1]) / f"{GOOD[-1]}_desc-brain_mask.nii.gz"
+    corrected.parent.mkdir(parents=True)
+    corrected.write_bytes(b"by hand")
+    chosen = (*arguments, "--no-report", "--participant-label", "02")
+    done = cadiff("run", bids, out, "participant", "group", *chosen)
+    assert done.returncode == 1  # the scan's failure, not the lack of results
+    assert f"{corrected} is there already" in done.stderr
+    assert corrected.read_bytes() == b"by hand"
+    done = cadiff("run", bids, out, "participant", *chosen, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert corrected.read_bytes() != b"by hand"
+
+
+def test_two_datasets_do_not_share_an_output_folder(batch, small_head, tmp_path):
+    _, bids, source, arguments = batch
+    other = write_dataset(bids.parent / "other", small_head, ["sub-77_T1w"])
+    done = cadiff("run", other, source, "participant", *arguments, "--dry-run")
+    assert done.returncode == 73
+    assert "another dataset (../..)" in done.stderr
+    said = ("--dataset-links", "raw=../..")
+    done = cadiff("run", other, source, "participant", *arguments, "--dry-run", *said)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_group_level_needs_results(batch, tmp_path):
@@ -333,6 +384,8 @@ def test_the_group_level_needs_results(batch, tmp_path):
         (["{bids}", "{out}", "participant", "--model", "none"], 66, "no model"),
         (["{bids}", "{out}", "participant", "--bids-filter-file", "{bids}/x"], 66, "filter-file"),
         (["{bids}", "{out}", "participant", "--dataset-links", "x=y"], 64, "raw=URI"),
+        (["{bids}", "{out}", "participant", "--dask-address", "tcp://x:1"], 64, "--executor dask"),
+        (["{bids}", "{out}", "participant", "--bids-database-dir", "{bids}/README"], 65, "remove"),
     ],
 )
 def test_errors_have_the_documented_exit_codes(batch, tmp_path, arguments, code, text):

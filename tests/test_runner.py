@@ -1,5 +1,6 @@
 """Plans, journals and teams, without running anything."""
 
+import errno
 import json
 import tomllib
 from dataclasses import replace
@@ -13,7 +14,7 @@ from cadiff_cli import machine
 from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
-from cadiff_cli.errors import DataError, OutputError
+from cadiff_cli.errors import DataError, DiskError, OutputError
 from cadiff_cli.io.derivatives import Finished, make_recipe
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_text, write_tsv
@@ -128,6 +129,8 @@ def test_some_wishes_need_more_memory(tmp_path, wish):
 
 def test_a_container_is_smaller_than_its_host(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text("0::/\n")
     cores, memory = machine.cores(), machine.free_memory_bytes()
     assert cores >= 1
     (tmp_path / "cpu.max").write_text("100000 100000")
@@ -138,6 +141,45 @@ def test_a_container_is_smaller_than_its_host(tmp_path, monkeypatch):
     (tmp_path / "cpu.max").write_text("max 100000")
     (tmp_path / "memory.max").write_text("max")
     assert machine.cores() == cores
+
+
+@pytest.mark.parametrize("limited", ["slurm/job_1", "slurm"])
+def test_a_job_is_smaller_than_its_machine(tmp_path, monkeypatch, limited):
+    """The group that holds this process, or one above it; memory that files fill is free."""
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text("0::/slurm/job_1\n")
+    (tmp_path / "slurm" / "job_1").mkdir(parents=True)
+    folder = tmp_path / limited
+    (folder / "cpu.max").write_text("100000 100000")
+    (folder / "memory.max").write_text("1000000")
+    (folder / "memory.current").write_text("900000")
+    (folder / "memory.stat").write_text("anon 500000\ninactive_file 400000\n")
+    assert machine.cores() == 1
+    assert machine.free_memory_bytes() == 500_000
+
+
+def test_the_first_version_of_control_groups_counts_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text("4:memory:/box\n1:cpu,cpuacct:/box\n")
+    for name, value in (
+        ("memory/box/memory.limit_in_bytes", 2**20),
+        ("memory/box/memory.usage_in_bytes", 0),
+        ("cpu/box/cpu.cfs_quota_us", 150_000),
+        ("cpu/box/cpu.cfs_period_us", 100_000),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{value}\n")
+    assert machine.free_memory_bytes() == 2**20
+    assert machine.cores() == 1
+    (tmp_path / "cpu/box/cpu.cfs_quota_us").write_text("-1\n")
+    assert machine.cores() >= 1
+
+
+def test_a_full_disk_is_told_apart_whoever_meets_it(tmp_path):
+    outcome = failure(job_of(tmp_path), OSError(errno.ENOSPC, "No space left on device"))
+    assert outcome.exit_code == DiskError.exit_code
 
 
 def test_a_journal_remembers_the_last_outcome(tmp_path):

@@ -18,7 +18,7 @@ import cadiff_cli
 from cadiff_cli.config import Config
 from cadiff_cli.errors import DiskError, UsageError
 from cadiff_cli.io.bids import Dataset, Selection
-from cadiff_cli.io.dataset import refuse_foreign, save_dataset_files
+from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.derivatives import make_recipe
 from cadiff_cli.io.releases import find_weights
 from cadiff_cli.io.templates import load_template, load_templates
@@ -76,16 +76,22 @@ def participant_level(request: Request) -> int:
     save_dataset_files(request.out, load_table(), request.dataset, request.link)
     _keep_options(request, job)
     outcomes = _execute(request, plan, console)
+    code = _sum_up(request.out, plan, outcomes, console)
     if plan.done or any(outcome.status == "done" for outcome in outcomes):
         write_citations(request.out)
-    return _sum_up(request.out, plan, outcomes, console)
+    return code
 
 
 def group_level(request: Request) -> int:
-    """Collect finished scans in one table; returns the exit code."""
+    """Collect finished scans in one table; returns the exit code.
+
+    The group is the dataset: a table of the participants that one task was given would replace
+    that of all.
+    """
     console = make_console(request.verbosity)
     check_folders(request)
-    expected = scan_names(request.dataset, request.selection, request.database)
+    everybody = replace(request.selection, participants=())
+    expected = scan_names(request.dataset, everybody, request.database)
     if request.dry_run:
         click.echo("\n".join(expected))
         return 0
@@ -151,6 +157,7 @@ def check_folders(request: Request) -> None:
             f"the work folder {request.work_dir} lies in the dataset", "choose another with -w"
         )
     refuse_foreign(request.out)
+    refuse_other_source(request.out, request.dataset, request.link)
 
 
 def _validate(dataset: Dataset, console: Console, shown: int = 5) -> None:

@@ -36,8 +36,9 @@ def rebuild(out: Path, scans: Path | None = None) -> int:
     for result in results:
         try:
             click.echo(write_page(out, result, scans))
-        except CadiffError as error:
-            click.echo(f"cadiff: WARNING: {result.entities}: {error}", err=True)
+        except Exception as error:  # whatever is wrong with one result, the others have pages
+            said = str(error) if isinstance(error, CadiffError) else repr(error)
+            click.echo(f"cadiff: WARNING: {result.entities}: {said}", err=True)
             code = 1
     known = known_scans(out)
     if len(known) > 1:

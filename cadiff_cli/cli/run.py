@@ -10,7 +10,7 @@ import click
 
 from cadiff_cli import __version__
 from cadiff_cli.cli.options import CONFIG, Memory, Words, make_config, segmentation_options
-from cadiff_cli.errors import AnalysisLevelError
+from cadiff_cli.errors import AnalysisLevelError, MissingInputError, UsageError
 
 LEVELS = ("participant", "group")
 PATH = click.Path(path_type=Path)
@@ -35,7 +35,11 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
             near = get_close_matches(key, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}")
-    ctx.default_map = values
+    # A bare number of --mem is MB, in a file as on the command line.
+    ctx.default_map = {
+        key: str(value) if key == "mem" and isinstance(value, int) else value
+        for key, value in values.items()
+    }
     return path
 
 
@@ -139,8 +143,8 @@ def command(
     """Segment every T1-weighted scan of a BIDS dataset; a BIDS app.
 
     participant: segments scans, skips those that are finished, records those that fail and goes
-    on. group: collects finished scans in OUTPUT_DIR/group_morph.tsv and group.html. Both
-    may be given.
+    on. group: collects all finished scans of the dataset, whichever participants are named, in
+    OUTPUT_DIR/group_morph.tsv and group.html. Both may be given.
 
     Exit codes: 0 done, 1 a scan failed, 16 invalid dataset, 17 unknown analysis level,
     18 no such participant or no scan selected, 64 usage, 65 bad data, 66 input, template or
@@ -151,6 +155,8 @@ def command(
             raise AnalysisLevelError(
                 f"unknown analysis level {level!r}", f"use {' or '.join(LEVELS)}, or both"
             )
+    if options["dask_address"] and options["executor"] != "dask":
+        raise UsageError("--dask-address was given without --executor dask", "add it")
     from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
     from cadiff_cli.io.bids import Dataset, Selection, labels, read_filters
     from cadiff_cli.runner.executor import Executor
@@ -186,7 +192,11 @@ def command(
         return rebuild_reports(request, pages=o.reports_only)
     code = participant_level(request) if "participant" in levels else 0
     if "group" in levels and not (o.dry_run and "participant" in levels):
-        code = group_level(request) or code
+        try:
+            code = group_level(request) or code
+        except MissingInputError:
+            if not code:
+                raise  # else the scans' own failures, which were told, are the reason
     return code
 
 

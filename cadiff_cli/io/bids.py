@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import (
     DataError,
@@ -22,7 +24,13 @@ from cadiff_cli.errors import (
 )
 from cadiff_cli.io.nifti import stem
 
+if TYPE_CHECKING:
+    from bids.layout import BIDSLayout
+
 log = logging.getLogger(__name__)
+
+LINK_KINDS = ("https://doi.org/", "urn:x-bids:")
+"""How links to datasets begin that name them; others are relative paths, or the user's own."""
 
 
 @dataclass(frozen=True)
@@ -185,13 +193,14 @@ class Dataset:
         # Only what can hold the selected images is walked through: seconds, not minutes.
         labels = "[^/]+" if database else f"({'|'.join(map(re.escape, chosen))})"
         wanted = rf"^/(sub-{labels}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
-        layout = BIDSLayout(
-            self.root,
-            database_path=database,
-            indexer=BIDSLayoutIndexer(
-                validate=True, index_metadata=False, ignore=[re.compile(f"(?!{wanted})^/.")]
-            ),
+        indexer = BIDSLayoutIndexer(
+            validate=True, index_metadata=False, ignore=[re.compile(f"(?!{wanted})^/.")]
         )
+
+        def layout_at(folder: Path | None) -> "BIDSLayout":
+            return BIDSLayout(self.root, database_path=folder, indexer=indexer)
+
+        layout = layout_at(None) if database is None else _kept_index(layout_at, database)
         t1w: dict[str, Any] = {"suffix": "T1w", "extension": [".nii", ".nii.gz"]}
         query = {**(selection.filters or {}), **t1w, "return_type": "filename"}
         if selection.participants:
@@ -230,7 +239,8 @@ class Dataset:
         if out.is_relative_to(root.parent):
             return Path(os.path.relpath(root, out)).as_posix()
         doi = self.doi
-        return f"https://doi.org/{doi}" if doi else f"urn:x-bids:{root.name}"
+        by_doi, by_name = LINK_KINDS
+        return f"{by_doi}{doi}" if doi else f"{by_name}{root.name}"
 
     @property
     def doi(self) -> str | None:
@@ -251,25 +261,60 @@ def read_filters(path: Path) -> dict[str, Any]:
     try:
         filters = json.loads(path.read_text(encoding="utf-8")).get("t1w", {})
         special = {None: Query.NONE, "*": Query.ANY}
+        for key, value in filters.items():
+            if isinstance(value, dict):
+                raise TypeError(f"{key} is {value}")
         return {
             key: value if isinstance(value, list) else special.get(value, value)
             for key, value in filters.items()
         }
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(
             f"{path} is not a filter file ({error})", 'write {"t1w": {"acquisition": "mprage"}}'
         ) from error
 
 
 def labels(words: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Labels without their prefix, each once; a word that names a file stands for its lines."""
+    """Labels without their prefix, each once; a word that names a file stands for its lines.
+
+    Raises ``UsageError`` for a file without a label: to ask for nobody is not to ask for all.
+    """
     found: list[str] = []
     for word in words:
         path = Path(word)
-        is_list = not _is_label(word) and path.is_file()
-        lines = path.read_text(encoding="utf-8").split() if is_list else [word]
+        lines = [word]
+        if not _is_label(word) and path.is_file():
+            try:
+                lines = path.read_text(encoding="utf-8").split()
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{path} is not a list ({error})", "one label a line") from error
+            if not lines:
+                raise UsageError(f"{path} names nobody", f"one label a line, as {prefix}01")
         found.extend(line.removeprefix(prefix) for line in lines)
     return tuple(dict.fromkeys(found))
+
+
+def _kept_index(layout_at: Callable[[Path], "BIDSLayout"], database: Path) -> "BIDSLayout":
+    """The index of pybids in a folder, which gets its name when it is complete.
+
+    pybids believes whatever it finds there, be it half an index of a run that was killed.
+
+    Raises ``DataError`` for a folder that holds something else, or another dataset's index.
+    """
+    try:
+        if not database.exists():
+            database.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".cadiff-", dir=database.parent) as folder:
+                layout_at(Path(folder) / "index").session.close()
+                # Another process may have been faster: its index is as good.
+                with suppress(FileExistsError, OSError):
+                    (Path(folder) / "index").rename(database)
+        return layout_at(database)
+    except Exception as error:
+        raise DataError(
+            f"--bids-database-dir {database} cannot be used ({' '.join(str(error).split())})",
+            "remove the folder, or name another",
+        ) from error
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

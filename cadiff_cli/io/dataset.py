@@ -6,7 +6,7 @@ from typing import Any
 
 import cadiff_cli
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.bids import Dataset
+from cadiff_cli.io.bids import LINK_KINDS, Dataset
 from cadiff_cli.io.text import read_json, write_json, write_text, write_tsv
 from cadiff_cli.labels import LabelTable
 
@@ -80,12 +80,35 @@ def save_dataset_files(
         write_tsv(out / "dseg.tsv", header, [(0, "Background", "BG", "#000000", 0), *rows])
 
 
+def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> None:
+    """Raise ``OutputError`` if ``out`` holds results of another dataset than ``raw``.
+
+    Only what can be told apart is: a link that leads to another folder, or names another dataset.
+    """
+    found = (read_json(out / "dataset_description.json") or {}).get("DatasetLinks", {}).get("raw")
+    here = link or raw.link(out)
+    if not found or found == here:
+        return
+    named = any(found.startswith(kind) and here.startswith(kind) for kind in LINK_KINDS)
+    there = out / found
+    is_dataset = ":" not in found and (there / "dataset_description.json").exists()
+    elsewhere = is_dataset and not there.samefile(raw.root)
+    if named or elsewhere:
+        raise OutputError(
+            f"{out} holds results of another dataset ({found}), not of {raw.root}",
+            "give each dataset an output folder of its own, or say that it is the same with"
+            f" --dataset-links raw={found}",
+        )
+
+
 def refuse_foreign(out: Path) -> None:
     """Raise ``OutputError`` if ``out`` is a raw dataset, or another pipeline's."""
     found = read_json(out / "dataset_description.json")
     if found is None:
         return
-    makers = [str(entry.get("Name")) for entry in found.get("GeneratedBy", [])]
+    told = found.get("GeneratedBy")
+    entries = told if isinstance(told, list) else [told] if told else []
+    makers = [str(e.get("Name") if isinstance(e, dict) else e) for e in entries]
     if found.get("DatasetType", "raw") == "raw" or (makers and "cadiff" not in makers):
         owner = f"made by {', '.join(makers)}" if makers else "a raw dataset"
         raise OutputError(f"{out} is {owner}", "choose a folder of its own for cadiff")

@@ -117,6 +117,11 @@ class Derivatives:
                 path.unlink(missing_ok=True)
 
 
+def page_path(out: Path, entities: str) -> Path:
+    """A scan's page, where BIDS apps put it."""
+    return out / f"{entities}.html"
+
+
 @dataclass(frozen=True)
 class Finished:
     """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``) and sidecar."""

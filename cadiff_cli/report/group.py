@@ -6,11 +6,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING, Finished
+from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING, Finished, page_path
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import mask_quality, read_rows
-from cadiff_cli.report.page import claim, page_path, render
+from cadiff_cli.report.page import claim, render
 from cadiff_cli.report.qc import FAR, FEWEST, Judgement, judge, robust_z
 from cadiff_cli.report.ranges import load_ranges
 
@@ -40,13 +40,9 @@ class Strip:
     points: tuple[Point, ...]
 
 
-def judgements(results: Sequence[Finished], table: LabelTable) -> dict[str, Judgement]:
-    """What can be said of each scan by itself."""
-    ranges = load_ranges()
-    return {
-        result.entities: judge(result, read_rows(result), mask_quality(result), table, ranges)
-        for result in results
-    }
+def judgement(result: Finished, table: LabelTable) -> Judgement:
+    """What can be said of a scan by itself."""
+    return judge(result, read_rows(result), mask_quality(result), table, load_ranges())
 
 
 def outliers(judged: Mapping[str, Judgement]) -> dict[str, list[str]]:

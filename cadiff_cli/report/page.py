@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,13 @@ from urllib.parse import quote
 
 import cadiff_cli
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.derivatives import AGGREGATES, Derivatives, Finished, finished_result
+from cadiff_cli.io.derivatives import (
+    AGGREGATES,
+    Derivatives,
+    Finished,
+    finished_result,
+    page_path,
+)
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.report.boilerplate import methods
@@ -41,20 +48,22 @@ def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
     try:
         if wanted and (result := finished_result(place)) is not None:
             write_page(out, result, t1)
-        elif (path := page_path(out, place.stem)).exists():
-            claim(path)
-            path.unlink()
+        else:
+            _remove(page_path(out, place.stem))
         return ""
     except Exception as error:
         text = f"no page was written ({' '.join(str(error).split())})"
         log.warning(text)
         log.debug("the report failed", exc_info=True)
+        _remove(page_path(out, place.stem))
         return text
 
 
-def page_path(out: Path, entities: str) -> Path:
-    """Where BIDS apps put it."""
-    return out / f"{entities}.html"
+def _remove(path: Path) -> None:
+    """A page of ours that shows other labels than those that are there now goes."""
+    with suppress(OutputError, OSError):
+        claim(path)
+        path.unlink()
 
 
 def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:

@@ -37,6 +37,10 @@ def run_dask(
     )
     try:
         client = Client(cluster, timeout=TIMEOUT)
+    except ValueError as error:
+        raise UsageError(
+            f"--dask-address {address} is no address ({error})", "write tcp://host:8786"
+        ) from error
     except OSError as error:
         raise MissingInputError(
             f"no Dask scheduler answers at {address}", "check --dask-address"

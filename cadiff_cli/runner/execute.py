@@ -38,18 +38,23 @@ def execute(job: Job) -> Outcome:
     begun = time.perf_counter()
     with _ONE_AT_A_TIME:
         try:
-            with Journal(job.out).claim(job.entities, wait=job.wait) as mine:
+            journal = Journal(job.out)
+            ours = journal.knows(job.entities)
+            with journal.claim(job.entities, wait=job.wait) as mine:
                 if not mine:
                     return Outcome(job.entities, "busy")
                 if job.is_finished():
-                    return Outcome(job.entities, "done")
+                    failed = report_scan(job.out, job.t1) if job.lacks_page() else ""
+                    return Outcome(job.entities, "done", warnings=(failed,) if failed else ())
                 with _logged(job):
+                    # A run that was killed left files; anybody else's are not to be lost.
+                    job.place.claim(job.t1, overwrite=job.overwrite or ours)
                     result = _segment(job)
                     failed = report_scan(job.out, job.t1, wanted=job.report)
                 seconds = round(time.perf_counter() - begun, 1)
                 said = (*result.warnings, failed) if failed else result.warnings
                 outcome = Outcome(job.entities, "done", seconds, warnings=said)
-                Journal(job.out).record(outcome)
+                journal.record(outcome)
                 return outcome
         except Exception as error:
             return failure(job, error, time.perf_counter() - begun)
@@ -64,7 +69,6 @@ def _segment(job: Job) -> Result:
 
     if job.threads:
         torch.set_num_threads(job.threads)
-    job.place.claim(job.t1, overwrite=True)
     scan = load_scan(job.t1)
     for text in scan.warnings:
         LOGGER.warning(text)

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import MissingInputError
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError
 from cadiff_cli.io.derivatives import AGGREGATES, Finished, finished
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import read_rows
-from cadiff_cli.report.group import judgements
+from cadiff_cli.report.group import judgement, outliers
 from cadiff_cli.report.qc import COLUMNS, Judgement, columns, registration_score
 from cadiff_cli.runner.journal import Journal
 
+MISSING = "group_missing.tsv"
 ENTITIES = {
     "participant_id": ("sub", "Participant"),
     "session_id": ("ses", "Session"),
@@ -32,6 +33,7 @@ QUALITY = {
     "version": "Version of cadiff",
     "fingerprint": "Changes with settings, weights, calibration, template and version",
     **COLUMNS,
+    "outlier": "Why the scan stands out from the group (median and MAD; docs/report.md)",
 }
 
 
@@ -66,21 +68,33 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
         raise MissingInputError(
             f"{out} holds no finished result of these scans", "run the participant level first"
         )
+    journal, missing, notes = Journal(out), dict[str, str](), list[str]()
+    judged, rows, sound = dict[str, Judgement](), list[dict[str, Any]](), list[Finished]()
+    for result in results:
+        try:
+            judged[result.entities] = judgement(result, table)
+            rows.append(row(result) | columns(judged[result.entities]))
+            sound.append(result)
+        except (CadiffError, KeyError, TypeError, AttributeError) as error:
+            # One damaged result is not worth the table.
+            judged.pop(result.entities, None)
+            missing[result.entities] = f"its result cannot be read ({error})"
+    if not sound:
+        raise DataError(f"no result of {out} is readable", "; ".join(missing.values()))
     ready = {result.entities for result in results}
-    journal = Journal(out)
-    missing = {}
     for entities in expected:
+        last = journal.read(entities)
         if entities not in ready:
-            last = journal.read(entities)
             missing[entities] = last.message if last and last.message else "not run yet"
+        elif last and last.status == "failed":
+            notes.append(f"{entities} has an earlier result, its last run failed: {last.message}")
+    results = sound
     recipes = {result.sidecar["Fingerprint"] for result in results}
-    notes = (
-        [f"results were made in {len(recipes)} different ways: see the column fingerprint"]
-        if len(recipes) > 1
-        else []
-    )
-    judged = judgements(results, table)
-    rows = (row(result) | columns(judged[result.entities]) for result in results)
+    if len(recipes) > 1:
+        notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
+    far = outliers(judged)
+    for one in rows:
+        one["outlier"] = "; ".join(far.get(one["scan"], ())) or None
     return Group(out / "group_morph.tsv", tuple(rows), judged, missing, tuple(notes))
 
 
@@ -91,7 +105,7 @@ def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     header = ("scan", *ENTITIES, *volumes, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
     write_json(group.path.with_suffix(".json"), _columns(table))
-    lacking = out / "group_missing.tsv"
+    lacking = out / MISSING
     if group.missing:
         write_tsv(lacking, ("scan", "reason"), group.missing.items())
     else:
@@ -100,9 +114,18 @@ def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
 
 
 def known_scans(out: Path) -> list[str]:
-    """Every scan that an output folder has a result of, or that was tried."""
+    """Every scan that an output folder has a result of, that was tried, or that a group lacked."""
     tried = {path.stem for path in (out / "logs" / "journal").glob("*.json")}
-    return sorted(tried | {result.entities for result in finished(out)})
+    return sorted(tried | _lacking(out) | {result.entities for result in finished(out)})
+
+
+def _lacking(out: Path) -> set[str]:
+    """Scans that the last group table named as missing."""
+    try:
+        lines = (out / MISSING).read_text(encoding="utf-8").splitlines()[1:]
+    except (OSError, ValueError):
+        return set()
+    return {line.split("\t")[0] for line in lines if line}
 
 
 def row(result: Finished) -> dict[str, Any]:

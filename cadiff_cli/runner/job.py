@@ -6,7 +6,7 @@ from typing import Literal
 
 from cadiff_cli.config import Recipe
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.derivatives import Derivatives, Finished, finished_result
+from cadiff_cli.io.derivatives import Derivatives, Finished, finished_result, page_path
 from cadiff_cli.io.releases import sha256
 
 
@@ -60,7 +60,10 @@ class Job:
         changed = self.recipe.differs(result.sidecar)
         if changed or not self.t1.is_file():
             return changed
-        same = result.sidecar.get("SourceSHA256") == sha256(self.t1)
+        try:
+            same = result.sidecar.get("SourceSHA256") == sha256(self.t1)
+        except OSError:  # nobody may read it now
+            return ""
         return "" if same else f"{self.t1.name} has changed since"
 
     def is_finished(self) -> bool:
@@ -72,6 +75,10 @@ class Job:
         if not self.overwrite:
             self.refuse(self.entities, why)
         return not why
+
+    def lacks_page(self) -> bool:
+        """Whether a page is wanted that is not there: a run may be killed before it writes one."""
+        return self.report and not page_path(self.out, self.entities).exists()
 
     def refuse(self, entities: str, why: str) -> None:
         """Raise ``OutputError`` for a result that was made otherwise, if there is a ``why``."""

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cadiff_cli
-from cadiff_cli.errors import CadiffError
+from cadiff_cli.errors import CadiffError, DiskError
+from cadiff_cli.io.nifti import FULL
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
 
@@ -39,6 +40,10 @@ class Journal:
             return Outcome(**{**found, "warnings": tuple(found["warnings"])}) if found else None
         except (TypeError, KeyError):  # another version's
             return None
+
+    def knows(self, entities: str) -> bool:
+        """Whether a run has worked on the scan here before: what it left is ours to replace."""
+        return (self.folder / f"{entities}.lock").exists()
 
     @contextmanager
     def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
@@ -71,6 +76,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
     """Record a failed job, with a crash file that holds what is needed to mend it."""
+    if isinstance(error, OSError) and error.errno in FULL:  # a library's, raised as it is
+        error = DiskError(f"writing failed ({error.strerror})", "free some space and run again")
     message = str(error) if isinstance(error, CadiffError) else f"{type(error).__name__}: {error}"
     path = job.log_dir / f"crash-{job.entities}.txt"
     settings = json.dumps(job.recipe.settings(), indent=2)

@@ -50,7 +50,7 @@ def make_plan(
     for result in finished(like.out):
         if result.entities not in selected and not like.overwrite:
             like.refuse(result.entities, like.recipe.differs(result.sidecar))
-    done = {job.entities for job in jobs if job.is_finished()}
+    done = {job.entities for job in jobs if job.is_finished() and not job.lacks_page()}
     todo = tuple(job for job in jobs if job.entities not in done)
     return Plan(todo, tuple(sorted(done)), tuple(notes))
 
