@@ -29,6 +29,7 @@ from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import brain_mask
+from cadiff_cli.stages.judge import judge
 from cadiff_cli.stages.strip import tidy
 from cadiff_cli.training.heads import closed
 
@@ -123,7 +124,7 @@ def truth(t1: Path, close: bool) -> Volume:
 def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
     """What the network finds, with Dice, 95 % Hausdorff distance, and what was suspicious."""
     try:
-        mask, quality = brain_mask(t1, t1.grid.working(), model)
+        mask = brain_mask(t1, t1.grid.working(), model)
     except CadiffError as error:
         return Case(name, t1, brain, np.zeros(t1.grid.shape, bool), 0.0, np.inf, str(error))
     smooth = Volume(tidy(mask.data).astype(np.float32), mask.grid)
@@ -132,7 +133,7 @@ def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
     far = hausdorff95_mm(
         found.astype(np.uint8), brain.data.astype(np.uint8), (1,), t1.grid.spacing_mm.tolist()
     )[0]
-    return Case(name, t1, brain, found, float(overlap), float(far), "; ".join(quality.warnings))
+    return Case(name, t1, brain, found, float(overlap), float(far), "; ".join(judge(mask).warnings))
 
 
 def draw(case: Case, path: Path) -> None:

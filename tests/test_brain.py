@@ -397,6 +397,13 @@ def test_folders_become_heads_once(label_map, tmp_path):
         prepare_heads([maps], [scans, scans], tmp_path / "cache")
 
 
+def test_label_maps_cannot_be_held_out(label_map, drawn_head, real_head, tmp_path):
+    heads = {"drawn": [drawn_head], "real": [real_head]}
+    with pytest.raises(UsageError, match="label maps"):
+        train_mask(heads, tmp_path, HeadConfig(steps=1), hold_out=["drawn"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_repaired_brain_is_prepared_again(label_map, tmp_path):
     anat, cache = tmp_path / "scans" / "sub-01" / "anat", tmp_path / "cache"
     image = np.where(label_map.data > 0, 50, 0).astype(np.float32)

@@ -26,7 +26,7 @@ from cadiff_cli.report.boilerplate import describe, write_citations
 from cadiff_cli.report.case import Row, around, find_scan, read_rows
 from cadiff_cli.report.group import outliers
 from cadiff_cli.report.page import report_scan, write_page
-from cadiff_cli.report.qc import FAR, FAR_BELOW, POOR_DICE, columns, judge, robust_z
+from cadiff_cli.report.qc import FAR, FAR_BELOW, MOST_SPREAD, POOR_DICE, columns, judge, robust_z
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
 from cadiff_cli.runner.group import known_scans, write_group
@@ -256,6 +256,20 @@ def test_a_structure_that_nobody_is_sure_of_is_named(table):
     missing = judged(table, dice={**sure, "L_HIP": 0.0}, L_HIP=0.0)
     assert len(missing.reasons) == 1
     assert columns(judged(table))["expected_dice"] is None
+
+
+def test_samples_that_disagree_are_said(table):
+    def said(sd_mm3):
+        rows = [Row(s.code, s.name, 1000.0, sd_mm3=10.0) for s in table.structures]
+        rows[3] = replace(rows[3], sd_mm3=sd_mm3)
+        return judge(Finished("x", Path(), SIDECAR), rows, {}, table, NO_RANGES), rows[3].name
+
+    calm, name = said(20.0)
+    assert columns(calm)["largest_spread"] == f"{name} 2.0"
+    assert not any("samples" in text for text in calm.reasons)
+    loud, _ = said(10 * MOST_SPREAD + 10)
+    assert any("between samples" in text and name in text for text in loud.reasons)
+    assert columns(judged(table))["largest_spread"] is None
 
 
 def test_ranges_hold_the_people_they_were_measured_on(table):

@@ -24,6 +24,9 @@ good scan is doubted, at 0.1 the first one is.
 """
 POOR_DICE = 0.6
 """Expected Dice that is doubtful without a calibration; in good scans it was 0.69 or more."""
+MOST_SPREAD = 10.0
+"""Per cent of its volume by which samples of a structure may differ (SD): a good scan's largest was
+2.4 % (docs/report.md)."""
 SPREAD = 0.03
 """Smallest relative spread of a group: less is luck, and would make outliers of nothing."""
 
@@ -39,6 +42,7 @@ COLUMNS = {
     "largest_asymmetry_percent": "Its difference in per cent of its mean, left minus right",
     "expected_dice": "Mean Dice to expect of the structures (docs/report.md)",
     "least_expected": "Structure of which the lowest Dice is expected, and how much",
+    "largest_spread": "Structure whose volume differs most between samples, SD in per cent of it",
     "implausible": "Structures outside the range of the people the network was trained on",
 }
 """What the group table says of quality, besides what it always did."""
@@ -58,8 +62,9 @@ class Side:
 class Judgement:
     """What can be said of a result without the truth.  ``reasons`` to look; none: looks fine.
 
-    Mappings are by structure, but vessels.  ``doubtful`` ones were found, but a low Dice is to be
-    expected of them.
+    Mappings are by structure, but vessels.  ``spread_percent`` is the standard deviation of volumes
+    over samples, in per cent; empty where one was drawn.  ``doubtful`` ones were found, but a low
+    Dice is to be expected of them.
     """
 
     reasons: tuple[str, ...]
@@ -71,6 +76,7 @@ class Judgement:
     sides: tuple[Side, ...]
     percent_brain: Mapping[str, float]
     expected_dice: Mapping[str, float]
+    spread_percent: Mapping[str, float]
     doubtful: Mapping[str, str]
 
     @property
@@ -87,6 +93,11 @@ class Judgement:
     def mean_expected_dice(self) -> float | None:
         """Mean over structures; None where nothing is expected (results of earlier versions)."""
         return mean(self.expected_dice.values()) if self.expected_dice else None
+
+    @property
+    def largest_spread(self) -> tuple[str, float] | None:
+        """The structure whose volume differs most between samples, and how much."""
+        return max(self.spread_percent.items(), key=lambda item: item[1], default=None)
 
     @property
     def least_expected(self) -> tuple[str, float] | None:
@@ -142,6 +153,13 @@ def judge(
     if doubtful:
         named = "; ".join(f"{name} ({text})" for name, text in doubtful.items())
         reasons.append(f"a low Dice is expected: {named}")
+    spread = {
+        row.name: 100 * row.sd_mm3 / row.mm3
+        for row in rows
+        if row.name in percent and row.sd_mm3 is not None and row.mm3
+    }
+    if apart := [f"{name} ({sd:.0f} %)" for name, sd in spread.items() if sd > MOST_SPREAD]:
+        reasons.append(f"volumes differ between samples: {', '.join(apart)}")
     for side in sides:
         if not side.plausible and side.left not in missing and side.right not in missing:
             span = ranges.asymmetry_percent[side.left]
@@ -167,6 +185,7 @@ def judge(
         sides,
         percent,
         expected,
+        spread,
         doubtful,
     )
 
@@ -199,6 +218,7 @@ def columns(judgement: Judgement) -> dict[str, Any]:
     """The group table's values (``COLUMNS``)."""
     side, quality = judgement.largest_side, judgement.mask_quality
     dice, least = judgement.mean_expected_dice, judgement.least_expected
+    apart = judgement.largest_spread
     return {
         "verdict": "fine" if judgement.fine else "look",
         "reasons": "; ".join(judgement.reasons) or None,
@@ -209,6 +229,7 @@ def columns(judgement: Judgement) -> dict[str, Any]:
         "largest_asymmetry_percent": round(side.percent, 1) if side else None,
         "expected_dice": round(dice, 3) if dice is not None else None,
         "least_expected": f"{least[0]} {least[1]:.2f}" if least else None,
+        "largest_spread": f"{apart[0]} {apart[1]:.1f}" if apart else None,
         "implausible": ", ".join(judgement.implausible) or None,
     }
 

@@ -15,6 +15,7 @@ from cadiff_cli.config import Config, RegisterConfig, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.nifti import load_scan, load_volume, replacing
+from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.products import sound
@@ -51,7 +52,7 @@ def cached_path(
     scan: LabelledScan, templates: Sequence[str], mapping: dict[int, int], folder: Path
 ) -> Path:
     """Where a scan's sample lies: another mapping, template list or input is another file."""
-    inputs = [path.stat().st_size for path in (scan.t1, scan.dseg)]
+    inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
     key = fingerprint([FORMAT, sorted(mapping.items()), list(templates), scan.t1.name, inputs])
     return folder / f"{scan.name}_{key}.npz"
 

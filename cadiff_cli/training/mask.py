@@ -15,6 +15,7 @@ import torch
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume, stem
+from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.weights import save_brain_model
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.stages.brain import predict_distance
@@ -56,7 +57,7 @@ def prepare_heads(
         found = heads[folder.name] = []
         for path in images:
             brain = path if folder in label_maps else _brain_of(path)
-            key = fingerprint([HEAD_FORMAT, *(p.stat().st_size for p in (path, brain))])
+            key = fingerprint([HEAD_FORMAT, *(sha256(p) for p in (path, brain))])
             kept = cache / f"{folder.name}_{stem(path)}_{key}.npz"
             if not kept.exists():
                 if folder in label_maps:
@@ -102,6 +103,12 @@ def train_mask(
     """
     if unknown := sorted(set(hold_out) - set(heads)):
         raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(heads)}")
+    drawn = [source for source in hold_out if any(h.image is None for h in heads[source])]
+    if drawn:
+        raise UsageError(
+            f"--hold-out-source names {drawn}: label maps have no image to be scored on",
+            "hold out real heads",
+        )
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
     if not chosen:
         raise UsageError("every source is held out", "leave one to train on")
@@ -157,8 +164,7 @@ def _same_run(path: Path, described: dict[str, Any]) -> None:
 
 def held_out_dice(net: BrainNet, head: Head) -> float:
     """Dice of the predicted and the wanted mask of a real head, at 2 mm."""
-    if head.image is None:
-        raise UsageError(f"{head.name} is a label map without an image", "hold out real heads")
+    assert head.image is not None
     distance = predict_distance(net, head.image.astype(np.float32) / 255)
     p, q = distance > 0, head.distance > 0
     return float(2 * (p & q).sum() / max(float(p.sum() + q.sum()), 1.0))
