@@ -54,7 +54,7 @@ class Template:
 class Stripped:
     """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
 
-    ``quality`` tells how the mask looks (see ``stages.judge.MaskQuality``).
+    ``quality`` tells how the mask looks (see ``stages.masks.MaskQuality``).
     """
 
     t1: Volume

@@ -29,8 +29,7 @@ from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import brain_mask
-from cadiff_cli.stages.judge import judge
-from cadiff_cli.stages.strip import tidy
+from cadiff_cli.stages.masks import judge_mask, tidy
 from cadiff_cli.training.heads import closed
 
 mpl.use("Agg")
@@ -133,7 +132,9 @@ def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
     far = hausdorff95_mm(
         found.astype(np.uint8), brain.data.astype(np.uint8), (1,), t1.grid.spacing_mm.tolist()
     )[0]
-    return Case(name, t1, brain, found, float(overlap), float(far), "; ".join(judge(mask).warnings))
+    return Case(
+        name, t1, brain, found, float(overlap), float(far), "; ".join(judge_mask(mask).warnings)
+    )
 
 
 def draw(case: Case, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -292,19 +293,42 @@ def test_a_list_of_nobody_does_not_ask_for_all(tmp_path, content):
         labels([str(path)], "sub-")
 
 
-def test_an_index_that_was_not_finished_is_not_believed(raw, tmp_path, monkeypatch):
-    """It appears under its name when it is complete."""
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_index_that_was_not_finished_is_not_believed(raw, tmp_path, monkeypatch, exists):
+    """It appears when it is complete, be the folder there or not."""
     from bids.layout import BIDSLayoutIndexer
 
     database = tmp_path / "index"
+    if exists:
+        database.mkdir()
     with monkeypatch.context() as broken:
         broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
-        with pytest.raises(DataError, match="bids-database-dir"):
+        with pytest.raises(ZeroDivisionError):
             raw.t1w(Selection(), database)
-    assert list(tmp_path.glob("*index*")) == []
-    found, _ = raw.t1w(Selection(), database)
-    assert found == raw.t1w()[0]
-    assert database.is_dir()
+    assert not [path for path in database.rglob("*") if path.is_file()]
+    wanted = raw.t1w()
+    assert raw.t1w(Selection(), database) == wanted
+    assert [path.name for path in database.iterdir()] == ["layout_index.sqlite"]
+    with monkeypatch.context() as broken:
+        broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
+        assert raw.t1w(Selection(), database) == wanted
+
+
+def test_an_index_serves_one_dataset(raw, tmp_path):
+    database, other = tmp_path / "index", tmp_path / "other"
+    raw.t1w(Selection(), database)
+    shutil.copytree(raw.root / "sub-01", other / "sub-01")
+    shutil.copyfile(raw.root / "dataset_description.json", other / "dataset_description.json")
+    with pytest.raises(DataError, match="is the index of"):
+        Dataset(other).t1w(Selection(), database)
+    link = tmp_path / "mount"
+    link.symlink_to(raw.root)
+    found, _ = Dataset(link).t1w(Selection(), database)
+    assert found
+    assert all(path.is_relative_to(link) for path in found)
+    (database / "layout_index.sqlite").write_bytes(b"something else")
+    with pytest.raises(DataError, match="is not an index"):
+        raw.t1w(Selection(), database)
 
 
 @pytest.mark.parametrize("text", ['{"t1w": {"run": {"a": 1}}}', '{"t1w": 3}', "[1]"])

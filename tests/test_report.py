@@ -393,6 +393,20 @@ def test_results_of_the_first_layout_survive(write_result, table, tmp_path):
     assert f"Edges of {EMBEDDED}" in write_page(out, old).read_text()
 
 
+def test_coordinates_have_colours_inside_the_brain():
+    image = np.full((3, 3, 3), 100, dtype=np.uint8)
+    field = np.zeros((3, 3, 3, 3), dtype=np.float32)
+    field[0] = np.array([0.0, 0.5, np.nan])[:, None, None]
+    inside = np.ones((3, 3, 3), dtype=bool)
+    inside[:, :, 0] = False
+    shown = figures.tinted(image, field, inside)
+    assert (shown[:, :, 0] == 100).all()
+    left, middle, unknown = shown[:, 1, 1].astype(int)
+    assert middle[0] > left[0]
+    assert (middle[1:] == left[1:]).all()
+    assert (unknown == left).all()
+
+
 def test_uncertainty_glows_where_it_is():
     image = np.full((2, 2, 2), 100, dtype=np.uint8)
     entropy = np.zeros((2, 2, 2), dtype=np.float32)

@@ -180,6 +180,9 @@ def test_the_first_version_of_control_groups_counts_too(tmp_path, monkeypatch):
 def test_a_full_disk_is_told_apart_whoever_meets_it(tmp_path):
     outcome = failure(job_of(tmp_path), OSError(errno.ENOSPC, "No space left on device"))
     assert outcome.exit_code == DiskError.exit_code
+    assert "No space left on device" in (tmp_path / outcome.crash_file).read_text()
+    eio = failure(job_of(tmp_path), OSError(errno.EIO, "Input/output error"))
+    assert eio.exit_code == 1  # a bad sector under one scan is no reason to end the run
 
 
 def test_a_journal_remembers_the_last_outcome(tmp_path):

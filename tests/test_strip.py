@@ -11,7 +11,8 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.strip import already_stripped, strip, tidy
+from cadiff_cli.stages.masks import tidy
+from cadiff_cli.stages.strip import already_stripped, strip
 
 
 @pytest.fixture
@@ -187,6 +188,9 @@ def test_tidy_keeps_the_largest_part_and_fills_it():
     solid = mask.copy()
     mask[5:7, 5:7, 5:7] = False
     mask[15:18, 15:18, 15:18] = True
+    both = solid | mask
+    np.testing.assert_array_equal(tidy(mask, 0.02), both)
+    np.testing.assert_array_equal(tidy(mask, 0.05), solid)
     np.testing.assert_array_equal(tidy(mask), solid)
     np.testing.assert_array_equal(tidy(tidy(mask)), solid)
     assert not tidy(np.zeros_like(mask)).any()

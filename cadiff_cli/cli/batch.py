@@ -69,8 +69,9 @@ def participant_level(request: Request) -> int:
     for note in (*job.notes, *plan.notes):
         warn(console, note)
     if request.dry_run:
+        done = [*plan.done, *(job.entities for job in plan.pages)]
         todo = [(job.entities, "todo") for job in plan.jobs]
-        for entities, status in sorted(todo + [(entities, "done") for entities in plan.done]):
+        for entities, status in sorted(todo + [(entities, "done") for entities in done]):
             click.echo(f"{entities}\t{status}")
         return 0
     save_dataset_files(request.out, load_table(), request.dataset, request.link)
@@ -85,12 +86,13 @@ def participant_level(request: Request) -> int:
 def group_level(request: Request) -> int:
     """Collect finished scans in one table; returns the exit code.
 
-    The group is the dataset: a table of the participants that one task was given would replace
-    that of all.
+    The group is the dataset, but for what a filter file leaves out: a table of the participants and
+    sessions that one task was given would replace that of all.
     """
     console = make_console(request.verbosity)
     check_folders(request)
-    everybody = replace(request.selection, participants=())
+    request.dataset.require(request.selection.participants)
+    everybody = replace(request.selection, participants=(), sessions=())
     expected = scan_names(request.dataset, everybody, request.database)
     if request.dry_run:
         click.echo("\n".join(expected))
@@ -195,6 +197,8 @@ def _any_job(request: Request) -> Job:
 def _keep_options(request: Request, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
     values = {**request.options, "atlas": job.recipe.template}
+    if values.get("mem"):  # bytes by now; a bare number would be MB
+        values["mem"] = f"{values['mem']}B"
     lines = [
         f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value)}"
         for name, value in values.items()
@@ -208,14 +212,15 @@ def _keep_options(request: Request, job: Job) -> None:
 
 def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
     """Every job once; those that another process was at, when the others are done."""
-    by_entities = {job.entities: job for job in plan.jobs}
+    jobs = (*plan.jobs, *plan.pages)
+    by_entities = {job.entities: job for job in jobs}
     outcomes: list[Outcome] = []
     if request.work_dir:
         request.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cadiff-", dir=request.work_dir) as scratch:
         # Another machine sees the work folder that was given, but not this one's /tmp.
         here = Path(scratch) if request.executor.kind == "local" else request.work_dir
-        waiting = [replace(job, work_dir=here) for job in plan.jobs]
+        waiting = [replace(job, work_dir=here) for job in jobs]
         while waiting:
             busy: list[Job] = []
             with closing(request.executor.run(waiting)) as stream:
@@ -226,7 +231,7 @@ def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
                         continue
                     outcomes.append(outcome)
                     notes = by_entities[outcome.entities].notes
-                    _tell(console, outcome, f"[{len(outcomes)}/{len(plan.jobs)}]", notes)
+                    _tell(console, outcome, f"[{len(outcomes)}/{len(jobs)}]", notes)
                     if _is_last(request, outcome):
                         return outcomes
             waiting = busy
@@ -255,7 +260,7 @@ def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) ->
         for outcome in failed:
             table.add_row(*map(escape, (outcome.entities, outcome.message, outcome.crash_file)))
         console.print(table)
-    untried = len(plan.jobs) - len(outcomes)
+    untried = len(plan.jobs) + len(plan.pages) - len(outcomes)
     counts = {
         "done": len(outcomes) - len(failed),
         "done before": len(plan.done),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SAID = {
     "net": "the network",
     "template": "the template's mask",
-    "none": "what is not background: the scan is stripped already",
+    "none": "what is not background: nothing was stripped",
 }
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cadiff_cli import __version__
 from cadiff_cli.cli.options import CONFIG, Memory, Words, make_config, segmentation_options
@@ -121,7 +122,11 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
 @click.option(
     "--report/--no-report", default=True, help="Write a page for each scan and the group [on]."
 )
-@click.option("--overwrite", is_flag=True, help="Redo scans that were made with other settings.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Redo scans that were made with other settings, replace files that no run has written.",
+)
 @click.option("--dry-run", is_flag=True, help="List what would be done, and do nothing.")
 @click.option("--stop-on-first-crash", is_flag=True, help="Do not go on after a failed scan.")
 @click.option("--reports-only", is_flag=True, help="Rebuild reports from finished results.")
@@ -155,8 +160,9 @@ def command(
             raise AnalysisLevelError(
                 f"unknown analysis level {level!r}", f"use {' or '.join(LEVELS)}, or both"
             )
-    if options["dask_address"] and options["executor"] != "dask":
-        raise UsageError("--dask-address was given without --executor dask", "add it")
+    source = click.get_current_context().get_parameter_source("dask_address")
+    if options["executor"] != "dask" and source is ParameterSource.COMMANDLINE:
+        raise UsageError("--dask-address means nothing without Dask", "add --executor dask")
     from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
     from cadiff_cli.io.bids import Dataset, Selection, labels, read_filters
     from cadiff_cli.runner.executor import Executor

@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +133,16 @@ class Dataset:
         found = (path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
         return sorted(found)
 
+    def require(self, labels: Sequence[str]) -> None:
+        """Raise ``SelectionError`` for participants that the dataset does not have."""
+        present = self.participants()
+        if absent := sorted(set(labels) - set(present)):
+            raise SelectionError(
+                f"{self.root} has no {', '.join(f'sub-{label}' for label in absent)}",
+                f"its {len(present)} participants are {_some(present)}; in a container, is the"
+                " folder bound?",
+            )
+
     def uri(self, path: Path) -> str:
         """The BIDS URI of one of the dataset's files, as derivatives cite it."""
         return f"bids:raw:{path.relative_to(self.root).as_posix()}"
@@ -181,15 +190,8 @@ class Dataset:
         """
         from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
-        present = self.participants()
-        absent = sorted(set(selection.participants) - set(present))
-        if absent:
-            raise SelectionError(
-                f"{self.root} has no {', '.join(f'sub-{label}' for label in absent)}",
-                f"its {len(present)} participants are {_some(present)}; in a container, is the"
-                " folder bound?",
-            )
-        chosen = selection.participants or present
+        self.require(selection.participants)
+        chosen = selection.participants or self.participants()
         # Only what can hold the selected images is walked through: seconds, not minutes.
         labels = "[^/]+" if database else f"({'|'.join(map(re.escape, chosen))})"
         wanted = rf"^/(sub-{labels}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
@@ -201,6 +203,16 @@ class Dataset:
             return BIDSLayout(self.root, database_path=folder, indexer=indexer)
 
         layout = layout_at(None) if database is None else _kept_index(layout_at, database)
+        if not Path(layout.root).samefile(self.root):
+            raise DataError(
+                f"--bids-database-dir {database} is the index of {layout.root}, not of {self.root}",
+                "give each dataset a folder of its own",
+            )
+
+        def here(names: Iterable[str]) -> list[Path]:
+            """An index may know the dataset under another mount."""
+            return sorted(self.root / Path(name).relative_to(layout.root) for name in names)
+
         t1w: dict[str, Any] = {"suffix": "T1w", "extension": [".nii", ".nii.gz"]}
         query = {**(selection.filters or {}), **t1w, "return_type": "filename"}
         if selection.participants:
@@ -208,10 +220,10 @@ class Dataset:
         if selection.sessions:
             query["session"] = list(selection.sessions)
         try:
-            found = sorted(Path(name) for name in layout.get(**query))
+            found = here(layout.get(**query))
         except ValueError as error:
             raise UsageError(f"--bids-filter-file: {error}", "use BIDS entities") from error
-        known = {Path(name) for name in layout.get(**t1w, return_type="filename")}
+        known = set(here(layout.get(**t1w, return_type="filename")))
         seen = [
             path
             for label in chosen
@@ -294,26 +306,34 @@ def labels(words: Sequence[str], prefix: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _kept_index(layout_at: Callable[[Path], "BIDSLayout"], database: Path) -> "BIDSLayout":
-    """The index of pybids in a folder, which gets its name when it is complete.
+INDEX = "layout_index.sqlite"
+"""pybids' name for it."""
 
-    pybids believes whatever it finds there, be it half an index of a run that was killed.
 
-    Raises ``DataError`` for a folder that holds something else, or another dataset's index.
+def _kept_index(layout_at: Callable[[Path | None], "BIDSLayout"], database: Path) -> "BIDSLayout":
+    """The index of pybids in a folder; it appears there when it is complete.
+
+    pybids itself writes as it walks, and believes the half of an index that a killed run leaves.
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
-        if not database.exists():
-            database.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".cadiff-", dir=database.parent) as folder:
-                layout_at(Path(folder) / "index").session.close()
-                # Another process may have been faster: its index is as good.
-                with suppress(FileExistsError, OSError):
-                    (Path(folder) / "index").rename(database)
-        return layout_at(database)
-    except Exception as error:
+        if (database / INDEX).exists():
+            return layout_at(database)
+        database.mkdir(parents=True, exist_ok=True)
+        layout = layout_at(None)
+        with tempfile.TemporaryDirectory(prefix=".cadiff-", dir=database) as folder:
+            layout.save(folder, replace_connection=False)
+            (Path(folder) / INDEX).replace(database / INDEX)
+        return layout
+    except FileExistsError as error:
         raise DataError(
-            f"--bids-database-dir {database} cannot be used ({' '.join(str(error).split())})",
-            "remove the folder, or name another",
+            f"--bids-database-dir {database} is a file", "name a folder for the index"
+        ) from error
+    except SQLAlchemyError as error:
+        raise DataError(
+            f"{database / INDEX} is not an index ({' '.join(str(error).split())[:200]})",
+            "remove this file, or name another folder",
         ) from error
 
 

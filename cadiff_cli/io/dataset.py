@@ -1,6 +1,7 @@
 """The files at the root of a derivative dataset: what it is, whose it is, what its codes mean."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from cadiff_cli.io.bids import LINK_KINDS, Dataset
 from cadiff_cli.io.text import read_json, write_json, write_text, write_tsv
 from cadiff_cli.labels import LabelTable
 
+VERSION = re.compile(r"\.v\d+(\.\d+)*$")
+"""What OpenNeuro adds to a dataset's DOI."""
 BIDS_VERSION = "1.10.0"
 BIDSIGNORE = "*.html\nfigures\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
 CODE_URL = "https://pypi.org/project/cadiff/"
@@ -87,7 +90,7 @@ def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> Non
     """
     found = (read_json(out / "dataset_description.json") or {}).get("DatasetLinks", {}).get("raw")
     here = link or raw.link(out)
-    if not found or found == here:
+    if not found or VERSION.sub("", found) == VERSION.sub("", here):
         return
     named = any(found.startswith(kind) and here.startswith(kind) for kind in LINK_KINDS)
     there = out / found
@@ -96,8 +99,8 @@ def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> Non
     if named or elsewhere:
         raise OutputError(
             f"{out} holds results of another dataset ({found}), not of {raw.root}",
-            "give each dataset an output folder of its own, or say that it is the same with"
-            f" --dataset-links raw={found}",
+            "give each dataset an output folder of its own; if it is the same dataset, say so each"
+            f" time with --dataset-links raw={found}",
         )
 
 

@@ -167,7 +167,7 @@ def replacing(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in _FULL:
             raise DiskError(f"no space left for {path}", "free some and run again") from error
         raise OutputError(
             f"cannot write to {path.parent} ({error.strerror})", "choose a folder you may write to"
@@ -178,7 +178,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in _FULL:
             raise DiskError(
                 f"writing {path.name} failed ({error.strerror})",
                 "free some space (df -h) and run again",
@@ -233,8 +233,7 @@ def _umask() -> int:
     return value
 
 
-FULL = {5, 28, 122}
-"""Error numbers of a disk that takes no more: EIO, ENOSPC, EDQUOT."""
+_FULL = {5, 28, 122}  # EIO, ENOSPC, EDQUOT
 _STALE = [
     "intent_code",
     "intent_p1",

@@ -32,6 +32,8 @@ AIR = 16
 FIELD_STEP = 0.05
 COLOURS = ("#ff6b6b", "#51cf66", "#4dabf7")
 """Of x, y and z."""
+TINT = 0.5
+"""How much of a voxel's colour is the field's."""
 UNCERTAIN = 0.4
 """The uncertainty that is shown in full; borders, between two equal structures, have 0.19."""
 CALM, ALARM = np.array((255.0, 60.0, 0.0)), np.array((255.0, 255.0, 80.0))
@@ -189,7 +191,7 @@ def registration(case: Case, n: int = 2) -> list[Plane]:
 
 
 def coordinates(case: Case, n: int = 2) -> list[Plane]:
-    """Lines of equal coordinate, every twentieth of the template's extents, inside the brain."""
+    """The field as colours, under lines of equal coordinate: every twentieth of its extents."""
     if case.coordinates is None:
         return []
     field = case.coordinates.data
@@ -204,7 +206,17 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
             path = "".join(outline(values, float(level)) for level in levels)
             yield Outline("xyz"[channel], COLOURS[channel], path)
 
-    return _planes(image, case.near, inside, n, drawn)
+    return _planes(image, case.near, inside, n, drawn, tinted(image, field, inside))
+
+
+def tinted(image: np.ndarray, field: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(X, Y, Z, 3) uint8: a grey image, inside the brain under x as red, y green and z blue.
+
+    ``field`` (3, X, Y, Z) holds fractions of the template's extents.
+    """
+    share = np.where(inside, TINT, 0.0)[..., None].astype(np.float32)
+    colour = 255 * np.clip(np.nan_to_num(np.moveaxis(field, 0, -1)), 0, 1)
+    return np.asarray(((1 - share) * image[..., None] + share * colour).astype(np.uint8))
 
 
 def uncertainty(case: Case, n: int = 2) -> list[Plane]:

@@ -55,15 +55,18 @@ def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
         text = f"no page was written ({' '.join(str(error).split())})"
         log.warning(text)
         log.debug("the report failed", exc_info=True)
-        _remove(page_path(out, place.stem))
+        with suppress(OutputError, OSError):
+            _remove(page_path(out, place.stem))
         return text
 
 
 def _remove(path: Path) -> None:
-    """A page of ours that shows other labels than those that are there now goes."""
-    with suppress(OutputError, OSError):
-        claim(path)
-        path.unlink()
+    """A page of ours that shows other labels than those that are there now goes.
+
+    Raises ``OutputError`` for another program's.
+    """
+    claim(path)
+    path.unlink(missing_ok=True)
 
 
 def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:

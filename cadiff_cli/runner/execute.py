@@ -39,16 +39,19 @@ def execute(job: Job) -> Outcome:
     with _ONE_AT_A_TIME:
         try:
             journal = Journal(job.out)
-            ours = journal.knows(job.entities)
             with journal.claim(job.entities, wait=job.wait) as mine:
                 if not mine:
                     return Outcome(job.entities, "busy")
                 if job.is_finished():
                     failed = report_scan(job.out, job.t1) if job.lacks_page() else ""
-                    return Outcome(job.entities, "done", warnings=(failed,) if failed else ())
+                    outcome = Outcome(job.entities, "done", warnings=(failed,) if failed else ())
+                    journal.record(outcome)
+                    return outcome
                 with _logged(job):
                     # A run that was killed left files; anybody else's are not to be lost.
-                    job.place.claim(job.t1, overwrite=job.overwrite or ours)
+                    begun_before = journal.has_begun(job.entities)
+                    job.place.claim(job.t1, overwrite=job.overwrite or begun_before)
+                    journal.begin(job.entities)
                     result = _segment(job)
                     failed = report_scan(job.out, job.t1, wanted=job.report)
                 seconds = round(time.perf_counter() - begun, 1)

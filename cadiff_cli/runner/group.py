@@ -73,21 +73,22 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     for result in results:
         try:
             judged[result.entities] = judgement(result, table)
-            rows.append(row(result) | columns(judged[result.entities]))
+            rows.append(row(result, table) | columns(judged[result.entities]))
             sound.append(result)
-        except (CadiffError, KeyError, TypeError, AttributeError) as error:
-            # One damaged result is not worth the table.
+        except Exception as error:  # whatever is wrong with one result, the others have a table
             judged.pop(result.entities, None)
-            missing[result.entities] = f"its result cannot be read ({error})"
+            said = str(error) if isinstance(error, CadiffError) else repr(error)
+            missing[result.entities] = f"its result cannot be read ({said})"
     if not sound:
         raise DataError(f"no result of {out} is readable", "; ".join(missing.values()))
     ready = {result.entities for result in results}
     for entities in expected:
-        last = journal.read(entities)
         if entities not in ready:
+            last = journal.read(entities)
             missing[entities] = last.message if last and last.message else "not run yet"
-        elif last and last.status == "failed":
-            notes.append(f"{entities} has an earlier result, its last run failed: {last.message}")
+    for result in sound:
+        if why := journal.failed_since(result.entities, result.commit):
+            notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
     results = sound
     recipes = {result.sidecar["Fingerprint"] for result in results}
     if len(recipes) > 1:
@@ -128,8 +129,11 @@ def _lacking(out: Path) -> set[str]:
     return {line.split("\t")[0] for line in lines if line}
 
 
-def row(result: Finished) -> dict[str, Any]:
-    """One scan as column -> value; None where there is none."""
+def row(result: Finished, table: LabelTable) -> dict[str, Any]:
+    """One scan as column -> value; None where there is none.
+
+    Raises ``DataError`` if its volume table lacks a structure.
+    """
     parts = dict(part.split("-", 1) for part in result.entities.split("_"))
     # BIDS tables give these two with their prefix.
     whole = {
@@ -139,6 +143,12 @@ def row(result: Finished) -> dict[str, Any]:
     }
     sidecar = result.sidecar
     rows = read_rows(result)
+    names = {*(s.name for s in table.structures), *AGGREGATES}
+    if lacking := sorted(names - {line.name for line in rows}):
+        raise DataError(
+            f"{result.morph.name} lacks {', '.join(lacking[:3])}",
+            "delete it and run the participant level again",
+        )
     return {
         "scan": result.entities,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},

@@ -1,7 +1,8 @@
 """What is known of each scan of an output folder, on disk, so that any process may die.
 
 ``logs/journal/SCAN.json`` holds the last outcome and ``SCAN.lock`` is locked while a process works
-on it; the kernel unlocks it when that process ends, however it ends.
+on it; the kernel unlocks it when that process ends, however it ends.  ``SCAN.begun`` tells that
+results may have been written.
 """
 
 import errno
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import cadiff_cli
 from cadiff_cli.errors import CadiffError, DiskError
-from cadiff_cli.io.nifti import FULL
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
 
@@ -41,9 +41,20 @@ class Journal:
         except (TypeError, KeyError):  # another version's
             return None
 
-    def knows(self, entities: str) -> bool:
-        """Whether a run has worked on the scan here before: what it left is ours to replace."""
-        return (self.folder / f"{entities}.lock").exists()
+    def begin(self, entities: str) -> None:
+        """From now on files of this scan may be a run's, which the next one may replace."""
+        (self.folder / f"{entities}.begun").touch()
+
+    def has_begun(self, entities: str) -> bool:
+        """Whether a run has ever written results of the scan here."""
+        return (self.folder / f"{entities}.begun").exists()
+
+    def failed_since(self, entities: str, path: Path) -> str:
+        """Why the scan failed after ``path`` was written; empty if it did not."""
+        last, record = self.read(entities), self.folder / f"{entities}.json"
+        if last is None or last.status != "failed":
+            return ""
+        return last.message if record.stat().st_mtime > path.stat().st_mtime else ""
 
     @contextmanager
     def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
@@ -76,12 +87,13 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
     """Record a failed job, with a crash file that holds what is needed to mend it."""
-    if isinstance(error, OSError) and error.errno in FULL:  # a library's, raised as it is
-        error = DiskError(f"writing failed ({error.strerror})", "free some space and run again")
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # A library's, raised as it is.
+        error = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
     message = str(error) if isinstance(error, CadiffError) else f"{type(error).__name__}: {error}"
     path = job.log_dir / f"crash-{job.entities}.txt"
     settings = json.dumps(job.recipe.settings(), indent=2)
-    trace = "".join(traceback.format_exception(error))
     text = f"cadiff {cadiff_cli.__version__}\ninput {job.t1}\nsettings {settings}\n\n{trace}"
     crash_file = ""
     try:

@@ -15,9 +15,13 @@ from cadiff_cli.runner.job import Job
 
 @dataclass(frozen=True)
 class Plan:
-    """``jobs`` to execute; ``done`` names complete results that stay; ``notes`` for the user."""
+    """``jobs`` to execute; ``pages`` are jobs that only lack their page; ``notes`` for the user.
+
+    ``done`` names complete results that stay.
+    """
 
     jobs: tuple[Job, ...]
+    pages: tuple[Job, ...]
     done: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -50,9 +54,11 @@ def make_plan(
     for result in finished(like.out):
         if result.entities not in selected and not like.overwrite:
             like.refuse(result.entities, like.recipe.differs(result.sidecar))
-    done = {job.entities for job in jobs if job.is_finished() and not job.lacks_page()}
+    done = {job.entities for job in jobs if job.is_finished()}
     todo = tuple(job for job in jobs if job.entities not in done)
-    return Plan(todo, tuple(sorted(done)), tuple(notes))
+    pages = tuple(job for job in jobs if job.entities in done and job.lacks_page())
+    done -= {job.entities for job in pages}
+    return Plan(todo, pages, tuple(sorted(done)), tuple(notes))
 
 
 def scan_names(dataset: Dataset, selection: Selection, database: Path | None = None) -> list[str]:

@@ -9,6 +9,7 @@ from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.segment import autocast
 
 
@@ -83,7 +84,8 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
     Raises ``DataError`` where no brain is found.
     """
     distance = brain_distance(t1, model)
-    deep_litres = np.count_nonzero(distance.data > DEEP_MM) * distance.grid.voxel_volume_mm3 / 1e6
+    deep = tidy(distance.data > 0) & (distance.data > DEEP_MM)
+    deep_litres = np.count_nonzero(deep) * distance.grid.voxel_volume_mm3 / 1e6
     if deep_litres < LEAST_DEEP_LITRES:
         raise DataError(
             f"no brain found: {deep_litres:.2f} l of the image lie deep inside one,"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import ndimage
 
 from cadiff_cli.config import Config, RegisterConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
@@ -17,7 +16,7 @@ from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
-from cadiff_cli.stages.judge import judge
+from cadiff_cli.stages.masks import judge_mask, tidy
 
 if TYPE_CHECKING:
     from cadiff_cli.io.weights import BrainModel
@@ -28,6 +27,10 @@ METHODS = ("auto", "net", "template", "none")
 STRIPPED_LITRES = (0.4, 2.3)
 """Non-background volume of a scan that is already stripped; a head holds more than this."""
 LEAST_SPREAD = 0.12
+"""Standard deviation of a stripped brain's intensities, as a share of their mean."""
+SPECK = 0.01
+"""Pieces of a given mask, or of a stripped scan, that are smaller than this share of its largest
+are noise: they would widen the box that is segmented."""
 PLAUSIBLE_LITRES = (0.7, 2.2)
 """Brain masks outside this range (children to large adults) are reported as suspicious."""
 
@@ -68,12 +71,11 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         else:
             mask, said = _from_template(t1, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
-    quality = judge(mask)
+    quality = judge_mask(mask)
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
-    # What people drew or cut out is theirs: only what was found here is reduced to one piece.
-    found_here = method in ("net", "template")
-    mask = Volume(tidy(mask.data) if found_here else filled(mask.data), working)
+    # What people drew or cut out is theirs, but for specks; what was found here is one piece.
+    mask = Volume(tidy(mask.data, 1.0 if method in ("net", "template") else SPECK), working)
     litres = np.count_nonzero(mask.data) * working.voxel_volume_mm3 / 1e6
     if litres == 0:
         raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
@@ -127,7 +129,7 @@ def _has_tissues(t1: Volume) -> None:
         raise DataError(
             f"no brain found: what is not background is all alike (spread {spread:.2f} of its"
             f" mean, at least {LEAST_SPREAD} in a brain)",
-            "is this a T1-weighted brain? To segment it all the same give --mask FILE",
+            "is this a T1-weighted brain? --skull-strip net looks for one all the same",
         )
 
 
@@ -197,16 +199,3 @@ def _from_template(
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
     mask = Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)
     return mask, registered.warnings
-
-
-def tidy(mask: np.ndarray) -> np.ndarray:
-    """The largest component, with its holes filled."""
-    parts, n = ndimage.label(mask)
-    if n > 1:
-        mask = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    return filled(mask)
-
-
-def filled(mask: np.ndarray) -> np.ndarray:
-    """All components, with their holes filled: ventricles are brain."""
-    return np.asarray(ndimage.binary_fill_holes(mask))

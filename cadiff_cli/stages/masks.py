@@ -1,5 +1,6 @@
-"""What can be judged of a brain mask without knowing the truth."""
+"""Brain masks: tidied, and judged without knowing the truth."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +9,15 @@ from scipy import ndimage
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
 
+log = logging.getLogger(__name__)
+
 SPACING_MM = 2.0
 LEAST_SHARE = 0.9
 LEAST_SYMMETRY = 0.85
-MOST_AT_EDGE = 0.02
+"""It was at least 0.92 in 26 stripped scans and 48 masks of heads (by hand, and of DLMUSE)."""
+MOST_AT_EDGE = 0.03
+"""A brain of 6 dm2 that is cut 5 mm below its top loses 4 % of its border there; one in a box that
+just holds it touches each face with 2 %."""
 TILT_DEG = 45.0
 """How far a head may be turned out of the axes that its header names."""
 
@@ -21,8 +27,8 @@ class MaskQuality:
     """How a mask looks, whatever made it.
 
     ``largest_share`` is the share of its largest component; ``symmetry`` is the Dice of that
-    component and its mirror image, left for right; ``at_edge`` is the share of its border that is
-    the end of the field of view.
+    component and its mirror image, left for right; ``at_edge`` is the share of its border that lies
+    in the face of the field of view that cuts it most.
     """
 
     largest_share: float
@@ -44,7 +50,19 @@ class MaskQuality:
         return tuple(said)
 
 
-def judge(mask: Volume) -> MaskQuality:
+def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
+    """Components of at least this share of the largest, holes filled: ventricles are brain."""
+    parts, n = ndimage.label(mask)
+    if n > 1:
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        keep = sizes >= least * sizes.max()
+        log.info("%d of %d pieces of the brain mask are kept", np.count_nonzero(keep[1:]), n)
+        mask = keep[parts] & (parts > 0)
+    return np.asarray(ndimage.binary_fill_holes(mask))
+
+
+def judge_mask(mask: Volume) -> MaskQuality:
     """Judge a bool mask on any grid; it is looked at in RAS axes at 2 mm."""
     grid = mask.grid.working(SPACING_MM, tolerance=0.0)
     inside = resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5
@@ -55,7 +73,7 @@ def judge(mask: Volume) -> MaskQuality:
     largest = parts == 1 + np.argmax(sizes)
     border = np.count_nonzero(largest & ~ndimage.binary_erosion(largest, border_value=1))
     faces = [np.take(largest, index, axis=axis) for axis in range(3) for index in (0, -1)]
-    edge = int(np.concatenate([face.ravel() for face in faces]).sum())
+    edge = max(int(face.sum()) for face in faces)
     return MaskQuality(
         round(float(sizes.max() / sizes.sum()), 4),
         round(_symmetry(largest), 4),

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.judge import judge
+from cadiff_cli.stages.masks import judge_mask
 
 SIZE = 96
 
@@ -21,7 +21,7 @@ def body(*parts, spacing=2.0):
 
 
 def judged(inside, spacing=2.0):
-    return judge(Volume(inside, Grid(inside.shape, np.diag([spacing] * 3 + [1.0]))))
+    return judge_mask(Volume(inside, Grid(inside.shape, np.diag([spacing] * 3 + [1.0]))))
 
 
 BRAIN = body(((0, 0, 0), (66, 84, 60)), ((0, -40, -40), (48, 30, 28)))
@@ -65,10 +65,16 @@ def test_a_cut_is_said():
     assert "field of view" in " ".join(judged(BRAIN[:, :, 40:]).warnings)
 
 
+def test_a_box_that_just_holds_the_brain_does_not_cut_it():
+    low, high = (f(np.argwhere(BRAIN), axis=0) for f in (np.min, np.max))
+    box = BRAIN[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
+    assert not judged(box).warnings
+
+
 def test_orientation_and_spacing_do_not_matter():
     wanted = judged(BRAIN)
     flipped = Grid(BRAIN.shape, np.diag([-2.0, -2.0, 2.0, 1.0]))
-    seen = judge(Volume(BRAIN[::-1, ::-1], flipped))
+    seen = judge_mask(Volume(BRAIN[::-1, ::-1], flipped))
     assert seen.symmetry == pytest.approx(wanted.symmetry, abs=0.01)
     fine = np.repeat(np.repeat(np.repeat(BRAIN, 2, 0), 2, 1), 2, 2)
     assert judged(fine, 1.0).symmetry == pytest.approx(wanted.symmetry, abs=0.02)
