@@ -75,7 +75,7 @@ BOX_MARGIN_MM = 9.0
 """What the first network puts farther outside the brain than this is not looked at again."""
 DEEP_MM = 6.0
 LEAST_DEEP_LITRES = 0.3
-"""A brain of half a litre has as much this deep inside; what is seen in noise (0.16 l) has not."""
+"""A brain of half a litre has as much this deep inside; what is seen in noise (0.09 l) has not."""
 
 
 def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
