@@ -82,7 +82,8 @@ def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
     out = tmp_path / "out"
     done = CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
     anat = out / "sub-01" / "anat"
-    assert done.output.strip() == str(anat / "sub-01_desc-brain_mask.nii.gz")
+    assert done.stdout.strip() == str(anat / "sub-01_desc-brain_mask.nii.gz")
+    assert "by the network" in done.stderr
     mask, image = (nib.load(anat / f"sub-01_desc-brain_{kind}.nii.gz") for kind in ("mask", "T1w"))
     for written in (mask, image):
         assert written.shape == t1.grid.shape
