@@ -89,8 +89,7 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     for result in sound:
         if why := journal.failed_since(result.entities, result.commit):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
-    results = sound
-    recipes = {result.sidecar["Fingerprint"] for result in results}
+    recipes = {result.sidecar["Fingerprint"] for result in sound}
     if len(recipes) > 1:
         notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
     far = outliers(judged)
