@@ -58,7 +58,7 @@ def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
         sizes[0] = 0
         keep = sizes >= least * sizes.max()
         log.info("%d of %d pieces of the brain mask are kept", np.count_nonzero(keep[1:]), n)
-        mask = keep[parts] & (parts > 0)
+        mask = keep[parts]
     return np.asarray(ndimage.binary_fill_holes(mask))
 
 
