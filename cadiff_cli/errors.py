@@ -20,6 +20,12 @@ class CadiffError(Exception):
         return f"{self.message}. {self.remedy}" if self.remedy else self.message
 
 
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, for a table or a log: our own words, or an unforeseen error's type too."""
+    said = str(error) if isinstance(error, CadiffError) else f"{type(error).__name__}: {error}"
+    return " ".join(said.split())
+
+
 class UsageError(CadiffError):
     """The request makes no sense (a wrong option, an unknown name)."""
 

@@ -22,7 +22,7 @@ from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import MARGIN_VOXELS, dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import mapped_box, resample
 from cadiff_cli.stages.register import rigid
 
 OURS = "_seg-cadiff_dseg."
@@ -180,9 +180,8 @@ def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
             continue
         mask = np.pad(labels.data[box] == k, MARGIN_VOXELS)
         source = here.crop(tuple(s.start - MARGIN_VOXELS for s in box), mask.shape)
-        window = _window(source, grid)
-        if not classes[window].size:
-            continue
+        whole = tuple(slice(0, n) for n in mask.shape)
+        window = mapped_box(whole, grid.voxel_map(source), grid.shape)
         part = grid.crop(tuple(s.start for s in window), classes[window].shape)
         share = resample(Volume(mask.astype(np.float32), source), part).data
         wins = share > largest[window]
@@ -386,16 +385,6 @@ def _same_grid(a: Grid, b: Grid) -> bool:
 
 def _described(grid: Grid) -> str:
     return f"{grid!r} with affine {np.round(grid.affine[:3], 4).tolist()}"
-
-
-def _window(part: Grid, grid: Grid) -> tuple[slice, ...]:
-    """The voxels of ``grid`` between the corners of ``part``."""
-    ends = _moved(_corners(part.shape), grid.voxel_map(part))
-    low, high = (
-        np.clip(edge, 0, grid.shape).astype(int).tolist()
-        for edge in (np.floor(ends.min(axis=0)), np.ceil(ends.max(axis=0)) + 1)
-    )
-    return tuple(map(slice, low, high))
 
 
 def _corners(shape: Sequence[int]) -> np.ndarray:

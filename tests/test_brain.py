@@ -30,6 +30,7 @@ from cadiff_cli.training.heads import (
     load_head,
     paint,
     save_head,
+    shrink,
     signed_distance,
 )
 from cadiff_cli.training.mask import held_out_dice, prepare_heads, train_mask
@@ -191,6 +192,41 @@ def test_a_face_may_go_but_not_the_brain(drawn_head):
         whole = draw_head(drawn_head, plain, seeded(index))
         inside = whole.distance > 0
         assert torch.equal(defaced.image[inside], whole.image[inside])
+
+
+def sphere(radius_mm, size=48, spacing=2.0):
+    """Where a patch's voxels are read (3, N, N, N), and their distance to a sphere's surface."""
+    index = torch.from_numpy(np.indices((size,) * 3)).float()
+    radius = spacing * (index - (size - 1) / 2).norm(dim=0)
+    return index, (radius_mm - radius).clamp(-FAR_MM, FAR_MM)
+
+
+def test_a_brain_may_shrink_and_fluid_fills_the_gap():
+    points, distance = sphere(36)
+    for index in range(6):
+        moved, new, rim = shrink(points, distance, 6.0, seeded(index))
+        lost = distance - new
+        assert lost.min() >= 0
+        assert lost.max() <= 6.0
+        assert torch.equal(new[distance >= FAR_MM], distance[distance >= FAR_MM])
+        assert rim.min() >= 0
+        assert rim.max() <= 1
+        # The gap holds what the brain has lost, in voxels, to the width of the border's blur.
+        before, after = ((0.5 + d / 2).clamp(0, 1).sum() for d in (distance, new))
+        assert float(rim.sum()) == pytest.approx(float(before - after), rel=1e-3)
+        assert not rim[distance < -2].any()
+        # What lies at the new border lay at the old one: tissue moves, it is not cut off.
+        at_border = new.abs() < 0.7
+        came_from = 2 * (moved - (points.shape[-1] - 1) / 2).norm(dim=0)[at_border]
+        assert (came_from - 36).abs().max() < 2.0
+
+
+def test_a_brain_that_shrinks_by_nothing_stays():
+    points, distance = sphere(30)
+    moved, new, rim = shrink(points, distance, 0.0, seeded(1))
+    torch.testing.assert_close(moved, points, atol=1e-3, rtol=0)
+    assert torch.equal(new, distance)
+    assert not rim.any()
 
 
 def test_where_there_is_no_head_there_is_no_brain():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import bounding_box, mapped_box, resample, resample_in
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
@@ -42,3 +42,38 @@ def test_outside_is_filled():
     volume = Volume(np.ones((8, 8, 8)), Grid((8, 8, 8), np.eye(4)))
     far = resample(volume, volume.grid.crop((100, 0, 0), (4, 4, 4)), fill=7.0)
     assert (far.data == 7).all()
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_a_box_holds_what_the_whole_image_would(grid_of, orientation, order):
+    """Nothing is lost by looking only at a part, of the source as of the result."""
+    rng = np.random.default_rng(1)
+    here, there = grid_of("oblique", 2.0), grid_of(orientation, (1.5, 2.0, 2.2))
+    volume = Volume(rng.standard_normal(here.shape).astype(np.float32), here)
+    whole = resample(volume, there, order, fill=-3).data
+    box = tuple(slice(n // 3, n // 3 + 6) for n in there.shape)
+    part = resample_in(box, volume, there, order, fill=-3).data
+    np.testing.assert_allclose(part[box], whole[box], atol=1e-4)
+    outside = np.ones(there.shape, dtype=bool)
+    outside[box] = False
+    assert (part[outside] == -3).all()
+
+
+def test_a_mapped_box_holds_the_images_of_its_voxels(grid_of, orientation):
+    here, there = grid_of("oblique", 2.0), grid_of(orientation, 3.0)
+    mask = np.zeros(here.shape, dtype=bool)
+    mask[3:9, 4:6, 5:11] = True
+    box = bounding_box(mask)
+    assert box == (slice(3, 9), slice(4, 6), slice(5, 11))
+    found = mapped_box(box, there.voxel_map(here), there.shape)
+    to_there = there.voxel_map(here)
+    images = np.argwhere(mask) @ to_there[:3, :3].T + to_there[:3, 3]
+    for axis, side in enumerate(found):
+        inside = np.clip(images[:, axis], 0, there.shape[axis] - 1)
+        assert side.start <= inside.min()
+        assert inside.max() <= side.stop - 1
+        assert side.stop - side.start <= np.ptp(inside) + 3
+
+
+def test_an_empty_mask_has_an_empty_box():
+    assert bounding_box(np.zeros((4, 4, 4), dtype=bool)) == (slice(0, 0),) * 3

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import cadiff_cli
 from cadiff_cli.config import Config
-from cadiff_cli.errors import DiskError, UsageError
+from cadiff_cli.errors import DiskError, UsageError, in_a_line
 from cadiff_cli.io.bids import Dataset, Selection
 from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.derivatives import make_recipe
@@ -125,7 +125,7 @@ def group_page(out: Path, group: Group, console: Console) -> None:
     try:
         write_group_page(out, group.rows, group.judged, group.missing, load_table())
     except Exception as error:
-        warn(console, f"no group page was written ({error})")
+        warn(console, f"no group page was written ({in_a_line(error)})")
 
 
 def make_console(verbosity: int) -> Console:

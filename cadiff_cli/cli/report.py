@@ -22,7 +22,7 @@ def command(out: Path, scans: Path | None) -> int:
 
 def rebuild(out: Path, scans: Path | None = None) -> int:
     """Every page of an output folder; returns the exit code."""
-    from cadiff_cli.errors import CadiffError, MissingInputError
+    from cadiff_cli.errors import MissingInputError, in_a_line
     from cadiff_cli.io.derivatives import finished
     from cadiff_cli.labels import load_table
     from cadiff_cli.report.group import write_group_page
@@ -37,8 +37,7 @@ def rebuild(out: Path, scans: Path | None = None) -> int:
         try:
             click.echo(write_page(out, result, scans))
         except Exception as error:  # whatever is wrong with one result, the others have pages
-            said = str(error) if isinstance(error, CadiffError) else repr(error)
-            click.echo(f"cadiff: WARNING: {result.entities}: {said}", err=True)
+            click.echo(f"cadiff: WARNING: {result.entities}: {in_a_line(error)}", err=True)
             code = 1
     known = known_scans(out)
     if len(known) > 1:

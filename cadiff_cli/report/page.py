@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import cadiff_cli
-from cadiff_cli.errors import OutputError
+from cadiff_cli.errors import OutputError, in_a_line
 from cadiff_cli.io.derivatives import (
     AGGREGATES,
     Derivatives,
@@ -52,7 +52,7 @@ def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
             _remove(page_path(out, place.stem))
         return ""
     except Exception as error:
-        text = f"no page was written ({' '.join(str(error).split())})"
+        text = f"no page was written ({in_a_line(error)})"
         log.warning(text)
         log.debug("the report failed", exc_info=True)
         with suppress(OutputError, OSError):

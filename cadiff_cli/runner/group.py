@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import CadiffError, DataError, MissingInputError
+from cadiff_cli.errors import DataError, MissingInputError, in_a_line
 from cadiff_cli.io.derivatives import AGGREGATES, Finished, finished
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.labels import LabelTable
@@ -77,8 +77,7 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
             sound.append(result)
         except Exception as error:  # whatever is wrong with one result, the others have a table
             judged.pop(result.entities, None)
-            said = str(error) if isinstance(error, CadiffError) else repr(error)
-            missing[result.entities] = f"its result cannot be read ({said})"
+            missing[result.entities] = f"its result cannot be read ({in_a_line(error)})"
     if not sound:
         raise DataError(f"no result of {out} is readable", "; ".join(missing.values()))
     ready = {result.entities for result in results}

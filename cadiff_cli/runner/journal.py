@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cadiff_cli
-from cadiff_cli.errors import CadiffError, DiskError
+from cadiff_cli.errors import CadiffError, DiskError, in_a_line
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
 
@@ -91,7 +91,6 @@ def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         # A library's, raised as it is.
         error = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
-    message = str(error) if isinstance(error, CadiffError) else f"{type(error).__name__}: {error}"
     path = job.log_dir / f"crash-{job.entities}.txt"
     settings = json.dumps(job.recipe.settings(), indent=2)
     text = f"cadiff {cadiff_cli.__version__}\ninput {job.t1}\nsettings {settings}\n\n{trace}"
@@ -105,7 +104,7 @@ def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
         job.entities,
         "failed",
         round(seconds, 1),
-        " ".join(message.split()),
+        in_a_line(error),
         error.exit_code if isinstance(error, CadiffError) else 1,
         crash_file,
     )

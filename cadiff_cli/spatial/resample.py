@@ -12,6 +12,10 @@ def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
     return bool(whole and abs(abs(np.linalg.det(to_source[:3, :3])) - 1) < atol)
 
 
+REACH = {0: 1, 1: 1, 3: 12}
+"""Voxels beyond a point that its interpolated value depends on, by spline order (3: to 1e-6)."""
+
+
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:
     """``volume`` on ``grid``: spline interpolation of ``order``; ``fill`` outside.
 
@@ -35,13 +39,50 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
             # A Gaussian whose full width at half maximum joins the two voxel sizes.
             sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2.355
             data = ndimage.gaussian_filter(data, sigma)
+    # A cubic spline is fitted to a whole axis at a time: not to what no voxel is made of.
+    whole = tuple(slice(0, n) for n in grid.shape)
+    part = mapped_box(whole, to_source, data.shape, REACH[order])
     moved = ndimage.affine_transform(
-        data,
+        data[part],
         to_source[:3, :3],
-        to_source[:3, 3],
+        to_source[:3, 3] - [s.start for s in part],
         output_shape=grid.shape,
         order=order,
         mode="grid-constant",
         cval=fill,
     )
     return Volume(moved, grid)
+
+
+def resample_in(
+    box: tuple[slice, ...], volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0
+) -> Volume:
+    """``resample`` within a box of ``grid``'s voxels; ``fill`` in the rest, which costs nothing."""
+    start = tuple(s.start for s in box)
+    part = grid.crop(start, tuple(s.stop - s.start for s in box))
+    inside = resample(volume, part, order, fill).data
+    out = np.full(grid.shape, fill, dtype=inside.dtype)
+    out[box] = inside
+    return Volume(out, grid)
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds all of a bool array; empty along each axis if nothing is set."""
+    found = ndimage.find_objects(mask.astype(np.uint8))
+    return tuple(found[0]) if found else (slice(0, 0),) * mask.ndim
+
+
+def mapped_box(
+    box: tuple[slice, ...], matrix: np.ndarray, shape: tuple[int, ...], margin: int = 0
+) -> tuple[slice, ...]:
+    """Where a box of voxels lies in a lattice of ``shape``, given the voxel map (4, 4) to it.
+
+    It is at least one voxel wide, at the nearest face if all lies outside.
+    """
+    ends = np.array([(s.start, s.stop - 1) for s in box], dtype=float)
+    corners = np.array(np.meshgrid(*ends)).reshape(3, -1)
+    seen = matrix[:3, :3] @ corners + matrix[:3, 3:]
+    size = np.array(shape)
+    start = np.clip(np.floor(seen.min(axis=1)).astype(int) - margin, 0, size - 1)
+    stop = np.clip(np.ceil(seen.max(axis=1)).astype(int) + margin + 1, start + 1, size)
+    return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))

@@ -8,7 +8,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import bounding_box, mapped_box, resample, resample_in
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.segment import autocast
 
@@ -92,5 +92,8 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
             f" at least {LEAST_DEEP_LITRES} l should",
             "is this a T1-weighted head? Check the header's voxel sizes, or give --mask FILE",
         )
-    fine = resample(distance, working, fill=-REACH_MM)
+    # Linear interpolation reaches one voxel beyond what lies inside.
+    near = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))
+    box = mapped_box(near, working.voxel_map(distance.grid), working.shape)
+    fine = resample_in(box, distance, working, fill=-REACH_MM)
     return Volume(fine.data > 0, working)

@@ -7,7 +7,7 @@ import numpy as np
 from cadiff_cli.errors import DataError
 from cadiff_cli.products import Conditions, Registered, Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import bounding_box, resample
 from cadiff_cli.stages.field import mean_field
 
 MARGIN_VOXELS = 6
@@ -33,15 +33,11 @@ def brain_crop(mask: Volume) -> Grid:
     """The box around ``mask`` with a margin, grown to multiples of 16 (it may leave the image)."""
     if not mask.data.any():
         raise DataError("the brain mask is empty", "check the input, or give a mask with --mask")
-    low, high = [], []
-    for axis in range(3):
-        rest = tuple(a for a in range(3) if a != axis)
-        (inside,) = np.nonzero(mask.data.any(axis=rest))
-        low.append(int(inside[0]) - MARGIN_VOXELS)
-        high.append(int(inside[-1]) + 1 + MARGIN_VOXELS)
-    size = np.subtract(high, low)
+    box = bounding_box(mask.data)
+    low = np.array([s.start - MARGIN_VOXELS for s in box])
+    size = np.array([s.stop + MARGIN_VOXELS for s in box]) - low
     shape = -(-size // MULTIPLE) * MULTIPLE
-    start = np.array(low) - (shape - size) // 2
+    start = low - (shape - size) // 2
     return mask.grid.crop(tuple(start), tuple(shape))
 
 

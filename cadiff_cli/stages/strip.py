@@ -1,7 +1,7 @@
 """Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import bounding_box, resample, resample_in
 from cadiff_cli.stages.masks import judge_mask, tidy
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
-    t1 = resample(scan.t1, working, order=3)
-    t1 = Volume(np.clip(t1.data, scan.t1.data.min(), scan.t1.data.max()), working)
     method, warnings = config.strip.method, list[str]()
     if config.strip.mask is not None:
         method, mask = "mask file", _given(config.strip.mask, scan, working)
@@ -69,7 +67,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
 
             mask = brain_mask(scan.t1, working, _brain_model())
         else:
-            mask, said = _from_template(t1, template, config.register, work_dir)
+            head = _image(scan.t1, working, (slice(0, n) for n in working.shape))
+            mask, said = _from_template(head, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
     quality = judge_mask(mask)
     log.info("brain mask (%s): %s", method, quality)
@@ -86,9 +85,16 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         )
     for text in warnings:
         log.warning(text)
+    t1 = _image(scan.t1, working, bounding_box(mask.data))
     background = _background(scan.t1.data)
     brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
     return Stripped(Volume(brain, working), mask, method, tuple(warnings), asdict(quality))
+
+
+def _image(t1: Volume, working: Grid, box: Iterable[slice]) -> Volume:
+    """Cubic values of ``t1`` within a box of the working grid, none beyond the scan's own range."""
+    moved = resample_in(tuple(box), t1, working, order=3)
+    return Volume(np.clip(moved.data, t1.data.min(), t1.data.max()), working)
 
 
 def strip_template(templates: Sequence[Template]) -> Template:

@@ -25,7 +25,7 @@ from cadiff_cli.io.nifti import replacing
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import bounding_box, resample
 from cadiff_cli.stages.brain import normalise
 from cadiff_cli.training.augment import nearest, read, rotation, smooth_noise, thicken
 from cadiff_cli.training.loop import Schedule
@@ -74,8 +74,9 @@ class HeadConfig(Schedule):
     a patch's centre may lie from the brain's.  ``tilted`` is the share of heads that lie in any
     way, up to ``rotation_deg``; the others lie as a technician lays them, up to a quarter of that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
-    whose face is removed.  In the first ``coarse_steps`` only the network that locates the brain
-    learns.
+    whose face is removed; ``shrunken`` that of brains which are up to ``shrink_mm`` smaller than
+    their skulls, with CSF between.  In the first ``coarse_steps`` only the network that locates the
+    brain learns.
     """
 
     coarse_steps: int = 700
@@ -88,6 +89,8 @@ class HeadConfig(Schedule):
     real: float = 0.6
     cut: float = 0.2
     deface: float = 0.2
+    shrunken: float = 0.25
+    shrink_mm: float = 7.0
     empty: float = 0.08
     slice_mm: float = 8.0
 
@@ -124,7 +127,7 @@ def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
     if not mask.any():
         raise DataError("the brain mask is empty", "remove this scan, or repair its labels")
     margins = np.broadcast_to(margin, 3)
-    found = ndimage.find_objects(mask.astype(np.uint8))[0]
+    found = bounding_box(mask)
     return tuple(
         slice(max(0, s.start - int(m)), s.stop + int(m))
         for s, m in zip(found, margins, strict=True)
@@ -214,6 +217,9 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
 
     stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
     distance = (read(stored, points, shape)[0] - FAR_MM) / zoom
+    rim = torch.zeros_like(distance)
+    if chance(config.shrunken):
+        points, distance, rim = shrink(points, distance, config.shrink_mm, generator)
     if head.image is not None:
         image = read(torch.from_numpy(head.image)[None].float() / 255, points, shape)[0]
     else:
@@ -221,12 +227,45 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         flat, outside = nearest(points, shape)
         labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
         image = paint(labels.masked_fill(outside, 0), generator)
+    if rim.any():
+        # Dark in a real scan, as its own ventricles are; of any brightness in a drawn one.
+        share = 0.1 * float(uniform(0, 1, 1)) if head.image is not None else uniform(0, 1, 1).item()
+        fluid = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
+        speckle = 0.03 * torch.randn(image.shape, generator=generator)
+        image = image + rim * (fluid + speckle - image)
     image = _artefacts(image, config, generator)
     if chance(config.deface):
         image = _deface(image, distance, generator)
     if chance(config.cut):
         image, distance = _cut(image, distance, generator)
     return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
+
+
+def shrink(
+    points: Tensor, distance: Tensor, widest_mm: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a brain in from its border by 0 to ``widest_mm`` mm, here more and there less (atrophy).
+
+    ``points`` (3, N, N, N) are where the patch's voxels are read, ``distance`` (N, N, N) mm is that
+    to the border.  Returns both as they are after it, and the share (0 to 1) of each voxel that
+    lies in the gap between the old border and the new one.  What is near the border moves by the
+    whole width, what is deep inside not at all.
+    """
+    n = distance.shape[-1]
+    wave = smooth_noise(1.0, 20.0, n, n, generator)[0]
+    wave = (1.5 * wave / wave.std().clamp(min=1e-6)).sigmoid()
+    width = widest_mm * torch.rand(1, generator=generator) * wave
+    outwards = -torch.stack(torch.gradient(F.avg_pool3d(distance[None], 3, 1, 1)[0]))
+    outwards = outwards / outwards.norm(dim=0).clamp(min=1e-3)
+    move = width * ((FAR_MM - distance) / (FAR_MM - width)).clamp(0, 1)
+    move = torch.where(distance < 0, 0, move)
+    axis = torch.arange(n, dtype=torch.float32)
+    index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    shape = torch.tensor(distance.shape)
+    points = read(points, index + move / SPACING_MM * outwards, shape, padding="border")
+    new = torch.where(distance < 0, distance - width, distance - move)
+    old_share, share = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (distance, new))
+    return points, new, old_share - share
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
