@@ -12,6 +12,7 @@ from functools import cached_property
 from importlib.resources import files
 
 import numpy as np
+from scipy import ndimage
 
 from cadiff_cli.errors import DataError, UsageError
 
@@ -62,15 +63,29 @@ class LabelTable:
         return tuple(k for k, s in enumerate(self.structures, start=1) if name == "all" or s.malc27)
 
     def encode(self, codes: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
-        """Turn a foreign label map into classes (uint8); ids absent from ``mapping`` become 0."""
+        """Turn a foreign label map (X, Y, Z) into classes (uint8); ids not in ``mapping`` become 0.
+
+        A negative class stands for itself or its mirror image, whichever is nearer: the callosum of
+        FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
+        """
         top = int(codes.max(initial=0))
         if codes.min(initial=0) < 0:
             raise DataError(f"label map holds {int(codes.min())}", "labels must not be negative")
-        lut = np.zeros(top + 1, dtype=np.uint8)
+        lut = np.zeros(top + 1, dtype=np.int16)
         for source, target in mapping.items():
             if source <= top:
                 lut[source] = target
-        return np.asarray(lut[np.rint(codes).astype(np.int64)])
+        classes = lut[np.rint(codes).astype(np.int64)]
+        for either in sorted({k for k in mapping.values() if k < 0}):
+            unsided = classes == either
+            sided = np.isin(classes, (-either, self.mirror_classes[-either]))
+            classes[unsided] = -either
+            if unsided.any() and sided.any():
+                nearest = ndimage.distance_transform_edt(
+                    ~sided, return_distances=False, return_indices=True
+                )
+                classes[unsided] = classes[tuple(axis[unsided] for axis in nearest)]
+        return np.asarray(classes.astype(np.uint8))
 
     def neuromorphometrics_mapping(self) -> dict[int, int]:
         """Neuromorphometrics id -> class.  Cortical parcels (>= 100): odd left, even right."""
@@ -80,6 +95,16 @@ class LabelTable:
             for k, s in enumerate(self.structures, start=1)
             for source in parcels.get(s.neuromorphometrics, [s.neuromorphometrics])
         }
+
+    def dlmuse_mapping(self) -> dict[int, int]:
+        """DLMUSE (MUSE) id -> class: Neuromorphometrics', but for CSF and parcelled white matter.
+
+        Lobes and capsules are odd on the right and even on the left; the callosum has no sides.
+        """
+        mapping = self.neuromorphometrics_mapping()
+        right, left = mapping[44], mapping[45]
+        lobes = {muse: right if muse % 2 else left for muse in range(81, 95)}
+        return {**mapping, **lobes, 1: 0, 95: -left}
 
     def identity_mapping(self) -> dict[int, int]:
         """Code (as this package writes it) -> class."""

@@ -206,6 +206,17 @@ def test_normalised_intensities_do_not_depend_on_units():
     np.testing.assert_allclose(normalise(image * 1000 - 7, mask), scaled, atol=1e-6)
 
 
+def test_bright_and_dark_bits_at_the_border_change_no_contrast():
+    """A mask with some fat and dura in it, and a neat one: the brain looks the same."""
+    rng = np.random.default_rng(0)
+    ijk = np.indices((48,) * 3) - 23.5
+    radius = np.linalg.norm(ijk, axis=0)
+    mask, image = radius < 22, rng.uniform(50, 60, (48,) * 3)
+    dirty = np.where(radius > 19, rng.choice([0.0, 200.0], (48,) * 3), image)
+    inside = radius < 18
+    np.testing.assert_allclose(normalise(dirty, mask)[inside], normalise(image, mask)[inside])
+
+
 def test_template_position_does_not_matter(toy_template, identity, grid_of):
     """Field values are relative to the AC: moving template and grid together changes nothing."""
     here = coordinate_field(identity(toy_template(spacing=8.0)), grid_of("RAS", 8.0))

@@ -88,3 +88,26 @@ def test_encoding_drops_what_it_does_not_know(table):
     np.testing.assert_array_equal(table.encode(codes, mapping), [0, 5, 0, 0, 40])
     with pytest.raises(DataError, match="-3"):
         table.encode(np.array([-3, 1]), mapping)
+
+
+def test_a_callosum_without_sides_is_shared_out(table):
+    """Each voxel goes to the side whose labelled white matter is nearer."""
+    ids = np.zeros((9, 3, 3), dtype=np.int16)
+    ids[0:2], ids[7:9], ids[3:6] = 44, 45, 95
+    classes = table.encode(ids, table.dlmuse_mapping())
+    found = [names(table, [k])[0] for k in classes[[0, 3, 5, 8], 1, 1]]
+    assert found == ["Right-Cerebral-White-Matter"] * 2 + ["Left-Cerebral-White-Matter"] * 2
+    assert not classes[[2, 6]].any()
+    # With no neighbour that has a side it is all on one, but not lost.
+    assert set(np.unique(table.encode(np.full((2, 2, 2), 95), table.dlmuse_mapping()))) == {
+        table.dlmuse_mapping()[45]
+    }
+
+
+def test_dlmuse_is_neuromorphometrics_with_parcelled_white_matter(table):
+    mapping, manual = table.dlmuse_mapping(), table.neuromorphometrics_mapping()
+    assert {k: mapping[k] for k in manual} == manual
+    right, left = manual[44], manual[45]
+    assert {mapping[k] for k in range(81, 95, 2)} == {right}
+    assert {mapping[k] for k in range(82, 95, 2)} == {left}
+    assert mapping[1] == 0  # sulcal CSF is no structure

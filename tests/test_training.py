@@ -428,6 +428,49 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
             train(people, tmp_path, config, hold_out=hold_out)
 
 
+def test_scans_worth_less_are_trained_on_but_do_not_vote(toy_sample, table, tmp_path, tiny_config):
+    flat = replace(toy_sample, subject="flat", classes=np.minimum(toy_sample.classes, 1))
+    far = replace(toy_sample, name="sub-far", subject="far")
+    config = replace(QUICK, steps=2, also_share=1.0)
+    path = train(
+        [toy_sample],
+        tmp_path,
+        config,
+        extra=[flat, far],
+        hold_out=["far"],
+        net_config=tiny_config,
+        validate_minutes=0,
+    )
+    model = load_model(str(path))
+    described = model.metadata["training"]
+    assert (described["trained_on"], described["also_on"]) == (["toy"], ["flat"])
+    counted = count_prior([toy_sample], table, tiny_config.prior_shape)
+    assert torch.allclose(model.net.prior.logits, counted, atol=0.1)
+    rows = (tmp_path / "validation.tsv").read_text().splitlines()[1:]
+    assert {row.split("\t")[2] for row in rows} == {"sub-far"}
+    # Every patch came from the other scans: with none of them the run is another.
+    alone = train([toy_sample], tmp_path / "alone", config, net_config=tiny_config)
+    weights = model.net.state_dict()
+    changed = load_model(str(alone)).net.state_dict()
+    assert any(not torch.equal(changed[key], weights[key]) for key in weights)
+    with pytest.raises(UsageError, match="also_on"):
+        train([toy_sample], tmp_path, config, hold_out=[], net_config=tiny_config)
+
+
+def test_a_run_begins_with_the_weights_it_is_given(toy_sample, table, tmp_path, tiny_config):
+    """Network, weights and prior are theirs; after no steps they come out as they went in."""
+    flat = replace(toy_sample, classes=np.minimum(toy_sample.classes, 1))
+    first = train([toy_sample], tmp_path / "a", replace(QUICK, steps=2), net_config=tiny_config)
+    again = train([flat], tmp_path / "b", QUICK, init=str(first), max_minutes=0)
+    was, now = load_model(str(first)), load_model(str(again))
+    assert now.net.config == was.net.config == tiny_config
+    for key, value in was.net.state_dict().items():
+        assert torch.equal(now.net.state_dict()[key], value), key
+    assert now.metadata["training"]["init"] == was.sha256
+    with pytest.raises(UsageError, match="init"):
+        train([flat], tmp_path / "b", QUICK, net_config=tiny_config)
+
+
 @pytest.mark.parametrize("voters", [0, 1])
 def test_the_prior_is_counted_over_the_wanted_scans(
     toy_sample, table, tmp_path, tiny_config, voters
@@ -479,7 +522,8 @@ def test_label_mappings(table, tmp_path):
     freesurfer = label_mapping("freesurfer", table)
     assert freesurfer[10] == classes[1]
     assert freesurfer[31] == freesurfer[4] != freesurfer[63] == freesurfer[43]
-    assert freesurfer[251] == freesurfer[2]
+    assert freesurfer[251] == -freesurfer[2]  # of either side
+    assert label_mapping("dlmuse", table)[60] == classes[1]
     path.write_text("source\tindex\n1\t1999\n")
     with pytest.raises(DataError, match="1999"):
         label_mapping(str(path), table)

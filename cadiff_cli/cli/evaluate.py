@@ -33,7 +33,7 @@ COLUMNS = {
     "--reference-labels",
     default="neuromorphometrics",
     show_default=True,
-    help="Ids of REFERENCE: neuromorphometrics, cadiff, or a TSV with source and index.",
+    help="Ids of REFERENCE: neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV.",
 )
 @click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
 @click.option(

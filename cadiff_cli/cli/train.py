@@ -13,7 +13,7 @@ OPTIONS = (
         "--labels",
         default="neuromorphometrics",
         show_default=True,
-        help="neuromorphometrics, cadiff, freesurfer, or a TSV with columns source and index.",
+        help="neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV (source, index).",
     ),
     click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache]."),
     click.option(
@@ -67,6 +67,21 @@ def training_options(command: Any) -> Any:
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
 @click.option(
+    "--also",
+    type=(click.Path(path_type=Path), str),
+    multiple=True,
+    metavar="DATASET LABELS",
+    help="Scans of other scanners, with labels worth less (repeatable).",
+)
+@click.option(
+    "--also-share",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of patches drawn from --also.",
+)
+@click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
+@click.option(
     "--validate-minutes",
     type=float,
     default=15.0,
@@ -77,6 +92,8 @@ def training_options(command: Any) -> Any:
 def command(
     dataset: Path,
     hold_out: tuple[str, ...],
+    also: tuple[tuple[Path, str], ...],
+    init: str | None,
     validate_minutes: float,
     run: Path,
     labels: str,
@@ -101,11 +118,19 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
     mapping = label_mapping(labels, load_table())
-    samples = prepare_dataset(dataset, mapping, atlas, cache or run / "cache")
+    folder = cache or run / "cache"
+    samples = prepare_dataset(dataset, mapping, atlas, folder)
+    extra = [
+        sample
+        for path, name in also
+        for sample in prepare_dataset(path, label_mapping(name, load_table()), atlas, folder)
+    ]
     path = train(
         samples,
         run,
         config,
+        extra=extra,
+        init=init,
         hold_out=hold_out,
         net_config=net,
         mapping=mapping,

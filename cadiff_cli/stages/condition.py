@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.products import Conditions, Registered, Stripped
@@ -12,6 +13,7 @@ from cadiff_cli.stages.field import mean_field
 
 MARGIN_VOXELS = 6
 MULTIPLE = 16
+BORDER_VOXELS = 8
 FIELD_STRIDE = 2
 """The field is smooth: the network reads it (and diffuses labels) at 2 mm."""
 
@@ -42,8 +44,13 @@ def brain_crop(mask: Volume) -> Grid:
 
 
 def normalise(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Intensities in [0, 1]: percentiles 0.5 and 99.5 of the brain; 0 outside."""
-    inside = image[mask]
+    """Intensities in [0, 1]: percentiles 0.5 and 99.5 of the brain's inner part; 0 outside.
+
+    A mask takes along some fat, vessels or dura at its border, which are brighter or darker than
+    any brain: the contrast that is left would be another one than in a scan with a neat mask.
+    """
+    inner = ndimage.binary_erosion(mask, iterations=BORDER_VOXELS)
+    inside = image[inner] if 5 * inner.sum() > mask.sum() else image[mask]
     low, high = np.percentile(inside, [0.5, 99.5])
     if not high > low:
         raise DataError(

@@ -104,15 +104,20 @@ class Draws(Dataset[Patch]):
         mirror: Tensor,
         config: AugmentConfig,
         seed: int,
+        extra: Sequence[Sample] = (),
+        extra_share: float = 0.0,
     ) -> None:
         self.samples, self.size, self.mirror = samples, size, mirror
         self.config, self.seed = config, seed
+        self.extra, self.extra_share = extra, extra_share
 
     def __getitem__(self, index: int) -> Patch:
         """Draw a scan, then a patch of it."""
         generator = torch.Generator().manual_seed(self.seed * 10_000_019 + index)
-        pick = int(torch.randint(len(self.samples), (1,), generator=generator))
-        return draw_patch(self.samples[pick], self.size, self.mirror, self.config, generator)
+        other = float(torch.rand(1, generator=generator)) < self.extra_share
+        pool = self.extra if other else self.samples
+        pick = int(torch.randint(len(pool), (1,), generator=generator))
+        return draw_patch(pool[pick], self.size, self.mirror, self.config, generator)
 
 
 def draw_patch(

@@ -21,11 +21,13 @@ from cadiff_cli.training.synthesis import SynthesisConfig
 class TrainConfig(Schedule):
     """How to train CA-Diff: the schedule, the objective and what patches go through.
 
-    Patches have ``patch`` voxels a side.  The label prior is counted over ``prior_scans`` scans
-    drawn by the seed, or over all (0).
+    Patches have ``patch`` voxels a side, a share ``also_share`` of them from scans whose labels are
+    worth less (a machine's, of other scanners), if there are any.  The label prior is counted over
+    ``prior_scans`` of the others, drawn by the seed, or over all of them (0).
     """
 
     patch: int = 96
+    also_share: float = 0.3
     prior_scans: int = 0
     objective: Objective = field(default_factory=Objective)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -60,9 +62,11 @@ def patch_loader(
     step: int,
     workers: int,
     device: torch.device,
+    extra: Sequence[Sample] = (),
 ) -> "DataLoader[Patch]":
     """Batches of patches from ``step`` on, in order."""
-    draws = Draws(samples, config.patch, mirror, config.augment, config.seed)
+    share = config.also_share if extra else 0.0
+    draws = Draws(samples, config.patch, mirror, config.augment, config.seed, extra, share)
     return DataLoader(
         draws,
         batch_size=config.batch,

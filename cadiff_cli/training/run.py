@@ -14,7 +14,7 @@ import torch
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import labelled_scans
-from cadiff_cli.io.weights import save_model
+from cadiff_cli.io.weights import load_model, save_model
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import pick_device
@@ -26,14 +26,17 @@ from cadiff_cli.training.recipe import TrainConfig, patch_loader
 
 log = logging.getLogger(__name__)
 
-FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 77: 2, 78: 2, 79: 41, 251: 2, 252: 2, 253: 2}
-"""FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities, callosum."""
+FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 78: 2, 79: 41}
+"""FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities."""
+FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
+"""White matter of either side: hypointensities, callosum."""
 
 
 def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
-    """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``cadiff`` (our codes) or a TSV.
+    """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``dlmuse``, ``cadiff`` or a TSV.
 
-    A TSV has columns ``source`` (the id in your label maps) and ``index`` (our code, see dseg.tsv).
+    ``cadiff`` are our own codes.  A TSV has columns ``source`` (the id in your label maps) and
+    ``index`` (our code, see dseg.tsv).
     """
     if name == "neuromorphometrics":
         return table.neuromorphometrics_mapping()
@@ -41,12 +44,15 @@ def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
     if name == "cadiff":
         return ours
     if name == "freesurfer":
-        return {**ours, **{code: ours[like] for code, like in FREESURFER_EXTRAS.items()}}
+        extras = {code: ours[like] for code, like in FREESURFER_EXTRAS.items()}
+        return {**ours, **extras, **dict.fromkeys(FREESURFER_UNSIDED, -ours[2])}
+    if name == "dlmuse":
+        return table.dlmuse_mapping()
     path = Path(name)
     if not path.is_file():
         raise MissingInputError(
             f"no mapping {name!r}",
-            "use neuromorphometrics, freesurfer, cadiff, or a TSV with source and index",
+            "use neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV with source and index",
         )
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
@@ -79,6 +85,8 @@ def train(
     run: Path,
     config: TrainConfig,
     *,
+    extra: Sequence[cache.Sample] = (),
+    init: str | None = None,
     hold_out: Sequence[str] = (),
     net_config: NetConfig | None = None,
     mapping: Mapping[int, int] | None = None,
@@ -89,20 +97,27 @@ def train(
 ) -> Path:
     """Fit on every subject not in ``hold_out``; returns the exported weights (the EMA's).
 
+    ``extra`` are scans with labels that are worth less; the prior is not counted over them.
+    ``init`` names weights to begin with, which bring their network and their prior along.
     ``mapping`` (source id -> class) is the one that the samples were prepared with, ours if none.
     ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
     table = load_table()
-    subjects = {s.subject for s in samples}
+    subjects = {s.subject for s in (*samples, *extra)}
     if missing := set(hold_out) - subjects:
         raise UsageError(f"--hold-out names {sorted(missing)}", f"there are {sorted(subjects)}")
     chosen = [s for s in samples if s.subject not in set(hold_out)]
+    others = [s for s in extra if s.subject not in set(hold_out)]
     if not chosen:
         raise UsageError("every subject is held out", "leave some to train on")
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    net = CADiffNet(net_config or NetConfig()).to(pick_device(device))
+    begun = load_model(init) if init else None
+    net = CADiffNet(begun.net.config if begun else net_config or NetConfig())
+    if begun:
+        net.load_state_dict(begun.net.state_dict())
+    net.to(pick_device(device))
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
     described: dict[str, Any] = {
@@ -110,6 +125,8 @@ def train(
         "fingerprint": fingerprint(as_dict(config)),
         "net": as_dict(net.config),
         "trained_on": sorted({s.subject for s in chosen}),
+        "also_on": sorted({s.subject for s in others}),
+        "init": begun and begun.sha256,
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in samples for name in s.fields}),
         "labels": fingerprint(sorted((mapping or table.identity_mapping()).items())),
@@ -118,7 +135,7 @@ def train(
         _same_run(run / "config.json", described)
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
-    elif net.config.reads_field:
+    elif net.config.reads_field and not begun:
         order = np.random.default_rng(config.seed).permutation(len(chosen))
         voters = [chosen[i] for i in order[: config.prior_scans or None]]
         prior = count_prior(voters, table, net.config.prior_shape)
@@ -126,10 +143,10 @@ def train(
             model.prior.logits.copy_(prior)
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     mirror = torch.from_numpy(table.mirror_classes)
-    held_out = [s for s in samples if s.subject in set(hold_out)]
+    held_out = [s for s in (*samples, *extra) if s.subject in set(hold_out)]
     sampling = SampleConfig(flip=False, device=device)
     monitor = RunMonitor(run, held_out, table, validate_minutes, sampling)
-    patches = patch_loader(chosen, mirror, config, state.step, workers, state.device)
+    patches = patch_loader(chosen, mirror, config, state.step, workers, state.device, others)
     fit(
         state,
         patches,
@@ -156,7 +173,7 @@ def _same_run(path: Path, described: dict[str, Any]) -> None:
 
     def essence(values: dict[str, Any]) -> dict[str, Any]:
         train = {k: v for k, v in values["train"].items() if k not in ("steps", "decay", "rate")}
-        kept = ("trained_on", "templates", "labels", "net")
+        kept = ("trained_on", "also_on", "init", "templates", "labels", "net")
         return {key: values[key] for key in kept if key in values} | train
 
     was, now = essence(before), essence(described)
