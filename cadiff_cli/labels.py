@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib.resources import files
 
 import numpy as np
-from scipy import ndimage
+from scipy.spatial import KDTree
 
 from cadiff_cli.errors import DataError, UsageError
 
@@ -65,8 +65,8 @@ class LabelTable:
     def encode(self, codes: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
         """Turn a foreign label map (X, Y, Z) into classes (uint8); ids not in ``mapping`` become 0.
 
-        A negative class stands for itself or its mirror image, whichever is nearer: the callosum of
-        FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
+        A negative class stands for itself or its mirror image, whichever is nearer (in voxels): the
+        callosum of FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
         """
         top = int(codes.max(initial=0))
         if codes.min(initial=0) < 0:
@@ -81,10 +81,8 @@ class LabelTable:
             sided = np.isin(classes, (-either, self.mirror_classes[-either]))
             classes[unsided] = -either
             if unsided.any() and sided.any():
-                nearest = ndimage.distance_transform_edt(
-                    ~sided, return_distances=False, return_indices=True
-                )
-                classes[unsided] = classes[tuple(axis[unsided] for axis in nearest)]
+                _, nearest = KDTree(np.argwhere(sided)).query(np.argwhere(unsided))
+                classes[unsided] = classes[sided][nearest]
         return np.asarray(classes.astype(np.uint8))
 
     def neuromorphometrics_mapping(self) -> dict[int, int]:

@@ -147,7 +147,9 @@ def make_conditions(head: Phantom) -> Conditions:
     image, inside = resample(t1, grid).data, resample(Volume(mask, working), grid)
     half = grid.coarsen(2)
     return Conditions(
-        Volume(normalise(image, inside.data), grid), inside, CoordinateField(head.field(half), half)
+        Volume(normalise(image, inside.data, grid.spacing_mm), grid),
+        inside,
+        CoordinateField(head.field(half), half),
     )
 
 

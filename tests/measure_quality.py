@@ -39,7 +39,7 @@ NUMBERS = ("raw", "dice")
 
 def with_image(conditions, image):
     """Other intensities, scaled as inference scales them."""
-    image = normalise(image, conditions.mask.data)
+    image = normalise(image, conditions.mask.data, conditions.mask.grid.spacing_mm)
     return replace(conditions, image=Volume(image, conditions.image.grid))
 
 

@@ -67,6 +67,18 @@ def test_the_series_visits_every_scan(toy_sample, ramp, mirror):
     assert not torch.equal(other[0].image, draws[0].image)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_scans_trusted_less_get_their_share(toy_sample, ramp, mirror, monkeypatch, share):
+    drawn = []
+    monkeypatch.setattr(
+        "cadiff_cli.training.augment.draw_patch", lambda sample, *_: drawn.append(sample.name)
+    )
+    draws = Draws([toy_sample], 16, mirror, PLAIN, seed=2, also=[ramp], also_share=share)
+    for index in range(400):
+        draws[index]
+    assert drawn.count(ramp.name) == pytest.approx(400 * share, abs=40 if 0 < share < 1 else 0)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_without_augmentation_a_patch_is_a_piece_of_the_scan(ramp, mirror, seed):
     """Voxel by voxel, at the place that the field tells."""

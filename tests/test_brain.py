@@ -221,6 +221,22 @@ def test_a_brain_may_shrink_and_fluid_fills_the_gap():
         assert (came_from - 36).abs().max() < 2.0
 
 
+def test_a_shrunken_brain_swims_in_fluid(real_head):
+    """No shell of skull shows where the border was: between the two borders all is dark."""
+    config = HeadConfig(patch=64, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0)
+    bare = replace(real_head, image=np.where(real_head.distance > 0, 120, 255).astype(np.uint8))
+    # Ventricles, the darkest part of a brain, are what the fluid's brightness is taken from.
+    bare.image[real_head.distance > 0.7 * float(real_head.distance.max())] = 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cadiff_cli.training.heads._artefacts", lambda image, *_: image)
+        for index in range(5):
+            shrunken = draw_head(bare, config, seeded(index))
+            whole = draw_head(bare, replace(config, shrunken=0.0), seeded(index))
+            gap = (shrunken.distance < -1) & (whole.distance > 0.3)
+            assert (whole.distance > 0).sum() - (shrunken.distance > 0).sum() >= gap.sum() > 0
+            assert float(shrunken.image[gap].max()) < 0.45
+
+
 def test_a_brain_that_shrinks_by_nothing_stays():
     points, distance = sphere(30)
     moved, new, rim = shrink(points, distance, 0.0, seeded(1))

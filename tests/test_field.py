@@ -15,6 +15,8 @@ from cadiff_cli.stages.field import coordinate_field, mean_field, template_coord
 from cadiff_cli.stages.register import register, settings, similarity, warp
 from cadiff_cli.stages.strip import on_scan
 
+ONE_MM = np.ones(3)
+
 
 def world_of(grid):
     return grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
@@ -199,11 +201,11 @@ def test_crop_holds_the_brain_with_a_margin(phantom, stripped_of):
 def test_normalised_intensities_do_not_depend_on_units():
     rng = np.random.default_rng(0)
     image, mask = rng.uniform(50, 60, (20, 20, 20)), rng.random((20, 20, 20)) > 0.5
-    scaled = normalise(image, mask)
+    scaled = normalise(image, mask, ONE_MM)
     assert scaled.min() == 0
     assert scaled.max() == 1
     assert (scaled[~mask] == 0).all()
-    np.testing.assert_allclose(normalise(image * 1000 - 7, mask), scaled, atol=1e-6)
+    np.testing.assert_allclose(normalise(image * 1000 - 7, mask, ONE_MM), scaled, atol=1e-6)
 
 
 def test_bright_and_dark_bits_at_the_border_change_no_contrast():
@@ -214,7 +216,23 @@ def test_bright_and_dark_bits_at_the_border_change_no_contrast():
     mask, image = radius < 22, rng.uniform(50, 60, (48,) * 3)
     dirty = np.where(radius > 19, rng.choice([0.0, 200.0], (48,) * 3), image)
     inside = radius < 18
-    np.testing.assert_allclose(normalise(dirty, mask)[inside], normalise(image, mask)[inside])
+    np.testing.assert_allclose(
+        normalise(dirty, mask, ONE_MM)[inside], normalise(image, mask, ONE_MM)[inside]
+    )
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 2, 2), (1, 1, 4)])
+def test_contrast_does_not_depend_on_the_spacing(spacing):
+    """The border is as many millimetres wide in every direction: half of it bright, and unseen."""
+    spacing = np.array(spacing, dtype=float)
+    shape = np.ceil(72 / spacing).astype(int)
+    mm = (np.indices(shape) + 0.5) * spacing.reshape(3, 1, 1, 1) - 36
+    radius = np.linalg.norm(mm, axis=0)
+    image = np.where(radius > 27, 500.0, 100 + radius)
+    scaled = normalise(image, radius < 30, spacing)
+    low, high = (float(scaled[near].mean()) for near in (radius < 6, (radius > 20) & (radius < 24)))
+    assert low < 0.3
+    assert 0.7 < high < 1
 
 
 def test_template_position_does_not_matter(toy_template, identity, grid_of):

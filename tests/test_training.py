@@ -10,8 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import TINY, seeded
 
+from cadiff_cli.cli.train import command
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.nets.unet import CADiffNet
@@ -264,6 +266,7 @@ def write_cache(sample, folder, name="sub-toy", subject="toy"):
         folder / f"{name}.npz",
         name=name,
         subject=subject,
+        labels=sample.labels,
         image=sample.image,
         mask=sample.mask,
         classes=sample.classes,
@@ -411,13 +414,13 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
         train(people, tmp_path, config, net_config=tiny_config)
     assert described["templates"] == ["other", "toy"]
     fewer = [replace(s, fields={"toy": s.fields["toy"]}) for s in people]
-    for samples, mapping, what in ((fewer, None, "templates"), (people, {7: 1}, "labels")):
+    relabelled = [replace(s, labels="others") for s in people]
+    for samples, what in ((fewer, "templates"), (relabelled, "labels")):
         with pytest.raises(UsageError, match=f"has {what}") as caught:
             train(
                 *(samples, tmp_path, config),
                 hold_out=["other"],
                 net_config=tiny_config,
-                mapping=mapping,
             )
         assert "another --run folder" in caught.value.remedy
     plain = replace(tiny_config, attention=False)
@@ -428,7 +431,9 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
             train(people, tmp_path, config, hold_out=hold_out)
 
 
-def test_scans_worth_less_are_trained_on_but_do_not_vote(toy_sample, table, tmp_path, tiny_config):
+def test_scans_trusted_less_are_trained_on_but_do_not_vote(
+    toy_sample, table, tmp_path, tiny_config
+):
     flat = replace(toy_sample, subject="flat", classes=np.minimum(toy_sample.classes, 1))
     far = replace(toy_sample, name="sub-far", subject="far")
     config = replace(QUICK, steps=2, also_share=1.0)
@@ -436,7 +441,7 @@ def test_scans_worth_less_are_trained_on_but_do_not_vote(toy_sample, table, tmp_
         [toy_sample],
         tmp_path,
         config,
-        extra=[flat, far],
+        also=[flat, far],
         hold_out=["far"],
         net_config=tiny_config,
         validate_minutes=0,
@@ -448,27 +453,81 @@ def test_scans_worth_less_are_trained_on_but_do_not_vote(toy_sample, table, tmp_
     assert torch.allclose(model.net.prior.logits, counted, atol=0.1)
     rows = (tmp_path / "validation.tsv").read_text().splitlines()[1:]
     assert {row.split("\t")[2] for row in rows} == {"sub-far"}
-    # Every patch came from the other scans: with none of them the run is another.
-    alone = train([toy_sample], tmp_path / "alone", config, net_config=tiny_config)
-    weights = model.net.state_dict()
-    changed = load_model(str(alone)).net.state_dict()
-    assert any(not torch.equal(changed[key], weights[key]) for key in weights)
     with pytest.raises(UsageError, match="also_on"):
-        train([toy_sample], tmp_path, config, hold_out=[], net_config=tiny_config)
+        train([toy_sample], tmp_path, config, net_config=tiny_config)
+    relabelled = [replace(flat, labels="others"), far]
+    with pytest.raises(UsageError, match="also_labels"):
+        train(
+            *([toy_sample], tmp_path, config),
+            also=relabelled,
+            hold_out=["far"],
+            net_config=tiny_config,
+        )
+    with pytest.raises(UsageError, match="two datasets"):
+        train([toy_sample], tmp_path / "new", config, also=[toy_sample])
 
 
 def test_a_run_begins_with_the_weights_it_is_given(toy_sample, table, tmp_path, tiny_config):
     """Network, weights and prior are theirs; after no steps they come out as they went in."""
     flat = replace(toy_sample, classes=np.minimum(toy_sample.classes, 1))
     first = train([toy_sample], tmp_path / "a", replace(QUICK, steps=2), net_config=tiny_config)
-    again = train([flat], tmp_path / "b", QUICK, init=str(first), max_minutes=0)
-    was, now = load_model(str(first)), load_model(str(again))
+    was = load_model(str(first))
+    again = train([flat], tmp_path / "b", QUICK, init=was, max_minutes=0)
+    now = load_model(str(again))
     assert now.net.config == was.net.config == tiny_config
     for key, value in was.net.state_dict().items():
         assert torch.equal(now.net.state_dict()[key], value), key
     assert now.metadata["training"]["init"] == was.sha256
+    assert now.metadata["training"]["seen_by_init"] == ["toy"]
     with pytest.raises(UsageError, match="init"):
         train([flat], tmp_path / "b", QUICK, net_config=tiny_config)
+    other = replace(toy_sample, subject="other")
+    with pytest.raises(UsageError, match=r"'toy'.*--init"):
+        train([toy_sample, other], tmp_path / "c", QUICK, init=now, hold_out=["toy"])
+    with pytest.raises(UsageError, match="another network"):
+        train([other], tmp_path / "d", QUICK, init=was, net_config=METHODS["unet"].net)
+
+
+def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_sample):
+    """Datasets, their labels and the share; what is wrong is said before anything is prepared."""
+    prepared, trained = [], {}
+
+    def prepare(scans, mapping, _templates, _folder):
+        prepared.append((scans, mapping))
+        return [replace(toy_sample, subject=name) for name in scans]
+
+    def fake_train(samples, run, config, **options):
+        trained.update(samples=samples, config=config, **options)
+        return run / "model.safetensors"
+
+    monkeypatch.setattr("cadiff_cli.io.bids.labelled_scans", lambda path: [path.name])
+    monkeypatch.setattr("cadiff_cli.training.run.prepare", prepare)
+    monkeypatch.setattr("cadiff_cli.training.run.train", fake_train)
+    here = [str(tmp_path / name) for name in ("manual", "machine", "more")]
+    run = ["-o", str(tmp_path / "run")]
+    also = ["--also", here[1], "dlmuse", "--also", here[2], "freesurfer", "--also-share", "0.4"]
+
+    def call(*options):
+        return CliRunner().invoke(command, [here[0], *run, *options], standalone_mode=False)
+
+    assert call(*also, "--steps", "7").exception is None
+    assert prepared == [
+        (["manual"], table.neuromorphometrics_mapping()),
+        (["machine"], table.dlmuse_mapping()),
+        (["more"], label_mapping("freesurfer", table)),
+    ]
+    assert [s.subject for s in trained["samples"]] == ["manual"]
+    assert [s.subject for s in trained["also"]] == ["machine", "more"]
+    assert (trained["config"].also_share, trained["config"].steps) == (0.4, 7)
+    assert trained["init"] is None
+    prepared.clear()
+    for wrong, kind in (
+        (["--also", here[1], "no-such-labels"], MissingInputError),
+        (["--init", "no-such-model"], MissingInputError),
+        (["--also-share", "0.2"], UsageError),
+    ):
+        assert isinstance(call(*wrong).exception, kind)
+    assert prepared == []
 
 
 @pytest.mark.parametrize("voters", [0, 1])
@@ -524,6 +583,8 @@ def test_label_mappings(table, tmp_path):
     assert freesurfer[31] == freesurfer[4] != freesurfer[63] == freesurfer[43]
     assert freesurfer[251] == -freesurfer[2]  # of either side
     assert label_mapping("dlmuse", table)[60] == classes[1]
+    path.write_text("source\tindex\n1\t-2\n")
+    assert label_mapping(str(path), table) == {1: freesurfer[251]}
     path.write_text("source\tindex\n1\t1999\n")
     with pytest.raises(DataError, match="1999"):
         label_mapping(str(path), table)

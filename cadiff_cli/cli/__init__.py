@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from cadiff_cli import __version__, machine
-from cadiff_cli.errors import CadiffError, DiskError, UsageError
+from cadiff_cli.errors import CadiffError, DiskError, UsageError, in_a_line
 
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
@@ -97,8 +97,7 @@ def guarded(call: Callable[[], object]) -> int:
         return _fail(f"{error.strerror or error} ({where})", DiskError.exit_code)
     except Exception as error:
         return _fail(
-            f"unexpected {type(error).__name__}: {error}. This is a bug: please report it with"
-            f" {_crash_file()}",
+            f"unexpected {in_a_line(error)}. This is a bug: please report it with {_crash_file()}",
             1,
         )
 

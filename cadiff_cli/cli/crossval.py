@@ -43,15 +43,16 @@ def command(
 
     from cadiff_cli.cli.evaluate import report
     from cadiff_cli.config import SampleConfig
+    from cadiff_cli.io.bids import labelled_scans
     from cadiff_cli.labels import load_table
     from cadiff_cli.training.crossval import cross_validate, shortened
     from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import label_mapping, prepare_dataset
+    from cadiff_cli.training.run import label_mapping, prepare
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
     mapping = label_mapping(labels, load_table())
-    samples = prepare_dataset(dataset, mapping, atlas, cache or run / "cache")
+    samples = prepare(labelled_scans(dataset), mapping, atlas, cache or run / "cache")
     scores = cross_validate(
         samples,
         run,
@@ -59,7 +60,6 @@ def command(
         n_folds=folds,
         only=fold,
         net_config=net,
-        mapping=mapping,
         sampling=SampleConfig(device=device),
         workers=workers,
         max_minutes=max_minutes,

@@ -71,14 +71,12 @@ def training_options(command: Any) -> Any:
     type=(click.Path(path_type=Path), str),
     multiple=True,
     metavar="DATASET LABELS",
-    help="Scans of other scanners, with labels worth less (repeatable).",
+    help="Scans whose labels are trusted less: a share of the patches, no vote in the prior.",
 )
 @click.option(
     "--also-share",
     type=click.FloatRange(0, 1),
-    default=0.3,
-    show_default=True,
-    help="Share of patches drawn from --also.",
+    help="Share of the patches that --also gets [0.3].",
 )
 @click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
 @click.option(
@@ -93,6 +91,7 @@ def command(
     dataset: Path,
     hold_out: tuple[str, ...],
     also: tuple[tuple[Path, str], ...],
+    also_share: float | None,
     init: str | None,
     validate_minutes: float,
     run: Path,
@@ -111,29 +110,35 @@ def command(
     """
     import logging
 
+    from cadiff_cli.errors import UsageError
+    from cadiff_cli.io.bids import labelled_scans
+    from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels import load_table
     from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import label_mapping, prepare_dataset, train
+    from cadiff_cli.training.run import label_mapping, prepare, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if also_share is not None:
+        if not also:
+            raise UsageError("--also-share has nothing to share with", "give --also as well")
+        settings["also_share"] = also_share
     net, config = recipe(**settings)
-    mapping = label_mapping(labels, load_table())
-    folder = cache or run / "cache"
-    samples = prepare_dataset(dataset, mapping, atlas, folder)
-    extra = [
-        sample
-        for path, name in also
-        for sample in prepare_dataset(path, label_mapping(name, load_table()), atlas, folder)
+    # Whatever is wrong with a name is said before hours of preparation, not after.
+    model = load_model(init) if init else None
+    sources = [
+        (labelled_scans(path), label_mapping(name, load_table()))
+        for path, name in ((dataset, labels), *also)
     ]
+    folder = cache or run / "cache"
+    samples, *others = (prepare(scans, mapping, atlas, folder) for scans, mapping in sources)
     path = train(
         samples,
         run,
         config,
-        extra=extra,
-        init=init,
+        also=[sample for other in others for sample in other],
+        init=model,
         hold_out=hold_out,
         net_config=net,
-        mapping=mapping,
         device=device,
         workers=workers,
         validate_minutes=validate_minutes,

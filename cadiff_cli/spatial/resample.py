@@ -12,12 +12,12 @@ def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
     return bool(whole and abs(abs(np.linalg.det(to_source[:3, :3])) - 1) < atol)
 
 
-REACH = {0: 1, 1: 1, 3: 12}
-"""Voxels beyond a point that its interpolated value depends on, by spline order (3: to 1e-6)."""
+REACH_VOXELS = 12
+"""How far a cubic spline's value depends on its surroundings, to 1e-6 of them."""
 
 
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:
-    """``volume`` on ``grid``: spline interpolation of ``order``; ``fill`` outside.
+    """``volume`` on ``grid``: spline interpolation of ``order`` 0, 1 or 3; ``fill`` outside.
 
     Grids that differ by whole voxels (flips, permutations, crops) are copied without
     interpolation.  Linear resampling to voxels more than 1.5 times larger smooths first, so that
@@ -41,7 +41,7 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
             data = ndimage.gaussian_filter(data, sigma)
     # A cubic spline is fitted to a whole axis at a time: not to what no voxel is made of.
     whole = tuple(slice(0, n) for n in grid.shape)
-    part = mapped_box(whole, to_source, data.shape, REACH[order])
+    part = mapped_box(whole, to_source, data.shape, REACH_VOXELS)
     moved = ndimage.affine_transform(
         data[part],
         to_source[:3, :3],

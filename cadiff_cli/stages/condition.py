@@ -13,9 +13,12 @@ from cadiff_cli.stages.field import mean_field
 
 MARGIN_VOXELS = 6
 MULTIPLE = 16
-BORDER_VOXELS = 8
 FIELD_STRIDE = 2
 """The field is smooth: the network reads it (and diffuses labels) at 2 mm."""
+BORDER_MM = 6.0
+"""Contrast is measured deeper inside the brain than this..."""
+LEAST_INNER = 0.2
+"""...where at least this share of it is left: of a mouse's brain nothing would be."""
 
 
 def condition(stripped: Stripped, registrations: Sequence[Registered]) -> Conditions:
@@ -23,7 +26,7 @@ def condition(stripped: Stripped, registrations: Sequence[Registered]) -> Condit
     grid = brain_crop(stripped.mask)
     image, mask = (resample(v, grid) for v in (stripped.t1, stripped.mask))
     return Conditions(
-        image=Volume(normalise(image.data, mask.data), grid),
+        image=Volume(normalise(image.data, mask.data, grid.spacing_mm), grid),
         mask=mask,
         field=None
         if registrations[0].kind == "none"
@@ -43,14 +46,14 @@ def brain_crop(mask: Volume) -> Grid:
     return mask.grid.crop(tuple(start), tuple(shape))
 
 
-def normalise(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def normalise(image: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Intensities in [0, 1]: percentiles 0.5 and 99.5 of the brain's inner part; 0 outside.
 
     A mask takes along some fat, vessels or dura at its border, which are brighter or darker than
     any brain: the contrast that is left would be another one than in a scan with a neat mask.
     """
-    inner = ndimage.binary_erosion(mask, iterations=BORDER_VOXELS)
-    inside = image[inner] if 5 * inner.sum() > mask.sum() else image[mask]
+    inner = ndimage.distance_transform_edt(mask, sampling=spacing_mm) > BORDER_MM
+    inside = image[inner] if inner.sum() > LEAST_INNER * mask.sum() else image[mask]
     low, high = np.percentile(inside, [0.5, 99.5])
     if not high > low:
         raise DataError(

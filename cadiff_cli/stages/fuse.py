@@ -116,7 +116,7 @@ def fuse(
     settings(config.name)  # an unknown name is an error now, not in a worker
     grid = brain_crop(stripped.mask)
     mask = resample(stripped.mask, grid)
-    image = normalise(resample(stripped.t1, grid).data, mask.data)
+    image = normalise(resample(stripped.t1, grid).data, mask.data, grid.spacing_mm)
     target = Stripped(Volume(image, grid), mask, stripped.method)
     begun = time.perf_counter()
     with _processes(jobs) as each:
@@ -175,7 +175,7 @@ def carry(
         log.warning("%s %s", atlas.name, warnings[-1])
     brain = Volume(scan.t1.data > 0, grid)
     crop = brain_crop(brain)
-    image = resample(Volume(normalise(scan.t1.data, brain.data), grid), crop)
+    image = resample(Volume(normalise(scan.t1.data, brain.data, grid.spacing_mm), grid), crop)
     # A person as a template of which only images are asked for, never the frame.
     person = Template(atlas.name, image, (0, 0, 0), (0, 0, 0), (0, 0, 0))
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:

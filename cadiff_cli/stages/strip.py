@@ -1,7 +1,7 @@
 """Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -67,7 +67,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
 
             mask = brain_mask(scan.t1, working, _brain_model())
         else:
-            head = _image(scan.t1, working, (slice(0, n) for n in working.shape))
+            head = _cubic(scan.t1, working, tuple(slice(0, n) for n in working.shape))
             mask, said = _from_template(head, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
     quality = judge_mask(mask)
@@ -85,15 +85,15 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         )
     for text in warnings:
         log.warning(text)
-    t1 = _image(scan.t1, working, bounding_box(mask.data))
+    t1 = _cubic(scan.t1, working, bounding_box(mask.data))
     background = _background(scan.t1.data)
     brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
     return Stripped(Volume(brain, working), mask, method, tuple(warnings), asdict(quality))
 
 
-def _image(t1: Volume, working: Grid, box: Iterable[slice]) -> Volume:
-    """Cubic values of ``t1`` within a box of the working grid, none beyond the scan's own range."""
-    moved = resample_in(tuple(box), t1, working, order=3)
+def _cubic(t1: Volume, working: Grid, box: tuple[slice, ...]) -> Volume:
+    """``t1`` within a box of the working grid, 0 in the rest, none beyond the scan's own range."""
+    moved = resample_in(box, t1, working, order=3)
     return Volume(np.clip(moved.data, t1.data.min(), t1.data.max()), working)
 
 

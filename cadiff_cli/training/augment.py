@@ -95,7 +95,10 @@ def stack(patches: Sequence[Patch]) -> Patch:
 
 
 class Draws(Dataset[Patch]):
-    """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone, in any process."""
+    """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone, in any process.
+
+    A share ``also_share`` of the patches comes from the scans ``also``, if there are any.
+    """
 
     def __init__(
         self,
@@ -104,18 +107,19 @@ class Draws(Dataset[Patch]):
         mirror: Tensor,
         config: AugmentConfig,
         seed: int,
-        extra: Sequence[Sample] = (),
-        extra_share: float = 0.0,
+        also: Sequence[Sample] = (),
+        also_share: float = 0.0,
     ) -> None:
         self.samples, self.size, self.mirror = samples, size, mirror
         self.config, self.seed = config, seed
-        self.extra, self.extra_share = extra, extra_share
+        self.also, self.also_share = also, also_share
 
     def __getitem__(self, index: int) -> Patch:
         """Draw a scan, then a patch of it."""
         generator = torch.Generator().manual_seed(self.seed * 10_000_019 + index)
-        other = float(torch.rand(1, generator=generator)) < self.extra_share
-        pool = self.extra if other else self.samples
+        pool = self.samples
+        if self.also and float(torch.rand(1, generator=generator)) < self.also_share:
+            pool = self.also
         pick = int(torch.randint(len(pool), (1,), generator=generator))
         return draw_patch(pool[pick], self.size, self.mirror, self.config, generator)
 

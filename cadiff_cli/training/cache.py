@@ -26,7 +26,7 @@ from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
 from cadiff_cli.stages.strip import strip, strip_template
 
-FORMAT = 2
+FORMAT = 3
 """Counts changes of what a sample holds: older files are prepared again."""
 FIELD_STRIDE = 4
 """Voxels between stored field values; the network's own field has twice as many."""
@@ -37,7 +37,8 @@ class Sample:
     """A prepared training scan.
 
     ``image`` (X, Y, Z) uint8, 255 = 1.0; ``mask`` (X, Y, Z) bool; ``classes`` (X, Y, Z) uint8;
-    ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.
+    ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.  ``labels`` is the fingerprint
+    of the mapping that the classes were made with.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Sample:
     mask: np.ndarray
     classes: np.ndarray
     fields: dict[str, np.ndarray]
+    labels: str = ""
 
 
 def cached_path(
@@ -95,7 +97,13 @@ def build(
     arrays["mask"] = conditions.mask.data.astype(bool)
     arrays["classes"] = resample(classes, grid, order=0).data
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, name=scan.name, subject=scan.subject, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(
+            stream,
+            name=scan.name,
+            subject=scan.subject,
+            labels=fingerprint(sorted(mapping.items())),
+            **arrays,  # type: ignore[arg-type]
+        )
     return path
 
 
@@ -112,6 +120,7 @@ def load(path: Path) -> Sample:
             stored["mask"],
             stored["classes"],
             fields,
+            str(stored["labels"]),
         )
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +49,6 @@ def cross_validate(
     n_folds: int = 3,
     only: Sequence[int] | None = None,
     net_config: NetConfig | None = None,
-    mapping: Mapping[int, int] | None = None,
     sampling: SampleConfig | None = None,
     subset: str = "malc27",
     workers: int = 0,
@@ -72,7 +71,6 @@ def cross_validate(
             config,
             hold_out=held_out,
             net_config=net_config,
-            mapping=mapping,
             device=sampling.device,
             workers=workers,
             validate_minutes=math.inf,

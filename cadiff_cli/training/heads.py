@@ -249,7 +249,7 @@ def shrink(
     ``points`` (3, N, N, N) are where the patch's voxels are read, ``distance`` (N, N, N) mm is that
     to the border.  Returns both as they are after it, and the share (0 to 1) of each voxel that
     lies in the gap between the old border and the new one.  What is near the border moves by the
-    whole width, what is deep inside not at all.
+    whole width, the image deep inside not at all.
     """
     n = distance.shape[-1]
     wave = smooth_noise(1.0, 20.0, n, n, generator)[0]
@@ -262,7 +262,9 @@ def shrink(
     axis = torch.arange(n, dtype=torch.float32)
     index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     shape = torch.tensor(distance.shape)
-    points = read(points, index + move / SPACING_MM * outwards, shape, padding="border")
+    # A voxel that the old border cuts keeps its place: else a shell of skull would show it.
+    shift = torch.where(distance < SPACING_MM / 2, 0, move)
+    points = read(points, index + shift / SPACING_MM * outwards, shape, padding="border")
     new = torch.where(distance < 0, distance - width, distance - move)
     old_share, share = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (distance, new))
     return points, new, old_share - share

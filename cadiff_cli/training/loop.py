@@ -7,11 +7,12 @@ uninterrupted one would have drawn.
 
 import copy
 import dataclasses
+import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -135,6 +136,26 @@ def load_checkpoint(path: Path, state: State[N]) -> None:
     state.ema.load_state_dict(stored["ema"])
     state.optimiser.load_state_dict(stored["optimiser"])
     state.step, state.seconds = int(stored["step"]), float(stored["seconds"])
+
+
+def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str]) -> None:
+    """Refuse to continue a checkpoint whose run (``config.json``) was another one.
+
+    The keys ``kept`` and all settings under ``train`` must agree, but for the schedule.
+    """
+    before = json.loads(path.read_text(encoding="utf-8"))
+
+    def essence(run: dict[str, Any]) -> dict[str, Any]:
+        train = {k: v for k, v in run["train"].items() if k not in ("steps", "decay", "rate")}
+        return {key: run[key] for key in kept if key in run} | train
+
+    was, now = essence(before), essence(described)
+    for key in now:
+        if was.get(key) != now[key]:
+            raise UsageError(
+                f"the checkpoint beside {path} has {key} {was.get(key)}, not {now[key]}",
+                "use another --run folder; only --steps, --decay and --rate may change",
+            )
 
 
 class Monitor(Protocol):

@@ -30,7 +30,7 @@ from cadiff_cli.training.heads import (
     load_head,
     save_head,
 )
-from cadiff_cli.training.loop import fit, load_checkpoint, new_state
+from cadiff_cli.training.loop import fit, load_checkpoint, new_state, refuse_other_run
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def train_mask(
         "held_out": sorted(hold_out),
     }
     if checkpoint.exists():
-        _same_run(run / "config.json", described)
+        refuse_other_run(run / "config.json", described, ("trained_on", "held_out", "net"))
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -149,17 +149,6 @@ def train_mask(
             log.info("held out: %s %s Dice %.4f", source, head.name, score)
     (run / "held_out.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
-
-
-def _same_run(path: Path, described: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with other heads or another network."""
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("trained_on", "held_out", "net"):
-        if before.get(key) != described[key]:
-            raise UsageError(
-                f"the checkpoint beside {path} has {key} {before.get(key)}, not {described[key]}",
-                "use another --run folder",
-            )
 
 
 def held_out_dice(net: BrainNet, head: Head) -> float:

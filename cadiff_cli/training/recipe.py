@@ -21,9 +21,9 @@ from cadiff_cli.training.synthesis import SynthesisConfig
 class TrainConfig(Schedule):
     """How to train CA-Diff: the schedule, the objective and what patches go through.
 
-    Patches have ``patch`` voxels a side, a share ``also_share`` of them from scans whose labels are
-    worth less (a machine's, of other scanners), if there are any.  The label prior is counted over
-    ``prior_scans`` of the others, drawn by the seed, or over all of them (0).
+    Patches have ``patch`` voxels a side; a share ``also_share`` of them is from scans whose labels
+    are trusted less (a machine's, of other scanners), if there are any.  The label prior is counted
+    over ``prior_scans`` of the others, drawn by the seed, or over all of them (0).
     """
 
     patch: int = 96
@@ -62,11 +62,12 @@ def patch_loader(
     step: int,
     workers: int,
     device: torch.device,
-    extra: Sequence[Sample] = (),
+    also: Sequence[Sample] = (),
 ) -> "DataLoader[Patch]":
     """Batches of patches from ``step`` on, in order."""
-    share = config.also_share if extra else 0.0
-    draws = Draws(samples, config.patch, mirror, config.augment, config.seed, extra, share)
+    draws = Draws(
+        *(samples, config.patch, mirror, config.augment, config.seed), also, config.also_share
+    )
     return DataLoader(
         draws,
         batch_size=config.batch,

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,21 @@ import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.bids import labelled_scans
-from cadiff_cli.io.weights import load_model, save_model
+from cadiff_cli.io.bids import LabelledScan
+from cadiff_cli.io.weights import Model, save_model
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training import cache
-from cadiff_cli.training.loop import fit, load_checkpoint, new_state
+from cadiff_cli.training.loop import fit, load_checkpoint, new_state, refuse_other_run
 from cadiff_cli.training.monitor import RunMonitor
 from cadiff_cli.training.prior import count_prior
 from cadiff_cli.training.recipe import TrainConfig, patch_loader
 
 log = logging.getLogger(__name__)
 
+SAME = ("trained_on", "also_on", "init", "templates", "labels", "also_labels", "net")
+"""What a run that goes on must share with its checkpoint, beside the settings."""
 FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 78: 2, 79: 41}
 """FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities."""
 FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
@@ -36,7 +38,7 @@ def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
     """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``dlmuse``, ``cadiff`` or a TSV.
 
     ``cadiff`` are our own codes.  A TSV has columns ``source`` (the id in your label maps) and
-    ``index`` (our code, see dseg.tsv).
+    ``index`` (our code, see dseg.tsv; with a minus, its mirror image where that is nearer).
     """
     if name == "neuromorphometrics":
         return table.neuromorphometrics_mapping()
@@ -62,16 +64,16 @@ def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
         raise DataError(
             f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
         ) from error
-    if unknown := sorted({code for _, code in pairs if code and code not in ours}):
+    if unknown := sorted({code for _, code in pairs if code and abs(code) not in ours}):
         raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
-    return {source: ours.get(code, 0) for source, code in pairs}
+    return {source: ours.get(abs(code), 0) * (-1 if code < 0 else 1) for source, code in pairs}
 
 
-def prepare_dataset(
-    dataset: Path, mapping: dict[int, int], templates: Sequence[str], folder: Path
+def prepare(
+    scans: Sequence[LabelledScan], mapping: dict[int, int], templates: Sequence[str], folder: Path
 ) -> list[cache.Sample]:
-    """Prepare every labelled scan once (kept in ``folder``) and load them all."""
-    scans, table = labelled_scans(dataset), load_table()
+    """Prepare every scan once (kept in ``folder``) and load them all."""
+    table = load_table()
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for index, scan in enumerate(scans, start=1):
@@ -85,11 +87,10 @@ def train(
     run: Path,
     config: TrainConfig,
     *,
-    extra: Sequence[cache.Sample] = (),
-    init: str | None = None,
+    also: Sequence[cache.Sample] = (),
+    init: Model | None = None,
     hold_out: Sequence[str] = (),
     net_config: NetConfig | None = None,
-    mapping: Mapping[int, int] | None = None,
     device: str = "auto",
     workers: int = 0,
     validate_minutes: float = 15.0,
@@ -97,26 +98,38 @@ def train(
 ) -> Path:
     """Fit on every subject not in ``hold_out``; returns the exported weights (the EMA's).
 
-    ``extra`` are scans with labels that are worth less; the prior is not counted over them.
-    ``init`` names weights to begin with, which bring their network and their prior along.
-    ``mapping`` (source id -> class) is the one that the samples were prepared with, ours if none.
+    ``also`` are scans with labels that are trusted less: a share of the patches comes from them
+    (``config.also_share``), and the prior is not counted over them.  ``init`` is a model to begin
+    with, whose prior stays; nobody it was trained on can be held out.
     ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
     table = load_table()
-    subjects = {s.subject for s in (*samples, *extra)}
-    if missing := set(hold_out) - subjects:
-        raise UsageError(f"--hold-out names {sorted(missing)}", f"there are {sorted(subjects)}")
+    subjects, others = ({s.subject for s in group} for group in (samples, also))
+    if missing := set(hold_out) - subjects - others:
+        there = sorted(subjects | others)
+        raise UsageError(f"--hold-out names {sorted(missing)}", f"there are {there}")
+    if both := sorted(subjects & others):
+        raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
+    before = _seen_by(init)
+    if seen := sorted(before & set(hold_out)):
+        raise UsageError(
+            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
+        )
+    if init and net_config not in (None, init.net.config):
+        raise UsageError(
+            f"--init {init.name} is another network than the --method's",
+            "use the method that it was trained by",
+        )
     chosen = [s for s in samples if s.subject not in set(hold_out)]
-    others = [s for s in extra if s.subject not in set(hold_out)]
+    trusted_less = [s for s in also if s.subject not in set(hold_out)]
     if not chosen:
         raise UsageError("every subject is held out", "leave some to train on")
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    begun = load_model(init) if init else None
-    net = CADiffNet(begun.net.config if begun else net_config or NetConfig())
-    if begun:
-        net.load_state_dict(begun.net.state_dict())
+    net = CADiffNet(init.net.config if init else net_config or NetConfig())
+    if init:
+        net.load_state_dict(init.net.state_dict())
     net.to(pick_device(device))
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
@@ -125,17 +138,19 @@ def train(
         "fingerprint": fingerprint(as_dict(config)),
         "net": as_dict(net.config),
         "trained_on": sorted({s.subject for s in chosen}),
-        "also_on": sorted({s.subject for s in others}),
-        "init": begun and begun.sha256,
+        "also_on": sorted({s.subject for s in trusted_less}),
+        "init": init.sha256 if init else None,
+        "seen_by_init": sorted(before),
         "held_out": sorted(hold_out),
-        "templates": sorted({name for s in samples for name in s.fields}),
-        "labels": fingerprint(sorted((mapping or table.identity_mapping()).items())),
+        "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
+        "labels": sorted({s.labels for s in samples}),
+        "also_labels": sorted({s.labels for s in also}),
     }
     if checkpoint.exists():
-        _same_run(run / "config.json", described)
+        refuse_other_run(run / "config.json", described, SAME)
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
-    elif net.config.reads_field and not begun:
+    elif net.config.reads_field and not init:
         order = np.random.default_rng(config.seed).permutation(len(chosen))
         voters = [chosen[i] for i in order[: config.prior_scans or None]]
         prior = count_prior(voters, table, net.config.prior_shape)
@@ -143,10 +158,10 @@ def train(
             model.prior.logits.copy_(prior)
     (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     mirror = torch.from_numpy(table.mirror_classes)
-    held_out = [s for s in (*samples, *extra) if s.subject in set(hold_out)]
+    held_out = [s for s in (*samples, *also) if s.subject in set(hold_out)]
     sampling = SampleConfig(flip=False, device=device)
     monitor = RunMonitor(run, held_out, table, validate_minutes, sampling)
-    patches = patch_loader(chosen, mirror, config, state.step, workers, state.device, others)
+    patches = patch_loader(chosen, mirror, config, state.step, workers, state.device, trusted_less)
     fit(
         state,
         patches,
@@ -164,22 +179,8 @@ def train(
     return path
 
 
-def _same_run(path: Path, described: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint with other people, atlases, labels, network or objective.
-
-    What an earlier version did not write down is taken to be the same.
-    """
-    before = json.loads(path.read_text(encoding="utf-8"))
-
-    def essence(values: dict[str, Any]) -> dict[str, Any]:
-        train = {k: v for k, v in values["train"].items() if k not in ("steps", "decay", "rate")}
-        kept = ("trained_on", "also_on", "init", "templates", "labels", "net")
-        return {key: values[key] for key in kept if key in values} | train
-
-    was, now = essence(before), essence(described)
-    for key in now:
-        if was.get(key, now[key]) != now[key]:
-            raise UsageError(
-                f"the checkpoint beside {path} has {key} {was[key]}, not {now[key]}",
-                "use another --run folder; only --steps, --decay and --rate may change",
-            )
+def _seen_by(model: Model | None) -> set[str]:
+    """Everyone whom a model, or one that it began with, was trained on."""
+    training = model.metadata["training"] if model else {}
+    kinds = ("trained_on", "also_on", "seen_by_init")
+    return {subject for kind in kinds for subject in training.get(kind, ())}
