@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, replacing, stem
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.metrics.overlap import MARGIN_VOXELS, dice
+from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import mapped_box, resample
+from cadiff_cli.spatial.resample import resample_labels
 from cadiff_cli.stages.register import rigid
 
 OURS = "_seg-cadiff_dseg."
@@ -168,28 +167,9 @@ def retest_pair(
 
 
 def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
-    """Class map ``labels`` on ``grid``, whose points ``motion`` (4, 4; RAS mm) takes to theirs.
-
-    Each class is interpolated as a mask and the largest share wins.
-    """
+    """Class map ``labels`` on ``grid``, whose points ``motion`` (4, 4; RAS mm) takes to theirs."""
     here = Grid(labels.grid.shape, np.linalg.solve(motion, labels.grid.affine))
-    classes = np.zeros(grid.shape, dtype=np.uint8)
-    largest, total = (np.zeros(grid.shape, dtype=np.float32) for _ in range(2))
-    for k, box in enumerate(ndimage.find_objects(labels.data), start=1):
-        if box is None:
-            continue
-        mask = np.pad(labels.data[box] == k, MARGIN_VOXELS)
-        source = here.crop(tuple(s.start - MARGIN_VOXELS for s in box), mask.shape)
-        whole = tuple(slice(0, n) for n in mask.shape)
-        window = mapped_box(whole, grid.voxel_map(source), grid.shape)
-        part = grid.crop(tuple(s.start for s in window), classes[window].shape)
-        share = resample(Volume(mask.astype(np.float32), source), part).data
-        wins = share > largest[window]
-        classes[window][wins] = k
-        largest[window][wins] = share[wins]
-        total[window] += share
-    classes[1 - total > largest] = 0
-    return classes
+    return resample_labels(Volume(labels.data, here), grid).data
 
 
 def load_classes(

@@ -5,15 +5,16 @@ from scipy import ndimage
 
 from cadiff_cli.spatial.grid import Grid, Volume
 
+REACH_VOXELS = 12
+"""How far a cubic spline's value depends on its surroundings, to 1e-6 of them."""
+AROUND_VOXELS = 2
+"""Background around a structure whose mask is interpolated: its surface closes inside."""
+
 
 def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
     """Whether a voxel map (4, 4) only flips, permutes and shifts by whole voxels."""
     whole = np.allclose(to_source, np.round(to_source), atol=atol)
     return bool(whole and abs(abs(np.linalg.det(to_source[:3, :3])) - 1) < atol)
-
-
-REACH_VOXELS = 12
-"""How far a cubic spline's value depends on its surroundings, to 1e-6 of them."""
 
 
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:
@@ -64,6 +65,29 @@ def resample_in(
     out = np.full(grid.shape, fill, dtype=inside.dtype)
     out[box] = inside
     return Volume(out, grid)
+
+
+def resample_labels(labels: Volume, grid: Grid) -> Volume:
+    """A class map (uint8) on another grid: each class is interpolated as a mask, the most wins."""
+    if same_lattice(labels.grid.voxel_map(grid)):
+        return resample(labels, grid, order=0)
+    classes = np.zeros(grid.shape, dtype=np.uint8)
+    largest, total = (np.zeros(grid.shape, dtype=np.float32) for _ in range(2))
+    for k, box in enumerate(ndimage.find_objects(labels.data), start=1):
+        if box is None:
+            continue
+        mask = np.pad(labels.data[box] == k, AROUND_VOXELS)
+        source = labels.grid.crop(tuple(s.start - AROUND_VOXELS for s in box), mask.shape)
+        whole = tuple(slice(0, n) for n in mask.shape)
+        window = mapped_box(whole, grid.voxel_map(source), grid.shape)
+        part = grid.crop(tuple(s.start for s in window), classes[window].shape)
+        share = resample(Volume(mask.astype(np.float32), source), part).data
+        wins = share > largest[window]
+        classes[window][wins] = k
+        largest[window][wins] = share[wins]
+        total[window] += share
+    classes[1 - total > largest] = 0
+    return Volume(classes, grid)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:

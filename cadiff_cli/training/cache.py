@@ -20,7 +20,7 @@ from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.products import sound
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import resample_labels
 from cadiff_cli.stages.condition import FIELD_STRIDE as NETWORK_STRIDE
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.register import register
@@ -95,7 +95,7 @@ def build(
     grid = conditions.image.grid
     arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
     arrays["mask"] = conditions.mask.data.astype(bool)
-    arrays["classes"] = resample(classes, grid, order=0).data
+    arrays["classes"] = resample_labels(classes, grid).data
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(
             stream,
