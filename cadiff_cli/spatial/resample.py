@@ -41,8 +41,7 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
             sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2.355
             data = ndimage.gaussian_filter(data, sigma)
     # A cubic spline is fitted to a whole axis at a time: not to what no voxel is made of.
-    whole = tuple(slice(0, n) for n in grid.shape)
-    part = mapped_box(whole, to_source, data.shape, REACH_VOXELS)
+    part = mapped_box(all_voxels(grid.shape), to_source, data.shape, REACH_VOXELS)
     moved = ndimage.affine_transform(
         data[part],
         to_source[:3, :3],
@@ -78,8 +77,7 @@ def resample_labels(labels: Volume, grid: Grid) -> Volume:
             continue
         mask = np.pad(labels.data[box] == k, AROUND_VOXELS)
         source = labels.grid.crop(tuple(s.start - AROUND_VOXELS for s in box), mask.shape)
-        whole = tuple(slice(0, n) for n in mask.shape)
-        window = mapped_box(whole, grid.voxel_map(source), grid.shape)
+        window = mapped_box(all_voxels(mask.shape), grid.voxel_map(source), grid.shape)
         part = grid.crop(tuple(s.start for s in window), classes[window].shape)
         share = resample(Volume(mask.astype(np.float32), source), part).data
         wins = share > largest[window]
@@ -88,6 +86,11 @@ def resample_labels(labels: Volume, grid: Grid) -> Volume:
         total[window] += share
     classes[1 - total > largest] = 0
     return Volume(classes, grid)
+
+
+def all_voxels(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The box of all voxels."""
+    return tuple(slice(0, n) for n in shape)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:

@@ -15,7 +15,7 @@ from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, resample, resample_in
+from cadiff_cli.spatial.resample import all_voxels, bounding_box, resample, resample_in
 from cadiff_cli.stages.masks import judge_mask, tidy
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
 
             mask = brain_mask(scan.t1, working, _brain_model())
         else:
-            head = _cubic(scan.t1, working, tuple(slice(0, n) for n in working.shape))
+            head = _cubic(scan.t1, working, all_voxels(working.shape))
             mask, said = _from_template(head, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
     quality = judge_mask(mask)

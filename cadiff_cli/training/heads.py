@@ -229,7 +229,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         image = paint(labels.masked_fill(outside, 0), generator)
     if rim.any():
         # Dark in a real scan, as its own ventricles are; of any brightness in a drawn one.
-        share = 0.1 * float(uniform(0, 1, 1)) if head.image is not None else uniform(0, 1, 1).item()
+        share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
         fluid = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
         speckle = 0.03 * torch.randn(image.shape, generator=generator)
         image = image + rim * (fluid + speckle - image)
