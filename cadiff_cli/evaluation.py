@@ -5,7 +5,6 @@ Background is never scored.  A structure missing on one side counts Dice 0 and N
 """
 
 import csv
-import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample_labels
+from cadiff_cli.spatial.resample import all_voxels, corners, resample_labels
 from cadiff_cli.stages.register import rigid
 
 OURS = "_seg-cadiff_dseg."
@@ -359,21 +358,13 @@ def _same_grid(a: Grid, b: Grid) -> bool:
     """Whether voxels coincide: the corners of one lie on the corners of the other."""
     if a.shape != b.shape:
         return False
-    corners = _corners(a.shape)
-    return bool(abs(_moved(corners, a.voxel_map(b)) - corners).max() <= MAX_OFFSET_VOXELS)
+    box = all_voxels(a.shape)
+    moved, there = corners(box, a.voxel_map(b)), corners(box, np.eye(4))
+    return bool(abs(moved - there).max() <= MAX_OFFSET_VOXELS)
 
 
 def _described(grid: Grid) -> str:
     return f"{grid!r} with affine {np.round(grid.affine[:3], 4).tolist()}"
-
-
-def _corners(shape: Sequence[int]) -> np.ndarray:
-    """(8, 3) voxel indices."""
-    return np.array(list(itertools.product(*((0, n - 1) for n in shape))))
-
-
-def _moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    return np.asarray(points @ matrix[:3, :3].T + matrix[:3, 3])
 
 
 def _finite(values: Iterable[float]) -> list[float]:

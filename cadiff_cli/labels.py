@@ -10,11 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from scipy.spatial import KDTree
 
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+
+FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 78: 2, 79: 41}
+"""FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities."""
+FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
+"""White matter of either side: hypointensities, callosum."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,12 @@ class LabelTable:
         lobes = {muse: right if muse % 2 else left for muse in range(81, 95)}
         return {**mapping, **lobes, 1: 0, 95: -left}
 
+    def freesurfer_mapping(self) -> dict[int, int]:
+        """FreeSurfer aseg code -> class: ours, and what lies within them."""
+        ours = self.identity_mapping()
+        extras = {code: ours[like] for code, like in FREESURFER_EXTRAS.items()}
+        return {**ours, **extras, **dict.fromkeys(FREESURFER_UNSIDED, -ours[2])}
+
     def identity_mapping(self) -> dict[int, int]:
         """Code (as this package writes it) -> class."""
         return {int(code): k for k, code in enumerate(self.codes) if k}
@@ -128,3 +140,37 @@ def load_table() -> LabelTable:
             for row in rows
         )
     )
+
+
+def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
+    """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``dlmuse``, ``cadiff`` or a TSV.
+
+    ``cadiff`` are our own codes.  A TSV has columns ``source`` (the id in your label maps) and
+    ``index`` (our code, see dseg.tsv; with a minus, its mirror image where that is nearer).
+    """
+    if name == "neuromorphometrics":
+        return table.neuromorphometrics_mapping()
+    ours = table.identity_mapping()
+    if name == "cadiff":
+        return ours
+    if name == "freesurfer":
+        return table.freesurfer_mapping()
+    if name == "dlmuse":
+        return table.dlmuse_mapping()
+    path = Path(name)
+    if not path.is_file():
+        raise MissingInputError(
+            f"no mapping {name!r}",
+            "use neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV with source and index",
+        )
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    try:
+        pairs = [(int(row["source"]), int(row["index"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
+        ) from error
+    if unknown := sorted({code for _, code in pairs if code and abs(code) not in ours}):
+        raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
+    return {source: ours.get(abs(code), 0) * (-1 if code < 0 else 1) for source, code in pairs}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.labels import label_mapping
 
 MIDLINE = {"3rd-Ventricle", "4th-Ventricle", "Brain-Stem", "CSF", "Optic-Chiasm"}
 
@@ -111,3 +112,28 @@ def test_dlmuse_is_neuromorphometrics_with_parcelled_white_matter(table):
     assert {mapping[k] for k in range(81, 95, 2)} == {right}
     assert {mapping[k] for k in range(82, 95, 2)} == {left}
     assert mapping[1] == 0  # sulcal CSF is no structure
+
+
+def test_label_mappings(table, tmp_path):
+    path = tmp_path / "map.tsv"
+    path.write_text("source\tindex\n1\t10\n2\t49\n3\t0\n")
+    classes = label_mapping(str(path), table)
+    assert {source: int(table.codes[k]) for source, k in classes.items()} == {1: 10, 2: 49, 3: 0}
+    assert label_mapping("cadiff", table)[10] == classes[1]
+    assert label_mapping("neuromorphometrics", table)[60] == classes[1]
+    # FreeSurfer's own extras join the structure that they lie in; the rest is as we write it.
+    freesurfer = label_mapping("freesurfer", table)
+    assert freesurfer[10] == classes[1]
+    assert freesurfer[31] == freesurfer[4] != freesurfer[63] == freesurfer[43]
+    assert freesurfer[251] == -freesurfer[2]  # of either side
+    assert label_mapping("dlmuse", table)[60] == classes[1]
+    path.write_text("source\tindex\n1\t-2\n")
+    assert label_mapping(str(path), table) == {1: freesurfer[251]}
+    path.write_text("source\tindex\n1\t1999\n")
+    with pytest.raises(DataError, match="1999"):
+        label_mapping(str(path), table)
+    path.write_text("from\tto\n1\t2\n")
+    with pytest.raises(DataError, match="mapping"):
+        label_mapping(str(path), table)
+    with pytest.raises(MissingInputError):
+        label_mapping("no-such-mapping", table)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import TINY, seeded
 
 from cadiff_cli.cli.train import command
-from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.training import cache, loop
@@ -30,7 +30,7 @@ from cadiff_cli.training.losses import Losses
 from cadiff_cli.training.objective import METHODS, Objective, Times
 from cadiff_cli.training.prior import count_prior
 from cadiff_cli.training.recipe import TrainConfig, patch_loader, recipe
-from cadiff_cli.training.run import label_mapping, train
+from cadiff_cli.training.run import train
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(steps=6, warmup=2, decay=2, patch=64, objective=Objective(fine=32))
@@ -514,7 +514,7 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
     assert prepared == [
         (["manual"], table.neuromorphometrics_mapping()),
         (["machine"], table.dlmuse_mapping()),
-        (["more"], label_mapping("freesurfer", table)),
+        (["more"], table.freesurfer_mapping()),
     ]
     assert [s.subject for s in trained["samples"]] == ["manual"]
     assert [s.subject for s in trained["also"]] == ["machine", "more"]
@@ -568,28 +568,3 @@ def test_a_recipe_is_a_method_and_settings():
     assert recipe()[0] == METHODS["cadiff"].net
     with pytest.raises(UsageError, match="cadif"):
         recipe("cadif")
-
-
-def test_label_mappings(table, tmp_path):
-    path = tmp_path / "map.tsv"
-    path.write_text("source\tindex\n1\t10\n2\t49\n3\t0\n")
-    classes = label_mapping(str(path), table)
-    assert {source: int(table.codes[k]) for source, k in classes.items()} == {1: 10, 2: 49, 3: 0}
-    assert label_mapping("cadiff", table)[10] == classes[1]
-    assert label_mapping("neuromorphometrics", table)[60] == classes[1]
-    # FreeSurfer's own extras join the structure that they lie in; the rest is as we write it.
-    freesurfer = label_mapping("freesurfer", table)
-    assert freesurfer[10] == classes[1]
-    assert freesurfer[31] == freesurfer[4] != freesurfer[63] == freesurfer[43]
-    assert freesurfer[251] == -freesurfer[2]  # of either side
-    assert label_mapping("dlmuse", table)[60] == classes[1]
-    path.write_text("source\tindex\n1\t-2\n")
-    assert label_mapping(str(path), table) == {1: freesurfer[251]}
-    path.write_text("source\tindex\n1\t1999\n")
-    with pytest.raises(DataError, match="1999"):
-        label_mapping(str(path), table)
-    path.write_text("from\tto\n1\t2\n")
-    with pytest.raises(DataError, match="mapping"):
-        label_mapping(str(path), table)
-    with pytest.raises(MissingInputError):
-        label_mapping("no-such-mapping", table)

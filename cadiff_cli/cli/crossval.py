@@ -44,10 +44,10 @@ def command(
     from cadiff_cli.cli.evaluate import report
     from cadiff_cli.config import SampleConfig
     from cadiff_cli.io.bids import labelled_scans
-    from cadiff_cli.labels import load_table
+    from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.training.crossval import cross_validate, shortened
     from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import label_mapping, prepare
+    from cadiff_cli.training.run import prepare
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)

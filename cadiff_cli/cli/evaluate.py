@@ -63,8 +63,7 @@ def command(
     HD95; missing on both sides, it is left out altogether.
     """
     from cadiff_cli.evaluation import listed, pair_up, score_pair
-    from cadiff_cli.labels import load_table
-    from cadiff_cli.training.run import label_mapping
+    from cadiff_cli.labels import label_mapping, load_table
 
     table = load_table()
     mapping = label_mapping(reference_labels, table)

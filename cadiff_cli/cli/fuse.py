@@ -75,10 +75,9 @@ def command(
     from cadiff_cli.io.derivatives import Derivatives
     from cadiff_cli.io.nifti import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
-    from cadiff_cli.labels import load_table
+    from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.fuse import choose_atlases, fuse
     from cadiff_cli.stages.strip import strip
-    from cadiff_cli.training.run import label_mapping
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     scan, table = load_scan(t1), load_table()

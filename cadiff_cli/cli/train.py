@@ -113,9 +113,9 @@ def command(
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io.bids import labelled_scans
     from cadiff_cli.io.weights import load_model
-    from cadiff_cli.labels import load_table
+    from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import label_mapping, prepare, train
+    from cadiff_cli.training.run import prepare, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if also_share is not None:

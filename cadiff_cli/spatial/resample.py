@@ -99,6 +99,13 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(found[0]) if found else (slice(0, 0),) * mask.ndim
 
 
+def corners(box: tuple[slice, ...], matrix: np.ndarray) -> np.ndarray:
+    """(3, 8): a box's eight outermost voxels, moved by a voxel map (4, 4)."""
+    ends = np.array([(s.start, s.stop - 1) for s in box], dtype=float)
+    points = np.array(np.meshgrid(*ends)).reshape(3, -1)
+    return np.asarray(matrix[:3, :3] @ points + matrix[:3, 3:])
+
+
 def mapped_box(
     box: tuple[slice, ...], matrix: np.ndarray, shape: tuple[int, ...], margin: int = 0
 ) -> tuple[slice, ...]:
@@ -106,9 +113,7 @@ def mapped_box(
 
     It is at least one voxel wide, at the nearest face if all lies outside.
     """
-    ends = np.array([(s.start, s.stop - 1) for s in box], dtype=float)
-    corners = np.array(np.meshgrid(*ends)).reshape(3, -1)
-    seen = matrix[:3, :3] @ corners + matrix[:3, 3:]
+    seen = corners(box, matrix)
     size = np.array(shape)
     start = np.clip(np.floor(seen.min(axis=1)).astype(int) - margin, 0, size - 1)
     stop = np.clip(np.ceil(seen.max(axis=1)).astype(int) + margin + 1, start + 1, size)

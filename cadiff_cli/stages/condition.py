@@ -52,8 +52,11 @@ def normalise(image: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np
     A mask takes along some fat, vessels or dura at its border, which are brighter or darker than
     any brain: the contrast that is left would be another one than in a scan with a neat mask.
     """
-    inner = ndimage.distance_transform_edt(mask, sampling=spacing_mm) > BORDER_MM
-    inside = image[inner] if inner.sum() > LEAST_INNER * mask.sum() else image[mask]
+    box = bounding_box(mask)
+    # One voxel around: the transform takes what it does not see for brain.
+    brain = np.pad(mask[box], 1)
+    deep = ndimage.distance_transform_edt(brain, sampling=spacing_mm)[1:-1, 1:-1, 1:-1] > BORDER_MM
+    inside = image[box][deep] if deep.sum() > LEAST_INNER * mask.sum() else image[mask]
     low, high = np.percentile(inside, [0.5, 99.5])
     if not high > low:
         raise DataError(

@@ -91,7 +91,7 @@ class HeadConfig(Schedule):
     deface: float = 0.2
     shrunken: float = 0.25
     shrink_mm: float = 7.0
-    empty: float = 0.08
+    empty: float = 0.12
     slice_mm: float = 8.0
 
 
@@ -271,7 +271,7 @@ def shrink(
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
-    """Texture of two scales, in an ellipsoid, everywhere, or along a ramp: no brain in it.
+    """Noise or texture in an ellipsoid, everywhere, or along a ramp: no brain in it.
 
     A network that never saw such an image finds a litre of brain in noise.
     """
@@ -281,8 +281,9 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     image = torch.zeros(n, n, n)
+    pure = float(uniform(0, 1, 1)) < 0.3
     for amount in (1.0, float(uniform(0, 1, 1))):
-        side = round(float(2 ** uniform(1, math.log2(n), 1)))
+        side = n if pure else round(float(2 ** uniform(1, math.log2(n), 1)))
         coarse = torch.rand(1, 1, side, side, side, generator=generator)
         image += amount * F.interpolate(coarse, size=(n, n, n), mode="trilinear")[0, 0]
     image = float(uniform(0, 1, 1)) + float(uniform(0, 1, 1)) * image

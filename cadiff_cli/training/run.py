@@ -1,6 +1,5 @@
 """``cadiff train`` as one function: prepare, count the prior, fit, export.  Resumes by itself."""
 
-import csv
 import json
 import logging
 import math
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
-from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.errors import UsageError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.weights import Model, save_model
-from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training import cache
@@ -28,45 +27,6 @@ log = logging.getLogger(__name__)
 
 SAME = ("trained_on", "also_on", "init", "templates", "labels", "also_labels", "net")
 """What a run that goes on must share with its checkpoint, beside the settings."""
-FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 78: 2, 79: 41}
-"""FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities."""
-FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
-"""White matter of either side: hypointensities, callosum."""
-
-
-def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
-    """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``dlmuse``, ``cadiff`` or a TSV.
-
-    ``cadiff`` are our own codes.  A TSV has columns ``source`` (the id in your label maps) and
-    ``index`` (our code, see dseg.tsv; with a minus, its mirror image where that is nearer).
-    """
-    if name == "neuromorphometrics":
-        return table.neuromorphometrics_mapping()
-    ours = table.identity_mapping()
-    if name == "cadiff":
-        return ours
-    if name == "freesurfer":
-        extras = {code: ours[like] for code, like in FREESURFER_EXTRAS.items()}
-        return {**ours, **extras, **dict.fromkeys(FREESURFER_UNSIDED, -ours[2])}
-    if name == "dlmuse":
-        return table.dlmuse_mapping()
-    path = Path(name)
-    if not path.is_file():
-        raise MissingInputError(
-            f"no mapping {name!r}",
-            "use neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV with source and index",
-        )
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
-    try:
-        pairs = [(int(row["source"]), int(row["index"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
-        ) from error
-    if unknown := sorted({code for _, code in pairs if code and abs(code) not in ours}):
-        raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
-    return {source: ours.get(abs(code), 0) * (-1 if code < 0 else 1) for source, code in pairs}
 
 
 def prepare(
