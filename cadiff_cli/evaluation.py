@@ -254,8 +254,8 @@ def label_maps(
 ) -> dict[str, Path]:
     """The ``*_dseg`` image of each scan in ``folder``, but for a folder ``apart_from`` within it.
 
-    Where a scan has several, ``prefer_ours`` takes cadiff's.  Raises ``DataError`` if more than one
-    is left.
+    Where a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid.  Raises
+    ``DataError`` if more than one is left.
     """
     skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
     found: dict[str, list[Path]] = {}
@@ -265,7 +265,8 @@ def label_maps(
             found.setdefault(scan_of(path), []).append(path)
     for scan, paths in found.items():
         if prefer_ours:
-            found[scan] = paths = [p for p in paths if OURS in p.name] or paths
+            own = [p for p in paths if OURS in p.name and "_space-" not in p.name]
+            found[scan] = paths = own or paths
         if len(paths) > 1:
             raise DataError(
                 f"{folder} has {len(paths)} label maps of {scan}:"
@@ -317,11 +318,6 @@ def overall(scans: Sequence[Summary]) -> Summary:
         {m: _mean(s.mean[m] for s in scans) for m in scans[0].mean},
         {m: _sd(s.mean[m] for s in scans) for m in scans[0].mean},
     )
-
-
-def mean_over(scores: Iterable[Score], key: str, measure: str) -> dict[str, float]:
-    """Mean of one measure for each ``key``."""
-    return {s.name: s.mean[measure] for s in summarise(scores, key, [measure])}
 
 
 def write_scores(path: Path, scores: Iterable[Score], measures: Sequence[str]) -> None:

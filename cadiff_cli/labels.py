@@ -19,6 +19,14 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 
 FREESURFER_EXTRAS = {31: 4, 63: 43, 72: 14, 78: 2, 79: 41}
 """FreeSurfer codes beside ours: choroid plexus, fifth ventricle, hypointensities."""
+FREESURFER_PARCELS = {
+    3: (range(1000, 2000), range(11100, 11200)),
+    42: (range(2000, 3000), range(12100, 12200)),
+    2: (range(3000, 4000), [5001]),
+    41: (range(4000, 5000), [5002]),
+}
+"""Cortex of either side, and the white matter below it, as ``aparc+aseg`` and ``wmparc`` parcel
+them."""
 FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
 """White matter of either side: hypointensities, callosum."""
 
@@ -74,6 +82,9 @@ class LabelTable:
         A negative class stands for itself or its mirror image, whichever is nearer (in voxels): the
         callosum of FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
         """
+        if not np.isfinite(codes).all():
+            raise DataError("label map holds NaN or infinite values", "labels are whole numbers")
+        codes = np.rint(codes).astype(np.int64)
         top = int(codes.max(initial=0))
         if codes.min(initial=0) < 0:
             raise DataError(f"label map holds {int(codes.min())}", "labels must not be negative")
@@ -81,7 +92,7 @@ class LabelTable:
         for source, target in mapping.items():
             if source <= top:
                 lut[source] = target
-        classes = lut[np.rint(codes).astype(np.int64)]
+        classes = lut[codes]
         for either in sorted({k for k in mapping.values() if k < 0}):
             unsided = classes == either
             sided = np.isin(classes, (-either, self.mirror_classes[-either]))
@@ -111,10 +122,16 @@ class LabelTable:
         return {**mapping, **lobes, 1: 0, 95: -left}
 
     def freesurfer_mapping(self) -> dict[int, int]:
-        """FreeSurfer aseg code -> class: ours, and what lies within them."""
+        """FreeSurfer code (aseg, aparc+aseg, wmparc) -> class: ours, and what lies within them."""
         ours = self.identity_mapping()
         extras = {code: ours[like] for code, like in FREESURFER_EXTRAS.items()}
-        return {**ours, **extras, **dict.fromkeys(FREESURFER_UNSIDED, -ours[2])}
+        parcels = {
+            code: ours[like]
+            for like, series in FREESURFER_PARCELS.items()
+            for codes in series
+            for code in codes
+        }
+        return {**ours, **extras, **parcels, **dict.fromkeys(FREESURFER_UNSIDED, -ours[2])}
 
     def identity_mapping(self) -> dict[int, int]:
         """Code (as this package writes it) -> class."""
@@ -163,9 +180,9 @@ def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
             f"no mapping {name!r}",
             "use neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV with source and index",
         )
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
     try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:  # Excel's begins with a mark
+            rows = list(csv.DictReader(stream, delimiter="\t"))
         pairs = [(int(row["source"]), int(row["index"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

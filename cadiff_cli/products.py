@@ -113,7 +113,8 @@ class Conditions:
 class Segmentation:
     """Label codes (int16) on the scan's own grid.
 
-    ``tile`` is the edge of the tiles the network saw, None for the whole volume.
+    ``device`` is where the network ran; ``tile`` the edge of the tiles that it saw, None for the
+    whole volume.
     ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for.
     ``expected_dice`` maps a code to the Dice that the network's probabilities let expect, as they
     are (``metrics.quality`` calibrates); a structure that is absent is not in it.
@@ -126,6 +127,7 @@ class Segmentation:
     table: LabelTable
     steps: int
     seed: int
+    device: str = "cpu"
     tile: int | None = None
     posteriors: np.ndarray | None = None
     warnings: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from cadiff_cli.io.bids import (
     read_filters,
     source_entities,
 )
+from cadiff_cli.io.dataset import refuse_other_source, save_dataset_files
 from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Grid
@@ -213,6 +214,9 @@ def test_filters_ask_for_absence_and_presence(raw, tmp_path):
         file.write_text(text)
         with pytest.raises(UsageError, match="not a filter file"):
             read_filters(file)
+    file.write_text('{"T1w": {"session": "a"}}')
+    with pytest.raises(UsageError, match="nothing of t1w"):
+        read_filters(file)
 
 
 def test_absent_participants_are_named(raw):
@@ -343,3 +347,49 @@ def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path):
     file = tmp_path / "participants.txt"
     file.write_text("sub-03\n04\n")
     assert labels(["sub-01", "02", "01", str(file)], "sub-") == ("01", "02", "03", "04")
+
+
+def test_labels_of_a_scan_must_be_one_map(tmp_path):
+    anat = tmp_path / "sub-1" / "anat"
+    anat.mkdir(parents=True)
+    names = ("sub-1_T1w", "sub-1_dseg", "sub-1_space-MNI152NLin2009cAsym_dseg")
+    for name in names:
+        (anat / f"{name}.nii.gz").touch()
+    (pair,) = labelled_scans(tmp_path)
+    assert pair.dseg.name == "sub-1_dseg.nii.gz"
+    for second in ("sub-1_seg-other_dseg", "sub-1_desc-preproc_T1w"):
+        path = anat / f"{second}.nii.gz"
+        path.touch()
+        with pytest.raises(DataError, match=f"two .* of one scan.*{second}"):
+            labelled_scans(tmp_path)
+        path.unlink()
+
+
+RAW = {"Name": "x", "BIDSVersion": "1.8.0"}
+THEIRS = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep"}]}
+
+
+@pytest.mark.parametrize("text", [json.dumps(RAW), json.dumps(THEIRS), "\ufeff{}", "{"])
+def test_nobody_elses_dataset_is_written_into(text, table, tmp_path):
+    """Neither by a claim nor by the files at its root; what is there stays as it is."""
+    path = tmp_path / "dataset_description.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(OutputError, match=r"raw dataset|fMRIPrep|not readable"):
+        Derivatives(tmp_path, Path("sub-01_T1w.nii")).claim(overwrite=True)
+    with pytest.raises(OutputError, match=r"raw dataset|fMRIPrep|not readable"):
+        save_dataset_files(tmp_path, table)
+    assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_description_of_ours_is_kept_but_for_missing_links(raw, table, tmp_path):
+    path = tmp_path / "dataset_description.json"
+    mine = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "cadiff"}], "Funding": "y"}
+    path.write_text(json.dumps({**mine, "DatasetLinks": [1]}))
+    save_dataset_files(tmp_path, table)
+    assert json.loads(path.read_text()) == {**mine, "DatasetLinks": [1]}
+    refuse_other_source(tmp_path, raw)
+    save_dataset_files(tmp_path, table, raw)
+    found = json.loads(path.read_text())
+    assert set(found.pop("DatasetLinks")) == {"raw", "templateflow"}
+    assert found == mine

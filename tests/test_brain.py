@@ -449,6 +449,23 @@ def test_folders_become_heads_once(label_map, tmp_path):
         prepare_heads([maps], [scans, scans], tmp_path / "cache")
 
 
+def test_a_head_takes_the_brain_of_its_own_run(label_map, tmp_path):
+    anat = tmp_path / "scans" / "sub-01" / "anat"
+    image = np.where(label_map.data > 0, 50, 0).astype(np.float32)
+    brain = np.isin(label_map.data, (2, 41)).astype(np.uint8)
+    for run in ("", "_run-1", "_run-10"):
+        save_volume(anat / f"sub-01{run}_T1w.nii.gz", image, label_map.grid)
+        lowest = np.arange(60) < {"": 60, "_run-1": 20, "_run-10": 40}[run]
+        inside = brain * lowest[:, None, None].astype(np.uint8)
+        save_volume(anat / f"sub-01{run}_desc-brain_mask.nii.gz", inside, label_map.grid)
+    heads = prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")["scans"]
+    sizes = {head.name: (head.distance > 0).sum() for head in heads}
+    assert sizes["sub-01_run-1"] < sizes["sub-01_run-10"] < sizes["sub-01"]
+    save_volume(anat / "sub-01_desc-other_mask.nii.gz", brain, label_map.grid)
+    with pytest.raises(DataError, match="has 2 brains"):
+        prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")
+
+
 def test_label_maps_cannot_be_held_out(label_map, drawn_head, real_head, tmp_path):
     heads = {"drawn": [drawn_head], "real": [real_head]}
     with pytest.raises(UsageError, match="label maps"):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +351,15 @@ def test_a_second_run_does_not_overwrite(segmented):
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+def test_a_missing_mask_is_said_before_anything_is_done(segmented):
+    _, _, out, arguments = segmented
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = call("cadiff-seg", *arguments, "--overwrite", "--mask", "no-such-mask.nii.gz")
+    assert done.returncode == 66
+    assert "no-such-mask" in one_line(done)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
 def test_a_failed_run_leaves_no_result(segmented, tmp_path):
     """Missing weights are found after the checks; what is left is the log."""
     _, source, _, _ = segmented
@@ -375,15 +385,23 @@ def test_evaluate_prints_a_table_and_nothing_else(segmented, tmp_path):
     assert done.stderr == ""
 
 
-def test_the_readme_shows_options_that_exist():
+def test_the_documents_show_options_that_exist():
+    """Each line of a command in README and docs, against that command's own options."""
     context = click.Context(cadiff)
-    known = {"--help", "--version"}
+    known = {}
     for name in COMMANDS:
+        known[name] = {"--help", "--version", "-h"}
         for parameter in cadiff.get_command(context, name).params:
-            known.update(parameter.opts, parameter.secondary_opts)
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    shown = [line for line in lines if line.strip().startswith(("cadiff ", "cadiff-seg "))]
-    assert shown
-    for line in shown:
-        options = {word.split("=")[0] for word in line.split() if word.startswith("--")}
-        assert options <= known, line
+            known[name].update(parameter.opts, parameter.secondary_opts)
+    checked = set()
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        blocks = path.read_text(encoding="utf-8").split("```")[1::2]
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        for line in (re.sub(r"\s#.*", "", text) for text in lines):
+            for said in re.findall(r"\bcadiff(?:-seg| [a-z-]+)(?= ).*", line):
+                name, *words = said.replace("cadiff-seg", "cadiff seg").split()[1:]
+                if name in known:
+                    options = {word.split("=")[0] for word in words if word.startswith("-")}
+                    assert options <= known[name], (path.name, line)
+                    checked.add(name)
+    assert checked >= {"seg", "run", "train", "evaluate"}

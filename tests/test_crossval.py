@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.training.cache import Sample
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
@@ -91,3 +91,32 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     again = cross_validate([toy_sample, other], tmp_path, QUICK, only=(2,), **settings)
     assert [str(s) for s in again] == [str(s) for s in scores[len(structures) :]]
     assert torch.load(weights, weights_only=True)["seconds"] == before
+
+
+def test_an_unfinished_fold_is_not_scored(toy_sample, tiny_config, tmp_path):
+    """Out of time after its first steps; going on afterwards finishes it."""
+    people = [toy_sample, replace(toy_sample, name="sub-other", subject="other")]
+    sampling = SampleConfig(steps=1, flip=False, device="cpu")
+
+    def first_fold(**limits):
+        return cross_validate(
+            people,
+            tmp_path,
+            QUICK,
+            n_folds=2,
+            only=(1,),
+            net_config=tiny_config,
+            sampling=sampling,
+            **limits,
+        )
+
+    with pytest.raises(CadiffError, match="fold 1 was stopped at step 0 of 1"):
+        first_fold(max_minutes=0)
+    assert not (tmp_path / "folds.json").exists()
+    assert first_fold()
+
+
+def test_folds_that_are_not_there_are_named(toy_sample, tmp_path):
+    with pytest.raises(UsageError, match=r"no fold \[0, 7\]"):
+        cross_validate([toy_sample], tmp_path, QUICK, n_folds=3, only=(7, 1, 0))
+    assert not list(tmp_path.iterdir())

@@ -48,7 +48,7 @@ def test_an_oracle_lands_on_x_0(steps):
     generator = torch.Generator().manual_seed(0)
     x_0, noise = (torch.randn(1, 2, 6, 6, 6, generator=generator) for _ in range(2))
     *_, end = sample(lambda _x, _t: x_0, noise, times(steps))
-    torch.testing.assert_close(end.x_next, x_0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(end, x_0, rtol=0, atol=1e-5)
 
 
 def test_an_oracle_keeps_the_state_on_its_path():
@@ -56,14 +56,14 @@ def test_an_oracle_keeps_the_state_on_its_path():
     generator = torch.Generator().manual_seed(0)
     x_0, noise = (torch.randn(1, 1, 4, 4, 4, generator=generator) for _ in range(2))
     schedule = times(5)
-    for step, t_next in zip(
+    for state, t_next in zip(
         sample(lambda _x, _t: x_0, noise, schedule), [*schedule[1:], 0.0], strict=True
     ):
         expected = corrupt(x_0, torch.tensor([t_next]), noise)
-        torch.testing.assert_close(step.x_next, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-5)
 
 
-def test_the_sampler_is_lazy_and_reports_its_way():
+def test_the_sampler_is_lazy():
     seen = []
 
     def denoise(x, t):
@@ -72,8 +72,8 @@ def test_the_sampler_is_lazy_and_reports_its_way():
 
     walk = sample(denoise, torch.ones(1, 1, 2, 2, 2), times(4))
     assert seen == []
-    first = next(walk)
-    assert (first.index, first.t, seen) == (0, 1.0, [1.0])
+    next(walk)
+    assert seen == [1.0]
     list(itertools.islice(walk, 2))
     assert seen == [1.0, 0.75, 0.5]
 

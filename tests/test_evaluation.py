@@ -15,7 +15,7 @@ from cadiff_cli.evaluation import (
     Pairs,
     Score,
     carry,
-    mean_over,
+    label_maps,
     overall,
     pair_up,
     retest_pair,
@@ -150,7 +150,6 @@ def test_means_are_over_structures_then_scans():
     headline = overall(scans)
     assert headline.mean["dice"] == pytest.approx((0.75 + 0.25) / 2)
     assert (headline.n, headline.absent) == (2, 1)
-    assert mean_over(scores, "scan", "dice") == {"a": 0.75, "b": 0.25}
 
 
 @pytest.mark.parametrize("axes", ["LAS", "SRA", "PIL"])
@@ -487,3 +486,16 @@ def test_retest_says_what_is_missing(sessions, tmp_path, capsys):
         assert cli("retest", folder) == 66
         (line,) = capsys.readouterr().err.splitlines()
         assert text in line
+
+
+def test_labels_in_a_templates_space_are_not_those_of_the_scan(tmp_path):
+    """What ``--output-spaces`` writes beside them does not stand in the way."""
+    anat = tmp_path / "sub-01" / "anat"
+    anat.mkdir(parents=True)
+    for name in ("", "_space-MNIColin27", "_space-MNIColin27_seg-cadiff_res-2"):
+        suffix = "_dseg.nii.gz" if "seg-" in name else "_seg-cadiff_dseg.nii.gz"
+        (anat / f"sub-01{name}{suffix}").touch()
+    found = label_maps(tmp_path, prefer_ours=True)
+    assert {scan: path.name for scan, path in found.items()} == {
+        "sub-01": "sub-01_seg-cadiff_dseg.nii.gz"
+    }

@@ -137,3 +137,29 @@ def test_label_mappings(table, tmp_path):
         label_mapping(str(path), table)
     with pytest.raises(MissingInputError):
         label_mapping("no-such-mapping", table)
+
+
+def test_label_maps_may_be_stored_as_floats(table):
+    """Scaled and cast on the way, as some writers do: whole numbers are meant."""
+    mapping = table.identity_mapping()
+    codes = np.array([[[0.0, 2.9999, 41.00001, 10.0]]])
+    classes = table.encode(codes, mapping)
+    assert classes.ravel().tolist() == [0, mapping[3], mapping[41], mapping[10]]
+    with pytest.raises(DataError, match="NaN"):
+        table.encode(np.array([[[np.nan]]]), mapping)
+
+
+def test_freesurfers_parcels_are_what_they_are_parts_of(table):
+    mapping = table.freesurfer_mapping()
+    parts = {3: (1000, 1035, 11175), 42: (2000, 2035, 12175), 2: (3001, 5001), 41: (4035, 5002)}
+    for whole, codes in parts.items():
+        assert {mapping[code] for code in codes} == {mapping[whole]}
+
+
+def test_a_mapping_may_come_from_a_spreadsheet(table, tmp_path):
+    path = tmp_path / "map.tsv"
+    path.write_text("source\tindex\n7\t10\n", encoding="utf-8-sig")
+    assert label_mapping(str(path), table) == {7: table.identity_mapping()[10]}
+    path.write_text("source\tindex\n7\t10\n", encoding="utf-16")
+    with pytest.raises(DataError, match="not a mapping"):
+        label_mapping(str(path), table)

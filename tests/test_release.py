@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cadiff_cli.config import Config, SampleConfig
-from cadiff_cli.evaluation import mean_over, score_pair
+from cadiff_cli.evaluation import score_pair, summarise
 from cadiff_cli.io.nifti import load_scan, save_volume
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, load_templates
 from cadiff_cli.io.weights import load_model
@@ -60,5 +60,5 @@ def test_a_labelled_person_is_segmented(
     path = tmp_path / "sub-01_seg-cadiff_dseg.nii.gz"
     save_volume(path, labels.data, labels.grid, like=t1)
     scores = score_pair(path, dseg, table, "malc27", ids(table))
-    (mean,) = mean_over(scores, "scan", "dice").values()
-    assert mean > least
+    (scan,) = summarise(scores, "scan", ["dice"])
+    assert scan.mean["dice"] > least

@@ -22,14 +22,13 @@ from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.products import Prepared, Registered, Result, Scan, Segmentation
 from cadiff_cli.report import figures
-from cadiff_cli.report.boilerplate import describe, write_citations
+from cadiff_cli.report.boilerplate import describe
 from cadiff_cli.report.case import Row, around, find_scan, read_rows
 from cadiff_cli.report.group import outliers
 from cadiff_cli.report.page import report_scan, write_page
 from cadiff_cli.report.qc import FAR, FAR_BELOW, MOST_SPREAD, POOR_DICE, columns, judge, robust_z
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
-from cadiff_cli.runner.group import known_scans, write_group
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -375,22 +374,6 @@ def test_what_is_not_in_the_field_is_told_and_not_shown(write_result, tmp_path, 
         assert f"Edges of {in_field[0]} over the scan" in page
         assert page.count(", not in the field") == len(names) - len(in_field)
         assert all(name in page for name in names)
-
-
-def test_results_of_the_first_layout_survive(write_result, table, tmp_path):
-    """They name one template, and say nothing of what shares in the field."""
-    out = tmp_path / "out"
-    write_result(out)
-    (result,) = finished(out)
-    (template,) = result.sidecar.pop("Templates")
-    template.pop("InField")
-    result.commit.write_text(json.dumps({**result.sidecar, "Template": template}))
-    (old,) = finished(out)
-    write_citations(out)
-    assert EMBEDDED in (out / "logs" / "CITATION.md").read_text()
-    (row,) = write_group(out, known_scans(out), table).rows
-    assert (row["template"], row["registration"]) == (EMBEDDED, "affine")
-    assert f"Edges of {EMBEDDED}" in write_page(out, old).read_text()
 
 
 def test_coordinates_have_colours_inside_the_brain():

@@ -64,8 +64,8 @@ def test_a_shift_is_undone(phantom, toy_template, result_of, tmp_path):
     assert (np.roll(carried.labels.data, 5, axis=0) == expected).mean() < 0.9
 
 
-def test_resolutions_are_templateflows(toy_template):
-    """MNI152NLin2009cAsym's res-01 and res-02, from its template_description.json."""
+def test_resolutions():
+    """1 and 2 are MNI152NLin2009cAsym's, from its template_description.json; 3 goes on alike."""
     affine = np.eye(4)
     affine[:3, 3] = (-96, -132, -78)
     one = Grid((193, 229, 193), affine)

@@ -356,7 +356,7 @@ loop.fit.__kwdefaults__["save_minutes"] = 0.0
 samples = [cache.load(Path({cache!r}) / "sub-toy.npz")]
 config = replace(QUICK, steps=int(sys.argv[1]))
 print("ready", flush=True)
-run.train(samples, Path({run!r}), config, net_config=conftest.TINY)
+run.train(samples, Path({run!r}), config, net_config=conftest.TINY, workers=int(sys.argv[2]))
 """
 
 
@@ -370,8 +370,8 @@ def test_a_killed_run_is_finished_by_the_same_command(toy_sample, tmp_path, tiny
     )
     checkpoint = run / "checkpoint.pt"
 
-    def command(steps):
-        return [sys.executable, "-c", program, str(steps)]
+    def command(steps, workers=0):
+        return [sys.executable, "-c", program, str(steps), str(workers)]
 
     with subprocess.Popen(command(100_000), stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
@@ -395,6 +395,27 @@ def test_a_killed_run_is_finished_by_the_same_command(toy_sample, tmp_path, tiny
     straight = load_model(str(path)).net.state_dict()
     for key, value in model.net.state_dict().items():
         assert torch.equal(value, straight[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_group_finishes_its_step(toy_sample, tmp_path, number):
+    """As a scheduler or Ctrl-C stops it: the loader's processes get the signal too."""
+    write_cache(toy_sample, tmp_path / "cache")
+    run = tmp_path / "run"
+    program = TRAINER.format(
+        tests=os.path.dirname(__file__), cache=str(tmp_path / "cache"), run=str(run)
+    )
+    command = [sys.executable, "-c", program, "100000", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            assert process.poll() is None
+        os.killpg(process.pid, number)
+        assert process.wait(timeout=60) == 0
+    done = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    assert load_model(str(run / "model.safetensors")).metadata["training"]["steps"] == done >= 1
 
 
 def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tiny_config):

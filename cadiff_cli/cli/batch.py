@@ -20,7 +20,7 @@ from cadiff_cli.errors import DiskError, UsageError, in_a_line
 from cadiff_cli.io.bids import Dataset, Selection
 from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.derivatives import make_recipe
-from cadiff_cli.io.releases import find_weights
+from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
@@ -43,7 +43,7 @@ class Request:
     executor: Executor
     options: Mapping[str, Any]
     atlas: str = "auto"
-    model: str = "cadiff-malc"
+    model: str = DEFAULT
     offline: bool = False
     spaces: tuple[str, ...] = ()
     field: bool = False
@@ -196,11 +196,11 @@ def _any_job(request: Request) -> Job:
 
 def _keep_options(request: Request, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
-    values = {**request.options, "atlas": job.recipe.template}
+    values = {**request.options, "atlas": job.recipe.template, "model": job.weights}
     if values.get("mem"):  # bytes by now; a bare number would be MB
         values["mem"] = f"{values['mem']}B"
     lines = [
-        f"{name} = {json.dumps(str(value) if isinstance(value, Path) else value)}"
+        f"{name} = {json.dumps(_anywhere(value), ensure_ascii=False)}"
         for name, value in values.items()
         if value is not None
     ]
@@ -208,6 +208,11 @@ def _keep_options(request: Request, job: Job) -> None:
         request.out / "logs" / f"cadiff_{job.run_id}.toml",
         f"# cadiff {cadiff_cli.__version__}\n" + "\n".join(lines) + "\n",
     )
+
+
+def _anywhere(value: object) -> object:
+    """An option's value, such that it means the same in another working directory."""
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:

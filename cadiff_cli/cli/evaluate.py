@@ -93,7 +93,7 @@ def tables(out: Path, name: str) -> list[Path]:
 def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
     """Make sure, before anything costly, that the tables can be written and nothing is lost."""
     from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.nifti import replacing
+    from cadiff_cli.io.nifti import check_writable
 
     if out is None:
         return
@@ -101,9 +101,7 @@ def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
         raise OutputError(f"{out} is a file", "give a folder with -o")
     if not overwrite and (there := [path for path in tables(out, name) if path.exists()]):
         raise OutputError(f"{there[0]} is there already", "use --overwrite, or another folder")
-    with replacing(out / ".writable"):
-        pass
-    (out / ".writable").unlink(missing_ok=True)
+    check_writable(out)
 
 
 def progress(pairs: Sequence[tuple[Path, Path]]) -> Iterable[tuple[Path, Path]]:

@@ -84,7 +84,7 @@ def command(
     mapping = label_mapping(labels, table)
     people = choose_atlases(atlases, t1, exclude)
     path = Derivatives(out, t1).path(f"seg-{SEGMENTATIONS[vote]}_dseg.nii.gz")
-    _claim(path, overwrite)
+    _claim(out, path, overwrite)
     config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
         stripped = strip(scan, load_template(EMBEDDED), config, Path(work))
@@ -94,26 +94,25 @@ def command(
     click.echo(path)
 
 
-def _claim(path: Path, overwrite: bool) -> None:
+def _claim(out: Path, path: Path, overwrite: bool) -> None:
     """Make sure before the long work that ``path`` can be written and nothing is lost by it."""
     from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.nifti import replacing
+    from cadiff_cli.io.dataset import refuse_foreign
+    from cadiff_cli.io.nifti import check_writable
 
+    refuse_foreign(out)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} is there already", "use --overwrite, or another folder with -o")
-    with replacing(path.with_name(".writable")):
-        pass
-    path.with_name(".writable").unlink(missing_ok=True)
+    check_writable(path.parent)
 
 
 def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "Config") -> None:
     """The label map, and last the sidecar that says what made it."""
-    import json
-
     import cadiff_cli
     from cadiff_cli.config import as_dict
     from cadiff_cli.io.derivatives import software
-    from cadiff_cli.io.nifti import replacing, save_volume
+    from cadiff_cli.io.nifti import save_volume
+    from cadiff_cli.io.text import write_json
     from cadiff_cli.stages.fuse import BETA, RADIUS, SEARCH
 
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
@@ -137,5 +136,4 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
         "Seconds": dict(fused.seconds),
         "Warnings": list(fused.warnings),
     }
-    with replacing(sidecar) as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(sidecar, about)

@@ -127,7 +127,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     is_flag=True,
     help="Redo scans that were made with other settings, replace files that no run has written.",
 )
-@click.option("--dry-run", is_flag=True, help="List what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="List what would be done (may fetch templates).")
 @click.option("--stop-on-first-crash", is_flag=True, help="Do not go on after a failed scan.")
 @click.option("--reports-only", is_flag=True, help="Rebuild reports from finished results.")
 @click.option(

@@ -13,8 +13,10 @@ import cadiff_cli
 from cadiff_cli.config import Config
 from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import load_scan
+from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result
+from cadiff_cli.stages.strip import given_mask
 
 LOGGER = logging.getLogger("cadiff_cli")
 
@@ -25,7 +27,7 @@ def segment_file(
     config: Config,
     *,
     atlas: str = "auto",
-    model: str = "cadiff-malc",
+    model: str = DEFAULT,
     offline: bool = False,
     save_field: bool = False,
     overwrite: bool = False,
@@ -42,6 +44,8 @@ def segment_file(
     logging.captureWarnings(True)
     warnings.simplefilter("default")
     scan = load_scan(t1)
+    if config.strip.mask:
+        given_mask(config.strip.mask, scan)
     parse_names(atlas)
     place = Derivatives(out, t1)
     place.claim(t1, config.strip.mask, overwrite=overwrite)
@@ -80,7 +84,12 @@ def segment_file(
         templates = load_templates(atlas, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
             result = segment_scan(
-                *(scan, templates, loaded, config, out, Path(work)),
+                scan,
+                templates,
+                loaded,
+                config,
+                out,
+                Path(work),
                 field=save_field,
                 announce=announce,
             )

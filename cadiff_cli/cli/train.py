@@ -47,7 +47,7 @@ OPTIONS = (
         show_default=True,
         help="Share of patches with resampled contrast.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
     click.option(
         "--workers", type=click.IntRange(0), default=0, show_default=True, help="Drawing processes."

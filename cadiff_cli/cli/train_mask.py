@@ -31,7 +31,7 @@ import click
 @click.option("--decay", type=click.IntRange(1), default=800, show_default=True)
 @click.option("--rate", type=float, default=1e-3, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1...")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--max-minutes", type=float, default=float("inf"), help="Stop after this.")

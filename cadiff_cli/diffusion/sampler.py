@@ -4,22 +4,12 @@ The sampler is a generator: progress, early stop and inspection need no callback
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from cadiff_cli.diffusion.process import levels
-
-
-@dataclass(frozen=True, eq=False)
-class SampleStep:
-    """After step ``index``: the network's estimate ``x_0`` at time ``t`` and the next state."""
-
-    index: int
-    t: float
-    x_0: Tensor
-    x_next: Tensor
 
 
 def times(steps: int) -> list[float]:
@@ -29,14 +19,13 @@ def times(steps: int) -> list[float]:
 
 def sample(
     denoise: Callable[[Tensor, float], Tensor], x_t: Tensor, schedule: list[float]
-) -> Iterator[SampleStep]:
-    """Denoise ``x_t`` from ``schedule[0]`` to 0; ``denoise(x_t, t)`` estimates x_0."""
-    for index, t in enumerate(schedule):
+) -> Iterator[Tensor]:
+    """States on the way from ``x_t`` at ``schedule[0]`` to 0; ``denoise(x_t, t)`` estimates x_0."""
+    for t, t_next in pairwise([*schedule, 0.0]):
         x_0 = denoise(x_t, t)
-        t_next = schedule[index + 1] if index + 1 < len(schedule) else 0.0
         (alpha, alpha_next), (sigma, sigma_next) = levels(
             torch.tensor([t, t_next], dtype=torch.float64)
         )
         noise = (x_t - float(alpha) * x_0) / float(sigma)
         x_t = float(alpha_next) * x_0 + float(sigma_next) * noise
-        yield SampleStep(index, t, x_0, x_t)
+        yield x_t

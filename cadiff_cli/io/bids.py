@@ -60,23 +60,39 @@ def source_entities(path: Path) -> str:
 
 
 def labelled_scans(dataset: Path) -> list[LabelledScan]:
-    """Every T1w of a BIDS-like folder that has a dseg with the same subject, session and run."""
+    """Every T1w of a BIDS-like folder that has a dseg with the same subject, session and run.
+
+    Images of a template's space (``space-``) are passed over.  Raises ``DataError`` where which
+    image belongs to which cannot be told.
+    """
     if not dataset.is_dir():
         raise MissingInputError(
             f"no dataset at {dataset}", "give a BIDS-like folder of T1w and dseg"
         )
     from bids.layout import parse_file_entities
 
-    def key(path: Path) -> tuple[str, ...]:
-        found = parse_file_entities(str(path), config=["bids", "derivatives"])
-        return tuple(str(found.get(k, "")) for k in ("subject", "session", "acquisition", "run"))
+    def by_scan(suffix: str) -> dict[tuple[str, ...], Path]:
+        found: dict[tuple[str, ...], Path] = {}
+        for path in sorted(dataset.glob(f"sub-*/**/*_{suffix}.nii*")):
+            entities = parse_file_entities(str(path), config=["bids", "derivatives"])
+            if "space" in entities:
+                continue
+            scan = ("subject", "session", "acquisition", "run")
+            key = tuple(str(entities.get(k, "")) for k in scan)
+            if key in found:
+                both = f"{found[key].name}, {path.name}"
+                raise DataError(
+                    f"{dataset} has two {suffix} images of one scan: {both}",
+                    "leave one of them, or link those to learn from into a folder of their own",
+                )
+            found[key] = path
+        return found
 
-    images = sorted(dataset.glob("sub-*/**/*_T1w.nii*"))
-    segmentations = {key(path): path for path in sorted(dataset.glob("sub-*/**/*_dseg.nii*"))}
+    images, segmentations = by_scan("T1w"), by_scan("dseg")
     pairs = [
-        LabelledScan(source_entities(path), key(path)[0], path, segmentations[key(path)])
-        for path in images
-        if key(path) in segmentations
+        LabelledScan(source_entities(path), key[0], path, segmentations[key])
+        for key, path in images.items()
+        if key in segmentations
     ]
     if not pairs:
         raise DataError(
@@ -271,7 +287,7 @@ def read_filters(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingInputError(f"no such file: {path}", "check --bids-filter-file")
     try:
-        filters = json.loads(path.read_text(encoding="utf-8")).get("t1w", {})
+        filters = json.loads(path.read_text(encoding="utf-8"))["t1w"]
         special = {None: Query.NONE, "*": Query.ANY}
         for key, value in filters.items():
             if isinstance(value, dict):
@@ -280,6 +296,10 @@ def read_filters(path: Path) -> dict[str, Any]:
             key: value if isinstance(value, list) else special.get(value, value)
             for key, value in filters.items()
         }
+    except KeyError as error:
+        raise UsageError(
+            f"{path} says nothing of t1w", 'write {"t1w": {}} if every T1w image is wanted'
+        ) from error
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(
             f"{path} is not a filter file ({error})", 'write {"t1w": {"acquisition": "mprage"}}'

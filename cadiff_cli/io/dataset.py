@@ -51,23 +51,27 @@ def save_dataset_files(
     """``dataset_description.json``, ``.bidsignore``, ``dseg.tsv``, ``README.md``.
 
     Existing files are kept, but for links to the ``raw`` dataset that the description lacks.
-    ``link`` says where ``raw`` is, if not as ``Dataset.link`` does.
+    ``link`` says where ``raw`` is, if not as ``Dataset.link`` does.  Raises ``OutputError`` where
+    ``out`` is not ours.
     """
+    refuse_foreign(out)
     path = out / "dataset_description.json"
     found = read_json(path)
-    description: dict[str, Any] = {
+    description: dict[str, Any] = found or {
         "Name": "cadiff - brain structures by anatomy diffusion",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [generated_by()],
         "HowToAcknowledge": "See logs/CITATION.md",
-        **(found or {}),
     }
     if raw is not None:
-        description["DatasetLinks"] = {
-            "raw": link or raw.link(out),
-            "templateflow": TEMPLATEFLOW_URL,
-            **description.get("DatasetLinks", {}),
+        description = {
+            **description,
+            "DatasetLinks": {
+                "raw": link or raw.link(out),
+                "templateflow": TEMPLATEFLOW_URL,
+                **links(description),
+            },
         }
         if doi := raw.doi:
             description.setdefault("SourceDatasets", [{"DOI": f"doi:{doi}"}])
@@ -88,7 +92,7 @@ def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> Non
 
     Only what can be told apart is: a link that leads to another folder, or names another dataset.
     """
-    found = (read_json(out / "dataset_description.json") or {}).get("DatasetLinks", {}).get("raw")
+    found = links(read_json(out / "dataset_description.json") or {}).get("raw")
     here = link or raw.link(out)
     if not found or VERSION.sub("", found) == VERSION.sub("", here):
         return
@@ -105,13 +109,25 @@ def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> Non
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise ``OutputError`` if ``out`` is a raw dataset, or another pipeline's."""
-    found = read_json(out / "dataset_description.json")
-    if found is None:
+    """Raise ``OutputError`` if ``out`` is a raw dataset, or another pipeline's, or cannot tell."""
+    path = out / "dataset_description.json"
+    if not path.exists():
         return
+    found = read_json(path)
+    if found is None:
+        raise OutputError(
+            f"{path} is not readable JSON, so whose folder it is cannot be told",
+            "mend or remove that file, or choose another output folder",
+        )
     told = found.get("GeneratedBy")
     entries = told if isinstance(told, list) else [told] if told else []
     makers = [str(e.get("Name") if isinstance(e, dict) else e) for e in entries]
     if found.get("DatasetType", "raw") == "raw" or (makers and "cadiff" not in makers):
         owner = f"made by {', '.join(makers)}" if makers else "a raw dataset"
         raise OutputError(f"{out} is {owner}", "choose a folder of its own for cadiff")
+
+
+def links(description: dict[str, Any]) -> dict[str, str]:
+    """``DatasetLinks`` that are links: another's may be anything."""
+    found = description.get("DatasetLinks")
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}

@@ -19,8 +19,8 @@ from cadiff_cli import machine
 from cadiff_cli.config import Config, Recipe, fingerprint
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import source_entities
-from cadiff_cli.io.dataset import save_dataset_files
-from cadiff_cli.io.nifti import replacing, save_volume
+from cadiff_cli.io.dataset import refuse_foreign, save_dataset_files
+from cadiff_cli.io.nifti import check_writable, replacing, save_volume
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.text import read_json, write_json, write_tsv
@@ -81,14 +81,16 @@ class Derivatives:
     def claim(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
 
-        Existing results are refused unless ``overwrite`` is set; ``inputs`` of the run are never
-        overwritten.  Raises ``OutputError``.
+        The folder is nobody else's dataset (``refuse_foreign``).  Existing results are refused
+        unless ``overwrite`` is set; ``inputs`` of the run are never overwritten.  Raises
+        ``OutputError``.
         """
         for parent in (self.out, *self.out.parents):
             if parent.exists():
                 if not parent.is_dir():
                     raise OutputError(f"{parent} is a file", "give another output folder")
                 break
+        refuse_foreign(self.out)
         for path in self.existing():
             if any(source is not None and path.samefile(source) for source in inputs):
                 raise OutputError(
@@ -99,9 +101,7 @@ class Derivatives:
                     f"{path} is there already", "use --overwrite, or another output folder"
                 )
         for folder in (self.out / "logs", self.folder):
-            with replacing(folder / ".writable"):
-                pass
-            (folder / ".writable").unlink(missing_ok=True)
+            check_writable(folder)
 
     def clear(self, keep: Collection[Path] = ()) -> None:
         """Remove an earlier run's results but for ``keep``, the one that vouches first.
@@ -146,8 +146,6 @@ def finished_result(place: Derivatives) -> Finished | None:
     there = all(place.path(name).exists() for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
     if not there or not sidecar or "Fingerprint" not in sidecar:
         return None
-    if "Template" in sidecar:  # results of earlier versions have one
-        sidecar["Templates"] = [sidecar.pop("Template")]
     return Finished(place.stem, place.commit, sidecar)
 
 
@@ -331,7 +329,8 @@ class _Writer:
         template, described = space.registered.template.name, dict[str, Any]()
         if space.resolution:
             spacing = space.labels.grid.spacing_mm[0]
-            described["Resolution"] = f"{spacing:g} mm, TemplateFlow's res-{space.resolution} grid"
+            times = f"{int(space.resolution)} times the template's"
+            described["Resolution"] = f"{spacing:g} mm voxels, {times}"
         parts: tuple[tuple[str, Volume, dict[str, Any]], ...] = (
             (T1W, space.t1, {"SkullStripped": True}),
             (MASK, space.mask, {"Type": "Brain"}),
@@ -484,7 +483,7 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         "Steps": result.segmentation.steps,
         "Seed": result.segmentation.seed,
         "Tile": result.segmentation.tile,
-        "Device": result.config.sample.device,
+        "Device": result.segmentation.device,
         "Templates": [
             {
                 "Name": r.template.name,

@@ -81,7 +81,7 @@ def load_volume(path: Path) -> Volume:
         raise DataError(
             f"{path.name} is not a readable image ({error})", "give NIfTI or MGH"
         ) from error
-    except (OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError) as error:
         raise DataError(
             f"{path.name} is damaged or truncated ({error})", "copy or download it again"
         ) from error
@@ -188,6 +188,13 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ``OutputError`` or ``DiskError`` unless files can be made in ``folder``, now made."""
+    with replacing(folder / ".writable"):
+        pass
+    (folder / ".writable").unlink(missing_ok=True)
 
 
 def save_volume(

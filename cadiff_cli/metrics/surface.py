@@ -30,7 +30,9 @@ def surface_dice(
         lambda *pair: compute_surface_dice(
             *pair, class_thresholds=[tolerance_mm], spacing=list(spacing_mm), use_subvoxels=True
         ),
-        *(prediction, reference, classes),
+        prediction,
+        reference,
+        classes,
         one_sided=0.0,
     )
 
@@ -49,7 +51,9 @@ def hausdorff95_mm(
     """
     return _per_class(
         lambda *pair: compute_hausdorff_distance(*pair, percentile=95, spacing=list(spacing_mm)),
-        *(prediction, reference, classes),
+        prediction,
+        reference,
+        classes,
         one_sided=math.inf,
     )
 

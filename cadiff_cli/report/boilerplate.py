@@ -103,9 +103,9 @@ KINDS = {
 
 
 def _in_field(sidecar: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The templates whose registrations share in the field; results of earlier versions: all."""
+    """The templates whose registrations share in the field."""
     registered = (t for t in sidecar["Templates"] if t["Registration"] != "none")
-    return [t for t in registered if t.get("InField", True)]
+    return [t for t in registered if t["InField"]]
 
 
 def _names(sidecar: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
+from cadiff_cli.io.dataset import links
 from cadiff_cli.io.derivatives import MASK, T1W, UNCERTAINTY, Finished, xfm_name
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import sha256
@@ -152,14 +153,14 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
     """The scan that ``result`` was made from, known by its SHA-256; None if it is not there."""
     named = str(result.sidecar.get("SpatialReference", ""))
     inner = named.removeprefix("bids:raw:")
-    links = (read_json(out / "dataset_description.json") or {}).get("DatasetLinks", {})
+    raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
     places = [scans] if scans is not None and scans.is_file() else []
     if scans is not None:
         name = Path(inner).name
         inside = scans / result.entities.split("_")[0]
         places += [scans / inner, scans / name, *sorted(inside.rglob(name))]
     if inner != named:
-        places.append(out / str(links.get("raw", "")) / inner)
+        places.append(out / raw / inner)
     wanted = result.sidecar.get("SourceSHA256")
     for place in places:
         if place.is_file() and sha256(place) == wanted:

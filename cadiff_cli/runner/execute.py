@@ -113,11 +113,9 @@ def segment_scan(
     from cadiff_cli.stages.space import parse_space, to_space
 
     result = run(scan, templates, model, config, work_dir, announce, gate)
-    carried = (
-        to_space(result, _template(name), resolution, work_dir)
-        for name, resolution in map(parse_space, spaces)
-    )
-    result = replace(result, spaces=tuple(carried))
+    for name, resolution in map(parse_space, spaces):
+        space = to_space(result, _template(name), resolution, work_dir)
+        result = replace(result, spaces=(*result.spaces, space))
     if announce:
         announce("write")
     save_result(

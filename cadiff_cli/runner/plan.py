@@ -46,7 +46,8 @@ def make_plan(
     images, ignored = dataset.t1w(selection, database)
     jobs = [like.of(path, dataset.uri(path)) for path in images]
     _refuse_namesakes(jobs)
-    notes = [f"{path.relative_to(dataset.root)} has no BIDS name: ignored" for path in ignored]
+    why = "has no BIDS name" if database is None else f"has no BIDS name, or {database} is older"
+    notes = [f"{path.relative_to(dataset.root)} {why}: ignored" for path in ignored]
     named = {job.entities.split("_")[0] for job in jobs}
     labels = selection.participants or dataset.participants()
     notes += [f"sub-{x} has no T1w image that fits" for x in labels if f"sub-{x}" not in named]

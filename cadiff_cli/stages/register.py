@@ -20,7 +20,7 @@ from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.products import Registered, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import all_voxels, corners, resample
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +104,19 @@ def warp(
     """Resample a template image onto ``grid`` in the scan's world; ``inverse`` reverses.
 
     Label maps want ``interpolator="genericLabel"``: the label that weighs most at each point.
+    ITK knows no sheared grids: they are reached, and left, by way of an orthogonal one.
     """
     ants = _ants()
     path = registered.to_template if inverse else registered.from_template
     if path is None:
         raise UsageError("there is no registration to warp with", "use --registration fast")
+    order = 0 if interpolator == "genericLabel" else 1
+    if volume.grid.is_sheared:
+        volume = resample(volume, upright(volume.grid), order=order, fill=fill)
+    if grid.is_sheared:
+        options: dict[str, Any] = {"inverse": inverse, "fill": fill, "interpolator": interpolator}
+        near = warp(volume, registered, upright(grid), **options)
+        return resample(near, grid, order=order, fill=fill)
     with _quiet():
         moved = ants.apply_transforms(
             _empty(grid),
@@ -118,6 +126,15 @@ def warp(
             defaultvalue=fill,
         )
     return Volume(moved.numpy(), grid)
+
+
+def upright(grid: Grid) -> Grid:
+    """The working grid of a sheared one, as large as it takes to hold every voxel's centre."""
+    working = grid.working()
+    ends = corners(all_voxels(grid.shape), working.voxel_map(grid))
+    start = np.floor(ends.min(axis=1)).astype(int)
+    x, y, z = np.ceil(ends.max(axis=1)).astype(int) - start + 1
+    return working.crop(tuple(start), (int(x), int(y), int(z)))
 
 
 def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:

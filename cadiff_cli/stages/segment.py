@@ -75,6 +75,7 @@ def segment(
         table,
         steps=config.steps,
         seed=config.seed,
+        device=str(pick_device(config.device)),
         tile=tile,
         posteriors=posteriors,
         warnings=warnings,
@@ -230,8 +231,8 @@ def denoise(
     def clean(x_t: Tensor, t: float) -> Tensor:
         return estimate(torch.cat([known, x_t], dim=1), t)
 
-    for step in islice(sample(clean, noise, schedule), len(schedule) - 1):
-        x_t = step.x_next
+    for state in islice(sample(clean, noise, schedule), len(schedule) - 1):
+        x_t = state
     x = torch.cat([known, x_t], dim=1)
     p = estimate(x, schedule[-1], fine=True)[0]
     if flip is None:

@@ -10,7 +10,6 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.io.templates import registry
 from cadiff_cli.products import InSpace, Result, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.register import register, warp
 
 
@@ -32,11 +31,13 @@ def parse_space(text: str) -> tuple[str, str]:
 def to_space(result: Result, template: Template, resolution: str, work_dir: Path) -> InSpace:
     """Brain, mask and labels on ``template``'s grid; a voxel takes the label that weighs most.
 
-    The registration that the labels were made with serves again if it was to this template.  The
-    scan is registered to another one with the same settings.
+    The registration that the labels were made with serves again if it was to this template, and so
+    does that of a space which ``result`` has already.  The scan is registered to another one with
+    the same settings.
     """
     stripped = result.prepared.stripped
-    made = {r.template.name: r for r in result.prepared.registrations if r.to_template is not None}
+    known = (*result.prepared.registrations, *(space.registered for space in result.spaces))
+    made = {r.template.name: r for r in known if r.to_template is not None}
     registered = made.get(template.name)
     if registered is None:
         wanted = result.config.register
@@ -45,8 +46,6 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
         registered = register(stripped, template, wanted, work_dir)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
     labels = result.segmentation.labels
-    if labels.grid.is_sheared:  # ITK knows no sheared grids
-        labels = resample(labels, labels.grid.working(), order=0)
 
     def carried(data: np.ndarray, source: Grid, interpolator: str = "linear") -> np.ndarray:
         volume = Volume(data.astype(np.float32), source)
@@ -65,7 +64,11 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
 
 
 def standard_grid(grid: Grid, factor: int) -> Grid:
-    """TemplateFlow's ``res-`` grids: voxels ``factor`` times as large from the same corner."""
+    """``grid`` with voxels ``factor`` times as large.
+
+    The first one holds the first of ``grid`` and what would lie before it, as in TemplateFlow's
+    ``res-02`` of MNI152NLin2009cAsym.
+    """
     affine = grid.affine.copy()
     affine[:3, :3] *= factor
     affine[:3, 3] = grid.to_world(np.full(3, -(factor - 1) / 2))

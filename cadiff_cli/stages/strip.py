@@ -40,7 +40,9 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     working = scan.t1.grid.working()
     method, warnings = config.strip.method, list[str]()
     if config.strip.mask is not None:
-        method, mask = "mask file", _given(config.strip.mask, scan, working)
+        given = given_mask(config.strip.mask, scan)
+        inside = resample(Volume(given.data.astype(np.float32), given.grid), working).data > 0.5
+        method, mask = "mask file", Volume(inside, working)
     else:
         if method not in METHODS:
             raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
@@ -149,7 +151,11 @@ def _foreground(data: np.ndarray) -> np.ndarray:
     return np.asarray(data != _background(data))
 
 
-def _given(path: Path, scan: Scan, working: Grid) -> Volume:
+def given_mask(path: Path, scan: Scan) -> Volume:
+    """A user's brain mask (bool) on the scan's own grid.
+
+    Raises ``DataError`` if it lies elsewhere or is empty.
+    """
     mask = load_volume(path)
     same = mask.grid.shape == scan.t1.grid.shape and np.allclose(
         mask.grid.affine, scan.t1.grid.affine, atol=1e-2
@@ -162,9 +168,7 @@ def _given(path: Path, scan: Scan, working: Grid) -> Volume:
     inside = np.nan_to_num(np.asarray(mask.data, dtype=np.float32)) > 0.5
     if not inside.any():
         raise DataError(f"mask {path.name} is empty", "give a mask with the brain above 0.5")
-    return Volume(
-        resample(Volume(inside.astype(np.float32), mask.grid), working).data > 0.5, working
-    )
+    return Volume(inside, mask.grid)
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import Score, score_classes
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.labels import load_table
@@ -57,9 +57,12 @@ def cross_validate(
     """Train on all folds but one, segment that one, and so on; every scan is scored once.
 
     Fold k (from 1) lives in ``run/fold-k``; one that is finished is not trained again.  ``only``
-    runs some of them.  Scores are taken on the 1 mm crop that the network sees.
+    runs some of them.  Scores are taken on the 1 mm crop that the network sees.  A fold that runs
+    out of ``max_minutes``, or is interrupted, ends it all with a ``CadiffError``.
     """
     table, sampling = load_table(), sampling or SampleConfig()
+    if unknown := sorted(set(only or ()) - set(range(1, n_folds + 1))):
+        raise UsageError(f"there is no fold {unknown}", f"folds are numbered 1 to {n_folds}")
     scores: list[Score] = []
     for k, held_out in enumerate(folds(samples, n_folds, config.seed), start=1):
         if only and k not in only:
@@ -76,11 +79,16 @@ def cross_validate(
             validate_minutes=math.inf,
             max_minutes=max_minutes,
         )
-        net = load_model(str(weights)).net
+        model = load_model(str(weights))
+        if (reached := model.metadata["training"]["steps"]) < config.steps:
+            raise CadiffError(
+                f"fold {k} was stopped at step {reached} of {config.steps}: nothing is scored",
+                "give the same command again: it goes on from there",
+            )
         for sample in (s for s in samples if s.subject in held_out):
             shape = sample.classes.shape
             grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-            predicted = Volume(segment_sample(net, sample, table, sampling), grid)
+            predicted = Volume(segment_sample(model.net, sample, table, sampling), grid)
             scores += score_classes(
                 sample.name, predicted, Volume(sample.classes, grid), table, subset
             )

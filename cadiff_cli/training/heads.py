@@ -28,7 +28,7 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
 from cadiff_cli.stages.brain import normalise
 from cadiff_cli.training.augment import nearest, read, rotation, smooth_noise, thicken
-from cadiff_cli.training.loop import Schedule
+from cadiff_cli.training.loop import Schedule, outlive_signals
 
 CLOSING_MM = 5.0
 NOT_BRAIN = 500
@@ -449,6 +449,7 @@ def head_loader(
         batch_size=config.batch,
         sampler=range(step * config.batch, config.steps * config.batch),
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         collate_fn=stack_heads,
     )
 

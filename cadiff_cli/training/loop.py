@@ -249,6 +249,15 @@ def fit(
     save_checkpoint(checkpoint, state, config)
 
 
+def outlive_signals(_worker: int) -> None:
+    """For a loader's processes: whoever stops the whole group stops the run, and that stops them.
+
+    Without them the run could not finish its step, and write no checkpoint.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_step(state: State[N], batch: Any, objective: Objective, config: Schedule) -> Parts:
     """One forward and backward pass, one step of the optimiser and of the average."""
     # Not the number that a patch was drawn with: its deformation would decide the times.

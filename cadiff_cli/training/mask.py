@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,10 +74,15 @@ def prepare_heads(
 
 
 def _brain_of(t1: Path) -> Path:
-    """The mask beside a head, else its dseg."""
-    prefix = t1.name.split("_T1w")[0]
+    """The mask beside a head, else its dseg: of this scan, not of another run."""
+    scan = re.escape(t1.name.split("_T1w")[0])
     for suffix in ("mask", "dseg"):
-        if brains := sorted(t1.parent.glob(f"{prefix}*_{suffix}.nii*")):
+        name = re.compile(rf"{scan}(_(atlas|desc|label|seg)-\w+)*_{suffix}\.nii(\.gz)?", re.ASCII)
+        brains = sorted(path for path in t1.parent.iterdir() if name.fullmatch(path.name))
+        if len(brains) > 1:
+            names = ", ".join(path.name for path in brains)
+            raise DataError(f"{t1.name} has {len(brains)} brains: {names}", "leave one of them")
+        if brains:
             return brains[0]
     raise DataError(f"{t1} has neither mask nor dseg beside it", "add one, or remove the scan")
 

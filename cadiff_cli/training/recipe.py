@@ -12,7 +12,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
 from cadiff_cli.training.cache import Sample
-from cadiff_cli.training.loop import Schedule
+from cadiff_cli.training.loop import Schedule, outlive_signals
 from cadiff_cli.training.objective import METHODS, Objective
 from cadiff_cli.training.synthesis import SynthesisConfig
 
@@ -66,13 +66,20 @@ def patch_loader(
 ) -> "DataLoader[Patch]":
     """Batches of patches from ``step`` on, in order."""
     draws = Draws(
-        *(samples, config.patch, mirror, config.augment, config.seed), also, config.also_share
+        samples,
+        config.patch,
+        mirror,
+        config.augment,
+        config.seed,
+        also=also,
+        also_share=config.also_share,
     )
     return DataLoader(
         draws,
         batch_size=config.batch,
         sampler=range(step * config.batch, config.steps * config.batch),
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         collate_fn=stack,
         pin_memory=device.type == "cuda",
     )
