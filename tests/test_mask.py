@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.ndimage import gaussian_filter
 from synthetic_head import stored, synthetic_head
 
 from cadiff_cli.cli.mask import command
@@ -156,13 +157,14 @@ def released_mask():
         pytest.skip("no released brain-mask network")
 
 
-@pytest.mark.parametrize("kind", ["noise", "blob", "ramp"])
+@pytest.mark.parametrize("kind", ["noise", "speckle", "blob", "ramp"])
 def test_no_brain_is_found_where_there_is_none(released_mask, kind, tmp_path, all_threads):
     shape = (90, 110, 90)
     rng = np.random.default_rng(0)
     ijk = np.indices(shape) / np.reshape(shape, (3, 1, 1, 1)) - 0.5
     images = {
         "noise": rng.random(shape),
+        "speckle": gaussian_filter(rng.standard_normal(shape), 1),
         "blob": np.where((ijk**2).sum(0) < 0.16, 80 + 5 * rng.standard_normal(shape), 0)
         + rng.random(shape),
         "ramp": ijk[0] + 0.01 * rng.random(shape),
