@@ -586,6 +586,7 @@ def test_a_recipe_is_a_method_and_settings():
         assert config.objective == method.objective
         assert config.augment.synthesis.share == 0.25
         assert (config.steps, config.batch, config.seed) == (7, 2, 3)
-    assert recipe()[0] == METHODS["cadiff"].net
+        assert replace(config.augment, synthesis=method.augment.synthesis) == method.augment
+    assert recipe()[0] == METHODS["cadiff"].net == recipe("finish")[0]
     with pytest.raises(UsageError, match="cadif"):
         recipe("cadif")

@@ -27,8 +27,8 @@ OPTIONS = (
         "--method",
         default="cadiff",
         show_default=True,
-        help="cadiff, or a variant of the ablation: unet, diffusion, dual, label, "
-        "collaborative, consistency, consistency-dice, paper.",
+        help="cadiff; finish, its last part from --init; or a variant of the ablation: unet,"
+        " diffusion, dual, label, collaborative, consistency, consistency-dice, paper.",
     ),
     click.option("--steps", type=click.IntRange(1), default=3000, show_default=True),
     click.option(

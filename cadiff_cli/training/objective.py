@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cadiff_cli.diffusion.process import corrupt, expand
 from cadiff_cli.nets.unet import STRIDE, CADiffNet, NetConfig
-from cadiff_cli.training.augment import Patch
+from cadiff_cli.training.augment import AugmentConfig, Patch
 from cadiff_cli.training.losses import (
     Consistency,
     Losses,
@@ -22,6 +22,7 @@ from cadiff_cli.training.losses import (
     field_mse,
     fractions,
 )
+from cadiff_cli.training.synthesis import SynthesisConfig
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Method:
 
     net: NetConfig = field(default_factory=NetConfig)
     objective: Objective = field(default_factory=Objective)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     prior_scans: int = 0
 
 
@@ -136,8 +138,16 @@ def _methods() -> dict[str, Method]:
     blind = Objective(field_weight=0.0, consistency=None)
     joint = Objective(consistency=None)
     known = replace(blind, times=Times(known_field=1.0, lost_field=0.0))
+    mild = AugmentConfig(
+        deform=0.35,
+        thick_slices=0.06,
+        bad_mask=0.1,
+        intensity=0.6,
+        synthesis=SynthesisConfig(contrast=0.1),
+    )
     return {
         "cadiff": Method(),
+        "finish": Method(objective=Objective(Times(0.85, 0.05, 0.7), recycle=0.3), augment=mild),
         "unet": Method(replace(plain, reads_field=False, reads_labels=False), blind),
         "diffusion": Method(replace(plain, reads_field=False), blind),
         "dual": Method(plain, known),
@@ -152,8 +162,10 @@ def _methods() -> dict[str, Method]:
 
 
 METHODS = _methods()
-"""``cadiff`` is what ships.  ``unet`` denoises nothing; ``diffusion`` has no field; ``dual`` has a
-field that is always known; ``label`` has one person's labels, carried over through the template, in
-its place (Table V); ``collaborative`` diffuses the field too; ``consistency`` adds eqs. 5-8 (Dice
-instead of cosine in ``consistency-dice``); all of these without TACA.  ``paper`` draws both times
-uniformly, weighs eq. 8 as printed and recycles nothing."""
+"""``cadiff`` is what ships, and ``finish`` its last part, nearer to what inference meets: the field
+mostly known, labels mostly from pure noise, milder augmentation.  ``unet`` denoises nothing;
+``diffusion`` has no field; ``dual`` has a field that is always known; ``label`` has one person's
+labels, carried over through the template, in its place (Table V); ``collaborative`` diffuses the
+field too; ``consistency`` adds eqs. 5-8 (Dice instead of cosine in ``consistency-dice``); all of
+these without TACA.  ``paper`` draws both times uniformly, weighs eq. 8 as printed and recycles
+nothing."""

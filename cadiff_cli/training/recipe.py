@@ -14,7 +14,6 @@ from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
 from cadiff_cli.training.cache import Sample
 from cadiff_cli.training.loop import Schedule, outlive_signals
 from cadiff_cli.training.objective import METHODS, Objective
-from cadiff_cli.training.synthesis import SynthesisConfig
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ def recipe(
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}", f"choose from {', '.join(METHODS)}")
     chosen = METHODS[method]
-    synthesis = replace(SynthesisConfig(), share=synthetic)
+    synthesis = replace(chosen.augment.synthesis, share=synthetic)
     return chosen.net, TrainConfig(
         objective=chosen.objective,
         prior_scans=chosen.prior_scans,
-        augment=AugmentConfig(synthesis=synthesis),
+        augment=replace(chosen.augment, synthesis=synthesis),
         **settings,
     )
 
