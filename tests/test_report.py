@@ -36,7 +36,9 @@ from cadiff_cli.stages.volumes import volumes_mm3
 NO_RANGES = Ranges("", {}, {})
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
 SIDECAR = {
-    "Templates": [{"Name": "x", "Registration": "fast", "Source": "y", "Score": 1.2}],
+    "Templates": [
+        {"Name": "x", "Registration": "fast", "Source": "y", "Score": 1.2, "InField": True}
+    ],
     "Warnings": [],
 }
 

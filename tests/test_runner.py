@@ -232,7 +232,13 @@ def test_boilerplate_counts_what_differs():
             "Packages": {"torch": "2", "antspyx": "3"},
             "SkullStripping": "none",
             "Templates": [
-                {"Name": name, "Registration": kind, "Source": "templateflow", **told}
+                {
+                    "Name": name,
+                    "Registration": kind,
+                    "Source": "templateflow",
+                    "InField": True,
+                    **told,
+                }
                 for name, kind, told in templates
             ],
             "Model": {"Name": "m", "WeightsSHA256": "0" * 64},
