@@ -31,6 +31,7 @@ from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import brain_mask
 from cadiff_cli.stages.masks import judge_mask, tidy
 from cadiff_cli.training.heads import closed
+from cadiff_cli.training.mask import brain_of
 
 mpl.use("Agg")
 
@@ -109,15 +110,12 @@ def real(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Vol
 
 def truth(t1: Path, close: bool) -> Volume:
     """The brain that a head comes with."""
-    prefix = t1.name.split("_T1w")[0]
-    masks = sorted(t1.parent.glob(f"{prefix}*_mask.nii*"))
-    if masks:
-        volume = load_volume(masks[0])
-        if not close:
-            return Volume(np.asarray(volume.data) > 0, volume.grid)
-    else:
-        volume = load_volume(next(t1.parent.glob(f"{prefix}*_dseg.nii*")))
-    return Volume(closed(np.asarray(volume.data) > 0, volume.grid.spacing_mm), volume.grid)
+    path = brain_of(t1)
+    volume = load_volume(path)
+    inside = np.asarray(volume.data) > 0
+    if close or "_dseg." in path.name:
+        inside = closed(inside, volume.grid.spacing_mm)
+    return Volume(inside, volume.grid)
 
 
 def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:

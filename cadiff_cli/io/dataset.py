@@ -57,21 +57,19 @@ def save_dataset_files(
     refuse_foreign(out)
     path = out / "dataset_description.json"
     found = read_json(path)
-    description: dict[str, Any] = found or {
+    ours = {
         "Name": "cadiff - brain structures by anatomy diffusion",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [generated_by()],
         "HowToAcknowledge": "See logs/CITATION.md",
     }
+    description = dict(found or ours)
     if raw is not None:
-        description = {
-            **description,
-            "DatasetLinks": {
-                "raw": link or raw.link(out),
-                "templateflow": TEMPLATEFLOW_URL,
-                **links(description),
-            },
+        description["DatasetLinks"] = {
+            "raw": link or raw.link(out),
+            "templateflow": TEMPLATEFLOW_URL,
+            **links(description),
         }
         if doi := raw.doi:
             description.setdefault("SourceDatasets", [{"DOI": f"doi:{doi}"}])

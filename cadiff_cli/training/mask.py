@@ -57,7 +57,7 @@ def prepare_heads(
             raise UsageError(f"two folders are called {folder.name!r}", "rename one")
         found = heads[folder.name] = []
         for path in images:
-            brain = path if folder in label_maps else _brain_of(path)
+            brain = path if folder in label_maps else brain_of(path)
             key = fingerprint([HEAD_FORMAT, *(sha256(p) for p in (path, brain))])
             kept = cache / f"{folder.name}_{stem(path)}_{key}.npz"
             if not kept.exists():
@@ -73,7 +73,7 @@ def prepare_heads(
     return heads
 
 
-def _brain_of(t1: Path) -> Path:
+def brain_of(t1: Path) -> Path:
     """The mask beside a head, else its dseg: of this scan, not of another run."""
     scan = re.escape(t1.name.split("_T1w")[0])
     for suffix in ("mask", "dseg"):
