@@ -14,6 +14,8 @@ from cadiff_cli.training.augment import (
     AugmentConfig,
     Draws,
     draw_patch,
+    keep_mean,
+    low_resolution,
     recolour,
     spoil_mask,
     stack,
@@ -175,6 +177,47 @@ def test_recolouring_stays_in_range_and_in_the_brain():
         changed += not torch.equal(out, image)
     assert changed > 3
     assert torch.equal(recolour(image, mask, 0.0, seeded()), image)
+
+
+def test_bias_fields_favour_no_corner():
+    """Each pair of opposite corners is as often brighter at one end as at the other."""
+    image, mask = torch.full((24, 24, 24), 0.3), torch.ones(24, 24, 24, dtype=torch.bool)
+    image = image + 0.01 * torch.rand(24, 24, 24, generator=seeded())
+    gains = []
+    for seed in range(120):
+        out = recolour(image, mask, 1.0, seeded(seed))
+        ends = [
+            (out[x, y, z].mean(), out.flip(0, 1, 2)[x, y, z].mean())
+            for x in (slice(6), slice(-6, None))
+            for y in (slice(6), slice(-6, None))
+            for z in (slice(6),)
+        ]
+        gains.append([float((a / b).log()) for a, b in ends])
+    gains = np.array(gains)
+    assert (gains.std(axis=0) > 0.1).all()
+    assert (np.abs(gains.mean(axis=0)) < 3 * gains.std(axis=0) / len(gains) ** 0.5).all()
+
+
+def test_the_mean_can_be_kept():
+    mask = torch.rand(8, 8, 8, generator=seeded()) > 0.5
+    before, after = torch.rand(2, 8, 8, 8, generator=seeded(1))
+    kept = keep_mean(before, 5 * after, mask)
+    torch.testing.assert_close(kept[mask].mean(), before[mask].mean())
+    torch.testing.assert_close(kept / after, (kept / after)[0, 0, 0].expand(8, 8, 8))
+
+
+def test_low_resolution_moves_nothing():
+    """Against its labels, which stay: a ramp is itself again, but for its ends."""
+    x, y, z = torch.meshgrid(*[torch.arange(48.0)] * 3, indexing="ij")
+    blurred = 0
+    for axis in (x, y, z):
+        change = low_resolution(1.0)
+        for seed in range(6):
+            out = change.set_random_state(seed)(axis[None])[0]
+            inner = (out - axis)[8:-8, 8:-8, 8:-8]
+            assert float(inner.mean().abs()) < 0.05  # voxels
+            blurred += float(inner.abs().max()) > 0
+    assert blurred > 3
 
 
 @pytest.mark.parametrize("voxels", [1.0, 2.0, 3.7, 5.0])

@@ -188,12 +188,19 @@ def recolour(image: Tensor, mask: Tensor, strength: float, generator: torch.Gene
     """Bias field, contrast, blur, low resolution, noise: (X, Y, Z), 0 outside ``mask``."""
     if strength <= 0:
         return image
+
+    def seeded(change: mt.Randomizable) -> mt.Randomizable:
+        return change.set_random_state(int(torch.randint(2**31 - 1, (1,), generator=generator)))
+
+    # Both signs: MONAI's own default only ever brightens one corner of the image.
+    reach = 0.2 * strength
+    bias = seeded(mt.RandBiasField(prob=0.5, coeff_range=(-reach, reach)))
+    image = keep_mean(image, bias(image[None]).as_subclass(Tensor)[0], mask)
     chain = mt.Compose(
         [
-            mt.RandBiasField(prob=0.5, coeff_range=(0.0, 0.15 * strength)),
             mt.RandAdjustContrast(prob=0.5, gamma=(0.6, 1.7)),
             mt.RandHistogramShift(num_control_points=(6, 10), prob=0.1 * min(strength, 1)),
-            mt.RandSimulateLowResolution(prob=0.1, zoom_range=(0.4, 0.9)),
+            low_resolution(0.2),
             mt.RandGaussianSmooth(
                 prob=0.1, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)
             ),
@@ -202,10 +209,23 @@ def recolour(image: Tensor, mask: Tensor, strength: float, generator: torch.Gene
             mt.RandShiftIntensity(offsets=0.05 * strength, prob=0.5),
         ]
     )
-    chain.set_random_state(seed=int(torch.randint(2**31 - 1, (1,), generator=generator)))
-    recoloured: Tensor = chain(image[None])
-    out = recoloured.as_subclass(Tensor)[0]
+    out: Tensor = seeded(chain)(image[None]).as_subclass(Tensor)[0]
     return out.clamp(0, 1) * mask
+
+
+def low_resolution(share: float) -> mt.RandSimulateLowResolution:
+    """Larger voxels, interpolated back.
+
+    They are means: the nearest of the small ones would shift the image against its labels.
+    """
+    return mt.RandSimulateLowResolution(
+        prob=share, downsample_mode="area", zoom_range=(0.4, 0.9), align_corners=False
+    )
+
+
+def keep_mean(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """``after`` scaled to the mean that ``before`` has inside ``mask``; all (X, Y, Z)."""
+    return after * ((before * mask).sum() / (after * mask).sum().clamp(min=1e-6))
 
 
 def thicken(image: Tensor, voxels: float, generator: torch.Generator) -> Tensor:

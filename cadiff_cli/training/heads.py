@@ -330,7 +330,7 @@ def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) ->
         image = thicken(image, voxels, generator)
     chain = mt.Compose(
         [
-            mt.RandBiasField(prob=0.6, coeff_range=(0.0, 0.2)),
+            mt.RandBiasField(prob=0.6, coeff_range=(-0.25, 0.25)),
             mt.RandAdjustContrast(prob=0.6, gamma=(0.5, 2.0)),
             mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2),
             mt.RandGaussianSmooth(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cadiff_cli.config import as_dict
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.stages.segment import autocast
 
@@ -267,7 +267,13 @@ def train_step(state: State[N], batch: Any, objective: Objective, config: Schedu
         losses = objective(state.net, batch, generator)
     state.optimiser.zero_grad(set_to_none=True)
     losses.total.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
+    # One step with a NaN would spoil weights, average and checkpoint for good.
+    norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
+    if not norm.isfinite():
+        raise CadiffError(
+            f"the gradient of step {state.step} is {float(norm)}: the last checkpoint is kept",
+            "go on from it with a lower --rate or another --seed",
+        )
     for group in state.optimiser.param_groups:
         group["lr"] = config.rate * rate_factor(state.step, config)
     state.optimiser.step()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cadiff_cli.diffusion.process import corrupt, expand
-from cadiff_cli.nets.unet import STRIDE, CADiffNet, NetConfig
+from cadiff_cli.nets.unet import FIELD_STD, STRIDE, CADiffNet, NetConfig
 from cadiff_cli.training.augment import AugmentConfig, Patch
 from cadiff_cli.training.losses import (
+    SIMILARITIES,
     Consistency,
     Losses,
     central,
@@ -34,9 +35,9 @@ class Times:
     rest is uniform in [0, 1].  All zero is the paper's choice.
     """
 
-    known_field: float = 0.7
-    lost_field: float = 0.1
-    pure_noise: float = 0.5
+    known_field: float = 0.85
+    lost_field: float = 0.05
+    pure_noise: float = 0.8
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(t_d, t_m), each (batch,), on the generator's device."""
@@ -53,15 +54,20 @@ class Times:
 class Objective:
     """Eq. 8, and how its inputs are made.
 
-    The 1 mm label loss is taken in a random cube of ``fine`` voxels of the patch; ``coarse_weight``
-    scales the label loss at 2 mm, which intermediate sampling steps rely on.  In a share
+    The 1 mm head sees a cube of ``fine`` voxels of the patch.  In a share ``focus`` of the steps it
+    lies around a random voxel of a random structure, so that small structures are met as often as
+    large ones; in the others anywhere.  Its loss leaves out ``rim`` voxels at each face: the head
+    lacks their surroundings, which inference always has.  ``coarse_weight`` scales the label loss
+    at 2 mm, which intermediate sampling steps rely on.  In a share
     ``recycle`` of the steps the states are made from the network's own prediction at t = 1 instead
     of the truth, as inference will make them (Fu et al., 2023).
     """
 
     times: Times = field(default_factory=Times)
-    recycle: float = 0.5
+    recycle: float = 0.3
     fine: int = 56
+    focus: float = 0.6
+    rim: int = 3
     coarse_weight: float = 0.5
     field_weight: float = 0.3
     consistency: Consistency | None = field(default_factory=lambda: Consistency(weight=0.1))
@@ -83,27 +89,46 @@ class Objective:
         m_t = corrupt(label_0, t_m, noise(label_0))
 
         coarse = net.trunk(patch.image, d_t, m_t, t_d, t_m)
-        size = patch.image.shape[-1]
-        fine = min(self.fine, size) // STRIDE * STRIDE
-        room = (size - fine) // STRIDE + 1
-        corner = torch.randint(room, (3,), generator=generator, device=device)
-        start = tuple(STRIDE * int(n) for n in corner)
+        fine = min(self.fine, patch.image.shape[-1]) // STRIDE * STRIDE
+        start = self._cube(patch.classes, fine, generator)
         logits = net.refine(
             central(patch.image, start, fine), crop_coarse(coarse, start, fine), t_d, t_m
         )
-        classes = central(patch.classes[:, None], start, fine)[:, 0]
+        inner, kept = tuple(n + self.rim for n in start), fine - 2 * self.rim
+        classes = central(patch.classes[:, None], inner, kept)[:, 0]
         shift = 1 + int(
             torch.randint(8 * len(target) - 1, (1,), generator=generator, device=device)
         )
         nothing = torch.zeros((), device=device)
         return Losses(
-            label=dice_ce(logits, fractions(classes, k)),
+            label=dice_ce(central(logits, (self.rim,) * 3, kept), fractions(classes, k)),
             coarse=self.coarse_weight * dice_ce(coarse.logits, target),
             field=self.field_weight * field_mse(coarse.field, patch.field)
             if self.field_weight
             else nothing,
             consistency=self.consistency(coarse, shift) if self.consistency else nothing,
         )
+
+    def _cube(self, classes: Tensor, size: int, generator: torch.Generator) -> tuple[int, int, int]:
+        """First voxel (even) of the cube of ``size`` voxels that the 1 mm head sees.
+
+        ``classes`` is (B, N, N, N); all patches of a batch share the cube.
+        """
+
+        def below(n: int) -> int:
+            return int(torch.randint(n, (1,), generator=generator, device=generator.device))
+
+        room = classes.shape[-1] - size
+        start = [below(room + 1) for _ in range(3)]
+        focused = torch.rand(1, generator=generator, device=generator.device) < self.focus
+        found = torch.bincount(classes.flatten())[1:].nonzero()[:, 0] + 1
+        if bool(focused) and len(found):
+            where = (classes == found[below(len(found))]).nonzero()
+            centre = where[below(len(where))][1:].tolist()
+            # The structure may lie anywhere in the middle half.
+            start = [c - size // 4 - below(size // 2 + 1) for c in centre]
+        x, y, z = (min(max(n, 0), room) // STRIDE * STRIDE for n in start)
+        return x, y, z
 
     @torch.no_grad()
     def _recycle(
@@ -130,7 +155,7 @@ class Method:
     net: NetConfig = field(default_factory=NetConfig)
     objective: Objective = field(default_factory=Objective)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    prior_scans: int = 0
+    prior_scans: int | None = None
 
 
 def _methods() -> dict[str, Method]:
@@ -138,6 +163,7 @@ def _methods() -> dict[str, Method]:
     blind = Objective(field_weight=0.0, consistency=None)
     joint = Objective(consistency=None)
     known = replace(blind, times=Times(known_field=1.0, lost_field=0.0))
+    similar, dice = (replace(joint, consistency=Consistency(name)) for name in SIMILARITIES)
     mild = AugmentConfig(
         deform=0.35,
         thick_slices=0.06,
@@ -145,27 +171,34 @@ def _methods() -> dict[str, Method]:
         intensity=0.6,
         synthesis=SynthesisConfig(contrast=0.1),
     )
+    printed = Objective(
+        Times(0.0, 0.0, 0.0),
+        recycle=0.0,
+        focus=0.0,
+        field_weight=FIELD_STD**2 / 4,
+        consistency=Consistency(),
+    )
     return {
         "cadiff": Method(),
-        "finish": Method(objective=Objective(Times(0.85, 0.05, 0.7), recycle=0.3), augment=mild),
+        "finish": Method(augment=mild),
         "unet": Method(replace(plain, reads_field=False, reads_labels=False), blind),
         "diffusion": Method(replace(plain, reads_field=False), blind),
-        "dual": Method(plain, known),
+        "dual": Method(plain, known, prior_scans=0),
         "label": Method(replace(plain, reads_coordinates=False), known, prior_scans=1),
-        "collaborative": Method(plain, joint),
-        "consistency": Method(plain, replace(joint, consistency=Consistency())),
-        "consistency-dice": Method(plain, replace(joint, consistency=Consistency("dice"))),
-        "paper": Method(
-            objective=Objective(Times(0.0, 0.0, 0.0), recycle=0.0, consistency=Consistency())
-        ),
+        "collaborative": Method(plain, joint, prior_scans=0),
+        "consistency": Method(plain, similar, prior_scans=0),
+        "consistency-dice": Method(plain, dice, prior_scans=0),
+        "taca": Method(objective=similar, prior_scans=0),
+        "paper": Method(objective=printed, prior_scans=0),
     }
 
 
 METHODS = _methods()
-"""``cadiff`` is what ships, and ``finish`` its last part, nearer to what inference meets: the field
-mostly known, labels mostly from pure noise, milder augmentation.  ``unet`` denoises nothing;
+"""``cadiff`` is what ships, and ``finish`` its last part, with milder augmentation.
+
+The others take it apart, and none but ``label`` has a label prior: ``unet`` denoises nothing;
 ``diffusion`` has no field; ``dual`` has a field that is always known; ``label`` has one person's
 labels, carried over through the template, in its place (Table V); ``collaborative`` diffuses the
-field too; ``consistency`` adds eqs. 5-8 (Dice instead of cosine in ``consistency-dice``); all of
-these without TACA.  ``paper`` draws both times uniformly, weighs eq. 8 as printed and recycles
-nothing."""
+field too; ``consistency`` adds eqs. 5-8 (Dice instead of cosine in ``consistency-dice``), and
+``taca`` the attention.  ``paper`` is ``taca`` with both times uniform, nothing recycled, cubes that
+lie anywhere, and the field's error weighed as in eq. 4; the label loss at 2 mm stays."""

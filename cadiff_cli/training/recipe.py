@@ -22,12 +22,13 @@ class TrainConfig(Schedule):
 
     Patches have ``patch`` voxels a side; a share ``also_share`` of them is from scans whose labels
     are trusted less (a machine's, of other scanners), if there are any.  The label prior is counted
-    over ``prior_scans`` of the others, drawn by the seed, or over all of them (0).
+    over ``prior_scans`` of the others, drawn by the seed, or over all of them (None); over none, it
+    says nothing.
     """
 
     patch: int = 96
     also_share: float = 0.3
-    prior_scans: int = 0
+    prior_scans: int | None = None
     objective: Objective = field(default_factory=Objective)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
