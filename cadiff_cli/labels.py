@@ -188,6 +188,11 @@ def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
         raise DataError(
             f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
         ) from error
+    if negative := sorted({source for source, _ in pairs if source < 0}):
+        raise DataError(f"{name} maps ids {negative}", "label maps hold no negative ids")
+    last = dict(pairs)
+    if several := sorted({source for source, code in pairs if last[source] != code}):
+        raise DataError(f"{name} maps ids {several} to several codes", "give each id one row")
     if unknown := sorted({code for _, code in pairs if code and abs(code) not in ours}):
         raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
     return {source: ours.get(abs(code), 0) * (-1 if code < 0 else 1) for source, code in pairs}

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A T1-weighted image as the user gave it: ``t1`` is 3-D, finite, on its own grid."""
+    """A T1-weighted image as the user gave it: ``t1`` is 3-D, finite, on its own grid.
+
+    ``sha256`` is the checksum of the file that was read, if it was read from one.
+    """
 
     t1: Volume
     path: Path
     warnings: tuple[str, ...] = ()
+    sha256: str = ""
 
 
 @dataclass(frozen=True, eq=False)

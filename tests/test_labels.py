@@ -132,6 +132,12 @@ def test_label_mappings(table, tmp_path):
     path.write_text("source\tindex\n1\t1999\n")
     with pytest.raises(DataError, match="1999"):
         label_mapping(str(path), table)
+    path.write_text("source\tindex\n10\t10\n17\t17\n-1\t0\n")
+    with pytest.raises(DataError, match="-1"):  # it would count from the end
+        label_mapping(str(path), table)
+    path.write_text("source\tindex\n7\t10\n8\t10\n7\t17\n7\t10\n")
+    with pytest.raises(DataError, match=r"\[7\] to several"):
+        label_mapping(str(path), table)
     path.write_text("from\tto\n1\t2\n")
     with pytest.raises(DataError, match="mapping"):
         label_mapping(str(path), table)

@@ -1,6 +1,8 @@
 """Reading what people have, refusing what is no scan, and writing without losing anything."""
 
 import gzip
+import hashlib
+import os
 import stat
 
 import nibabel as nib
@@ -9,6 +11,7 @@ import pytest
 
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
 from cadiff_cli.io.nifti import load_scan, load_volume, replacing, save_volume, stem
+from cadiff_cli.io.text import read_json, write_json
 
 SHAPE = (70, 72, 74)
 
@@ -75,6 +78,20 @@ def hounsfield(write):
     return write(data)
 
 
+def flipped_bit(write_image):
+    """Most such files can be unpacked; only the checksum tells."""
+    path = write_image(noise())
+    damaged = bytearray(path.read_bytes())
+    damaged[-8] ^= 1  # of the checksum itself: as if any voxel had changed
+    path.write_bytes(damaged)
+    return path
+
+
+def cut(path, n):
+    path.write_bytes(path.read_bytes()[:-n])
+    return path
+
+
 BAD = {
     "missing": (lambda w: w(noise()).with_name("gone.nii.gz"), MissingInputError),
     "folder": (folder, MissingInputError),
@@ -83,6 +100,8 @@ BAD = {
     "other suffix": (lambda w: w(noise()).rename(w(noise()).with_suffix(".png")), DataError),
     "truncated": (truncated, DataError),
     "0 bytes": (zero_bytes, DataError),
+    "one bit flipped": (flipped_bit, DataError),
+    "no checksum": (lambda w: cut(w(noise()), 8), DataError),
     "2-D": (lambda w: w(noise((70, 72))), DataError),
     "4-D": (lambda w: w(noise((*SHAPE, 2))), DataError),
     "zeros": (lambda w: w(np.zeros(SHAPE, dtype=np.float32)), DataError),
@@ -277,3 +296,33 @@ def test_time_and_slices_of_the_scan_are_not_inherited(phantom, tmp_path):
     header = nib.load(tmp_path / "out.nii.gz").header
     assert header["pixdim"][4] == 1
     assert not any(header[key] for key in ("slice_end", "toffset", "intent_p1"))
+
+
+def test_a_quaternion_that_is_none_leaves_the_sform_to_be_believed(write_image):
+    path = write_image(noise(), name="scan.nii")
+    image = nib.load(path)
+    header = image.header.copy()
+    header["quatern_b"] = header["quatern_c"] = header["quatern_d"] = 0.9
+    header["qform_code"], header["sform_code"] = 1, 1
+    raw = bytearray(path.read_bytes())
+    raw[: header.structarr.nbytes] = header.structarr.tobytes()
+    path.write_bytes(raw)
+    scan = load_scan(path)
+    np.testing.assert_allclose(scan.t1.grid.affine, image.affine)
+    assert any("sform is believed" in text for text in scan.warnings)
+
+
+def test_a_scan_knows_which_file_it_was(write_image):
+    path = write_image(noise())
+    scan = load_scan(path)
+    was = scan.sha256
+    assert was == hashlib.sha256(path.read_bytes()).hexdigest()
+    write_image(noise() + 1)
+    assert load_scan(path).sha256 != was
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path):
+    """Files of old archives: their bytes come back from JSON."""
+    name = os.fsdecode(b"M\xfcller_T1.nii.gz")
+    write_json(tmp_path / "a.json", {"Sources": [name, "Müller"]})
+    assert read_json(tmp_path / "a.json") == {"Sources": [name, "Müller"]}

@@ -16,13 +16,14 @@ from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError
 from cadiff_cli.io.derivatives import Finished, make_recipe
+from cadiff_cli.io.locks import locked
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_text, write_tsv
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
-from cadiff_cli.runner.journal import Journal, failure, locked
+from cadiff_cli.runner.journal import Journal, failure
 
 
 def recipe_of(template="MNIColin27", device="cpu", **sample):

@@ -1,6 +1,7 @@
 """Templates: the embedded one always loads, and damaged downloads say what to do."""
 
 import gzip
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -152,8 +153,8 @@ def test_a_failed_download_is_one_clear_error(home, monkeypatch):
     """Whatever the client raises; the real one would look for a network."""
 
     class Client:
-        def __init__(self, root):
-            assert root == home
+        def __init__(self, root, **_):
+            assert root.parent == home  # nobody else's view of the cache
 
         def get(self, **query):
             assert query["template"] == PREFERRED
@@ -186,16 +187,23 @@ def test_a_download_is_used(home, good, monkeypatch, write_image):
     }
 
     class Client:
-        def __init__(self, root):
-            pass
+        def __init__(self, root, **_):
+            self.root = root
 
         def get(self, **query):
-            return paths[query["suffix"]]
+            path = self.root / "half.nii.gz"
+            path.write_bytes(b"half of it")  # nobody may see this under its name
+            assert not list((home / "tpl-MNIColin27").glob("*_T1w.nii.gz")) or "mask" in str(query)
+            return shutil.copy(paths[query["suffix"]], path)
 
     fake = SimpleNamespace(TemplateFlowClient=Client)
     monkeypatch.setitem(sys.modules, "templateflow.client", fake)
     monkeypatch.setattr(templates, "_reachable", lambda: True)
     np.testing.assert_array_equal(load_template(PREFERRED).mask.data, mask > 0)
+    assert not list(home.glob(".cadiff-*"))
+    # Now it is in the cache, where it belongs.
+    monkeypatch.setitem(sys.modules, "templateflow.client", None)
+    np.testing.assert_array_equal(load_template(PREFERRED, offline=True).mask.data, mask > 0)
 
 
 def test_the_cache_lies_where_the_client_puts_it(monkeypatch, tmp_path):

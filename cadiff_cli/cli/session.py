@@ -5,17 +5,21 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 import cadiff_cli
 from cadiff_cli.config import Config
+from cadiff_cli.errors import OutputError
 from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result
+from cadiff_cli.runner.journal import Journal
 from cadiff_cli.stages.strip import given_mask
 
 LOGGER = logging.getLogger("cadiff_cli")
@@ -51,9 +55,8 @@ def segment_file(
     place.claim(t1, config.strip.mask, overwrite=overwrite)
     show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
-    handlers = _handlers(console, log_path, verbosity)
     begun = time.perf_counter()
-    try:
+    with _alone(place), _logged(console, log_path, verbosity):
         LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, t1, scan.t1)
         LOGGER.info("settings %s", config)
         for text in scan.warnings:
@@ -99,23 +102,27 @@ def segment_file(
         if show:
             console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
         return result
-    except Exception:
-        LOGGER.debug("the run failed", exc_info=True)
-        raise
-    finally:
-        for logger, handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
 
 
-def _handlers(
-    console: Console, path: Path, verbosity: int
-) -> list[tuple[logging.Logger, logging.Handler]]:
+@contextmanager
+def _alone(place: Derivatives) -> Iterator[None]:
+    """Raise ``OutputError`` if another process, of whichever command, is writing these results."""
+    with Journal(place.out).claim(place.stem, wait=False) as mine:
+        if not mine:
+            raise OutputError(
+                f"another cadiff is working on {place.stem} in {place.out}",
+                "wait until it has finished, or choose another output folder",
+            )
+        yield
+
+
+@contextmanager
+def _logged(console: Console, path: Path, verbosity: int) -> Iterator[None]:
     """Warnings to the terminal (more with -v), everything to the log file."""
     screen = logging.StreamHandler(console.file)
     screen.setFormatter(logging.Formatter("cadiff: %(levelname)s: %(message)s"))
     screen.setLevel({-1: logging.WARNING, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, 10))
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     LOGGER.setLevel(logging.DEBUG)
     LOGGER.propagate = False
@@ -124,4 +131,12 @@ def _handlers(
     for logger in (LOGGER, logging.getLogger("py.warnings")):
         logger.addHandler(file)
         added.append((logger, file))
-    return added
+    try:
+        yield
+    except Exception:
+        LOGGER.debug("the run failed", exc_info=True)
+        raise
+    finally:
+        for logger, handler in added:
+            logger.removeHandler(handler)
+            handler.close()

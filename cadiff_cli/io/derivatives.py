@@ -6,7 +6,9 @@ sidecar is written last: where it exists, everything else does.
 
 import platform
 import shutil
+import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,6 +52,8 @@ OURS = (
 )
 """What follows the source's entities in the names of the files that a run writes."""
 CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
+ABANDONED_S = 3600.0
+"""Age of a temporary file that nobody can be writing any more."""
 
 
 class Derivatives:
@@ -106,7 +110,8 @@ class Derivatives:
     def clear(self, keep: Collection[Path] = ()) -> None:
         """Remove an earlier run's results but for ``keep``, the one that vouches first.
 
-        What a killed run left under temporary names goes too.
+        What a killed run left under temporary names goes too, once it is too old to be somebody
+        else's who is writing.
         """
         self.commit.unlink(missing_ok=True)
         for path in self.existing():
@@ -114,7 +119,9 @@ class Derivatives:
                 path.unlink(missing_ok=True)
         for name in OURS:
             for path in self.folder.glob(f".{self.stem}_{name}"):
-                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > ABANDONED_S:
+                        path.unlink()
 
 
 def page_path(out: Path, entities: str) -> Path:
@@ -192,7 +199,9 @@ def save_result(
         SkullStripped=True,
     )
     write.image(MASK, result.mask.data, native, like=path)
-    write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped))
+    given = result.config.strip.mask
+    known = {"MaskFile": {"Name": given.name, "SHA256": sha256(given)}} if given else {}
+    write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped), **known)
     for each in {
         r.template.name: r for r in (*registrations, *(s.registered for s in result.spaces))
     }.values():
@@ -497,7 +506,7 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         "SkullStripping": result.prepared.stripped.method,
         "Settings": recipe.settings(),
         "Fingerprint": recipe.fingerprint(),
-        "SourceSHA256": sha256(result.prepared.scan.path),
+        "SourceSHA256": result.prepared.scan.sha256 or sha256(result.prepared.scan.path),
         "Seconds": dict(result.seconds),
         "ExpectedDice": about_expected_dice(result),
         "Warnings": [text.replace(home, "~") for text in result.warnings],

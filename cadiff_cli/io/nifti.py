@@ -1,5 +1,6 @@
 """Read scans and write images.  The only module that opens image files with nibabel."""
 
+import gzip
 import logging
 import os
 import tempfile
@@ -16,6 +17,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from cadiff_cli.errors import DataError, DiskError, MissingInputError, OutputError
+from cadiff_cli.io.releases import sha256
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -61,6 +63,7 @@ def load_volume(path: Path) -> Volume:
     # nibabel describes header oddities on stderr; what matters is said below.
     imageglobals.logger.setLevel(logging.CRITICAL)
     try:
+        _check_gzip(path)
         image: Any = nib.load(path)
         shape = tuple(int(n) for n in image.shape)
         while len(shape) > 3 and shape[-1] == 1:
@@ -92,6 +95,14 @@ def load_volume(path: Path) -> Volume:
     return Volume(data, grid)
 
 
+def _check_gzip(path: Path) -> None:
+    """Read to the end, where gzip keeps the checksum; nibabel stops at the last voxel."""
+    if path.name.lower().endswith((".gz", ".mgz")):
+        with gzip.open(path) as stream:
+            while stream.read(1 << 24):
+                pass
+
+
 def load_scan(path: Path) -> Scan:
     """Read a T1-weighted scan and check that it can hold a brain.
 
@@ -119,7 +130,7 @@ def load_scan(path: Path) -> Scan:
         raise DataError(f"{name} holds only NaN or infinite values", "check how it was written")
     if bad:
         warnings.append(f"{bad:,} NaN or infinite voxels of {name} were set to 0")
-        data = np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0)
+        data = finite(data)
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise DataError(f"{name} is {kind}", "give a T1-weighted image")
@@ -135,7 +146,12 @@ def load_scan(path: Path) -> Scan:
             " small structures will be unreliable"
         )
     warnings.extend(_frame_warnings(path))
-    return Scan(Volume(data, grid), path, tuple(warnings))
+    return Scan(Volume(data, grid), path, tuple(warnings), sha256(path))
+
+
+def finite(data: np.ndarray) -> np.ndarray:
+    """``data`` with 0 for NaN and infinite values."""
+    return np.asarray(np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def _frame_warnings(path: Path) -> list[str]:
@@ -143,7 +159,11 @@ def _frame_warnings(path: Path) -> list[str]:
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return []
     image: Any = nib.load(path)
-    (sform, s_code), (qform, q_code) = image.get_sform(coded=True), image.get_qform(coded=True)
+    sform, s_code = image.get_sform(coded=True)
+    try:
+        qform, q_code = image.get_qform(coded=True)
+    except ValueError:  # nibabel: its quaternion is longer than 1
+        return [f"the qform of {path.name} is no rotation: sform is believed"]
     if not s_code and not q_code:
         return [
             f"{path.name} does not say how it lies (qform and sform codes are 0):"

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli import machine
-from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError, in_a_line
+from cadiff_cli.io.locks import locked
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.products import Template
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -148,27 +150,44 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
     state = "is empty (0 bytes)" if path.exists() else "is not there"
     if offline:
         raise MissingInputError(
-            f"{path} {state} and --offline forbids a download", _refetch(name, home)
+            f"{path} {state} and downloads are forbidden (offline)", _refetch(name, home)
         )
     if not _reachable():
         raise MissingInputError(f"{path} {state} and there is no network", _refetch(name, home))
     log.info("downloading template %s", name)
+    query = dict(entry["query"], extension=".nii.gz") | PARTS[part]
     try:
+        _download(query, path)
+    except Exception as error:  # the client raises bare Exception, RuntimeError, OSError...
+        raise MissingInputError(
+            f"{path} {state} and downloading it failed ({in_a_line(error)})", _refetch(name, home)
+        ) from error
+    return path
+
+
+def _download(query: dict[str, Any], path: Path) -> None:
+    """Fetch the one file that ``query`` finds, to ``path`` in the cache, whole or not at all.
+
+    The client writes straight into its cache, where others would read half of it: it gets a cache
+    of its own for the time, and whoever else wants the file waits.
+    """
+    home = templateflow_home()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(path.with_name(f".{path.name}.lock"), wait=True),
+        tempfile.TemporaryDirectory(prefix=".cadiff-", dir=home) as fresh,
+    ):
+        if path.exists() and path.stat().st_size > 0:
+            return  # somebody else's by now
         os.environ["TEMPLATEFLOW_HOME"] = str(home)
         from templateflow.client import TemplateFlowClient
 
-        query = dict(entry["query"], extension=".nii.gz")
-        query |= PARTS[part]
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            got = TemplateFlowClient(root=home).get(raise_empty=True, **query)
-    except Exception as error:  # the client raises bare Exception, RuntimeError, OSError...
-        raise MissingInputError(
-            f"{path} {state} and downloading it failed ({type(error).__name__})",
-            _refetch(name, home),
-        ) from error
-    if isinstance(got, list):
-        raise MissingInputError(f"templateflow has {len(got)} files for {name} {part}", "name one")
-    return Path(got)
+            client = TemplateFlowClient(root=Path(fresh), use_datalad=False)
+            got = client.get(raise_empty=True, **query)
+        if isinstance(got, list):
+            raise ValueError(f"templateflow has {len(got)} such files")
+        Path(got).replace(path)
 
 
 def _reachable(timeout_s: float = 3.0) -> bool:

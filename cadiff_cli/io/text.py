@@ -9,9 +9,12 @@ from cadiff_cli.io.nifti import replacing
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text; the file has either its old content or the new one, never a part."""
+    """UTF-8 text; the file has either its old content or the new one, never a part.
+
+    Bytes of file names that are no UTF-8 become escapes, which JSON reads back.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.dataset import links
 from cadiff_cli.io.derivatives import MASK, T1W, UNCERTAINTY, Finished, xfm_name
-from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.nifti import finite, load_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import read_json
@@ -125,7 +125,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         t1 = load_volume(_beside(result, f"{T1W}.nii.gz"))
     else:
         t1 = load_volume(scan)
-    shown = resample(Volume(np.nan_to_num(np.asarray(t1.data, np.float32)), t1.grid), working)
+    shown = resample(Volume(finite(np.asarray(t1.data, np.float32)), t1.grid), working)
     inside = resample(Volume(np.asarray(mask.data > 0, np.float32), mask.grid), working)
     codes = resample(Volume(np.asarray(labels.data, np.int16), labels.grid), working, order=0)
     case = Case(

@@ -27,7 +27,7 @@ def run_dask(
         from distributed import Client, LocalCluster, as_completed
     except ImportError as error:
         raise UsageError(
-            "--executor dask needs Dask", "pip install 'cadiff[dask]', or use --executor local"
+            "--executor dask needs Dask", "pip install distributed, or use --executor local"
         ) from error
     cluster: Any = address or LocalCluster(
         n_workers=workers,

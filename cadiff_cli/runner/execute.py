@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING
 import cadiff_cli
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.derivatives import save_result
+from cadiff_cli.io.locks import locked
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template
 from cadiff_cli.report.page import report_scan
 from cadiff_cli.runner.job import Job, Outcome
-from cadiff_cli.runner.journal import Journal, failure, locked
+from cadiff_cli.runner.journal import Journal, failure
 
 if TYPE_CHECKING:
+    import torch
+
     from cadiff_cli.config import Config
     from cadiff_cli.io.weights import Model
 
@@ -89,7 +92,7 @@ def _segment(job: Job) -> Result:
             source=job.source,
             run_id=job.run_id,
             announce=lambda stage: LOGGER.info("stage %s", stage),
-            gate=_gpu(str(device)) if device.type == "cuda" else nullcontext(),
+            gate=_gpu(device) if device.type == "cuda" else nullcontext(),
         )
 
 
@@ -156,12 +159,12 @@ def _template(name: str) -> Template:
 
 
 @contextmanager
-def _gpu(device: str) -> Iterator[None]:
+def _gpu(device: "torch.device") -> Iterator[None]:
     """One inference at a time on a GPU, whichever processes share it; its memory is given back."""
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    name = f"cadiff-{os.getuid()}-{visible}-{device}.lock".replace("/", "_").replace(":", "")
+    # Numbers and names depend on CUDA_VISIBLE_DEVICES; the identity does not.
+    name = f"cadiff-{os.getuid()}-{torch.cuda.get_device_properties(device).uuid}.lock"
     with locked(Path(tempfile.gettempdir()) / name, wait=True):
         yield
         torch.cuda.empty_cache()
@@ -171,7 +174,9 @@ def _gpu(device: str) -> Iterator[None]:
 def _logged(job: Job) -> Iterator[None]:
     """Everything that is said about the job goes to its log file."""
     job.log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(job.log_dir / f"{job.entities}.log", encoding="utf-8")
+    handler = logging.FileHandler(
+        job.log_dir / f"{job.entities}.log", encoding="utf-8", errors="backslashreplace"
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.captureWarnings(True)
     warnings.simplefilter("default")

@@ -6,7 +6,6 @@ results may have been written.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import traceback
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import cadiff_cli
 from cadiff_cli.errors import CadiffError, DiskError, in_a_line
+from cadiff_cli.io.locks import locked
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
 
@@ -62,27 +62,6 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / f"{entities}.lock", wait=wait) as mine:
             yield mine
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock on ``path``; False if another process has it and we do not wait.
-
-    Where the file system knows no locks, every process gets it: results are written atomically, so
-    the worst is work done twice.
-    """
-    with path.open("a", encoding="ascii") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            log.info("no locks on %s", path.parent)
-            mine = True
-        yield mine
 
 
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
