@@ -1,4 +1,4 @@
-"""The order of the stages.  Inference, training and evaluation all begin with ``prepare``."""
+"""The order of the stages.  Inference and training both begin with ``prepare``."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

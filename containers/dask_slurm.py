@@ -1,6 +1,6 @@
 """A Dask cluster inside SLURM for ``cadiff run --executor dask``.
 
-Run this on a login node, in an environment with ``pip install 'cadiff[dask]' dask-jobqueue``; it
+Run this on a login node, in an environment with ``pip install . distributed dask-jobqueue``; it
 prints the address for ``--dask-address`` and keeps the workers until it is stopped.  Dask starts
 workers as jobs become free; a scan whose worker was pre-empted is run again elsewhere.
 """

@@ -176,7 +176,7 @@ def test_distances_stay_within_the_reach_and_images_in_range(drawn_head, real_he
 
 def test_what_is_cut_off_is_not_brain(drawn_head):
     """A slab without any image holds no mask."""
-    config = HeadConfig(patch=64, cut=1.0, deface=0.0, off_centre_mm=0.0)
+    config = HeadConfig(patch=32, cut=1.0, deface=0.0, off_centre_mm=0.0)
     for index in range(8):
         patch = draw_head(drawn_head, config, seeded(index))
         for axis in (2, 3, 4):
@@ -186,9 +186,9 @@ def test_what_is_cut_off_is_not_brain(drawn_head):
 
 
 def test_a_face_may_go_but_not_the_brain(drawn_head):
-    plain = HeadConfig(patch=64, cut=0.0, deface=0.0)
+    plain = HeadConfig(patch=32, cut=0.0, deface=0.0)
     for index in range(6):
-        defaced = draw_head(drawn_head, HeadConfig(patch=64, cut=0.0, deface=1.0), seeded(index))
+        defaced = draw_head(drawn_head, HeadConfig(patch=32, cut=0.0, deface=1.0), seeded(index))
         whole = draw_head(drawn_head, plain, seeded(index))
         inside = whole.distance > 0
         assert torch.equal(defaced.image[inside], whole.image[inside])
@@ -223,7 +223,7 @@ def test_a_brain_may_shrink_and_fluid_fills_the_gap():
 
 def test_a_shrunken_brain_swims_in_fluid(real_head):
     """No shell of skull shows where the border was: between the two borders all is dark."""
-    config = HeadConfig(patch=64, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0)
+    config = HeadConfig(patch=32, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0)
     bare = replace(real_head, image=np.where(real_head.distance > 0, 120, 255).astype(np.uint8))
     # Ventricles, the darkest part of a brain, are what the fluid's brightness is taken from.
     bare.image[real_head.distance > 0.7 * float(real_head.distance.max())] = 20
@@ -377,7 +377,7 @@ def test_the_loss_is_zero_at_the_truth():
 
 def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
     """Whatever cube is drawn, a network that is right everywhere has no loss."""
-    patch = draw_head(drawn_head, HeadConfig(patch=64, off_centre_mm=20.0), seeded(3))
+    patch = draw_head(drawn_head, HeadConfig(patch=32, off_centre_mm=20.0), seeded(3))
     coded = HeadPatch(patch.distance, patch.distance)
 
     class Truth(torch.nn.Module):
@@ -399,7 +399,7 @@ def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
 def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
     held = Head("held", "elsewhere", real_head.distance, image=real_head.image)
     heads = {"toys": [drawn_head], "scanner": [real_head], "elsewhere": [held]}
-    config = HeadConfig(steps=3, warmup=1, decay=1, patch=32, coarse_steps=1)
+    config = HeadConfig(steps=3, warmup=1, decay=1, patch=128, coarse_steps=1)
     path = train_mask(heads, tmp_path, config, hold_out=["elsewhere"])
     model = load_brain_model(str(path))
     assert model.metadata["training"]["trained_on"] == {"toys": 1, "scanner": 1}
@@ -420,7 +420,7 @@ def test_what_locates_learns_first(drawn_head, tmp_path):
 
     def trained(steps):
         run = tmp_path / str(steps)
-        config = HeadConfig(steps=steps, warmup=1, decay=1, patch=32, coarse_steps=2)
+        config = HeadConfig(steps=steps, warmup=1, decay=1, patch=128, coarse_steps=2)
         train_mask({"toys": [drawn_head]}, run, config)
         return torch.load(run / "checkpoint.pt", weights_only=True)["net"]
 
@@ -430,6 +430,24 @@ def test_what_locates_learns_first(drawn_head, tmp_path):
             assert torch.equal(one[name], two[name]), name
     assert not torch.equal(one["coarse.out.weight"], two["coarse.out.weight"])
     assert not torch.equal(two["fine.out.weight"], three["fine.out.weight"])
+
+
+def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
+    """Nothing has to be located anew: without a step they are what they were."""
+    heads = {"toys": [drawn_head]}
+    config = HeadConfig(steps=2, warmup=1, decay=1, patch=128, coarse_steps=1)
+    first = load_brain_model(str(train_mask(heads, tmp_path / "a", config)))
+    same, further = (
+        load_brain_model(str(train_mask(heads, tmp_path / name, config, init=first, **limits)))
+        for name, limits in (("b", {"max_minutes": 0}), ("c", {}))
+    )
+    before, after, learnt = (m.net.state_dict() for m in (first, same, further))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert further.metadata["training"]["init"] == first.sha256
+    assert further.metadata["training"]["train"]["coarse_steps"] == 0
+    assert not torch.equal(before["fine.out.weight"], learnt["fine.out.weight"])
+    with pytest.raises(UsageError, match="init"):
+        train_mask(heads, tmp_path / "c", replace(config, coarse_steps=0))
 
 
 def test_folders_become_heads_once(label_map, tmp_path):

@@ -19,6 +19,7 @@ from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputErr
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.labels import load_table
+from cadiff_cli.runner.journal import Journal
 
 HEAVY = {
     "torch",
@@ -351,6 +352,19 @@ def test_a_second_run_does_not_overwrite(segmented):
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+def test_two_do_not_write_the_same_results(segmented, tmp_path):
+    """Whichever command the other one is; what stays of the second is its lock."""
+    *_, arguments = segmented
+    out = tmp_path / "out"
+    arguments = [str(out) if a == arguments[2] else a for a in arguments]
+    with Journal(out).claim("sub-01_ses-a", wait=False) as mine:
+        assert mine
+        done = call("cadiff-seg", *arguments)
+    assert done.returncode == 73
+    assert "another cadiff" in one_line(done)
+    assert not list(out.rglob("*.nii.gz"))
+
+
 def test_a_missing_mask_is_said_before_anything_is_done(segmented):
     _, _, out, arguments = segmented
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -390,7 +404,7 @@ def test_the_documents_show_options_that_exist():
     context = click.Context(cadiff)
     known = {}
     for name in COMMANDS:
-        known[name] = {"--help", "--version", "-h"}
+        known[name] = {"--help", "-h"}
         for parameter in cadiff.get_command(context, name).params:
             known[name].update(parameter.opts, parameter.secondary_opts)
     checked = set()
@@ -398,6 +412,8 @@ def test_the_documents_show_options_that_exist():
         blocks = path.read_text(encoding="utf-8").split("```")[1::2]
         lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
         for line in (re.sub(r"\s#.*", "", text) for text in lines):
+            if begun := re.match(r"(?:\S+=\S+ )*cadiff ([a-z]\S*)", line):
+                assert begun[1] in known, (path.name, line)
             for said in re.findall(r"\bcadiff(?:-seg| [a-z-]+)(?= ).*", line):
                 name, *words = said.replace("cadiff-seg", "cadiff seg").split()[1:]
                 if name in known:

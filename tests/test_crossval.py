@@ -4,14 +4,12 @@ import itertools
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.weights import load_model
-from cadiff_cli.training.cache import Sample
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
 from cadiff_cli.training.objective import Objective
 from cadiff_cli.training.recipe import TrainConfig
@@ -19,16 +17,14 @@ from cadiff_cli.training.recipe import TrainConfig
 QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=Objective(fine=32))
 
 
-def scans(n, repeats=()):
-    """A scan for each of ``n`` people, and second ones of some."""
-    nothing = np.zeros(0)
-    people = [f"{i:02d}" for i in (*range(n), *repeats)]
-    return [Sample(f"scan-{i}", p, nothing, nothing, nothing, {}) for i, p in enumerate(people)]
+def subjects(n, repeats=()):
+    """Whose scans there are: one of each of ``n`` people, and second ones of some."""
+    return [f"{i:02d}" for i in (*range(n), *repeats)]
 
 
 @pytest.mark.parametrize(("people", "n"), [(2, 2), (7, 3), (9, 3), (10, 4), (5, 5)])
 def test_folds_are_a_fair_partition_of_the_people(people, n):
-    split = folds(scans(people, repeats=(0, 1, 1)), n)
+    split = folds(subjects(people, repeats=(0, 1, 1)), n)
     assert len(split) == n
     sizes = [len(fold) for fold in split]
     assert max(sizes) - min(sizes) <= 1
@@ -37,16 +33,16 @@ def test_folds_are_a_fair_partition_of_the_people(people, n):
 
 def test_folds_depend_on_the_seed_and_on_nothing_else():
     """Neither on the order of the scans nor on how many a person has."""
-    split = folds(scans(9), 3, seed=1)
-    assert folds(scans(9, repeats=(3, 3, 8))[::-1], 3, seed=1) == split
-    assert folds(scans(9), 3, seed=2) != split
+    split = folds(subjects(9), 3, seed=1)
+    assert folds(subjects(9, repeats=(3, 3, 8))[::-1], 3, seed=1) == split
+    assert folds(subjects(9), 3, seed=2) != split
     assert split != [["00", "03", "06"], ["01", "04", "07"], ["02", "05", "08"]]
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_impossible_folds_are_usage_errors(n):
     with pytest.raises(UsageError) as caught:
-        folds(scans(4, repeats=(0, 1)), n)
+        folds(subjects(4, repeats=(0, 1)), n)
     assert "2 to 4" in caught.value.remedy
 
 
@@ -73,7 +69,7 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     structures = [table.structures[k - 1].name for k in table.subset("malc27")]
     assert [(s.scan, s.structure) for s in scores] == [
         (name, structure)
-        for (subject,) in folds([toy_sample, other], 2)
+        for (subject,) in folds(["toy", "other"], 2)
         for name in ("sub-other" if subject == "other" else "sub-toy",)
         for structure in structures
     ]
@@ -89,6 +85,7 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     weights = tmp_path / "fold-2" / "checkpoint.pt"
     before = torch.load(weights, weights_only=True)["seconds"]
     again = cross_validate([toy_sample, other], tmp_path, QUICK, only=(2,), **settings)
+    assert json.loads((tmp_path / "folds.json").read_text()) == held_out
     assert [str(s) for s in again] == [str(s) for s in scores[len(structures) :]]
     assert torch.load(weights, weights_only=True)["seconds"] == before
 

@@ -387,7 +387,7 @@ def test_the_group_level_needs_results(batch, tmp_path):
         (["{bids}", "{out}"], 64, "Missing argument"),
         (["{bids}", "{out}", "subject"], 17, "'subject'"),
         (["{bids}", "{out}", "participant", "--participant-label", "01", "77"], 18, "sub-77"),
-        (["{bids}", "{out}", "participant", "--session-label", "z"], 18, "no T1w image"),
+        (["{bids}", "{out}", "participant", "--session-label", "a", "z"], 18, "no ses-z"),
         (["{bids}/gone", "{out}", "participant"], 66, "no dataset"),
         (["{bids}/sub-01", "{out}", "participant"], 16, "dataset_description.json"),
         (["{bids}", "{bids}", "participant"], 64, "derivatives"),

@@ -13,10 +13,13 @@ import torch
 from click.testing import CliRunner
 from conftest import TINY, seeded
 
+from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
-from cadiff_cli.errors import MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.nets.unet import CADiffNet
+from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.training import cache, loop
 from cadiff_cli.training.augment import AugmentConfig, Draws, draw_patch, stack
 from cadiff_cli.training.loop import (
@@ -220,6 +223,18 @@ def test_workers_change_nothing(start, toy_sample, mirror, tmp_path):
     assert_equal(*states)
 
 
+def test_a_step_that_is_no_number_ends_the_run_and_spoils_nothing(
+    start, toy_sample, mirror, tmp_path
+):
+    state = start()
+    before = {k: v.clone() for k, v in state.net.state_dict().items()}
+    broken = replace(toy_sample, fields={k: v * np.nan for k, v in toy_sample.fields.items()})
+    with pytest.raises(CadiffError, match="gradient of step 0"):
+        fit(state, [broken], mirror, QUICK, tmp_path / "a.pt")
+    for key, value in state.net.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
 def test_signals_are_given_back(start, toy_sample, mirror, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     fit(start(), [toy_sample], mirror, replace(QUICK, steps=1), tmp_path / "a.pt")
@@ -290,7 +305,6 @@ def test_a_sample_is_built_as_inference_would(
     phantom, toy_template, identity, table, monkeypatch, tmp_path
 ):
     """From files to a sample; registration alone is taken on trust."""
-    from cadiff_cli.io.bids import LabelledScan
     from cadiff_cli.io.nifti import save_volume
 
     head = phantom("LPS", 1.0, scale=0.8)
@@ -299,13 +313,16 @@ def test_a_sample_is_built_as_inference_would(
         save_volume(path, data, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(cache, "load_template", lambda name, offline: template)
-    monkeypatch.setattr(cache, "register", lambda s, t, c, w: identity(t))
+    monkeypatch.setattr(pipeline, "register", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = cache.load(
         cache.build(scan, ["toy"], table, table.identity_mapping(), tmp_path / "cache")
     )
     relabelled = cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
     assert relabelled.name != cache.cached_path(scan, ["toy"], {10: 2}, tmp_path).name
+    with monkeypatch.context() as patched:  # another network may find another brain
+        patched.setattr(cache, "strip_weights_sha256", lambda _: "another")
+        assert relabelled != cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
     for code in (2, 41, 3, 42, 10):
         k = int(np.flatnonzero(table.codes == code)[0])
         assert np.count_nonzero(sample.classes == k) == np.count_nonzero(head.codes == code)
@@ -318,12 +335,32 @@ def test_a_sample_is_built_as_inference_would(
 
 
 @pytest.mark.parametrize(
+    ("affine", "code", "said"),
+    [(np.eye(4), 10, "share a grid"), (None, 999, "none that is known")],
+    ids=["another grid", "unknown ids"],
+)
+def test_labels_that_do_not_fit_their_image_are_refused(
+    phantom, table, tmp_path, affine, code, said
+):
+    """Before hours of learning that everything is background."""
+    from cadiff_cli.io.nifti import save_volume
+
+    head = phantom("LPS", 2.0, scale=0.8)
+    grid = head.t1.grid if affine is None else Grid(head.t1.grid.shape, affine)
+    paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
+    save_volume(paths[0], head.t1.data, head.t1.grid)
+    save_volume(paths[1], np.where(head.codes > 0, code, 0).astype(np.int16), grid)
+    scan = LabelledScan("sub-1", "1", *paths)
+    with pytest.raises(DataError, match=said):
+        cache.build(scan, ["toy"], table, table.identity_mapping(), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
     ("poor", "kept"), [((), "ab"), (("a",), "b"), (("a", "b"), "ab")], ids=["none", "one", "all"]
 )
 def test_a_sample_holds_the_fields_that_inference_would_use(
     phantom, toy_template, identity, table, monkeypatch, tmp_path, poor, kept
 ):
-    from cadiff_cli.io.bids import LabelledScan
     from cadiff_cli.io.nifti import save_volume
 
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
@@ -333,7 +370,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(cache, "load_template", lambda name, offline: replace(template, name=name))
     monkeypatch.setattr(
-        cache,
+        pipeline,
         "register",
         lambda s, t, c, w: replace(identity(t), warnings=("poor",) * (t.name in poor)),
     )
@@ -514,14 +551,17 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
     prepared, trained = [], {}
 
     def prepare(scans, mapping, _templates, _folder):
-        prepared.append((scans, mapping))
-        return [replace(toy_sample, subject=name) for name in scans]
+        prepared.append(([scan.subject for scan in scans], mapping))
+        return [replace(toy_sample, subject=scan.subject) for scan in scans]
 
     def fake_train(samples, run, config, **options):
         trained.update(samples=samples, config=config, **options)
         return run / "model.safetensors"
 
-    monkeypatch.setattr("cadiff_cli.io.bids.labelled_scans", lambda path: [path.name])
+    def people_of(folder):
+        return [LabelledScan(folder.name, folder.name, folder, folder)]
+
+    monkeypatch.setattr("cadiff_cli.io.bids.labelled_scans", people_of)
     monkeypatch.setattr("cadiff_cli.training.run.prepare", prepare)
     monkeypatch.setattr("cadiff_cli.training.run.train", fake_train)
     here = [str(tmp_path / name) for name in ("manual", "machine", "more")]
@@ -531,7 +571,8 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
     def call(*options):
         return CliRunner().invoke(command, [here[0], *run, *options], standalone_mode=False)
 
-    assert call(*also, "--steps", "7").exception is None
+    assert call(*also, "--steps", "7", "--hold-out", "sub-more").exception is None
+    assert trained["hold_out"] == ("more",)
     assert prepared == [
         (["manual"], table.neuromorphometrics_mapping()),
         (["machine"], table.dlmuse_mapping()),
@@ -546,27 +587,34 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
         (["--also", here[1], "no-such-labels"], MissingInputError),
         (["--init", "no-such-model"], MissingInputError),
         (["--also-share", "0.2"], UsageError),
+        (["--hold-out", "nobody"], UsageError),
+        (["--hold-out", "sub-manual"], UsageError),
+        (["--also", here[0], "dlmuse"], UsageError),
+        (["--device", "abacus"], UsageError),
     ):
         assert isinstance(call(*wrong).exception, kind)
     assert prepared == []
 
 
-@pytest.mark.parametrize("voters", [0, 1])
+@pytest.mark.parametrize("voters", [None, 0, 1])
 def test_the_prior_is_counted_over_the_wanted_scans(
     toy_sample, table, tmp_path, tiny_config, voters
 ):
-    """All of them, or as many as the seed draws: one person's labels in the field."""
+    """All of them, nobody, or as many as the seed draws: one person's labels in the field."""
     flat = replace(toy_sample, subject="flat", classes=np.minimum(toy_sample.classes, 1))
     config = replace(QUICK, steps=1, prior_scans=voters)
     people = [toy_sample, flat]
     path = train(people, tmp_path, config, net_config=tiny_config, max_minutes=0)
     prior = load_model(str(path)).net.prior.logits
+    if voters == 0:
+        assert not prior.any()
+        return
     counted = {
         name: count_prior(chosen, table, tiny_config.prior_shape)
         for name, chosen in (("both", people), ("toy", people[:1]), ("flat", people[1:]))
     }
     same = {k for k, v in counted.items() if torch.allclose(v, prior, atol=0.1)}
-    assert same == {"both"} if voters == 0 else len(same) == 1 and "both" not in same
+    assert same == {"both"} if voters is None else len(same) == 1 and "both" not in same
 
 
 def test_a_network_without_field_starts_without_prior(toy_sample, tmp_path, tiny_config):

@@ -64,9 +64,13 @@ def main() -> None:
 
 def segment_main() -> None:
     """Entry point of ``cadiff-seg``, the same command as ``cadiff seg``."""
-    from cadiff_cli.cli.seg import command
 
-    sys.exit(guarded(lambda: command.main(prog_name="cadiff-seg", standalone_mode=False)))
+    def call() -> object:
+        from cadiff_cli.cli.seg import command
+
+        return command.main(prog_name="cadiff-seg", standalone_mode=False)
+
+    sys.exit(guarded(call))
 
 
 def guarded(call: Callable[[], object]) -> int:
@@ -105,7 +109,7 @@ def guarded(call: Callable[[], object]) -> int:
 def _crash_file() -> Path:
     """The traceback that the user is spared, for whoever mends it."""
     handle, name = tempfile.mkstemp(prefix="cadiff-crash-", suffix=".txt")
-    with open(handle, "w", encoding="utf-8") as stream:
+    with open(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(f"cadiff {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
     return Path(name)
 

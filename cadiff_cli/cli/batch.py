@@ -79,7 +79,7 @@ def participant_level(request: Request) -> int:
     outcomes = _execute(request, plan, console)
     code = _sum_up(request.out, plan, outcomes, console)
     if plan.done or any(outcome.status == "done" for outcome in outcomes):
-        write_citations(request.out)
+        _cite(request.out, console)
     return code
 
 
@@ -98,7 +98,7 @@ def group_level(request: Request) -> int:
         click.echo("\n".join(expected))
         return 0
     group = write_group(request.out, expected, load_table())
-    write_citations(request.out)
+    _cite(request.out, console)
     if request.report:
         group_page(request.out, group, console)
     for note in group.notes:
@@ -118,6 +118,14 @@ def rebuild_reports(request: Request, *, pages: bool) -> int:
 
         return rebuild(request.out, request.dataset.root)
     return 0
+
+
+def _cite(out: Path, console: Console) -> None:
+    """``logs/CITATION.*``; results stand, whatever somebody made of a sidecar."""
+    try:
+        write_citations(out)
+    except Exception as error:
+        warn(console, f"no logs/CITATION.md was written ({in_a_line(error)})")
 
 
 def group_page(out: Path, group: Group, console: Console) -> None:
@@ -172,8 +180,11 @@ def _validate(dataset: Dataset, console: Console, shown: int = 5) -> None:
 
 def _any_job(request: Request) -> Job:
     """A job for no scan in particular; what all need is looked for, and downloaded, now."""
+    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.stages.space import parse_space
 
+    if request.executor.kind == "local" and not request.dry_run:
+        pick_device(request.config.sample.device)
     path, label, sha256 = find_weights(request.model)
     spaces = tuple(dict.fromkeys(request.spaces))
     for name, _ in map(parse_space, spaces):
@@ -197,6 +208,8 @@ def _any_job(request: Request) -> Job:
 def _keep_options(request: Request, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
     values = {**request.options, "atlas": job.recipe.template, "model": job.weights}
+    chosen = request.selection  # labels may have come from a file, found from here only
+    values |= {"participant_label": chosen.participants, "session_label": chosen.sessions}
     if values.get("mem"):  # bytes by now; a bare number would be MB
         values["mem"] = f"{values['mem']}B"
     lines = [

@@ -37,7 +37,8 @@ def command(
     """Cross-validate a method on DATASET: train on some people, score the others, in turn.
 
     Repeat scans stay with their person.  RUN gets a folder per fold and the tables of `cadiff
-    evaluate`.  The same command continues after a kill.
+    evaluate`; with --fold the tables lie in the fold's own folder, and the command without it
+    makes the joint ones.  The same command continues after a kill.
     """
     import logging
 
@@ -45,23 +46,29 @@ def command(
     from cadiff_cli.config import SampleConfig
     from cadiff_cli.io.bids import labelled_scans
     from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.crossval import cross_validate, shortened
+    from cadiff_cli.training.crossval import folds as split
     from cadiff_cli.training.recipe import recipe
     from cadiff_cli.training.run import prepare
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
-    mapping = label_mapping(labels, load_table())
-    samples = prepare(labelled_scans(dataset), mapping, atlas, cache or run / "cache")
-    scores = cross_validate(
-        samples,
-        run,
-        shortened(config, fraction),
-        n_folds=folds,
-        only=fold,
-        net_config=net,
-        sampling=SampleConfig(device=device),
-        workers=workers,
-        max_minutes=max_minutes,
-    )
-    report(scores, run)
+    # Whatever is wrong with a name is said before hours of preparation, not after.
+    mapping, scans = label_mapping(labels, load_table()), labelled_scans(dataset)
+    split([scan.subject for scan in scans], folds)
+    pick_device(device)
+    samples = prepare(scans, mapping, atlas, cache or run / "cache")
+    for only in [[k] for k in fold] or [[]]:
+        scores = cross_validate(
+            samples,
+            run,
+            shortened(config, fraction),
+            n_folds=folds,
+            only=only,
+            net_config=net,
+            sampling=SampleConfig(device=device),
+            workers=workers,
+            max_minutes=max_minutes,
+        )
+        report(scores, run.joinpath(*(f"fold-{k}" for k in only)))

@@ -9,6 +9,10 @@ import click
 if TYPE_CHECKING:
     from cadiff_cli.config import Config
 
+    Converter = click.ParamType[int]
+else:
+    Converter = click.ParamType  # generic only in the newest versions
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 SKULL_STRIP = click.option(
@@ -151,7 +155,7 @@ def _eater(process: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     return eat
 
 
-class Memory(click.ParamType[int]):
+class Memory(Converter):
     """``16G``, ``16GB``, ``8000`` (MB) -> bytes."""
 
     name = "SIZE"

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cadiff_cli import __version__
 from cadiff_cli.cli.options import make_config, segmentation_options
 
 
@@ -18,6 +19,7 @@ from cadiff_cli.cli.options import make_config, segmentation_options
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run.")
 @click.option("-v", "--verbose", count=True, help="More messages.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
+@click.version_option(__version__, prog_name="cadiff")
 def command(
     t1: Path,
     out: Path,

@@ -28,7 +28,7 @@ OPTIONS = (
         default="cadiff",
         show_default=True,
         help="cadiff; finish, its last part from --init; or a variant of the ablation: unet,"
-        " diffusion, dual, label, collaborative, consistency, consistency-dice, paper.",
+        " diffusion, dual, label, collaborative, consistency, consistency-dice, taca, paper.",
     ),
     click.option("--steps", type=click.IntRange(1), default=3000, show_default=True),
     click.option(
@@ -114,8 +114,9 @@ def command(
     from cadiff_cli.io.bids import labelled_scans
     from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import prepare, train
+    from cadiff_cli.training.run import check_people, prepare, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if also_share is not None:
@@ -125,19 +126,23 @@ def command(
     net, config = recipe(**settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
     model = load_model(init) if init else None
+    pick_device(device)
     sources = [
         (labelled_scans(path), label_mapping(name, load_table()))
         for path, name in ((dataset, labels), *also)
     ]
+    subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
+    held = tuple(name.removeprefix("sub-") for name in hold_out)
+    check_people(subjects, set().union(*others), held, model, net)
     folder = cache or run / "cache"
-    samples, *others = (prepare(scans, mapping, atlas, folder) for scans, mapping in sources)
+    samples, *less_trusted = (prepare(scans, mapping, atlas, folder) for scans, mapping in sources)
     path = train(
         samples,
         run,
         config,
-        also=[sample for other in others for sample in other],
+        also=[sample for other in less_trusted for sample in other],
         init=model,
-        hold_out=hold_out,
+        hold_out=held,
         net_config=net,
         device=device,
         workers=workers,

@@ -26,6 +26,7 @@ import click
     multiple=True,
     help="Name of a --heads folder not to train on (repeatable).",
 )
+@click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
 @click.option("--cache", type=click.Path(path_type=Path), help="Prepared heads [RUN/cache].")
 @click.option("--steps", type=click.IntRange(1), default=4000, show_default=True)
 @click.option("--decay", type=click.IntRange(1), default=800, show_default=True)
@@ -40,6 +41,7 @@ def command(
     label_maps: tuple[Path, ...],
     heads: tuple[Path, ...],
     hold_out_source: tuple[str, ...],
+    init: str | None,
     cache: Path | None,
     steps: int,
     decay: int,
@@ -57,18 +59,24 @@ def command(
     """
     import logging
 
+    from cadiff_cli.io.weights import load_brain_model
+    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.heads import HeadConfig
     from cadiff_cli.training.mask import prepare_heads, train_mask
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not (label_maps or heads):
         raise click.UsageError("give --label-maps, --heads, or both")
+    # Whatever is wrong with a name is said before hours of preparation, not after.
+    pick_device(device)
+    model = load_brain_model(init) if init else None
     prepared = prepare_heads(label_maps, heads, cache or run / "cache")
     config = HeadConfig(steps=steps, decay=decay, rate=rate, batch=batch, seed=seed)
     path = train_mask(
         prepared,
         run,
         config,
+        init=model,
         hold_out=hold_out_source,
         device=device,
         workers=workers,

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cadiff_cli.errors import (
     DataError,
     InvalidDatasetError,
@@ -21,10 +23,14 @@ from cadiff_cli.errors import (
     SelectionError,
     UsageError,
 )
-from cadiff_cli.io.nifti import stem
+from cadiff_cli.io.nifti import load_scan, load_volume, stem
+from cadiff_cli.products import Scan
+from cadiff_cli.spatial.grid import Volume
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
+
+    from cadiff_cli.labels import LabelTable
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +106,30 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
             "name them sub-X[_ses-Y]_T1w.nii.gz and sub-X[_ses-Y]_dseg.nii.gz",
         )
     return pairs
+
+
+def load_labelled(
+    scan: LabelledScan, table: "LabelTable", mapping: Mapping[int, int]
+) -> tuple[Scan, Volume]:
+    """A scan and its labels as classes (X, Y, Z) uint8, on one grid.
+
+    Raises ``DataError`` where the grids differ, or where ``mapping`` knows none of the ids.
+    """
+    loaded, dseg = load_scan(scan.t1), load_volume(scan.dseg)
+    grid = loaded.t1.grid
+    if dseg.grid.shape != grid.shape or not np.allclose(dseg.grid.affine, grid.affine, atol=1e-2):
+        raise DataError(
+            f"{scan.dseg.name} lies on {dseg.grid!r}, {scan.t1.name} on {grid!r}",
+            "an image and its labels must share a grid",
+        )
+    ids = np.asarray(dseg.data)
+    classes = table.encode(ids, mapping)
+    if not classes.any():
+        raise DataError(
+            f"{scan.dseg.name} holds ids {np.unique(ids)[:5].tolist()}..., none that is known",
+            "say with --labels what the ids mean",
+        )
+    return loaded, Volume(classes, grid)
 
 
 @dataclass(frozen=True)
@@ -235,6 +265,12 @@ class Dataset:
             query["subject"] = list(selection.participants)
         if selection.sessions:
             query["session"] = list(selection.sessions)
+            present = sorted(layout.get_sessions(subject=list(chosen)))
+            if absent := sorted(set(selection.sessions) - set(present)):
+                raise SelectionError(
+                    f"{self.root} has no {', '.join(f'ses-{label}' for label in absent)}",
+                    f"sessions of these participants are {_some(present)}",
+                )
         try:
             found = here(layout.get(**query))
         except ValueError as error:

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import CadiffError, DataError, UsageError
-from cadiff_cli.io.bids import LabelledScan, labelled_scans, source_entities
-from cadiff_cli.io.nifti import load_scan, load_volume
+from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.io.bids import LabelledScan, labelled_scans, load_labelled, source_entities
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Volume
@@ -155,20 +154,8 @@ def carry(
     config: RegisterConfig,
 ) -> Carried:
     """Register a labelled, skull-stripped person (0 outside the brain) to ``target``'s grid."""
-    scan, dseg = load_scan(atlas.t1), load_volume(atlas.dseg)
+    scan, labels = load_labelled(atlas, table, mapping)
     grid = scan.t1.grid
-    if dseg.grid.shape != grid.shape or not np.allclose(dseg.grid.affine, grid.affine, atol=1e-2):
-        raise DataError(
-            f"{atlas.dseg.name} lies on {dseg.grid!r}, {atlas.t1.name} on {grid!r}",
-            "an image and its labels must share a grid",
-        )
-    ids = np.asarray(dseg.data)
-    classes = table.encode(ids, mapping)
-    if not classes.any():
-        raise DataError(
-            f"{atlas.dseg.name} holds ids {np.unique(ids)[:5].tolist()}..., none that is known",
-            "say with --labels what the ids of the atlases mean",
-        )
     warnings = [*scan.warnings]
     if not already_stripped(scan.t1):
         warnings.append("does not look skull-stripped, as atlases have to be")
@@ -181,8 +168,8 @@ def carry(
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
         registered = register(target, person, config, Path(work))
         moved = warp(image, registered, target.t1.grid)
-        labels = warp(
-            resample(Volume(classes, grid), crop, order=0),
+        carried = warp(
+            resample(labels, crop, order=0),
             registered,
             target.t1.grid,
             interpolator="genericLabel",
@@ -190,7 +177,7 @@ def carry(
     return Carried(
         atlas.name,
         moved.data.astype(np.float32),
-        np.rint(labels.data).astype(np.uint8),
+        np.rint(carried.data).astype(np.uint8),
         registered.kind,
         registered.score,
         (*warnings, *registered.warnings),

@@ -219,10 +219,16 @@ def denoise(
             return network(x, t, fine).cpu()
         from monai.inferers import sliding_window_inference
 
+        # Tiles are put together where ``x`` is, on the CPU: a GPU that needs them has no room.
         answer: Tensor = sliding_window_inference(
-            x, tile // STRIDE, 1, lambda part: network(part, t, fine), overlap=0.5, mode="gaussian"
+            x,
+            tile // STRIDE,
+            1,
+            lambda part: network(part, t, fine).cpu(),
+            overlap=0.5,
+            mode="gaussian",
         )
-        return answer.cpu()
+        return answer
 
     schedule = times(steps if net.config.reads_labels else 1)
     x_t = noise

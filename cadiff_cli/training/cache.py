@@ -11,23 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.config import Config, RegisterConfig, fingerprint
-from cadiff_cli.errors import DataError
-from cadiff_cli.io.bids import LabelledScan
-from cadiff_cli.io.nifti import load_scan, load_volume, replacing
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.config import Config, as_dict, fingerprint
+from cadiff_cli.io.bids import LabelledScan, load_labelled
+from cadiff_cli.io.nifti import replacing
+from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import LabelTable
+from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
-from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample_labels
 from cadiff_cli.stages.condition import FIELD_STRIDE as NETWORK_STRIDE
-from cadiff_cli.stages.condition import condition
-from cadiff_cli.stages.register import register
-from cadiff_cli.stages.strip import strip, strip_template
+from cadiff_cli.stages.field import mean_field as mean_position
+from cadiff_cli.stages.register import settings
 
 FORMAT = 3
 """Counts changes of what a sample holds: older files are prepared again."""
+HOW = Config()
+"""Brains are found and registered as a run with default options does it."""
 FIELD_STRIDE = 4
 """Voxels between stored field values; the network's own field has twice as many."""
 
@@ -53,9 +53,12 @@ class Sample:
 def cached_path(
     scan: LabelledScan, templates: Sequence[str], mapping: dict[int, int], folder: Path
 ) -> Path:
-    """Where a scan's sample lies: another mapping, template list or input is another file."""
+    """Where a scan's sample lies: whatever decides what it holds is in its name."""
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
-    key = fingerprint([FORMAT, sorted(mapping.items()), list(templates), scan.t1.name, inputs])
+    made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
+    key = fingerprint(
+        [FORMAT, sorted(mapping.items()), list(templates), scan.t1.name, inputs, made]
+    )
     return folder / f"{scan.name}_{key}.npz"
 
 
@@ -68,31 +71,22 @@ def build(
 ) -> Path:
     """Prepare one scan with every template and write its sample; an existing one is kept.
 
-    The brain is found once, so that all fields share one crop.  Fields of registrations that look
+    Fields of registrations that look
     wrong are left out, as inference does.
     """
     path = cached_path(scan, templates, mapping, folder)
     if path.exists():
         return path
-    loaded = load_scan(scan.t1)
-    dseg = load_volume(scan.dseg)
-    if dseg.grid.shape != loaded.t1.grid.shape:
-        raise DataError(
-            f"{scan.dseg.name} is {dseg.grid.shape}, {scan.t1.name} is {loaded.t1.grid.shape}",
-            "an image and its labels must share a grid",
-        )
-    classes = Volume(table.encode(np.asarray(dseg.data), mapping), dseg.grid)
+    loaded, classes = load_labelled(scan, table, mapping)
     arrays: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as work:
         atlases = [load_template(name, offline=True) for name in templates]
-        stripped = strip(loaded, strip_template(atlases), Config(), Path(work))
-        made = [register(stripped, atlas, RegisterConfig(), Path(work)) for atlas in atlases]
-        for registered in sound(made):
-            conditions = condition(stripped, [registered])
-            assert conditions.field is not None  # RegisterConfig() registers
-            field = pool(conditions.field.data, FIELD_STRIDE // NETWORK_STRIDE)
-            arrays[f"field_{registered.template.name}"] = field.astype(np.float16)
-    grid = conditions.image.grid
+        prepared = prepare(loaded, atlases, HOW, Path(work))
+        conditions, grid = prepared.conditions, prepared.conditions.image.grid
+        for registered in sound(prepared.registrations):
+            field = mean_position([registered], grid.coarsen(NETWORK_STRIDE))
+            pooled = pool(field.data, FIELD_STRIDE // NETWORK_STRIDE)
+            arrays[f"field_{registered.template.name}"] = pooled.astype(np.float16)
     arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
     arrays["mask"] = conditions.mask.data.astype(bool)
     arrays["classes"] = resample_labels(classes, grid).data

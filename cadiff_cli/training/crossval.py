@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import Score, score_classes
+from cadiff_cli.io.text import write_text
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import NetConfig
@@ -24,9 +25,9 @@ from cadiff_cli.training.run import train
 log = logging.getLogger(__name__)
 
 
-def folds(samples: Sequence[Sample], n: int, seed: int = 0) -> list[list[str]]:
-    """Split the people into ``n`` groups of nearly equal size; repeat scans stay together."""
-    people = sorted({s.subject for s in samples})
+def folds(subjects: Iterable[str], n: int, seed: int = 0) -> list[list[str]]:
+    """Split the people into ``n`` groups of nearly equal size; each counts once."""
+    people = sorted(set(subjects))
     if not 2 <= n <= len(people):
         raise UsageError(f"{n} folds of {len(people)} people", f"use 2 to {len(people)}")
     order = np.random.default_rng(seed).permutation(len(people))
@@ -63,8 +64,9 @@ def cross_validate(
     table, sampling = load_table(), sampling or SampleConfig()
     if unknown := sorted(set(only or ()) - set(range(1, n_folds + 1))):
         raise UsageError(f"there is no fold {unknown}", f"folds are numbered 1 to {n_folds}")
+    split = folds([s.subject for s in samples], n_folds, config.seed)
     scores: list[Score] = []
-    for k, held_out in enumerate(folds(samples, n_folds, config.seed), start=1):
+    for k, held_out in enumerate(split, start=1):
         if only and k not in only:
             continue
         log.info("fold %d of %d: held out %s", k, n_folds, ", ".join(held_out))
@@ -92,7 +94,5 @@ def cross_validate(
             scores += score_classes(
                 sample.name, predicted, Volume(sample.classes, grid), table, subset
             )
-    (run / "folds.json").write_text(
-        json.dumps(folds(samples, n_folds, config.seed), indent=2) + "\n", encoding="utf-8"
-    )
+    write_text(run / "folds.json", json.dumps(split, indent=2) + "\n")
     return scores

@@ -1,6 +1,5 @@
 """``cadiff train-mask`` as one function: prepare heads, fit, score the held-out ones, export."""
 
-import json
 import logging
 import math
 import re
@@ -17,7 +16,8 @@ from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume, stem
 from cadiff_cli.io.releases import sha256
-from cadiff_cli.io.weights import save_brain_model
+from cadiff_cli.io.text import write_json, write_tsv
+from cadiff_cli.io.weights import BrainModel, save_brain_model
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.stages.brain import predict_distance
 from cadiff_cli.stages.segment import pick_device
@@ -98,6 +98,7 @@ def train_mask(
     run: Path,
     config: HeadConfig,
     *,
+    init: BrainModel | None = None,
     hold_out: Sequence[str] = (),
     device: str = "auto",
     workers: int = 0,
@@ -105,6 +106,7 @@ def train_mask(
 ) -> Path:
     """Fit on all sources but those in ``hold_out``; returns the exported weights.
 
+    ``init`` is a model to begin with, which locates brains already.
     ``run/held_out.tsv`` gets the Dice (at 2 mm) of every held-out head.
     """
     if unknown := sorted(set(hold_out) - set(heads)):
@@ -120,7 +122,11 @@ def train_mask(
         raise UsageError("every source is held out", "leave one to train on")
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    net = BrainNet(BrainConfig()).to(pick_device(device))
+    net = BrainNet(init.net.config if init else BrainConfig())
+    if init:
+        net.load_state_dict(init.net.state_dict())
+        config = replace(config, coarse_steps=0)
+    net.to(pick_device(device))
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
     described: dict[str, Any] = {
@@ -128,13 +134,14 @@ def train_mask(
         "fingerprint": fingerprint(as_dict(config)),
         "net": as_dict(net.config),
         "trained_on": {s: len(g) for s, g in heads.items() if s not in hold_out},
+        "init": init.sha256 if init else None,
         "held_out": sorted(hold_out),
     }
     if checkpoint.exists():
-        refuse_other_run(run / "config.json", described, ("trained_on", "held_out", "net"))
+        refuse_other_run(run / "config.json", described, ("trained_on", "held_out", "init", "net"))
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
-    (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_json(run / "config.json", described)
     ends = time.monotonic() + 60 * max_minutes
     # What refines learns from what locates, so that goes first.
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
@@ -147,13 +154,13 @@ def train_mask(
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
     save_brain_model(path, state.ema, described)
-    rows = ["source\thead\tdice"]
+    rows = []
     for source in hold_out:
         for head in heads[source]:
             score = held_out_dice(state.ema, head)
-            rows.append(f"{source}\t{head.name}\t{score:.4f}")
+            rows.append((source, head.name, f"{score:.4f}"))
             log.info("held out: %s %s Dice %.4f", source, head.name, score)
-    (run / "held_out.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_tsv(run / "held_out.tsv", ("source", "head", "dice"), rows)
     return path
 
 

@@ -148,6 +148,6 @@ def _board(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log.info("TensorBoard is not installed (pip install cadiff[train]): no curves are written")
+        log.info("TensorBoard is not installed (pip install tensorboard): no curves are written")
         return None
     return SummaryWriter(str(folder))

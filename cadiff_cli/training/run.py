@@ -1,9 +1,8 @@
 """``cadiff train`` as one function: prepare, count the prior, fit, export.  Resumes by itself."""
 
-import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.bids import LabelledScan
+from cadiff_cli.io.text import write_json
 from cadiff_cli.io.weights import Model, save_model
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
@@ -65,26 +65,10 @@ def train(
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
     table = load_table()
-    subjects, others = ({s.subject for s in group} for group in (samples, also))
-    if missing := set(hold_out) - subjects - others:
-        there = sorted(subjects | others)
-        raise UsageError(f"--hold-out names {sorted(missing)}", f"there are {there}")
-    if both := sorted(subjects & others):
-        raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
-    before = _seen_by(init)
-    if seen := sorted(before & set(hold_out)):
-        raise UsageError(
-            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
-        )
-    if init and net_config not in (None, init.net.config):
-        raise UsageError(
-            f"--init {init.name} is another network than the --method's",
-            "use the method that it was trained by",
-        )
+    people, others = ({s.subject for s in group} for group in (samples, also))
+    check_people(people, others, hold_out, init, net_config)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
     trusted_less = [s for s in also if s.subject not in set(hold_out)]
-    if not chosen:
-        raise UsageError("every subject is held out", "leave some to train on")
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     net = CADiffNet(init.net.config if init else net_config or NetConfig())
@@ -100,7 +84,7 @@ def train(
         "trained_on": sorted({s.subject for s in chosen}),
         "also_on": sorted({s.subject for s in trusted_less}),
         "init": init.sha256 if init else None,
-        "seen_by_init": sorted(before),
+        "seen_by_init": sorted(_seen_by(init)),
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
@@ -112,11 +96,11 @@ def train(
         log.info("continuing at step %d", state.step)
     elif net.config.reads_field and not init:
         order = np.random.default_rng(config.seed).permutation(len(chosen))
-        voters = [chosen[i] for i in order[: config.prior_scans or None]]
-        prior = count_prior(voters, table, net.config.prior_shape)
-        for model in (state.net, state.ema):
-            model.prior.logits.copy_(prior)
-    (run / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if voters := [chosen[i] for i in order[: config.prior_scans]]:
+            prior = count_prior(voters, table, net.config.prior_shape)
+            for model in (state.net, state.ema):
+                model.prior.logits.copy_(prior)
+    write_json(run / "config.json", described)
     mirror = torch.from_numpy(table.mirror_classes)
     held_out = [s for s in (*samples, *also) if s.subject in set(hold_out)]
     sampling = SampleConfig(flip=False, device=device)
@@ -137,6 +121,35 @@ def train(
     save_model(path, state.ema, table, described)
     log.info("wrote %s after %d steps", path, state.step)
     return path
+
+
+def check_people(
+    people: Set[str],
+    others: Set[str],
+    hold_out: Sequence[str],
+    init: Model | None,
+    net_config: NetConfig | None,
+) -> None:
+    """Raise ``UsageError`` unless these subjects can be trained on, and held out, as asked for.
+
+    ``others`` are those of datasets that are trusted less.
+    """
+    held = set(hold_out)
+    if missing := sorted(held - people - others):
+        raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people | others)}")
+    if both := sorted(people & others):
+        raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
+    if seen := sorted(_seen_by(init) & held):
+        raise UsageError(
+            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
+        )
+    if init and net_config not in (None, init.net.config):
+        raise UsageError(
+            f"--init {init.name} is another network than the --method's",
+            "use the method that it was trained by",
+        )
+    if not people - held:
+        raise UsageError("every subject is held out", "leave some to train on")
 
 
 def _seen_by(model: Model | None) -> set[str]:
