@@ -284,7 +284,8 @@ def main():
         n = len(np.unique(measured.scan))
         people = (
             f"{n} scans of {len(np.unique(measured.person))} people whom the network has not seen,"
-            f" each in {len(np.unique(measured.degradation))} conditions"
+            f" each in {len(np.unique(measured.degradation))} conditions;"
+            f" steps: {config.steps}, mirrored: {'yes' if config.flip else 'no'}"
         )
         weights = model.sha256
         if wanted.serves:

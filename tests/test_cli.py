@@ -221,7 +221,9 @@ def test_every_result_is_there(segmented):
     _, _, out, _ = segmented
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     logs = {name for name in found if name.startswith("logs/")}
-    assert len(logs) == 1
+    (log,) = (name for name in logs if name.endswith(".log"))
+    cited = {f"logs/CITATION.{suffix}" for suffix in ("md", "html", "bib")}
+    assert logs == {log, "logs/journal/sub-01_ses-a.lock", *cited}
     prefix = "sub-01/ses-a/anat/sub-01_ses-a_"
     images = (
         *("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg"),

@@ -24,7 +24,7 @@ from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
-from cadiff_cli.report.boilerplate import write_citations
+from cadiff_cli.report.boilerplate import cite, write_citations
 from cadiff_cli.report.group import write_group_page
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import Group, write_group
@@ -83,6 +83,11 @@ def participant_level(request: Request) -> int:
     return code
 
 
+def _cite(out: Path, console: Console) -> None:
+    if why := cite(out):
+        warn(console, why)
+
+
 def group_level(request: Request) -> int:
     """Collect finished scans in one table; returns the exit code.
 
@@ -118,14 +123,6 @@ def rebuild_reports(request: Request, *, pages: bool) -> int:
 
         return rebuild(request.out, request.dataset.root)
     return 0
-
-
-def _cite(out: Path, console: Console) -> None:
-    """``logs/CITATION.*``; results stand, whatever somebody made of a sidecar."""
-    try:
-        write_citations(out)
-    except Exception as error:
-        warn(console, f"no logs/CITATION.md was written ({in_a_line(error)})")
 
 
 def group_page(out: Path, group: Group, console: Console) -> None:

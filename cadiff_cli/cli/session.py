@@ -73,6 +73,7 @@ def segment_file(
         # Huge pages: fewer page faults for torch's large tensors.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from cadiff_cli.io.weights import load_model
+        from cadiff_cli.report.boilerplate import cite
         from cadiff_cli.report.page import report_scan
         from cadiff_cli.runner.execute import segment_scan
 
@@ -99,6 +100,8 @@ def segment_file(
         if report:
             announce("report")
         report_scan(out, t1, wanted=report)
+        if why := cite(out):
+            LOGGER.warning(why)
         if show:
             console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
         return result
