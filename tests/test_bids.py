@@ -1,7 +1,6 @@
 """Names in and names out."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -26,7 +25,7 @@ from cadiff_cli.io.bids import (
     source_entities,
 )
 from cadiff_cli.io.dataset import refuse_other_source, save_dataset_files
-from cadiff_cli.io.derivatives import DSEG, Derivatives
+from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Grid
 
@@ -394,14 +393,3 @@ def test_a_description_of_ours_is_kept_but_for_missing_links(raw, table, tmp_pat
     found = json.loads(path.read_text())
     assert set(found.pop("DatasetLinks")) == {"raw", "templateflow"}
     assert found == mine
-
-
-def test_what_a_killed_run_left_goes_when_nobody_can_be_writing_it(tmp_path):
-    place = Derivatives(tmp_path, Path("sub-01_T1w.nii"))
-    place.folder.mkdir(parents=True)
-    old, new = (place.folder / f".sub-01_{DSEG}.nii.gz.{n}.nii.gz" for n in "ab")
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (0, 0))
-    place.clear()
-    assert [p.name for p in place.folder.iterdir()] == [new.name]

@@ -448,6 +448,10 @@ def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
     assert not torch.equal(before["fine.out.weight"], learnt["fine.out.weight"])
     with pytest.raises(UsageError, match="init"):
         train_mask(heads, tmp_path / "c", replace(config, coarse_steps=0))
+    with pytest.raises(UsageError, match="trained on some"):
+        train_mask(
+            {**heads, "more": [drawn_head]}, tmp_path, config, init=further, hold_out=["toys"]
+        )
 
 
 def test_folders_become_heads_once(label_map, tmp_path):

@@ -223,7 +223,8 @@ def test_every_result_is_there(segmented):
     logs = {name for name in found if name.startswith("logs/")}
     (log,) = (name for name in logs if name.endswith(".log"))
     cited = {f"logs/CITATION.{suffix}" for suffix in ("md", "html", "bib")}
-    assert logs == {log, "logs/journal/sub-01_ses-a.lock", *cited}
+    locks = {f"logs/journal/{name}.lock" for name in ("sub-01_ses-a", "citation")}
+    assert logs == {log, *locks, *cited}
     prefix = "sub-01/ses-a/anat/sub-01_ses-a_"
     images = (
         *("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg"),

@@ -154,7 +154,8 @@ def test_a_failed_download_is_one_clear_error(home, monkeypatch):
 
     class Client:
         def __init__(self, root, **_):
-            assert root.parent == home  # nobody else's view of the cache
+            assert home in (root, root.parent.parent)  # the cache, or nobody else's view of it
+            self.cache = SimpleNamespace(ensure=lambda: (root / "tpl-other").mkdir())
 
         def get(self, **query):
             assert query["template"] == PREFERRED
@@ -166,6 +167,7 @@ def test_a_failed_download_is_one_clear_error(home, monkeypatch):
     with pytest.raises(MissingInputError, match="ConnectionError") as caught:
         load_template(PREFERRED)
     assert "cadiff fetch" in caught.value.remedy
+    assert (home / "tpl-other").is_dir()  # what whoever else uses the cache has to find there
 
 
 def test_without_a_network_the_client_is_not_asked(home, monkeypatch):
@@ -189,6 +191,7 @@ def test_a_download_is_used(home, good, monkeypatch, write_image):
     class Client:
         def __init__(self, root, **_):
             self.root = root
+            assert root != home  # which is a cache already
 
         def get(self, **query):
             path = self.root / "half.nii.gz"
@@ -200,7 +203,7 @@ def test_a_download_is_used(home, good, monkeypatch, write_image):
     monkeypatch.setitem(sys.modules, "templateflow.client", fake)
     monkeypatch.setattr(templates, "_reachable", lambda: True)
     np.testing.assert_array_equal(load_template(PREFERRED).mask.data, mask > 0)
-    assert not list(home.glob(".cadiff-*"))
+    assert not list(home.rglob(".cadiff-*"))
     # Now it is in the cache, where it belongs.
     monkeypatch.setitem(sys.modules, "templateflow.client", None)
     np.testing.assert_array_equal(load_template(PREFERRED, offline=True).mask.data, mask > 0)

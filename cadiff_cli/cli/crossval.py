@@ -47,7 +47,7 @@ def command(
     from cadiff_cli.io.bids import labelled_scans
     from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.segment import pick_device
-    from cadiff_cli.training.crossval import cross_validate, shortened
+    from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
     from cadiff_cli.training.crossval import folds as split
     from cadiff_cli.training.recipe import recipe
     from cadiff_cli.training.run import prepare
@@ -57,6 +57,7 @@ def command(
     # Whatever is wrong with a name is said before hours of preparation, not after.
     mapping, scans = label_mapping(labels, load_table()), labelled_scans(dataset)
     split([scan.subject for scan in scans], folds)
+    check_folds(fold, folds)
     pick_device(device)
     samples = prepare(scans, mapping, atlas, cache or run / "cache")
     for only in [[k] for k in fold] or [[]]:

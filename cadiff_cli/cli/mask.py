@@ -37,6 +37,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.derivatives import Derivatives, save_mask
     from cadiff_cli.io.nifti import load_scan
+    from cadiff_cli.runner.journal import alone
     from cadiff_cli.stages.strip import on_scan, strip
 
     logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
@@ -52,11 +53,11 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     place.claim(t1, overwrite=overwrite)
     method = StripConfig(skull_strip)
     template = _template(scan, method, offline)
-    with TemporaryDirectory(prefix="cadiff-") as work:
+    with alone(out, place.stem), TemporaryDirectory(prefix="cadiff-") as work:
         stripped = strip(scan, template, Config(strip=method), Path(work))
-    litres = stripped.mask.data.sum() * stripped.mask.grid.voxel_volume_mm3 / 1e6
-    click.echo(f"cadiff: brain of {litres:.2f} l by {SAID[stripped.method]}", err=True)
-    click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))
+        litres = stripped.mask.data.sum() * stripped.mask.grid.voxel_volume_mm3 / 1e6
+        click.echo(f"cadiff: brain of {litres:.2f} l by {SAID[stripped.method]}", err=True)
+        click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))
 
 
 def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template | None":

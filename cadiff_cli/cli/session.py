@@ -13,13 +13,12 @@ from rich.console import Console
 
 import cadiff_cli
 from cadiff_cli.config import Config
-from cadiff_cli.errors import OutputError
 from cadiff_cli.io.derivatives import Derivatives
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result
-from cadiff_cli.runner.journal import Journal
+from cadiff_cli.runner.journal import alone
 from cadiff_cli.stages.strip import given_mask
 
 LOGGER = logging.getLogger("cadiff_cli")
@@ -56,7 +55,7 @@ def segment_file(
     show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     begun = time.perf_counter()
-    with _alone(place), _logged(console, log_path, verbosity):
+    with alone(out, place.stem), _logged(console, log_path, verbosity):
         LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, t1, scan.t1)
         LOGGER.info("settings %s", config)
         for text in scan.warnings:
@@ -105,18 +104,6 @@ def segment_file(
         if show:
             console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
         return result
-
-
-@contextmanager
-def _alone(place: Derivatives) -> Iterator[None]:
-    """Raise ``OutputError`` if another process, of whichever command, is writing these results."""
-    with Journal(place.out).claim(place.stem, wait=False) as mine:
-        if not mine:
-            raise OutputError(
-                f"another cadiff is working on {place.stem} in {place.out}",
-                "wait until it has finished, or choose another output folder",
-            )
-        yield
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def command(
     from cadiff_cli.io.weights import load_brain_model
     from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.heads import HeadConfig
-    from cadiff_cli.training.mask import prepare_heads, train_mask
+    from cadiff_cli.training.mask import check_sources, prepare_heads, train_mask
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not (label_maps or heads):
@@ -70,6 +70,7 @@ def command(
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
     model = load_brain_model(init) if init else None
+    check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     prepared = prepare_heads(label_maps, heads, cache or run / "cache")
     config = HeadConfig(steps=steps, decay=decay, rate=rate, batch=batch, seed=seed)
     path = train_mask(

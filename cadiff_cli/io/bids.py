@@ -265,11 +265,11 @@ class Dataset:
             query["subject"] = list(selection.participants)
         if selection.sessions:
             query["session"] = list(selection.sessions)
-            present = sorted(layout.get_sessions(subject=list(chosen)))
-            if absent := sorted(set(selection.sessions) - set(present)):
+            present = {path.name.removeprefix("ses-") for path in self.root.glob("sub-*/ses-*")}
+            if absent := sorted(set(selection.sessions) - present):
                 raise SelectionError(
                     f"{self.root} has no {', '.join(f'ses-{label}' for label in absent)}",
-                    f"sessions of these participants are {_some(present)}",
+                    f"its sessions are {_some(sorted(present))}" if present else "it has none",
                 )
         try:
             found = here(layout.get(**query))

@@ -6,9 +6,7 @@ sidecar is written last: where it exists, everything else does.
 
 import platform
 import shutil
-import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,8 +50,6 @@ OURS = (
 )
 """What follows the source's entities in the names of the files that a run writes."""
 CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
-ABANDONED_S = 3600.0
-"""Age of a temporary file that nobody can be writing any more."""
 
 
 class Derivatives:
@@ -110,8 +106,7 @@ class Derivatives:
     def clear(self, keep: Collection[Path] = ()) -> None:
         """Remove an earlier run's results but for ``keep``, the one that vouches first.
 
-        What a killed run left under temporary names goes too, once it is too old to be somebody
-        else's who is writing.
+        What a killed run left under temporary names goes too: whoever calls holds the scan's lock.
         """
         self.commit.unlink(missing_ok=True)
         for path in self.existing():
@@ -119,9 +114,7 @@ class Derivatives:
                 path.unlink(missing_ok=True)
         for name in OURS:
             for path in self.folder.glob(f".{self.stem}_{name}"):
-                with suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > ABANDONED_S:
-                        path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def page_path(out: Path, entities: str) -> Path:

@@ -172,16 +172,19 @@ def _download(query: dict[str, Any], path: Path) -> None:
     of its own for the time, and whoever else wants the file waits.
     """
     home = templateflow_home()
+    os.environ["TEMPLATEFLOW_HOME"] = str(home)
+    from templateflow.client import TemplateFlowClient
+
+    if not home.is_dir() or not any(home.iterdir()):
+        # The client does so itself in an empty folder, and in no other.
+        TemplateFlowClient(root=home, use_datalad=False).cache.ensure()
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         locked(path.with_name(f".{path.name}.lock"), wait=True),
-        tempfile.TemporaryDirectory(prefix=".cadiff-", dir=home) as fresh,
+        tempfile.TemporaryDirectory(prefix=".cadiff-", dir=path.parent) as fresh,
     ):
         if path.exists() and path.stat().st_size > 0:
             return  # somebody else's by now
-        os.environ["TEMPLATEFLOW_HOME"] = str(home)
-        from templateflow.client import TemplateFlowClient
-
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             client = TemplateFlowClient(root=Path(fresh), use_datalad=False)
             got = client.get(raise_empty=True, **query)

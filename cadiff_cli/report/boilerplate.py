@@ -11,6 +11,7 @@ from typing import Any
 
 from cadiff_cli.errors import MissingInputError, in_a_line
 from cadiff_cli.io.derivatives import Finished, finished
+from cadiff_cli.io.locks import locked
 from cadiff_cli.io.text import write_text
 
 TITLE = "Methods and citations"
@@ -30,7 +31,17 @@ def cite(out: Path) -> str:
 
 
 def write_citations(out: Path) -> None:
-    """``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``."""
+    """``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``.
+
+    One process at a time: the last one to write has seen the results of all.
+    """
+    folder = out / "logs" / "journal"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "citation.lock", wait=True):
+        _write_citations(out)
+
+
+def _write_citations(out: Path) -> None:
     results = list(finished(out))
     if not results:
         raise MissingInputError(f"{out} holds no finished result", "run the participant level")

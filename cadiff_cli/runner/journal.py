@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cadiff_cli
-from cadiff_cli.errors import CadiffError, DiskError, in_a_line
+from cadiff_cli.errors import CadiffError, DiskError, OutputError, in_a_line
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
@@ -62,6 +62,18 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / f"{entities}.lock", wait=wait) as mine:
             yield mine
+
+
+@contextmanager
+def alone(out: Path, entities: str) -> Iterator[None]:
+    """Raise ``OutputError`` if another process, of whichever command, is at these results."""
+    with Journal(out).claim(entities, wait=False) as mine:
+        if not mine:
+            raise OutputError(
+                f"another cadiff is working on {entities} in {out}",
+                "wait until it has finished, or choose another output folder",
+            )
+        yield
 
 
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.config import Config, as_dict, fingerprint
+from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
 from cadiff_cli.io.bids import LabelledScan, load_labelled
 from cadiff_cli.io.nifti import replacing
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
-from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.templates import load_template, registry
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
@@ -55,10 +55,9 @@ def cached_path(
 ) -> Path:
     """Where a scan's sample lies: whatever decides what it holds is in its name."""
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
+    frames = [(name, registry().get(name)) for name in templates]
     made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
-    key = fingerprint(
-        [FORMAT, sorted(mapping.items()), list(templates), scan.t1.name, inputs, made]
-    )
+    key = fingerprint([FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made])
     return folder / f"{scan.name}_{key}.npz"
 
 

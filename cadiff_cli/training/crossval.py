@@ -34,6 +34,12 @@ def folds(subjects: Iterable[str], n: int, seed: int = 0) -> list[list[str]]:
     return [sorted(people[i] for i in order[k::n]) for k in range(n)]
 
 
+def check_folds(wanted: Iterable[int], n: int) -> None:
+    """Raise ``UsageError`` for folds that are not there."""
+    if unknown := sorted(set(wanted) - set(range(1, n + 1))):
+        raise UsageError(f"there is no fold {unknown}", f"folds are numbered 1 to {n}")
+
+
 def shortened(config: TrainConfig, fraction: float) -> TrainConfig:
     """The same schedule with a ``fraction`` of its steps, at least one of each kind."""
     steps, decay, warmup = (
@@ -62,8 +68,7 @@ def cross_validate(
     out of ``max_minutes``, or is interrupted, ends it all with a ``CadiffError``.
     """
     table, sampling = load_table(), sampling or SampleConfig()
-    if unknown := sorted(set(only or ()) - set(range(1, n_folds + 1))):
-        raise UsageError(f"there is no fold {unknown}", f"folds are numbered 1 to {n_folds}")
+    check_folds(only or (), n_folds)
     split = folds([s.subject for s in samples], n_folds, config.seed)
     scores: list[Score] = []
     for k, held_out in enumerate(split, start=1):

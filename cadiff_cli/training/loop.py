@@ -271,8 +271,8 @@ def train_step(state: State[N], batch: Any, objective: Objective, config: Schedu
     norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
     if not norm.isfinite():
         raise CadiffError(
-            f"the gradient of step {state.step} is {float(norm)}: the last checkpoint is kept",
-            "go on from it with a lower --rate or another --seed",
+            f"the gradient of step {state.step} is {float(norm)}: no checkpoint was spoilt",
+            "go on with a lower --rate, or begin anew in another folder with another --seed",
         )
     for group in state.optimiser.param_groups:
         group["lr"] = config.rate * rate_factor(state.step, config)

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,11 @@ def train_mask(
 ) -> Path:
     """Fit on all sources but those in ``hold_out``; returns the exported weights.
 
-    ``init`` is a model to begin with, which locates brains already.
+    ``init`` is a model to begin with, which locates brains already; no source that it was trained
+    on can be held out.
     ``run/held_out.tsv`` gets the Dice (at 2 mm) of every held-out head.
     """
-    if unknown := sorted(set(hold_out) - set(heads)):
-        raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(heads)}")
+    check_sources(heads, hold_out, init)
     drawn = [source for source in hold_out if any(h.image is None for h in heads[source])]
     if drawn:
         raise UsageError(
@@ -118,8 +118,6 @@ def train_mask(
             "hold out real heads",
         )
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
-    if not chosen:
-        raise UsageError("every source is held out", "leave one to train on")
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     net = BrainNet(init.net.config if init else BrainConfig())
@@ -135,6 +133,7 @@ def train_mask(
         "net": as_dict(net.config),
         "trained_on": {s: len(g) for s, g in heads.items() if s not in hold_out},
         "init": init.sha256 if init else None,
+        "seen_by_init": sorted(_seen_by(init)),
         "held_out": sorted(hold_out),
     }
     if checkpoint.exists():
@@ -162,6 +161,26 @@ def train_mask(
             log.info("held out: %s %s Dice %.4f", source, head.name, score)
     write_tsv(run / "held_out.tsv", ("source", "head", "dice"), rows)
     return path
+
+
+def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainModel | None) -> None:
+    """Raise ``UsageError`` unless these sources can be trained on, and held out, as asked for."""
+    there, held = set(sources), set(hold_out)
+    if unknown := sorted(held - there):
+        raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(there)}")
+    if seen := sorted(_seen_by(init) & held):
+        raise UsageError(
+            f"--hold-out-source {seen}: --init was trained on some of it",
+            "hold out others, or begin anew",
+        )
+    if not there - held:
+        raise UsageError("every source is held out", "leave one to train on")
+
+
+def _seen_by(model: BrainModel | None) -> set[str]:
+    """Every source that a model, or one that it began with, was trained on."""
+    training = model.metadata["training"] if model else {}
+    return {*training.get("trained_on", ()), *training.get("seen_by_init", ())}
 
 
 def held_out_dice(net: BrainNet, head: Head) -> float:

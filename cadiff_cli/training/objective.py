@@ -58,9 +58,9 @@ class Objective:
     lies around a random voxel of a random structure, so that small structures are met as often as
     large ones; in the others anywhere.  Its loss leaves out ``rim`` voxels at each face: the head
     lacks their surroundings, which inference always has.  ``coarse_weight`` scales the label loss
-    at 2 mm, which intermediate sampling steps rely on.  In a share
-    ``recycle`` of the steps the states are made from the network's own prediction at t = 1 instead
-    of the truth, as inference will make them (Fu et al., 2023).
+    at 2 mm, which intermediate sampling steps rely on.  In a share ``recycle`` of the steps
+    whose labels are not pure noise, the states are made from the network's own prediction at t = 1
+    instead of the truth, as inference will make them (Fu et al., 2023).
     """
 
     times: Times = field(default_factory=Times)
@@ -163,7 +163,7 @@ def _methods() -> dict[str, Method]:
     blind = Objective(field_weight=0.0, consistency=None)
     joint = Objective(consistency=None)
     known = replace(blind, times=Times(known_field=1.0, lost_field=0.0))
-    similar, dice = (replace(joint, consistency=Consistency(name)) for name in SIMILARITIES)
+    similar, dice = (replace(joint, consistency=Consistency(name, 0.1)) for name in SIMILARITIES)
     mild = AugmentConfig(
         deform=0.35,
         thick_slices=0.06,
@@ -201,4 +201,4 @@ The others take it apart, and none but ``label`` has a label prior: ``unet`` den
 labels, carried over through the template, in its place (Table V); ``collaborative`` diffuses the
 field too; ``consistency`` adds eqs. 5-8 (Dice instead of cosine in ``consistency-dice``), and
 ``taca`` the attention.  ``paper`` is ``taca`` with both times uniform, nothing recycled, cubes that
-lie anywhere, and the field's error weighed as in eq. 4; the label loss at 2 mm stays."""
+lie anywhere, and field and consistency weighed as in eqs. 4 and 8; the 2 mm label loss stays."""
