@@ -176,7 +176,7 @@ def test_distances_stay_within_the_reach_and_images_in_range(drawn_head, real_he
 
 def test_what_is_cut_off_is_not_brain(drawn_head):
     """A slab without any image holds no mask."""
-    config = HeadConfig(patch=32, cut=1.0, deface=0.0, off_centre_mm=0.0)
+    config = HeadConfig(patch=64, cut=1.0, deface=0.0, off_centre_mm=0.0)
     for index in range(8):
         patch = draw_head(drawn_head, config, seeded(index))
         for axis in (2, 3, 4):
@@ -186,9 +186,9 @@ def test_what_is_cut_off_is_not_brain(drawn_head):
 
 
 def test_a_face_may_go_but_not_the_brain(drawn_head):
-    plain = HeadConfig(patch=32, cut=0.0, deface=0.0)
+    plain = HeadConfig(patch=64, cut=0.0, deface=0.0)
     for index in range(6):
-        defaced = draw_head(drawn_head, HeadConfig(patch=32, cut=0.0, deface=1.0), seeded(index))
+        defaced = draw_head(drawn_head, HeadConfig(patch=64, cut=0.0, deface=1.0), seeded(index))
         whole = draw_head(drawn_head, plain, seeded(index))
         inside = whole.distance > 0
         assert torch.equal(defaced.image[inside], whole.image[inside])
@@ -223,7 +223,7 @@ def test_a_brain_may_shrink_and_fluid_fills_the_gap():
 
 def test_a_shrunken_brain_swims_in_fluid(real_head):
     """No shell of skull shows where the border was: between the two borders all is dark."""
-    config = HeadConfig(patch=32, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0)
+    config = HeadConfig(patch=64, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0)
     bare = replace(real_head, image=np.where(real_head.distance > 0, 120, 255).astype(np.uint8))
     # Ventricles, the darkest part of a brain, are what the fluid's brightness is taken from.
     bare.image[real_head.distance > 0.7 * float(real_head.distance.max())] = 20
@@ -377,7 +377,7 @@ def test_the_loss_is_zero_at_the_truth():
 
 def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
     """Whatever cube is drawn, a network that is right everywhere has no loss."""
-    patch = draw_head(drawn_head, HeadConfig(patch=32, off_centre_mm=20.0), seeded(3))
+    patch = draw_head(drawn_head, HeadConfig(patch=64, off_centre_mm=20.0), seeded(3))
     coded = HeadPatch(patch.distance, patch.distance)
 
     class Truth(torch.nn.Module):

@@ -378,7 +378,7 @@ def test_a_missing_mask_is_said_before_anything_is_done(segmented):
 
 
 def test_a_failed_run_leaves_no_result(segmented, tmp_path):
-    """Missing weights are found after the checks; what is left is the log."""
+    """Missing weights are found after the checks; what is left is log and lock."""
     _, source, _, _ = segmented
     done = call(
         *("cadiff-seg", str(source), "-o", str(tmp_path / "out")),
@@ -387,7 +387,7 @@ def test_a_failed_run_leaves_no_result(segmented, tmp_path):
     assert done.returncode == 66
     assert "--model" in one_line(done)
     left = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
-    assert [p.suffix for p in left] == [".log"]
+    assert sorted(p.suffix for p in left) == [".lock", ".log"]
     assert "Traceback" in left[0].read_text()
 
 

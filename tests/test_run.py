@@ -57,7 +57,7 @@ def test_a_bad_scan_is_recorded_and_the_rest_goes_on(batch):
     assert "Traceback" in text
     # The table at the end names scan, error and crash file.
     table = done.stderr[done.stderr.index("failed\n") :]
-    assert re.search(rf"{BROKEN}\b.*not a readable image.*", table)
+    assert re.search(rf"{BROKEN}\b.*damaged or truncated.*", table)
     assert crash.name in table
     assert "4 done, 1 failed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -282,8 +282,8 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
     assert done.returncode == 0, done.stderr
     page = (out / "group.html").read_text()
     assert all(f'href="{name}.html"' in page for name in GOOD)
-    assert "not a readable image" in page
-    assert "sub-03 is not in the table: sub-03_T1w.nii.gz is not a readable image" in done.stderr
+    assert "damaged or truncated" in page
+    assert "sub-03 is not in the table: sub-03_T1w.nii.gz is damaged or truncated" in done.stderr
     assert "4 of 5 scans" in done.stderr
     with (out / "group_morph.tsv").open() as stream:
         rows = {row["scan"]: row for row in csv.DictReader(stream, delimiter="\t")}
