@@ -86,6 +86,13 @@ def load_brain_model(name: str = DEFAULT_BRAIN) -> BrainModel:
     return BrainModel(net, stored.label, stored.sha256, stored.metadata)
 
 
+def seen_by(model: Model | BrainModel | None) -> set[str]:
+    """Everyone (people, or sources of heads) whom a model, or one it began with, was trained on."""
+    training = model.metadata["training"] if model else {}
+    kinds = ("trained_on", "also_on", "seen_by_init")
+    return {name for kind in kinds for name in training.get(kind, ())}
+
+
 def _fill(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     net.load_state_dict({key: value.float() for key, value in tensors.items()})
     net.requires_grad_(False).eval()

@@ -17,7 +17,7 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume, stem
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_json, write_tsv
-from cadiff_cli.io.weights import BrainModel, save_brain_model
+from cadiff_cli.io.weights import BrainModel, save_brain_model, seen_by
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.stages.brain import predict_distance
 from cadiff_cli.stages.segment import pick_device
@@ -133,7 +133,7 @@ def train_mask(
         "net": as_dict(net.config),
         "trained_on": {s: len(g) for s, g in heads.items() if s not in hold_out},
         "init": init.sha256 if init else None,
-        "seen_by_init": sorted(_seen_by(init)),
+        "seen_by_init": sorted(seen_by(init)),
         "held_out": sorted(hold_out),
     }
     if checkpoint.exists():
@@ -168,19 +168,13 @@ def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainMo
     there, held = set(sources), set(hold_out)
     if unknown := sorted(held - there):
         raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(there)}")
-    if seen := sorted(_seen_by(init) & held):
+    if seen := sorted(seen_by(init) & held):
         raise UsageError(
             f"--hold-out-source {seen}: --init was trained on some of it",
             "hold out others, or begin anew",
         )
     if not there - held:
         raise UsageError("every source is held out", "leave one to train on")
-
-
-def _seen_by(model: BrainModel | None) -> set[str]:
-    """Every source that a model, or one that it began with, was trained on."""
-    training = model.metadata["training"] if model else {}
-    return {*training.get("trained_on", ()), *training.get("seen_by_init", ())}
 
 
 def held_out_dice(net: BrainNet, head: Head) -> float:

@@ -13,7 +13,7 @@ from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.text import write_json
-from cadiff_cli.io.weights import Model, save_model
+from cadiff_cli.io.weights import Model, save_model, seen_by
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import pick_device
@@ -84,7 +84,7 @@ def train(
         "trained_on": sorted({s.subject for s in chosen}),
         "also_on": sorted({s.subject for s in trusted_less}),
         "init": init.sha256 if init else None,
-        "seen_by_init": sorted(_seen_by(init)),
+        "seen_by_init": sorted(seen_by(init)),
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
@@ -139,7 +139,7 @@ def check_people(
         raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people | others)}")
     if both := sorted(people & others):
         raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
-    if seen := sorted(_seen_by(init) & held):
+    if seen := sorted(seen_by(init) & held):
         raise UsageError(
             f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
         )
@@ -150,10 +150,3 @@ def check_people(
         )
     if not people - held:
         raise UsageError("every subject is held out", "leave some to train on")
-
-
-def _seen_by(model: Model | None) -> set[str]:
-    """Everyone whom a model, or one that it began with, was trained on."""
-    training = model.metadata["training"] if model else {}
-    kinds = ("trained_on", "also_on", "seen_by_init")
-    return {subject for kind in kinds for subject in training.get(kind, ())}
