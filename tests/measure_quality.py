@@ -22,8 +22,8 @@ from scipy import ndimage
 from scipy.stats import spearmanr
 
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING
 from cadiff_cli.io.releases import DEFAULT
+from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.metrics.quality import expected_dice, fit
 from cadiff_cli.products import CoordinateField

@@ -25,7 +25,7 @@ from cadiff_cli.io.bids import (
     source_entities,
 )
 from cadiff_cli.io.dataset import refuse_other_source, save_dataset_files
-from cadiff_cli.io.derivatives import Derivatives
+from cadiff_cli.io.layout import Derivatives
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Grid
 

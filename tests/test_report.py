@@ -16,7 +16,8 @@ from bids_dataset import environment
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.derivatives import Finished, finished, page_path, save_result
+from cadiff_cli.io.derivatives import save_result
+from cadiff_cli.io.layout import Finished, finished, page_path
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.metrics.quality import Calibration
@@ -327,7 +328,7 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, m
     halved = Calibration(
         "0" * 64, "four people", (0.0, 1.0), (0.0, 0.5), {}, {"Left-Thalamus": 0.8}
     )
-    monkeypatch.setattr("cadiff_cli.io.derivatives.load_calibration", lambda _: halved)
+    monkeypatch.setattr("cadiff_cli.io.volumes.load_calibration", lambda _: halved)
     out = tmp_path / "out"
     uncertain = np.full(phantom("RAS").t1.grid.shape, 0.1, dtype=np.float32)
     write_result(

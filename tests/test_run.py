@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from bids_dataset import QUICK, cadiff, write_dataset
 
-from cadiff_cli.io.derivatives import finished
+from cadiff_cli.io.layout import finished
 
 GOOD = ("sub-01_ses-a", "sub-01_ses-b_run-1", "sub-01_ses-b_run-2", "sub-02_acq-mprage")
 BROKEN = "sub-03"

@@ -15,8 +15,9 @@ from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError
-from cadiff_cli.io.derivatives import Finished, make_recipe
+from cadiff_cli.io.layout import Finished
 from cadiff_cli.io.locks import locked
+from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_text, write_tsv
 from cadiff_cli.metrics.quality import Calibration
@@ -50,7 +51,7 @@ def test_a_fingerprint_changes_with_what_decides_the_result(monkeypatch):
 def test_a_recipe_knows_the_calibration_in_use(toy_template, monkeypatch):
     """Another measurement gives other results; without a network that is given a field, none."""
     found = Calibration("0" * 64, "", (0.0, 1.0), (0.0, 0.5))
-    monkeypatch.setattr("cadiff_cli.io.derivatives.load_calibration", lambda _: found)
+    monkeypatch.setattr("cadiff_cli.io.volumes.load_calibration", lambda _: found)
 
     def calibrated(**settings):
         return make_recipe(

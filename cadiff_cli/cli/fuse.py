@@ -72,7 +72,7 @@ def command(
 
     from cadiff_cli.config import Config, RegisterConfig, StripConfig
     from cadiff_cli.io.dataset import save_dataset_files
-    from cadiff_cli.io.derivatives import Derivatives
+    from cadiff_cli.io.layout import Derivatives
     from cadiff_cli.io.nifti import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.labels import label_mapping, load_table
@@ -110,8 +110,8 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
     """The label map, and last the sidecar that says what made it."""
     import cadiff_cli
     from cadiff_cli.config import as_dict
-    from cadiff_cli.io.derivatives import software
     from cadiff_cli.io.nifti import save_volume
+    from cadiff_cli.io.provenance import software
     from cadiff_cli.io.text import write_json
     from cadiff_cli.stages.fuse import BETA, RADIUS, SEARCH
 

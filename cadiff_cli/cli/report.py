@@ -23,7 +23,7 @@ def command(out: Path, scans: Path | None) -> int:
 def rebuild(out: Path, scans: Path | None = None) -> int:
     """Every page of an output folder; returns the exit code."""
     from cadiff_cli.errors import MissingInputError, in_a_line
-    from cadiff_cli.io.derivatives import finished
+    from cadiff_cli.io.layout import finished
     from cadiff_cli.labels import load_table
     from cadiff_cli.report.group import write_group_page
     from cadiff_cli.report.page import write_page

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import cadiff_cli
 from cadiff_cli.config import Config
-from cadiff_cli.io.derivatives import Derivatives
+from cadiff_cli.io.layout import Derivatives
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names

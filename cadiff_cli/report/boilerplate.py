@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import MissingInputError, in_a_line
-from cadiff_cli.io.derivatives import Finished, finished
+from cadiff_cli.io.layout import Finished, finished
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.text import write_text
 

@@ -12,7 +12,7 @@ import numpy as np
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.dataset import links
-from cadiff_cli.io.derivatives import MASK, T1W, UNCERTAINTY, Finished, xfm_name
+from cadiff_cli.io.layout import MASK, T1W, UNCERTAINTY, Finished, xfm_name
 from cadiff_cli.io.nifti import finite, load_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.templates import load_template

@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING, Finished, page_path
+from cadiff_cli.io.layout import Finished, page_path
 from cadiff_cli.io.text import write_text
+from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import mask_quality, read_rows
 from cadiff_cli.report.page import claim, render

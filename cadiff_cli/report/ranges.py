@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from statistics import mean, stdev
 
-from cadiff_cli.io.derivatives import NON_BRAIN_MAPPING
+from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.labels import LabelTable
 
 WIDE = 3.5

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import DataError, MissingInputError, in_a_line
-from cadiff_cli.io.derivatives import AGGREGATES, Finished, finished
+from cadiff_cli.io.layout import Finished, finished
 from cadiff_cli.io.text import write_json, write_tsv
+from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import read_rows
 from cadiff_cli.report.group import judgement, outliers

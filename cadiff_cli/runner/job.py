@@ -6,7 +6,7 @@ from typing import Literal
 
 from cadiff_cli.config import Recipe
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.derivatives import Derivatives, Finished, finished_result, page_path
+from cadiff_cli.io.layout import Derivatives, Finished, finished_result, page_path
 from cadiff_cli.io.releases import sha256
 
 

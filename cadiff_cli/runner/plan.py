@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import Dataset, Selection, source_entities
-from cadiff_cli.io.derivatives import finished
+from cadiff_cli.io.layout import finished
 from cadiff_cli.runner.job import Job
 
 

@@ -1,0 +1,152 @@
+"""Where one scan's results lie, and which of them are complete.
+
+The label map's sidecar is written last: where it exists, everything else does.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cadiff_cli.errors import OutputError
+from cadiff_cli.io.bids import source_entities
+from cadiff_cli.io.dataset import refuse_foreign
+from cadiff_cli.io.nifti import check_writable
+from cadiff_cli.io.text import read_json
+
+T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
+BRAIN = "desc-brain_T1w"
+DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
+UNCERTAINTY = "seg-cadiff_desc-uncertainty_probseg"
+OURS = (
+    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, DSEG, PROBSEG, UNCERTAINTY, MORPH)),
+    *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
+    "space-*_seg-cadiff_res-*_dseg.*",
+    "from-*_mode-image_xfm.*",
+)
+"""What follows the source's entities in the names of the files that a run writes."""
+
+
+class Derivatives:
+    """Where one scan's results go: ``out/sub-X[/ses-Y]/anat/sub-X..._<suffix>``."""
+
+    def __init__(self, out: Path, source: Path) -> None:
+        self.out = out
+        self.stem = source_entities(source)
+        folders = [p for p in self.stem.split("_") if p.startswith(("sub-", "ses-"))]
+        self.folder = out.joinpath(*folders, "anat")
+
+    def path(self, suffix: str) -> Path:
+        """``suffix`` is what follows the source's entities, such as ``desc-brain_mask.nii.gz``."""
+        return self.folder / f"{self.stem}_{suffix}"
+
+    def uri(self, suffix: str) -> str:
+        """The same file as a BIDS URI within this dataset."""
+        return f"bids::{self.path(suffix).relative_to(self.out).as_posix()}"
+
+    @property
+    def commit(self) -> Path:
+        """The file written last: where it exists, everything else does."""
+        return self.path(f"{DSEG}.json")
+
+    def existing(self) -> list[Path]:
+        """Files that are there already under names that a run may write."""
+        return sorted(p for name in OURS for p in self.folder.glob(f"{self.stem}_{name}"))
+
+    def claim(self, *inputs: Path | None, overwrite: bool) -> None:
+        """Make sure that results can be written, and that nothing is lost by it.
+
+        The folder is nobody else's dataset (``refuse_foreign``).  Existing results are refused
+        unless ``overwrite`` is set; ``inputs`` of the run are never overwritten.  Raises
+        ``OutputError``.
+        """
+        for parent in (self.out, *self.out.parents):
+            if parent.exists():
+                if not parent.is_dir():
+                    raise OutputError(f"{parent} is a file", "give another output folder")
+                break
+        refuse_foreign(self.out)
+        for path in self.existing():
+            if any(source is not None and path.samefile(source) for source in inputs):
+                raise OutputError(
+                    f"{path} is an input and would be overwritten", "choose another output folder"
+                )
+            if not overwrite:
+                raise OutputError(
+                    f"{path} is there already", "use --overwrite, or another output folder"
+                )
+        for folder in (self.out / "logs", self.folder):
+            check_writable(folder)
+
+    def clear(self, keep: Collection[Path] = ()) -> None:
+        """Remove an earlier run's results but for ``keep``, the one that vouches first.
+
+        What a killed run left under temporary names goes too: whoever calls holds the scan's lock.
+        """
+        self.commit.unlink(missing_ok=True)
+        for path in self.existing():
+            if path not in keep:
+                path.unlink(missing_ok=True)
+        for name in OURS:
+            for path in self.folder.glob(f".{self.stem}_{name}"):
+                path.unlink(missing_ok=True)
+
+
+def page_path(out: Path, entities: str) -> Path:
+    """A scan's page, where BIDS apps put it."""
+    return out / f"{entities}.html"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``) and sidecar."""
+
+    entities: str
+    commit: Path
+    sidecar: dict[str, Any]
+
+    @property
+    def morph(self) -> Path:
+        """The table of its volumes."""
+        return self.commit.with_name(f"{self.entities}_{MORPH}.tsv")
+
+
+def finished_result(place: Derivatives) -> Finished | None:
+    """The complete result at ``place``, if there is one.
+
+    Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
+    since make it incomplete.
+    """
+    sidecar = read_json(place.commit)
+    there = all(place.path(name).exists() for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
+    if not there or not sidecar or "Fingerprint" not in sidecar:
+        return None
+    return Finished(place.stem, place.commit, sidecar)
+
+
+def finished(out: Path) -> Iterator[Finished]:
+    """Every complete result below ``out``, sorted by path."""
+    for path in sorted(out.glob(f"sub-*/**/anat/*_{DSEG}.json")):
+        scan = path.name.replace(f"_{DSEG}.json", "_T1w.nii.gz")
+        result = finished_result(Derivatives(out, Path(scan)))
+        if result is not None and result.commit == path:
+            yield result
+
+
+def standard_name(name: str, template: str, resolution: str = "") -> str:
+    """``name`` in a template's space, with entities in BIDS' order.
+
+    >>> standard_name("seg-cadiff_dseg", "MNIColin27", "2")
+    'space-MNIColin27_seg-cadiff_res-2_dseg'
+    >>> standard_name("desc-brain_mask", "MNIColin27", "2")
+    'space-MNIColin27_res-2_desc-brain_mask'
+    """
+    entity, suffix = name.split("_")
+    res = [f"res-{resolution}"] if resolution else []
+    middle = [entity, *res] if entity.startswith("seg-") else [*res, entity]
+    return "_".join([f"space-{template}", *middle, suffix])
+
+
+def xfm_name(start: str, end: str) -> str:
+    """What a transform that resamples ``start`` images onto ``end`` is called."""
+    return f"from-{start}_to-{end}_mode-image_xfm.h5"

@@ -1,0 +1,87 @@
+"""What made a result: the recipe that decides whether it must be made again, and the software."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import cadiff_cli
+from cadiff_cli import machine
+from cadiff_cli.config import Config, Recipe, fingerprint
+from cadiff_cli.io.releases import sha256, strip_weights_sha256
+from cadiff_cli.io.templates import joint_name
+from cadiff_cli.io.volumes import about_expected_dice, calibration
+from cadiff_cli.products import Result, Template, sound
+
+
+def make_recipe(
+    config: Config,
+    templates: Sequence[Template],
+    model: str,
+    weights_sha256: str,
+    spaces: Sequence[str] = (),
+    field: bool = False,
+) -> Recipe:
+    """The recipe of results that this installation makes, or has just made, with these settings."""
+    calibrate = calibration(config, weights_sha256)
+    return Recipe(
+        config,
+        joint_name(templates),
+        model,
+        weights_sha256,
+        strip_weights_sha256(config.strip),
+        fingerprint(calibrate.as_dict()) if calibrate else "",
+        tuple(spaces),
+        field,
+    )
+
+
+def provenance(result: Result, field: bool = False) -> dict[str, Any]:
+    """What made this segmentation: enough to make it again, and to know that it need not be."""
+    registrations = result.prepared.registrations
+    recipe = make_recipe(
+        result.config,
+        [r.template for r in registrations],
+        result.model.name,
+        result.model.sha256,
+        [space.name for space in result.spaces],
+        field,
+    )
+    home = str(machine.home())  # where somebody lives is nobody's business
+    return {
+        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
+        "Packages": software(),
+        "Model": {"Name": result.model.name, "WeightsSHA256": result.model.sha256},
+        "Steps": result.segmentation.steps,
+        "Seed": result.segmentation.seed,
+        "Tile": result.segmentation.tile,
+        "Device": result.segmentation.device,
+        "Templates": [
+            {
+                "Name": r.template.name,
+                "Source": r.template.source,
+                "Registration": r.kind,
+                "Score": r.score,
+                "InField": r.from_template is not None and r in sound(registrations),
+            }
+            for r in registrations
+        ],
+        "SkullStripping": result.prepared.stripped.method,
+        "Settings": recipe.settings(),
+        "Fingerprint": recipe.fingerprint(),
+        "SourceSHA256": result.prepared.scan.sha256 or sha256(result.prepared.scan.path),
+        "Seconds": dict(result.seconds),
+        "ExpectedDice": about_expected_dice(result),
+        "Warnings": [text.replace(home, "~") for text in result.warnings],
+    }
+
+
+def software() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "antspyx", "nibabel", "numpy", "scipy", "monai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
