@@ -122,6 +122,14 @@ KINDS = {
 }
 
 
+STRIPPING = {
+    "none": "taken as skull-stripped",
+    "net": "skull-stripped by cadiff's brain-mask network",
+    "template": "skull-stripped by the template's brain mask",
+    "mask file": "skull-stripped by masks that were given",
+}
+
+
 def _in_field(sidecar: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The templates whose registrations share in the field."""
     registered = (t for t in sidecar["Templates"] if t["Registration"] != "none")
@@ -147,69 +155,77 @@ def describe(results: Sequence[Finished]) -> list[str]:
     """Paragraphs of a methods section; ``[@key]`` cites."""
     sidecars = [result.sidecar for result in results]
     people = {result.entities.split("_")[0] for result in results}
+    spaces = _output_spaces(sidecars)
+    return [
+        _scans(sidecars, len(people)),
+        f"Scans were {_counted(map(_stripping, sidecars))}. {_distance_field(sidecars, spaces)}",
+        _labels(sidecars),
+        *([f"Results were also resampled to {', '.join(spaces)}."] if spaces else []),
+    ]
 
-    def each(read: Any) -> str:
-        return _counted(read(sidecar) for sidecar in sidecars)
 
-    versions = each(lambda s: s["GeneratedBy"][0]["Version"])
-    libraries = each(
-        lambda s: (
-            f"ANTsPy {s['Packages']['antspyx']} [@ants] and"
-            f" PyTorch {s['Packages']['torch']} [@pytorch]"
-        )
+def _scans(sidecars: Sequence[Mapping[str, Any]], people: int) -> str:
+    """How many scans of how many people were segmented, and by which software."""
+    versions = _counted(s["GeneratedBy"][0]["Version"] for s in sidecars)
+    libraries = _counted(
+        f"ANTsPy {s['Packages']['antspyx']} [@ants] and PyTorch {s['Packages']['torch']} [@pytorch]"
+        for s in sidecars
     )
-    strip = each(
-        lambda s: {
-            "none": "taken as skull-stripped",
-            "net": "skull-stripped by cadiff's brain-mask network",
-            "template": "skull-stripped by the template's brain mask",
-            "mask file": "skull-stripped by masks that were given",
-        }.get(s["SkullStripping"], f"skull-stripped by method '{s['SkullStripping']}'")
-    )
-    used = [t for s in sidecars for t in _in_field(s)]
-    names = dict.fromkeys(t["Name"] for t in used)
-    spaces = dict.fromkeys(
-        space for s in sidecars for space in s["Settings"].get("output_spaces", ())
-    )
-    atlases = "; ".join(
-        dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in (*names, *spaces))
-    )
-    flows = any(t["Source"] == "templateflow" for t in used)
-    registration = each(_kinds)
-    model = each(lambda s: f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}")
-    labels = each(_sampling)
     dataset = any(str(s.get("SpatialReference")).startswith("bids:") for s in sidecars)
-    first = (
-        f"{_number(len(results), 'T1-weighted scan')} of {_number(len(people), 'participant')}"
+    return (
+        f"{_number(len(sidecars), 'T1-weighted scan')} of {_number(people, 'participant')}"
         f"{', organised as a BIDS dataset [@bids; @pybids],' if dataset else ''}"
-        f" {'was' if len(results) == 1 else 'were'} segmented"
+        f" {'was' if len(sidecars) == 1 else 'were'} segmented"
         f" with cadiff {versions}, an implementation of collaborative anatomy diffusion [@cadiff],"
         f" with {libraries}."
     )
-    second = f"Scans were {strip}."
-    if used:
-        several = [len(_in_field(s)) > 1 for s in sidecars if _in_field(s)]
-        whose = "The mean of the templates'" if all(several) else "The template's"
-        if any(several) and not all(several):
-            whose = "The template's, or the mean of several templates',"
-        registered_to = _counted(_names(s) for s in sidecars if _in_field(s))
-        second += (
-            f" Brains were registered to {registered_to} [{atlases}]"
-            f"{', obtained from TemplateFlow [@templateflow],' if flows else ''} by {registration}."
-            f" {whose} coordinates, carried to each scan, gave its distance field."
-        )
-    else:
-        second += " The network found the distance field together with the labels."
-    third = (
-        f"Labels on each scan's own grid are {labels} (weights {model})."
+
+
+def _stripping(sidecar: Mapping[str, Any]) -> str:
+    method = sidecar["SkullStripping"]
+    return STRIPPING.get(method, f"skull-stripped by method '{method}'")
+
+
+def _output_spaces(sidecars: Sequence[Mapping[str, Any]]) -> list[str]:
+    given = (space for s in sidecars for space in s["Settings"].get("output_spaces", ()))
+    return list(dict.fromkeys(given))
+
+
+def _distance_field(sidecars: Sequence[Mapping[str, Any]], spaces: Sequence[str]) -> str:
+    """Where the field came from; templates that only lend their ``spaces`` are cited too."""
+    registered = [s for s in sidecars if _in_field(s)]
+    if not registered:
+        return "The network found the distance field together with the labels."
+    used = [t for s in registered for t in _in_field(s)]
+    names = dict.fromkeys((*(t["Name"] for t in used), *spaces))
+    atlases = dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in names)
+    flows = any(t["Source"] == "templateflow" for t in used)
+    several = [len(_in_field(s)) > 1 for s in registered]
+    whose = "The mean of the templates'" if all(several) else "The template's"
+    if any(several) and not all(several):
+        whose = "The template's, or the mean of several templates',"
+    return (
+        f"Brains were registered to {_counted(map(_names, registered))} [{'; '.join(atlases)}]"
+        f"{', obtained from TemplateFlow [@templateflow],' if flows else ''}"
+        f" by {_counted(map(_kinds, sidecars))}."
+        f" {whose} coordinates, carried to each scan, gave its distance field."
+    )
+
+
+def _labels(sidecars: Sequence[Mapping[str, Any]]) -> str:
+    """How labels were drawn, with which weights, and what a volume is."""
+    model = _counted(
+        f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}" for s in sidecars
+    )
+    return (
+        f"Labels on each scan's own grid are {_counted(map(_sampling, sidecars))}"
+        f" (weights {model})."
         " Structures follow FreeSurfer's codes where one exists [@freesurfer]; a volume is the"
         " number of voxels of a label times the voxel's volume."
     )
-    fourth = f"Results were also resampled to {', '.join(spaces)}." if spaces else ""
-    return [text for text in (first, second, third, fourth) if text]
 
 
-def _sampling(sidecar: dict[str, Any]) -> str:
+def _sampling(sidecar: Mapping[str, Any]) -> str:
     steps = sidecar["Steps"]
     if not steps:
         return "the most probable ones of the registered label prior, without the network"

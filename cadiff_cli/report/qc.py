@@ -1,7 +1,7 @@
 """Numbers to judge a result by, and what they amount to."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 from statistics import mean, median
 from typing import Any
@@ -70,17 +70,17 @@ class Judgement:
     Dice is to be expected of them.
     """
 
-    reasons: tuple[str, ...]
     mask_litres: float
     mask_quality: Mapping[str, float]
     registration_score: float | None
     missing: tuple[str, ...]
-    implausible: Mapping[str, str]
     sides: tuple[Side, ...]
     percent_brain: Mapping[str, float]
     expected_dice: Mapping[str, float]
-    spread_percent: Mapping[str, float]
     doubtful: Mapping[str, str]
+    spread_percent: Mapping[str, float]
+    implausible: Mapping[str, str] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
 
     @property
     def fine(self) -> bool:
@@ -118,95 +118,97 @@ def judge(
     """Compare a result with what is plausible, and expected with usual Dice."""
     volumes = {row.name: row.mm3 for row in rows}
     tissue = [s.name for s in table.structures if s.mapping != NON_BRAIN_MAPPING]
+    of_tissue = [row for row in rows if row.name in tissue]
     brain = brain_mm3(volumes, table)
-    percent = {name: 100 * volumes.get(name, 0.0) / brain if brain else 0.0 for name in tissue}
-    missing = tuple(name for name in tissue if not volumes.get(name))
-    sides = tuple(
-        Side(left, right, value, value in ranges.asymmetry_percent.get(left, ANYTHING))
-        for left, right in pairs(table)
-        if left in tissue
-        and (value := asymmetry(volumes.get(left, 0.0), volumes.get(right, 0.0))) is not None
+    found = Judgement(
+        mask_litres=volumes.get("Brain-Mask", 0.0) / 1e6,
+        mask_quality=mask_quality,
+        registration_score=registration_score(result.sidecar),
+        missing=tuple(name for name in tissue if not volumes.get(name)),
+        sides=tuple(_sides(volumes, table, ranges)),
+        percent_brain={n: 100 * volumes.get(n, 0.0) / brain if brain else 0.0 for n in tissue},
+        expected_dice={r.name: r.expected_dice for r in of_tissue if r.expected_dice is not None},
+        doubtful=dict(_doubtful(of_tissue)),
+        spread_percent={
+            r.name: 100 * r.sd_mm3 / r.mm3 for r in of_tissue if r.sd_mm3 is not None and r.mm3
+        },
     )
-    implausible = {
-        name: f"{percent[name]:.3g} % of the brain, {span.low:.3g} to {span.high:.3g} % expected"
-        for name, span in ranges.percent_brain.items()
-        if name in percent and name not in missing and percent[name] not in span
-    }
-    litres = volumes.get("Brain-Mask", 0.0) / 1e6
-    score = registration_score(result.sidecar)
-    reasons = list(_suspicions(litres, score))
-    if missing:
-        reasons.append(f"not found: {', '.join(missing)}")
-    reasons += [f"{name}: {text}" for name, text in implausible.items()]
-    expected = {
-        row.name: row.expected_dice
-        for row in rows
-        if row.name in percent and row.expected_dice is not None
-    }
-    usual = {row.name: row.usual_dice for row in rows if row.usual_dice is not None}
-    lowest = {name: dice - FAR_BELOW for name, dice in usual.items()}
-    # What a calibration leaves out, being drawn too variably to be measured, is not doubted.
-    if not usual:  # raw values, of weights that nobody has measured
-        lowest = dict.fromkeys(expected, POOR_DICE)
-    doubtful = {
-        name: f"{dice:.2f}, {usual[name]:.2f} is usual" if usual else f"{dice:.2f}"
-        for name, dice in expected.items()
-        if name in lowest and name not in missing and dice < lowest[name]
-    }
-    if doubtful:
-        named = "; ".join(f"{name} ({text})" for name, text in doubtful.items())
-        reasons.append(f"a low Dice is expected: {named}")
-    spread = {
-        row.name: 100 * row.sd_mm3 / row.mm3
-        for row in rows
-        if row.name in percent and row.sd_mm3 is not None and row.mm3
-    }
-    if apart := [f"{name} ({sd:.0f} %)" for name, sd in spread.items() if sd > MOST_SPREAD]:
-        reasons.append(f"volumes differ between samples: {', '.join(apart)}")
-    for side in sides:
-        if not side.plausible and side.left not in missing and side.right not in missing:
+    found = replace(found, implausible=dict(_implausible(found, ranges)))
+    return replace(found, reasons=tuple(_reasons(found, ranges, result.sidecar)))
+
+
+def _sides(volumes: Mapping[str, float], table: LabelTable, ranges: Ranges) -> Iterator[Side]:
+    """Every pair of which at least one was found."""
+    for left, right in pairs(table):
+        percent = asymmetry(volumes.get(left, 0.0), volumes.get(right, 0.0))
+        if percent is not None:
+            span = ranges.asymmetry_percent.get(left, ANYTHING)
+            yield Side(left, right, percent, percent in span)
+
+
+def _implausible(found: Judgement, ranges: Ranges) -> Iterator[tuple[str, str]]:
+    """Structures that are there, but smaller or larger than in anybody known; and by how much."""
+    for name, span in ranges.percent_brain.items():
+        share = found.percent_brain.get(name)
+        if share is not None and name not in found.missing and share not in span:
+            yield (
+                name,
+                f"{share:.3g} % of the brain, {span.low:.3g} to {span.high:.3g} % expected",
+            )
+
+
+def _doubtful(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Structures that were found with a low Dice to expect of them; and how low.
+
+    What a calibration leaves out, being drawn too variably to be measured, is not doubted.
+    """
+    calibrated = any(row.usual_dice is not None for row in rows)
+    for row in rows:
+        if row.expected_dice is None or not row.mm3:
+            continue
+        if not calibrated:  # raw values, of weights that nobody has measured
+            if row.expected_dice < POOR_DICE:
+                yield row.name, f"{row.expected_dice:.2f}"
+        elif row.usual_dice is not None and row.expected_dice < row.usual_dice - FAR_BELOW:
+            yield row.name, f"{row.expected_dice:.2f}, {row.usual_dice:.2f} is usual"
+
+
+def _reasons(found: Judgement, ranges: Ranges, sidecar: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that is suspicious, in words; the result's own warnings last."""
+    low, high = PLAUSIBLE_LITRES
+    if not low <= found.mask_litres <= high:
+        yield f"the brain mask holds {found.mask_litres:.2f} l, {low} to {high} l expected"
+    if found.registration_score is not None and found.registration_score < POOR_SCORE:
+        yield f"the registration score {found.registration_score:.3f} is below {POOR_SCORE}"
+    if found.missing:
+        yield f"not found: {', '.join(found.missing)}"
+    for name, text in found.implausible.items():
+        yield f"{name}: {text}"
+    if found.doubtful:
+        named = "; ".join(f"{name} ({text})" for name, text in found.doubtful.items())
+        yield f"a low Dice is expected: {named}"
+    spread = found.spread_percent.items()
+    if apart := [f"{name} ({sd:.0f} %)" for name, sd in spread if sd > MOST_SPREAD]:
+        yield f"volumes differ between samples: {', '.join(apart)}"
+    for side in found.sides:
+        if not side.plausible and not {side.left, side.right} & {*found.missing}:
             span = ranges.asymmetry_percent[side.left]
-            reasons.append(
+            yield (
                 f"{side.left.removeprefix('Left-')}: left and right differ by"
                 f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
             )
     # Those that are not about the result, or were said above in other words.
-    scored = [told["Name"] for told in result.sidecar["Templates"] if told["Score"] is not None]
+    scored = [told["Name"] for told in sidecar["Templates"] if told["Score"] is not None]
     known = ("serves alone", " l, outside ", *(f"the registration to {x} " for x in scored))
-    reasons += [
-        text
-        for text in map(str, result.sidecar.get("Warnings", ()))
-        if text.startswith("skull stripping:") or not any(part in text for part in known)
-    ]
-    return Judgement(
-        tuple(reasons),
-        litres,
-        mask_quality,
-        score,
-        missing,
-        implausible,
-        sides,
-        percent,
-        expected,
-        spread,
-        doubtful,
-    )
+    for text in map(str, sidecar.get("Warnings", ())):
+        if text.startswith("skull stripping:") or not any(part in text for part in known):
+            yield text
 
 
 def registration_score(sidecar: Mapping[str, Any]) -> float | None:
     """The lowest score of a result's registrations; None without any."""
     scores = [told["Score"] for told in sidecar["Templates"] if told["Score"] is not None]
     return min(scores, default=None)
-
-
-def _suspicions(litres: float, score: float | None) -> list[str]:
-    said = []
-    low, high = PLAUSIBLE_LITRES
-    if not low <= litres <= high:
-        said.append(f"the brain mask holds {litres:.2f} l, {low} to {high} l expected")
-    if score is not None and score < POOR_SCORE:
-        said.append(f"the registration score {score:.3f} is below {POOR_SCORE}")
-    return said
 
 
 def columns(judgement: Judgement) -> dict[str, Any]:
