@@ -4,7 +4,6 @@ Background is never scored.  A structure missing on one side counts Dice 0 and N
 ``missed``; missing on both sides it is ``absent`` and left out of every mean.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,18 +14,17 @@ import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import source_entities
-from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, replacing, stem
+from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, stem
+from cadiff_cli.io.text import write_tsv
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import all_voxels, corners, resample_labels
+from cadiff_cli.spatial.resample import resample_labels, same_grid
 from cadiff_cli.stages.register import rigid
 
 OURS = "_seg-cadiff_dseg."
 """What marks a label map of cadiff's in a file name."""
-MAX_OFFSET_VOXELS = 0.1
-"""How far a corner of one grid may lie from the other's, as headers are rounded."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def score_pair(
     """
     p = load_classes(prediction, table, table.identity_mapping())
     r = load_classes(reference, table, reference_mapping, foreign=True)
-    if not _same_grid(p.grid, r.grid):
+    if not same_grid(p.grid, r.grid):
         raise DataError(
             f"{prediction.name} lies on {_described(p.grid)}, {reference.name} on"
             f" {_described(r.grid)}",
@@ -323,21 +321,18 @@ def overall(scans: Sequence[Summary]) -> Summary:
 def write_scores(path: Path, scores: Iterable[Score], measures: Sequence[str]) -> None:
     """TSV with one row per scan and structure."""
     columns = ("scan", "reference", "structure", "volume_mm3", "reference_mm3", *measures)
-    _write(path, columns, ([getattr(s, c) for c in columns] for s in scores))
+    write_tsv(path, columns, (_rounded(getattr(s, c) for c in columns) for s in scores))
 
 
 def write_summaries(path: Path, key: str, summaries: Sequence[Summary]) -> None:
     """TSV with one row per summary: counts, then mean and SD of each measure."""
     measures = list(summaries[0].mean)
     spread = [f"{m}_{kind}" for m in measures for kind in ("mean", "sd")]
-    _write(
-        path,
-        (key, "n", "missed", "absent", *spread),
-        (
-            (s.name, s.n, s.missed, s.absent, *(x for m in measures for x in (s.mean[m], s.sd[m])))
-            for s in summaries
-        ),
+    rows = (
+        [s.name, s.n, s.missed, s.absent, *(x for m in measures for x in (s.mean[m], s.sd[m]))]
+        for s in summaries
     )
+    write_tsv(path, (key, "n", "missed", "absent", *spread), map(_rounded, rows))
 
 
 def _volumes_mm3(labels: Volume, classes: Sequence[int]) -> np.ndarray:
@@ -348,15 +343,6 @@ def _volumes_mm3(labels: Volume, classes: Sequence[int]) -> np.ndarray:
 
 def _preprocessed(dseg: Path) -> Path:
     return dseg.with_name(dseg.name.replace(OURS, "_desc-preproc_T1w."))
-
-
-def _same_grid(a: Grid, b: Grid) -> bool:
-    """Whether voxels coincide: the corners of one lie on the corners of the other."""
-    if a.shape != b.shape:
-        return False
-    box = all_voxels(a.shape)
-    moved, there = corners(box, a.voxel_map(b)), corners(box, np.eye(4))
-    return bool(abs(moved - there).max() <= MAX_OFFSET_VOXELS)
 
 
 def _described(grid: Grid) -> str:
@@ -377,13 +363,5 @@ def _sd(values: Iterable[float]) -> float:
     return statistics.stdev(known) if len(known) > 1 else math.nan
 
 
-def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    def cell(value: object) -> object:
-        if isinstance(value, float):
-            return f"{value:.4f}" if math.isfinite(value) else "n/a"
-        return value
-
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(map(cell, row) for row in rows)
+def _rounded(row: Iterable[object]) -> list[object]:
+    return [f"{x:.4f}" if isinstance(x, float) and math.isfinite(x) else x for x in row]

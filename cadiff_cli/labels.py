@@ -27,6 +27,8 @@ FREESURFER_PARCELS = {
 }
 """Cortex of either side, and the white matter below it, as ``aparc+aseg`` and ``wmparc`` parcel
 them."""
+CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
+"""BIDS' standard tissue classes, column ``mapping`` of the table."""
 FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
 """White matter of either side: hypointensities, callosum."""
 
@@ -43,6 +45,16 @@ class Structure:
     mirror: int
     neuromorphometrics: str
     malc27: bool
+
+    @property
+    def is_tissue(self) -> bool:
+        """Part of the brain or of its fluid; vessels are not."""
+        return self.mapping != NON_BRAIN_MAPPING
+
+    @property
+    def is_csf(self) -> bool:
+        """Ventricles and the fluid around the brain."""
+        return self.mapping == CSF_MAPPING
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ class Template:
     warnings: tuple[str, ...] = ()
 
 
+FOUND_BY = {
+    "net": "the network",
+    "template": "the template's mask",
+    "none": "what is not background: nothing was stripped",
+    "mask file": "the mask that was given",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Stripped:
     """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
@@ -66,6 +74,16 @@ class Stripped:
     method: str
     warnings: tuple[str, ...] = ()
     quality: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def litres(self) -> float:
+        """Volume of the mask."""
+        return float(np.count_nonzero(self.mask.data)) * self.mask.grid.voxel_volume_mm3 / 1e6
+
+    @property
+    def summary(self) -> str:
+        """How large the brain is, and what found it."""
+        return f"brain of {self.litres:.2f} l by {FOUND_BY.get(self.method, self.method)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,6 @@ from scipy.stats import spearmanr
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.io.releases import DEFAULT
-from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.metrics.quality import expected_dice, fit
 from cadiff_cli.products import CoordinateField
@@ -145,7 +144,7 @@ def measure(path, name, model, config):
     raw = expected_dice(p.numpy(), drawn)
     dice = true_dice(drawn, sample.classes, model.table.n_classes)
     for s, *values in zip(model.table.structures, raw, dice, strict=True):
-        if s.mapping != NON_BRAIN_MAPPING and np.isfinite(values).all():
+        if s.is_tissue and np.isfinite(values).all():
             known = made_with(model, config), sample.subject, sample.name
             yield (*known, name, s.name, *(f"{v:.4f}" for v in values))
 

@@ -353,7 +353,7 @@ def test_labels_of_a_scan_must_be_one_map(tmp_path):
     anat = tmp_path / "sub-1" / "anat"
     anat.mkdir(parents=True)
     names = ("sub-1_T1w", "sub-1_dseg", "sub-1_space-MNI152NLin2009cAsym_dseg")
-    for name in names:
+    for name in (*names, "._sub-1_T1w"):  # the last as macOS leaves them
         (anat / f"{name}.nii.gz").touch()
     (pair,) = labelled_scans(tmp_path)
     assert pair.dseg.name == "sub-1_dseg.nii.gz"

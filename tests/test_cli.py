@@ -346,6 +346,32 @@ def test_posteriors_and_field_are_what_they_say(segmented):
     assert np.median(left) < 0.5 < np.median(right)
 
 
+def test_what_a_killed_run_has_left_is_replaced(segmented, tmp_path):
+    """But not what somebody else has written.  The second run tells every stage, what found the
+    brain, and at the end again what is to be looked at."""
+    *_, arguments = segmented
+    arguments = [str(tmp_path / "out") if a == arguments[2] else a for a in arguments]
+    left = anat(tmp_path / "out", "desc-brain_mask.nii.gz")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of a mask")
+    done = call("cadiff-seg", *arguments, "-v", "--no-report")
+    assert done.returncode == 73
+    assert left.read_bytes() == b"half of a mask"
+    journal = Journal(tmp_path / "out")
+    with journal.claim("sub-01_ses-a", wait=False):
+        journal.begin("sub-01_ses-a")
+    done = call("cadiff-seg", *arguments, "-v", "--no-report")
+    assert done.returncode == 0, done.stderr
+    assert nib.load(left).shape
+    begun, end = done.stderr.split("done: ")
+    for stage in ("load", "strip", "register", "segment", "write"):
+        assert re.search(rf"s  {stage}\b", begun)
+    assert "what is not background: nothing was stripped" in end
+    said = json.loads((anat(tmp_path / "out", "seg-cadiff_dseg.json")).read_text())["Warnings"]
+    assert said
+    assert end.count("look: ") == len(said)
+
+
 def test_a_second_run_does_not_overwrite(segmented):
     _, _, out, arguments = segmented
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}

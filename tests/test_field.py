@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cadiff_cli.config import Config, RegisterConfig
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -258,3 +258,30 @@ def test_template_position_does_not_matter(toy_template, identity, grid_of):
     there_template = replace(toy_template(spacing=8.0), ac_mm=tuple(shift))
     there = coordinate_field(identity(there_template), grid_of("RAS", 8.0, shift_mm=shift))
     np.testing.assert_allclose(here.data, there.data, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fast", "affine"])
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_what_cannot_be_bent_is_registered_affinely(
+    moved_template, monkeypatch, tmp_path, name, error
+):
+    """A full memory or disk is no property of the scan: it is not hidden behind a worse result."""
+    stripped, first = moved_template
+    path = first.from_template
+    tried = []
+
+    def run(_fixed, _moving, wanted, _seed, _folder):
+        tried.append(wanted["type_of_transform"])
+        if wanted != settings("affine") or name == "affine":
+            raise error("no luck")
+        return path, path
+
+    monkeypatch.setattr("cadiff_cli.stages.register._run", run)
+    if error is MemoryError or name == "affine":
+        with pytest.raises(MemoryError if error is MemoryError else DataError, match="no luck"):
+            register(stripped, first.template, RegisterConfig(name), tmp_path)
+        assert len(tried) == 1
+        return
+    found = register(stripped, first.template, RegisterConfig(name), tmp_path)
+    assert (found.kind, len(tried)) == ("affine", 2)
+    assert any("affine is used" in text for text in found.warnings)

@@ -72,7 +72,7 @@ def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
     scan = Scan(t1, tmp_path / "sub-01_T1w.nii.gz")
     stripped = strip(scan, None, Config(StripConfig("auto")), tmp_path)
     assert stripped.method == "net"
-    assert set(stripped.quality) == {"largest_share", "symmetry", "at_edge"}
+    assert set(stripped.quality) == {"largest_share", "symmetry", "at_edge", "in_air"}
     assert overlap(on_scan(stripped, scan).data, brain) > 0.96
 
 
@@ -139,11 +139,11 @@ def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monke
     assert asked == []
     with pytest.raises(MissingInputError):
         run(head()[0], "sub-head")
-    assert asked == [templates.PREFERRED, templates.EMBEDDED]
+    assert asked == [templates.PREFERRED]
     weights = "0" * 64
     monkeypatch.setattr(stage, "_brain_model", lambda: BRIGHT)
     run(head()[0], "sub-net")
-    assert len(asked) == 2
+    assert len(asked) == 1
 
 
 # --- the released network -------------------------------------------------------------------------

@@ -112,6 +112,7 @@ BAD = {
     "small": (lambda w: w(noise((40, 72, 74))), DataError),
     "metres": (lambda w: w(noise(), np.diag([1e-3, 1e-3, 1e-3, 1])), DataError),
     "huge": (lambda w: w(noise((130, 72, 74)), np.diag([9.0, 1, 1, 1])), DataError),
+    "wide": (lambda w: w(noise((90, 90, 90)), np.diag([9.5, 9.5, 9.5, 1])), DataError),
     "zero affine": (lambda w: raw_affine(w(noise()), np.zeros((4, 4))), DataError),
     "singular": (lambda w: raw_affine(w(noise()), np.diag([1.0, 1, 0, 1])), DataError),
     "NaN affine": (lambda w: raw_affine(w(noise()), np.diag([1.0, np.nan, 1, 1])), DataError),

@@ -61,6 +61,11 @@ def test_a_bad_scan_is_recorded_and_the_rest_goes_on(batch):
     assert crash.name in table
     assert "4 done, 1 failed" in done.stderr
     assert "Traceback" not in done.stderr
+    # Another one holds what should be looked at in results that are there.
+    doubts = done.stderr[done.stderr.index("to look at\n") :]
+    warned = {r.entities for r in finished(out) if r.sidecar["Warnings"]}
+    assert warned
+    assert all(entities in doubts for entities in warned)
 
 
 def test_an_odd_name_is_not_lost_silently(batch):

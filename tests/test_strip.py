@@ -8,9 +8,9 @@ import pytest
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.nifti import load_scan, save_volume
 from cadiff_cli.pipeline import prepare
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.strip import already_stripped, strip
 
@@ -101,6 +101,31 @@ def test_a_dark_background_does_not_lift_the_brain(phantom, toy_template, scan_o
     np.testing.assert_allclose(plain.t1.data, moved.t1.data, atol=1e-2)
 
 
+def test_a_brain_below_its_background_is_lifted(phantom, toy_template, scan_of, tmp_path):
+    """As z-scored scans and MP2RAGE's are: outside is 0, and so would half of the brain be."""
+    head = phantom("RAS", 2.0, scale=0.8)
+    inside = head.codes > 0
+    scored = np.where(inside, (head.t1.data - head.t1.data[inside].mean()) / 20, 0)
+    moved = type(head)(Volume(scored.astype(np.float32), head.t1.grid), head.codes, 0.8, (0, 0, 0))
+    stripped = strip(scan_of(moved), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
+    assert stripped.method == "none"
+    assert stripped.t1.data.min() == 0
+    plain = strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
+    both = stripped.mask.data & plain.mask.data
+    assert np.corrcoef(plain.t1.data[both], stripped.t1.data[both])[0, 1] > 0.995
+
+
+def test_a_mask_half_a_voxel_off_at_a_corner_is_refused(phantom, scan_of, tmp_path):
+    """Though no element of its affine differs by more than 0.01."""
+    head = phantom("RAS", 2.0)
+    turned = head.t1.grid.affine.copy()
+    turned[0, 1] += 0.009
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, head.codes > 0, Grid(head.codes.shape, turned))
+    with pytest.raises(DataError, match="lies on"):
+        strip(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
+
+
 def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
     head = phantom("oblique", 2.0)
     only_right = (head.codes > 0) & (head.codes >= 40)
@@ -128,6 +153,15 @@ def test_a_given_mask_keeps_its_parts(phantom, toy_template, scan_of, tmp_path):
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
     assert litres == pytest.approx(np.count_nonzero(parts) * 8e-6, rel=0.02)
     assert any("pieces" in text for text in stripped.warnings)
+
+
+def test_no_unit_of_brightness_is_too_small(phantom, scan_of, tmp_path):
+    head = phantom("RAS", 2.0)
+    dim = Volume((head.t1.data * 1e-8).astype(np.float32), head.t1.grid)
+    stripped = strip(
+        scan_of(type(head)(dim, head.codes, 1.0, head.shift_mm)), None, Config(), tmp_path
+    )
+    assert stripped.method == "none"
 
 
 @pytest.mark.parametrize("value", [0.0, -1000.0])
@@ -194,3 +228,32 @@ def test_tidy_keeps_the_largest_part_and_fills_it():
     np.testing.assert_array_equal(tidy(mask), solid)
     np.testing.assert_array_equal(tidy(tidy(mask)), solid)
     assert not tidy(np.zeros_like(mask)).any()
+
+
+@pytest.mark.parametrize("stripped_before", [True, False])
+def test_a_mask_that_leaves_the_head_is_reported(
+    phantom, head_of, scan_of, tmp_path, stripped_before
+):
+    """As one of another person or with a wrong header does."""
+    brain = phantom("RAS", 2.0)
+    t1 = brain.t1 if stripped_before else head_of()
+    head = type(brain)(t1, brain.codes, 1.0, brain.shift_mm)
+    path = tmp_path / "mask.nii.gz"
+    for shift, said in ((0, False), (16, True)):
+        moved = np.roll(brain.codes > 0, shift, axis=2)
+        save_volume(path, moved, t1.grid)
+        stripped = strip(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
+        assert any("outside the head" in text for text in stripped.warnings) is said
+        assert (stripped.quality["in_air"] > 0.01) == said
+
+
+REAL = {"malc": True, "bids/ds002748": True, "heads": False}
+
+
+@pytest.mark.parametrize("folder", REAL)
+def test_real_scans_are_recognised(shared, folder):
+    """MALC and ds002748 come without their skulls, the others with them."""
+    scans = sorted(shared(folder).rglob("*_T1w.nii.gz"))
+    assert scans
+    wrong = [p.name for p in scans if already_stripped(load_scan(p).t1) is not REAL[folder]]
+    assert not wrong

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from cadiff_cli.cli.fetch import command as fetch
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io import templates
 from cadiff_cli.io.templates import (
@@ -181,7 +183,9 @@ def test_without_a_network_the_client_is_not_asked(home, monkeypatch):
     assert "no network" in fallback.warnings[0]
 
 
-def test_a_download_is_used(home, good, monkeypatch, write_image):
+@pytest.fixture
+def server(home, good, monkeypatch, write_image):
+    """TemplateFlow's client with a network, and with good files of Colin27."""
     head, mask = good
     paths = {
         "T1w": write_image(head, np.diag([2.0, 2, 2, 1]), "head.nii.gz"),
@@ -194,19 +198,46 @@ def test_a_download_is_used(home, good, monkeypatch, write_image):
             assert root != home  # which is a cache already
 
         def get(self, **query):
-            path = self.root / "half.nii.gz"
-            path.write_bytes(b"half of it")  # nobody may see this under its name
-            assert not list((home / "tpl-MNIColin27").glob("*_T1w.nii.gz")) or "mask" in str(query)
+            path = self.root / f"tpl-MNIColin27_{query['suffix']}.nii.gz"
+            path.write_bytes(b"half of it")  # nobody may see this where the whole will be
+            there = home / "tpl-MNIColin27" / path.name
+            assert not there.exists() or there.read_bytes() != path.read_bytes()
             return shutil.copy(paths[query["suffix"]], path)
 
     fake = SimpleNamespace(TemplateFlowClient=Client)
     monkeypatch.setitem(sys.modules, "templateflow.client", fake)
     monkeypatch.setattr(templates, "_reachable", lambda: True)
+
+
+def test_a_download_is_used(server, home, good, monkeypatch):
+    _, mask = good
     np.testing.assert_array_equal(load_template(PREFERRED).mask.data, mask > 0)
     assert not list(home.rglob(".cadiff-*"))
     # Now it is in the cache, where it belongs.
     monkeypatch.setitem(sys.modules, "templateflow.client", None)
     np.testing.assert_array_equal(load_template(PREFERRED, offline=True).mask.data, mask > 0)
+
+
+@pytest.mark.parametrize("kind", ["half a download", "a web page"])
+def test_fetch_replaces_what_is_damaged(server, install, good, kind):
+    head, mask, _ = damaged(kind, *good)
+    install(head, mask if isinstance(mask, bytes) else mask.astype(np.uint8))
+    checked = CliRunner().invoke(fetch, ["--check", PREFERRED])
+    assert isinstance(checked.exception, DataError)
+    done = CliRunner().invoke(fetch, [PREFERRED], catch_exceptions=False)
+    assert "again" in done.stderr
+    assert done.stdout.startswith(f"{PREFERRED}\t")
+    np.testing.assert_array_equal(load_template(PREFERRED, offline=True).mask.data, good[1] > 0)
+
+
+def test_a_damaged_file_stays_where_no_other_can_be_had(home, install, good, monkeypatch):
+    head, mask, _ = damaged("half a download", *good)
+    install(head, mask)
+    before = {p: p.read_bytes() for p in home.rglob("*") if p.is_file()}
+    monkeypatch.setattr(templates, "_reachable", lambda: False)
+    with pytest.raises(MissingInputError, match="is damaged and there is no network"):
+        CliRunner().invoke(fetch, [PREFERRED], catch_exceptions=False)
+    assert {p: p.read_bytes() for p in home.rglob("*") if p.is_file()} == before
 
 
 def test_the_cache_lies_where_the_client_puts_it(monkeypatch, tmp_path):

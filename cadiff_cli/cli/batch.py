@@ -275,6 +275,13 @@ def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) ->
         for outcome in failed:
             table.add_row(*map(escape, (outcome.entities, outcome.message, outcome.crash_file)))
         console.print(table)
+    known = {note for job in (*plan.jobs, *plan.pages) for note in job.notes}
+    doubts = [(o.entities, text) for o in outcomes for text in o.warnings if text not in known]
+    if doubts:
+        table = Table("scan", "warning", title="to look at")
+        for doubt in doubts:
+            table.add_row(*map(escape, doubt))
+        console.print(table)
     untried = len(plan.jobs) + len(plan.pages) - len(outcomes)
     counts = {
         "done": len(outcomes) - len(failed),

@@ -11,12 +11,6 @@ if TYPE_CHECKING:
     from cadiff_cli.config import StripConfig
     from cadiff_cli.products import Scan, Template
 
-SAID = {
-    "net": "the network",
-    "template": "the template's mask",
-    "none": "what is not background: nothing was stripped",
-}
-
 
 @click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("t1", type=click.Path(path_type=Path))
@@ -56,16 +50,14 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     template = _template(scan, method, offline)
     with alone(out, place.stem), TemporaryDirectory(prefix="cadiff-") as work:
         stripped = strip(scan, template, Config(strip=method), Path(work))
-        litres = stripped.mask.data.sum() * stripped.mask.grid.voxel_volume_mm3 / 1e6
-        click.echo(f"cadiff: brain of {litres:.2f} l by {SAID[stripped.method]}", err=True)
+        click.echo(f"cadiff: {stripped.summary}", err=True)
         click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))
 
 
 def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template | None":
-    """What the scan is stripped by, if a template it is; the embedded one where no head is had."""
-    from cadiff_cli.errors import CadiffError
+    """What the scan is stripped by, if a template it is."""
     from cadiff_cli.io.releases import strip_weights_sha256
-    from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template
+    from cadiff_cli.io.templates import PREFERRED, load_template
     from cadiff_cli.stages.strip import already_stripped
 
     unaided = method.method == "auto" and (
@@ -73,7 +65,4 @@ def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template |
     )
     if unaided or method.method not in ("auto", "template"):
         return None
-    try:
-        return load_template(PREFERRED, offline=offline)
-    except CadiffError:
-        return load_template(EMBEDDED, offline=offline)
+    return load_template(PREFERRED, offline=offline)

@@ -1,27 +1,23 @@
 """One run of ``cadiff seg`` as a person sees it: checks first, a line per stage, a log file."""
 
 import logging
-import os
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 import cadiff_cli
 from cadiff_cli.config import Config
-from cadiff_cli.io.layout import Derivatives
+from cadiff_cli.io.layout import Derivatives, finished_result
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result
-from cadiff_cli.runner.journal import alone
+from cadiff_cli.runner.journal import Journal, alone
+from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
 from cadiff_cli.stages.strip import given_mask
-
-LOGGER = logging.getLogger("cadiff_cli")
 
 
 def segment_file(
@@ -40,28 +36,34 @@ def segment_file(
 ) -> Result:
     """Segment one file and write its derivatives; the body of ``cadiff seg``.
 
-    Input and output are checked before anything costly begins; an error leaves no result behind.
+    Input and output are checked before anything costly begins.  What a killed run leaves behind is
+    not taken for a result, and the next run replaces it.
     """
     console = Console(stderr=True, highlight=False)
-    # Other libraries' warnings go to the log, not to the user.
-    logging.captureWarnings(True)
-    warnings.simplefilter("default")
+    capture_warnings()
     scan = load_scan(t1)
     if config.strip.mask:
         given_mask(config.strip.mask, scan)
     parse_names(atlas)
-    place = Derivatives(out, t1)
-    place.claim(t1, config.strip.mask, overwrite=overwrite)
+    place, journal = Derivatives(out, t1), Journal(out)
+
+    def claim() -> None:
+        # A run that was killed left files; anybody else's are not to be lost.
+        killed = journal.has_begun(place.stem) and finished_result(place) is None
+        place.claim(t1, config.strip.mask, overwrite=overwrite or killed)
+
+    claim()
     show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     begun = time.perf_counter()
-    with alone(out, place.stem), _logged(console, log_path, verbosity):
+    with alone(out, place.stem), logged(log_path, _screen(console, verbosity)):
+        claim()  # again: another process may have finished meanwhile
         LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, t1, scan.t1)
         LOGGER.info("settings %s", config)
         for text in scan.warnings:
             LOGGER.warning(text)
         if show:
-            console.print(f"[bold]cadiff {cadiff_cli.__version__}[/]  {t1.name}")
+            console.print(f"[bold]cadiff {cadiff_cli.__version__}[/]  {escape(t1.name)}")
 
         def announce(stage: str) -> None:
             LOGGER.info("stage %s", stage)
@@ -69,22 +71,15 @@ def segment_file(
                 console.print(f"  {time.perf_counter() - begun:6.1f} s  {stage}")
 
         announce("load")
-        # Huge pages: fewer page faults for torch's large tensors.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         from cadiff_cli.io.weights import load_model
         from cadiff_cli.report.boilerplate import cite
         from cadiff_cli.report.page import report_scan
-        from cadiff_cli.runner.execute import segment_scan
+        from cadiff_cli.runner.execute import gate, prepare_torch, segment_scan
 
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
-        from cadiff_cli.stages.segment import pick_device
-
-        pick_device(config.sample.device)
+        device = prepare_torch(threads, config.sample.device)
         loaded = load_model(model)
         templates = load_templates(atlas, offline=offline)
+        journal.begin(place.stem)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
             result = segment_scan(
                 scan,
@@ -95,6 +90,7 @@ def segment_file(
                 Path(work),
                 field=save_field,
                 announce=announce,
+                gate=gate(device),
             )
         if report:
             announce("report")
@@ -102,31 +98,17 @@ def segment_file(
         if why := cite(out):
             LOGGER.warning(why)
         if show:
-            console.print(f"  {time.perf_counter() - begun:6.1f} s  done: {place.folder}")
+            took = time.perf_counter() - begun
+            console.print(f"  {took:6.1f} s  done: {escape(str(place.folder))}")
+            console.print(f"            {result.prepared.stripped.summary}")
+            for text in result.warnings:
+                console.print(f"            [yellow]look[/]: {escape(text)}")
         return result
 
 
-@contextmanager
-def _logged(console: Console, path: Path, verbosity: int) -> Iterator[None]:
-    """Warnings to the terminal (more with -v), everything to the log file."""
-    screen = logging.StreamHandler(console.file)
-    screen.setFormatter(logging.Formatter("cadiff: %(levelname)s: %(message)s"))
-    screen.setLevel({-1: logging.WARNING, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, 10))
-    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    LOGGER.setLevel(logging.DEBUG)
-    LOGGER.propagate = False
-    LOGGER.addHandler(screen)
-    added: list[tuple[logging.Logger, logging.Handler]] = [(LOGGER, screen)]
-    for logger in (LOGGER, logging.getLogger("py.warnings")):
-        logger.addHandler(file)
-        added.append((logger, file))
-    try:
-        yield
-    except Exception:
-        LOGGER.debug("the run failed", exc_info=True)
-        raise
-    finally:
-        for logger, handler in added:
-            logger.removeHandler(handler)
-            handler.close()
+def _screen(console: Console, verbosity: int) -> logging.Handler:
+    """Warnings for the terminal, more with -v."""
+    handler = logging.StreamHandler(console.file)
+    handler.setFormatter(logging.Formatter("cadiff: %(levelname)s: %(message)s"))
+    handler.setLevel({-1: logging.WARNING, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, 10))
+    return handler

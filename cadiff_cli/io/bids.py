@@ -26,6 +26,7 @@ from cadiff_cli.errors import (
 from cadiff_cli.io.nifti import load_scan, load_volume, stem
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import same_grid
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -79,7 +80,7 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
 
     def by_scan(suffix: str) -> dict[tuple[str, ...], Path]:
         found: dict[tuple[str, ...], Path] = {}
-        for path in sorted(dataset.glob(f"sub-*/**/*_{suffix}.nii*")):
+        for path in sorted(dataset.glob(f"sub-*/**/[!.]*_{suffix}.nii*")):
             entities = parse_file_entities(str(path), config=["bids", "derivatives"])
             if "space" in entities:
                 continue
@@ -117,7 +118,7 @@ def load_labelled(
     """
     loaded, dseg = load_scan(scan.t1), load_volume(scan.dseg)
     grid = loaded.t1.grid
-    if dseg.grid.shape != grid.shape or not np.allclose(dseg.grid.affine, grid.affine, atol=1e-2):
+    if not same_grid(dseg.grid, grid):
         raise DataError(
             f"{scan.dseg.name} lies on {dseg.grid!r}, {scan.t1.name} on {grid!r}",
             "an image and its labels must share a grid",

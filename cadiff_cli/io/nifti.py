@@ -30,7 +30,7 @@ MIN_EDGE_MM = 60.0
 MAX_EDGE_MM = 1000.0
 """A field of view longer than a person's head and shoulders is a header in the wrong unit."""
 MAX_VOXELS = 600_000_000
-"""More than an 0.25 mm head; refuse before memory runs out."""
+"""More than an 0.25 mm head, or, at 1 mm, than any field of view; refuse before memory runs out."""
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 
@@ -122,6 +122,11 @@ def load_scan(path: Path) -> Scan:
         raise DataError(
             f"{name} covers {np.round(edges_mm)} mm",
             f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side are allowed: check the voxel size",
+        )
+    if np.prod(edges_mm) > MAX_VOXELS:
+        raise DataError(
+            f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
+            f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
         )
     data = np.asarray(volume.data, dtype=np.float32)
     warnings = []

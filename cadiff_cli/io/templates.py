@@ -94,10 +94,11 @@ def parse_names(names: str) -> tuple[str, ...]:
     return parts
 
 
-def load_template(name: str, *, offline: bool = False) -> Template:
+def load_template(name: str, *, offline: bool = False, anew: bool = False) -> Template:
     """The template called ``name``.
 
-    ``offline`` forbids downloads.  Raises ``UsageError`` for an unknown name, ``MissingInputError``
+    ``offline`` forbids downloads; ``anew`` replaces files that are there already, such as damaged
+    ones.  Raises ``UsageError`` for an unknown name, ``MissingInputError``
     or ``DataError`` with the remedy when its files cannot be had or are damaged.
     """
     known = registry()
@@ -109,7 +110,7 @@ def load_template(name: str, *, offline: bool = False) -> Template:
         brain, mask, head, source = (*_nilearn_brain(), None, "nilearn package data")
     else:
         head, mask = (
-            _checked(_fetch(name, entry, part, offline), name) for part in ("head", "mask")
+            _checked(_fetch(name, entry, part, offline, anew), name) for part in ("head", "mask")
         )
         if head.grid.shape != mask.grid.shape:
             raise DataError(
@@ -141,13 +142,13 @@ def _nilearn_brain() -> tuple[Volume, Volume]:
     return Volume(data, grid), Volume(data > 0, grid)
 
 
-def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
+def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool, anew: bool) -> Path:
     """Path of a non-empty file of the template, downloaded if needed and allowed."""
     home = templateflow_home()
     path = home / str(entry[part])
-    if path.exists() and path.stat().st_size > 0:
+    if _is_there(path) and not anew:
         return path
-    state = "is empty (0 bytes)" if path.exists() else "is not there"
+    state = "is damaged" if _is_there(path) else "is empty" if path.exists() else "is not there"
     if offline:
         raise MissingInputError(
             f"{path} {state} and downloads are forbidden (offline)", _refetch(name, home)
@@ -157,7 +158,7 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
     log.info("downloading template %s", name)
     query = dict(entry["query"], extension=".nii.gz") | PARTS[part]
     try:
-        _download(query, path)
+        _download(query, path, anew)
     except Exception as error:  # the client raises bare Exception, RuntimeError, OSError...
         raise MissingInputError(
             f"{path} {state} and downloading it failed ({in_a_line(error)})", _refetch(name, home)
@@ -165,7 +166,11 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool) -> Path:
     return path
 
 
-def _download(query: dict[str, Any], path: Path) -> None:
+def _is_there(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _download(query: dict[str, Any], path: Path, anew: bool) -> None:
     """Fetch the one file that ``query`` finds, to ``path`` in the cache, whole or not at all.
 
     The client writes straight into its cache, where others would read half of it: it gets a cache
@@ -183,7 +188,7 @@ def _download(query: dict[str, Any], path: Path) -> None:
         locked(path.with_name(f".{path.name}.lock"), wait=True),
         tempfile.TemporaryDirectory(prefix=".cadiff-", dir=path.parent) as fresh,
     ):
-        if path.exists() and path.stat().st_size > 0:
+        if _is_there(path) and not anew:
             return  # somebody else's by now
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             client = TemplateFlowClient(root=Path(fresh), use_datalad=False)
@@ -207,7 +212,6 @@ def _reachable(timeout_s: float = 3.0) -> bool:
 def _checked(path: Path, name: str) -> Volume:
     try:
         volume = load_volume(path)
-        np.asarray(volume.data).sum()
     except CadiffError as error:
         raise DataError(
             f"template file {path}: {error.message}", _refetch(name, templateflow_home())
@@ -222,6 +226,6 @@ def _checked(path: Path, name: str) -> Volume:
 
 def _refetch(name: str, home: Path) -> str:
     return (
-        f"delete it if it is there, then on a machine with a network run"
+        f"on a machine with a network run"
         f" 'TEMPLATEFLOW_HOME={home} cadiff fetch {name}', or use --atlas {EMBEDDED}"
     )

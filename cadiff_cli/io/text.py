@@ -1,6 +1,7 @@
 """Small text files, written atomically: JSON, TSV and plain."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,4 +40,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def _cell(value: object) -> str:
     """BIDS knows no quoting: a cell holds neither tabs nor newlines."""
-    return "n/a" if value is None else " ".join(str(value).split())
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "n/a"
+    return " ".join(str(value).split())

@@ -9,7 +9,6 @@ from cadiff_cli.config import Config
 from cadiff_cli.metrics.quality import Calibration, load_calibration
 from cadiff_cli.products import Result
 
-CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
 AGGREGATES = {
     "Brain-Segmentation": "Sum of all structures but vessels",
     "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF",
@@ -21,8 +20,8 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the volume table: every structure, then the aggregates; what is absent is ``n/a``."""
     made, volumes = result.segmentation, result.volumes_mm3
     table, calibrate = made.table, calibration(result.config, result.model.sha256)
-    brain = sum(volumes[s.code] for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
-    csf = sum(volumes[s.code] for s in table.structures if s.mapping == CSF_MAPPING)
+    brain = sum(volumes[s.code] for s in table.structures if s.is_tissue)
+    csf = sum(volumes[s.code] for s in table.structures if s.is_csf)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
 
     def row(name: str, mm3: float, **values: object) -> dict[str, object]:

@@ -132,8 +132,7 @@ STRIPPING = {
 
 def _in_field(sidecar: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The templates whose registrations share in the field."""
-    registered = (t for t in sidecar["Templates"] if t["Registration"] != "none")
-    return [t for t in registered if t["InField"]]
+    return [t for t in sidecar["Templates"] if t["InField"]]
 
 
 def _names(sidecar: Mapping[str, Any]) -> str:

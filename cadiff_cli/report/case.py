@@ -19,7 +19,7 @@ from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import read_json
 from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import bounding_box, resample
 
 log = logging.getLogger(__name__)
 
@@ -170,12 +170,12 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
 
 def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
     """The part of the mask's grid that holds it, with a margin where there is room."""
-    found = np.argwhere(mask.data)
-    if not len(found):
+    if not mask.data.any():
         raise DataError("the brain mask is empty", "segment the scan again")
     margin = np.ceil(margin_mm / mask.grid.spacing_mm).astype(int)
-    low = np.maximum(found.min(axis=0) - margin, 0)
-    high = np.minimum(found.max(axis=0) + 1 + margin, mask.grid.shape)
+    box = bounding_box(mask.data)
+    low = np.maximum([s.start for s in box] - margin, 0)
+    high = np.minimum([s.stop for s in box] + margin, mask.grid.shape)
     return mask.grid.crop(tuple(low), tuple(high - low))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from cadiff_cli.io.layout import Finished, page_path
 from cadiff_cli.io.text import write_text
-from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import mask_quality, read_rows
 from cadiff_cli.report.page import claim, render
@@ -77,7 +76,7 @@ def strips(judged: Mapping[str, Judgement], table: LabelTable) -> list[Strip]:
     """Distribution of every structure but vessels."""
     found = []
     for s in table.structures:
-        if s.mapping == NON_BRAIN_MAPPING or not judged:
+        if not s.is_tissue or not judged:
             continue
         values = [j.percent_brain[s.name] for j in judged.values()]
         low, high = min(values), max(values)

@@ -7,7 +7,6 @@ from statistics import mean, median
 from typing import Any
 
 from cadiff_cli.io.layout import Finished
-from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import Row
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, brain_mm3, pairs
@@ -40,6 +39,7 @@ COLUMNS = {
     "mask_largest_share": "Share of the largest component in the mask as it was found or given",
     "mask_symmetry": "Dice of the brain mask and its mirror image, left for right",
     "mask_at_edge": "Share of the mask's border that is the end of the field of view",
+    "mask_in_air": "Share of the brain mask outside the head",
     "missing": "Structures that were not found",
     "largest_asymmetry": "Pair that differs most between left and right",
     "largest_asymmetry_percent": "Its difference in per cent of its mean, left minus right",
@@ -117,7 +117,7 @@ def judge(
 ) -> Judgement:
     """Compare a result with what is plausible, and expected with usual Dice."""
     volumes = {row.name: row.mm3 for row in rows}
-    tissue = [s.name for s in table.structures if s.mapping != NON_BRAIN_MAPPING]
+    tissue = [s.name for s in table.structures if s.is_tissue]
     of_tissue = [row for row in rows if row.name in tissue]
     brain = brain_mm3(volumes, table)
     found = Judgement(
@@ -220,7 +220,7 @@ def columns(judgement: Judgement) -> dict[str, Any]:
         "verdict": "fine" if judgement.fine else "look",
         "reasons": "; ".join(judgement.reasons) or None,
         "mask_litres": round(judgement.mask_litres, 3),
-        **{f"mask_{k}": quality.get(k) for k in ("largest_share", "symmetry", "at_edge")},
+        **{f"mask_{k}": quality.get(k) for k in ("largest_share", "symmetry", "at_edge", "in_air")},
         "missing": ", ".join(judgement.missing) or None,
         "largest_asymmetry": side.left.removeprefix("Left-") if side else None,
         "largest_asymmetry_percent": round(side.percent, 1) if side else None,

@@ -11,7 +11,6 @@ from functools import cache
 from importlib.resources import files
 from statistics import mean, stdev
 
-from cadiff_cli.io.volumes import NON_BRAIN_MAPPING
 from cadiff_cli.labels import LabelTable
 
 WIDE = 3.5
@@ -49,7 +48,7 @@ class Ranges:
 
 def brain_mm3(volumes: Mapping[str, float], table: LabelTable) -> float:
     """Sum of all structures but vessels."""
-    return sum(volumes.get(s.name, 0.0) for s in table.structures if s.mapping != NON_BRAIN_MAPPING)
+    return sum(volumes.get(s.name, 0.0) for s in table.structures if s.is_tissue)
 
 
 def asymmetry(left: float, right: float) -> float | None:
@@ -92,7 +91,7 @@ def measure(
     sizes, sides = dict[str, list[float]](), dict[str, list[float]]()
     for s in table.structures:
         values = [one.get(s.name, 0.0) for one in shares]
-        tissue = s.mapping != NON_BRAIN_MAPPING
+        tissue = s.is_tissue
         if tissue and len(values) >= FEWEST and min(values) > 0:
             logs = [math.log(value) for value in values]
             centre, reach = mean(logs), WIDE * stdev(logs)

@@ -1,11 +1,9 @@
 """Execute a job: the same function in this process, in a worker process or on another machine."""
 
-import logging
 import os
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +22,7 @@ from cadiff_cli.products import Result, Scan, Template
 from cadiff_cli.report.page import report_scan
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, failure
+from cadiff_cli.runner.logs import LOGGER, logged
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from cadiff_cli.config import Config
     from cadiff_cli.io.weights import Model
 
-LOGGER = logging.getLogger("cadiff_cli")
 _ONE_AT_A_TIME = threading.Lock()
 """ANTs' output is silenced for the whole process: jobs must not share one at the same time."""
 
@@ -50,7 +48,9 @@ def execute(job: Job) -> Outcome:
                     outcome = Outcome(job.entities, "done", warnings=(failed,) if failed else ())
                     journal.record(outcome)
                     return outcome
-                with _logged(job):
+                with logged(job.log_dir / f"{job.entities}.log"):
+                    LOGGER.info("cadiff %s, input %s", cadiff_cli.__version__, job.t1)
+                    LOGGER.info("settings %s", job.recipe.settings())
                     # A run that was killed left files; anybody else's are not to be lost.
                     begun_before = journal.has_begun(job.entities)
                     job.place.claim(job.t1, overwrite=job.overwrite or begun_before)
@@ -67,18 +67,10 @@ def execute(job: Job) -> Outcome:
 
 
 def _segment(job: Job) -> Result:
-    # Huge pages: fewer page faults for torch's large tensors.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    import torch
-
-    from cadiff_cli.stages.segment import pick_device
-
-    if job.threads:
-        torch.set_num_threads(job.threads)
+    device = prepare_torch(job.threads, job.recipe.config.sample.device)
     scan = load_scan(job.t1)
     for text in scan.warnings:
         LOGGER.warning(text)
-    device = pick_device(job.recipe.config.sample.device)
     with tempfile.TemporaryDirectory(prefix=f"{job.entities}-", dir=job.work_dir) as work:
         return segment_scan(
             scan,
@@ -92,8 +84,29 @@ def _segment(job: Job) -> Result:
             source=job.source,
             run_id=job.run_id,
             announce=lambda stage: LOGGER.info("stage %s", stage),
-            gate=_gpu(device) if device.type == "cuda" else nullcontext(),
+            gate=gate(device),
         )
+
+
+def prepare_torch(threads: int | None, device: str) -> "torch.device":
+    """Settle how this process uses the machine, before torch is first imported.
+
+    Returns the device that is meant; raises ``UsageError`` for one that is not there.
+    """
+    # Huge pages: fewer page faults for torch's large tensors.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    import torch
+
+    from cadiff_cli.stages.segment import pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    return pick_device(device)
+
+
+def gate(device: "torch.device") -> AbstractContextManager[object]:
+    """What inference passes through: one process at a time on a GPU."""
+    return _gpu(device) if device.type == "cuda" else nullcontext()
 
 
 def segment_scan(
@@ -168,31 +181,3 @@ def _gpu(device: "torch.device") -> Iterator[None]:
     with locked(Path(tempfile.gettempdir()) / name, wait=True):
         yield
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _logged(job: Job) -> Iterator[None]:
-    """Everything that is said about the job goes to its log file."""
-    job.log_dir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(
-        job.log_dir / f"{job.entities}.log", encoding="utf-8", errors="backslashreplace"
-    )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.captureWarnings(True)
-    warnings.simplefilter("default")
-    loggers = (LOGGER, logging.getLogger("py.warnings"))
-    LOGGER.setLevel(logging.DEBUG)
-    for logger in loggers:
-        logger.propagate = False
-        logger.addHandler(handler)
-    try:
-        LOGGER.info("cadiff %s, input %s", cadiff_cli.__version__, job.t1)
-        LOGGER.info("settings %s", job.recipe.settings())
-        yield
-    except Exception:
-        LOGGER.debug("the run failed", exc_info=True)
-        raise
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()

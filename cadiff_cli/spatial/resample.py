@@ -7,6 +7,8 @@ from cadiff_cli.spatial.grid import Grid, Volume
 
 REACH_VOXELS = 12
 """How far a cubic spline's value depends on its surroundings, to 1e-6 of them."""
+MAX_OFFSET_VOXELS = 0.1
+"""How far a corner of one grid may lie from the other's, as headers are rounded."""
 AROUND_VOXELS = 2
 """Background around a structure whose mask is interpolated: its surface closes inside."""
 
@@ -15,6 +17,15 @@ def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
     """Whether a voxel map (4, 4) only flips, permutes and shifts by whole voxels."""
     whole = np.allclose(to_source, np.round(to_source), atol=atol)
     return bool(whole and abs(abs(np.linalg.det(to_source[:3, :3])) - 1) < atol)
+
+
+def same_grid(a: Grid, b: Grid) -> bool:
+    """Whether voxels coincide: the corners of one lie on the corners of the other."""
+    if a.shape != b.shape:
+        return False
+    box = all_voxels(a.shape)
+    moved, there = corners(box, a.voxel_map(b)), corners(box, np.eye(4))
+    return bool(abs(moved - there).max() <= MAX_OFFSET_VOXELS)
 
 
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:

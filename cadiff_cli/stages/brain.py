@@ -31,7 +31,7 @@ def normalise(image: np.ndarray) -> np.ndarray:
     low = float(np.median(image[image <= np.percentile(image, 5)]))
     above = image[image > low]
     high = float(np.percentile(above, 99.5)) if len(above) else low
-    scaled = (image - low) / max(high - low, 1e-6)
+    scaled = (image - low) / ((high - low) or 1.0)
     return np.asarray(np.clip(scaled, 0, 1), dtype=np.float32)
 
 

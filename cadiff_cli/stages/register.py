@@ -1,6 +1,6 @@
 """Register a template's brain to the scan with ANTs.  The only module that imports ants.
 
-ITK works in LPS millimetres; ``_to_ants`` and ``_grid_of`` are where the convention changes.
+ITK works in LPS millimetres; ``_to_ants`` and ``_empty`` are where the convention changes.
 """
 
 import json
@@ -24,6 +24,8 @@ from cadiff_cli.spatial.resample import all_voxels, corners, resample
 
 log = logging.getLogger(__name__)
 
+ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
+"""What ANTs raises where an image cannot be registered; the last for a transform not written."""
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 POOR_SCORE = 1.06
 """Normalised mutual information below which a registration is reported as suspicious.
@@ -54,30 +56,24 @@ def register(
     """
     if config.name == "none":
         return Registered(template, None, None, "none", None)
-    wanted = settings(config.name)
     warnings: list[str] = []
-    kind = config.name
     folder = work_dir / template.name
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        forward, inverse = _run(stripped.t1, template.brain, wanted, config.seed, folder)
-    except Exception as error:  # ITK errors arrive as RuntimeError or ValueError
-        if config.name == "affine":
-            raise DataError(
-                f"the template cannot be registered ({_first_line(error)})",
-                "is this a T1-weighted brain?",
-            ) from error
-        warnings.append(f"deformable registration failed ({_first_line(error)}); affine is used")
-        kind = "affine"
+    for kind in dict.fromkeys((config.name, "affine")):
         try:
             forward, inverse = _run(
-                stripped.t1, template.brain, settings("affine"), config.seed, folder
+                stripped.t1, template.brain, settings(kind), config.seed, folder
             )
-        except Exception as last:
-            raise DataError(
-                f"the template cannot be registered ({_first_line(last)})",
-                "is this a T1-weighted brain?",
-            ) from last
+            break
+        except ITK_ERRORS as error:
+            if kind == "affine":
+                raise DataError(
+                    f"the template cannot be registered ({_first_line(error)})",
+                    "is this a T1-weighted brain?",
+                ) from error
+            warnings.append(
+                f"deformable registration failed ({_first_line(error)}); affine is used"
+            )
     registered = Registered(template, forward, inverse, kind, 0.0)
     warped = warp(template.brain, registered, stripped.t1.grid.coarsen(2))
     score = similarity(resample(stripped.t1, warped.grid).data, warped.data)
@@ -149,7 +145,7 @@ def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:
         try:
             forward, _ = _run(fixed, moving, wanted, seed, Path(work))
             transform = _ants().read_transform(str(forward))
-        except Exception as error:  # ITK errors arrive as RuntimeError or ValueError
+        except ITK_ERRORS as error:
             raise DataError(
                 f"the two scans cannot be aligned ({_first_line(error)})",
                 "are they T1-weighted images of one brain?",

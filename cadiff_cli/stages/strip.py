@@ -15,8 +15,14 @@ from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import all_voxels, bounding_box, resample, resample_in
-from cadiff_cli.stages.masks import judge_mask, tidy
+from cadiff_cli.spatial.resample import (
+    all_voxels,
+    bounding_box,
+    resample,
+    resample_in,
+    same_grid,
+)
+from cadiff_cli.stages.masks import find_head, judge_mask, tidy
 
 if TYPE_CHECKING:
     from cadiff_cli.io.weights import BrainModel
@@ -39,6 +45,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
     method, warnings = config.strip.method, list[str]()
+    stripped_already = already_stripped(scan.t1)
+    lifted = _lifted(scan.t1, stripped_already)
     if config.strip.mask is not None:
         given = given_mask(config.strip.mask, scan)
         inside = resample(Volume(given.data.astype(np.float32), given.grid), working).data > 0.5
@@ -46,7 +54,6 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     else:
         if method not in METHODS:
             raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
-        stripped_already = already_stripped(scan.t1)
         if method == "auto":
             learned = "net" if strip_weights_sha256(config.strip) else "template"
             method = "none" if stripped_already else learned
@@ -63,16 +70,20 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         if method == "none":
             if stripped_already:
                 _has_tissues(scan.t1)
-            mask = resample(Volume(_foreground(scan.t1.data), scan.t1.grid), working, order=0)
+            mask = resample(Volume(foreground(scan.t1.data), scan.t1.grid), working, order=0)
         elif method == "net":
             from cadiff_cli.stages.brain import brain_mask
 
             mask = brain_mask(scan.t1, working, _brain_model())
         else:
-            head = _cubic(scan.t1, working, all_voxels(working.shape))
+            head = _cubic(lifted, working, all_voxels(working.shape))
             mask, said = _from_template(head, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
-    quality = judge_mask(mask)
+    if stripped_already:
+        outline = Volume(tidy(foreground(scan.t1.data), SPECK), scan.t1.grid)
+    else:
+        outline = find_head(scan.t1)
+    quality = judge_mask(mask, outline)
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
@@ -87,10 +98,18 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         )
     for text in warnings:
         log.warning(text)
-    t1 = _cubic(scan.t1, working, bounding_box(mask.data))
-    background = _background(scan.t1.data)
-    brain = np.where(mask.data, t1.data - min(background, 0.0), 0).astype(np.float32)
+    t1 = _cubic(lifted, working, bounding_box(mask.data))
+    brain = np.where(mask.data, t1.data, 0).astype(np.float32)
     return Stripped(Volume(brain, working), mask, method, tuple(warnings), asdict(quality))
+
+
+def _lifted(t1: Volume, stripped_already: bool) -> Volume:
+    """Intensities from 0 up, and 0 where a stripped scan has no brain.
+
+    Background may lie anywhere among them: in the middle in z-scored scans and MP2RAGE's.
+    """
+    data = t1.data - min(float(t1.data.min()), 0.0)
+    return Volume(np.where(foreground(t1.data), data, 0) if stripped_already else data, t1.grid)
 
 
 def _cubic(t1: Volume, working: Grid, box: tuple[slice, ...]) -> Volume:
@@ -116,11 +135,11 @@ def already_stripped(t1: Volume) -> bool:
     Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a head holds
     more than 2.3 litres.
     """
-    foreground = _foreground(t1.data)
-    if foreground.mean() > 0.6:
+    inside = foreground(t1.data)
+    if inside.mean() > 0.6:
         return False
-    faces = [np.take(foreground, index, axis=axis).mean() for axis in range(3) for index in (0, -1)]
-    litres = np.count_nonzero(foreground) * t1.grid.voxel_volume_mm3 / 1e6
+    faces = [np.take(inside, index, axis=axis).mean() for axis in range(3) for index in (0, -1)]
+    litres = np.count_nonzero(inside) * t1.grid.voxel_volume_mm3 / 1e6
     # A brain touches at most one face of its field of view, and that one hardly.
     low, high = STRIPPED_LITRES
     return bool(low < litres < high and np.median(faces) < 0.01)
@@ -131,8 +150,8 @@ def _has_tissues(t1: Volume) -> None:
 
     In 26 stripped scans of two scanners the spread is 0.28 to 0.40 of the mean.
     """
-    inside = t1.data[_foreground(t1.data)] - min(_background(t1.data), 0.0)
-    spread = float(inside.std() / max(abs(float(inside.mean())), 1e-6))
+    inside = t1.data[foreground(t1.data)] - min(_background(t1.data), 0.0)
+    spread = float(inside.std() / abs(float(inside.mean()) or np.inf))
     if spread < LEAST_SPREAD:
         raise DataError(
             f"no brain found: what is not background is all alike (spread {spread:.2f} of its"
@@ -147,7 +166,8 @@ def _background(data: np.ndarray) -> float:
     return float(np.median(np.concatenate(faces)))
 
 
-def _foreground(data: np.ndarray) -> np.ndarray:
+def foreground(data: np.ndarray) -> np.ndarray:
+    """What has another value than the image's faces: all of a stripped brain (bool)."""
     return np.asarray(data != _background(data))
 
 
@@ -157,10 +177,7 @@ def given_mask(path: Path, scan: Scan) -> Volume:
     Raises ``DataError`` if it lies elsewhere or is empty.
     """
     mask = load_volume(path)
-    same = mask.grid.shape == scan.t1.grid.shape and np.allclose(
-        mask.grid.affine, scan.t1.grid.affine, atol=1e-2
-    )
-    if not same:
+    if not same_grid(mask.grid, scan.t1.grid):
         raise DataError(
             f"mask {path.name} lies on {mask.grid!r}, the scan on {scan.t1.grid!r}",
             "give a mask on the scan's own grid",
@@ -195,11 +212,10 @@ def _from_template(
         name = template.name if template else "none"
         raise MissingInputError(
             f"the scan is a whole head, and template {name} has no skull to strip it by",
-            "set TEMPLATEFLOW_HOME to a cache with MNIColin27 ('templateflow get MNIColin27' on a"
+            "set TEMPLATEFLOW_HOME to a cache with MNIColin27 ('cadiff fetch MNIColin27' on a"
             " machine with a network), or give --mask FILE, or strip the scan first",
         )
-    head = Volume(t1.data - min(float(t1.data.min()), 0.0), t1.grid)
-    stage = Stripped(head, Volume(np.ones(t1.grid.shape, dtype=bool), t1.grid), "head")
+    stage = Stripped(t1, Volume(np.ones(t1.grid.shape, dtype=bool), t1.grid), "head")
     whole = Template(
         template.name, template.head, template.ac_mm, template.low_mm, template.high_mm
     )

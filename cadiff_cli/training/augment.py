@@ -32,7 +32,8 @@ class AugmentConfig:
     ``mask_error_mm`` deep or leaves bits of the head up to twice as far.  ``together`` is the
     share that sees the mean of all templates' fields, as inference does; the others see that of
     one.  ``field_error_mm`` is the largest standard deviation of a smooth error of the
-    registration.  ``intensity`` scales bias field, contrast, noise and blur.
+    registration.  ``intensity`` scales bias fields, noise and brightness, and how often
+    histograms are bent; gamma, blur and low resolution stay as they are unless it is 0.
     """
 
     flip: float = 0.5

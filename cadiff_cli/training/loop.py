@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.io.nifti import replacing
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.stages.segment import autocast
 
@@ -113,20 +114,17 @@ def new_state(net: N, config: Schedule) -> State[N]:
 
 def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
     """Write atomically: a kill at any moment leaves the last complete checkpoint."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "net": state.net.state_dict(),
-            "ema": state.ema.state_dict(),
-            "optimiser": state.optimiser.state_dict(),
-            "step": state.step,
-            "seconds": state.seconds,
-            "net_config": as_dict(state.net.config),
-            "train_config": as_dict(config),
-        },
-        temporary,
-    )
-    temporary.replace(path)
+    stored = {
+        "net": state.net.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimiser": state.optimiser.state_dict(),
+        "step": state.step,
+        "seconds": state.seconds,
+        "net_config": as_dict(state.net.config),
+        "train_config": as_dict(config),
+    }
+    with replacing(path) as temporary:
+        torch.save(stored, temporary)
 
 
 def load_checkpoint(path: Path, state: State[N]) -> None:

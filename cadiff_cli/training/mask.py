@@ -14,7 +14,7 @@ import torch
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.nifti import load_volume, stem
+from cadiff_cli.io.nifti import load_scan, load_volume, stem
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.weights import BrainModel, save_brain_model, seen_by
@@ -52,7 +52,8 @@ def prepare_heads(
     for folder in (*label_maps, *datasets):
         if not folder.is_dir():
             raise MissingInputError(f"no folder {folder}", "check the path")
-        images = sorted(folder.glob("*.nii*" if folder in label_maps else "sub-*/**/*_T1w.nii*"))
+        kind = "[!.]*.nii*" if folder in label_maps else "sub-*/**/[!.]*_T1w.nii*"
+        images = sorted(folder.glob(kind))
         if folder.name in heads:
             raise UsageError(f"two folders are called {folder.name!r}", "rename one")
         found = heads[folder.name] = []
@@ -90,7 +91,7 @@ def brain_of(t1: Path) -> Path:
 def _real_head(t1: Path, brain: Path, source: str) -> Head:
     ends_at_cortex = "_dseg." in brain.name
     name = t1.name.split("_T1w")[0]
-    return from_scan(name, source, load_volume(t1), load_volume(brain), close=ends_at_cortex)
+    return from_scan(name, source, load_scan(t1).t1, load_volume(brain), close=ends_at_cortex)
 
 
 def train_mask(

@@ -1,0 +1,42 @@
+"""What is said while a scan is segmented goes to a file."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOGGER = logging.getLogger("cadiff_cli")
+
+
+def capture_warnings() -> None:
+    """Send other libraries' warnings to the log instead of to the user."""
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+@contextmanager
+def logged(path: Path, *screens: logging.Handler) -> Iterator[None]:
+    """Write all that is logged within the block to ``path``; ``screens`` hear cadiff alone.
+
+    The traceback of an exception that leaves the block is in the file too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    capture_warnings()
+    LOGGER.setLevel(logging.DEBUG)
+    added = [(LOGGER, handler) for handler in (file, *screens)]
+    added.append((logging.getLogger("py.warnings"), file))
+    for logger, handler in added:
+        logger.propagate = False
+        logger.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        LOGGER.debug("the run failed", exc_info=True)
+        raise
+    finally:
+        for logger, handler in added:
+            logger.removeHandler(handler)
+            handler.close()
