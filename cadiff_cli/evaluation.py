@@ -4,10 +4,12 @@ Background is never scored.  A structure missing on one side counts Dice 0 and N
 ``missed``; missing on both sides it is ``absent`` and left out of every mean.
 """
 
+import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample_labels, same_grid
 from cadiff_cli.stages.register import rigid
+
+log = logging.getLogger(__name__)
 
 OURS = "_seg-cadiff_dseg."
 """What marks a label map of cadiff's in a file name."""
@@ -175,7 +179,7 @@ def load_classes(
     """Read a label map and turn its ids into classes (uint8).
 
     ``mapping`` must know every id; in a ``foreign`` map at least one, and the others become
-    background.  Raises ``DataError``.
+    background, which is said.  Raises ``DataError``.
     """
     volume = load_volume(path)
     values = np.unique(volume.data).astype(np.float64)
@@ -195,7 +199,15 @@ def load_classes(
             f"{path.name} holds ids {unknown[:5]} that are not in the label table",
             "give a dseg written by cadiff",
         )
+    if unknown:
+        _say_once(f"reference ids {unknown} are in no row of the mapping: background to the score")
     return Volume(table.encode(np.asarray(volume.data), mapping), volume.grid)
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Most references of a dataset leave out the same ids."""
+    log.warning(text)
 
 
 def pair_up(prediction: Path, reference: Path) -> Pairs:

@@ -27,7 +27,7 @@ DOORS = {
     "safetensors": ("io/weights.py",),
     "distributed": ("runner/cluster.py",),
     "contourpy": ("report/figures.py",),
-    "PIL": ("report/figures.py",),
+    "PIL": ("report/figures.py", "training/monitor.py"),
     "jinja2": ("report/page.py",),
     "click": ("cli/",),
     "rich": ("cli/",),

@@ -64,6 +64,9 @@ def test_held_out_scans_take_turns(tmp_path, state, people, table):
     assert [row[2] for row in found] == ["sub-toy", "sub-known", "sub-toy"]
     assert all(row[:2] == ["40", "0.500"] for row in found)
     assert [float(row[3]) for row in found] == pytest.approx(scores, abs=1e-4)
+    pictures = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert pictures == ["000040_sub-known.png", "000040_sub-toy.png"]
+    assert (tmp_path / "validation" / pictures[0]).read_bytes().startswith(b"\x89PNG")
     # A run that goes on adds to its table.
     again = RunMonitor(tmp_path, people, table, sampling=ONE_STEP)
     again.validate(state)

@@ -21,6 +21,7 @@ from cadiff_cli.io.weights import load_model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.training import cache, loop
+from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.augment import AugmentConfig, Draws, draw_patch, stack
 from cadiff_cli.training.loop import (
     load_checkpoint,
@@ -312,7 +313,7 @@ def test_a_sample_is_built_as_inference_would(
     for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
         save_volume(path, data, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
-    monkeypatch.setattr(cache, "load_template", lambda name, offline: template)
+    monkeypatch.setattr(cache, "load_atlas", lambda name: template)
     monkeypatch.setattr(pipeline, "register", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = cache.load(
@@ -368,7 +369,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
     for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
         save_volume(path, data, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
-    monkeypatch.setattr(cache, "load_template", lambda name, offline: replace(template, name=name))
+    monkeypatch.setattr(cache, "load_atlas", lambda name: replace(template, name=name))
     monkeypatch.setattr(
         pipeline,
         "register",
@@ -377,6 +378,41 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
     scan, mapping = LabelledScan("sub-1", "1", *paths), table.identity_mapping()
     sample = cache.load(cache.build(scan, ["a", "b"], table, mapping, tmp_path))
     assert set(sample.fields) == set(kept)
+
+
+def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
+    """Its frame lies about where a template's does, whatever way its voxels run."""
+    from cadiff_cli.io.nifti import save_volume
+
+    head = phantom(orientation, 2.0)
+    path = tmp_path / "sub-1_T1w.nii.gz"
+    save_volume(path, head.t1.data, head.t1.grid)
+    atlas = load_atlas(str(path))
+    assert atlas.name == "sub-1_T1w"
+    inside = atlas.brain.grid.to_world(np.argwhere(atlas.brain.data > 0)) - atlas.ac_mm
+    assert abs(inside[:, 0].mean()) < 2
+    span = np.subtract(atlas.high_mm, atlas.low_mm)
+    position = (inside - atlas.low_mm) / span
+    assert (position > 0).all()
+    assert (position < 1).all()
+    left = np.isin(head.codes, [2, 3, 10])[atlas.brain.data > 0]
+    assert np.median(position[left, 0]) < 0.5
+    scan = LabelledScan("sub-2", "2", path, path)
+    assert cache.cached_path(scan, [str(path)], {}, tmp_path) != cache.cached_path(
+        scan, ["MNIColin27"], {}, tmp_path
+    )
+
+
+def test_a_whole_head_is_no_atlas(phantom, tmp_path):
+    from cadiff_cli.io.nifti import save_volume
+
+    head = phantom("RAS", 3.0)
+    path = tmp_path / "sub-head_T1w.nii.gz"
+    save_volume(
+        path, head.t1.data + np.random.default_rng(0).random(head.codes.shape), head.t1.grid
+    )
+    with pytest.raises(DataError, match="not skull-stripped"):
+        load_atlas(str(path))
 
 
 TRAINER = """

@@ -62,9 +62,12 @@ def command(
     scans.  A structure missing on one side counts Dice 0 and NSD 0, and is left out of the mean
     HD95; missing on both sides, it is left out altogether.
     """
+    import logging
+
     from cadiff_cli.evaluation import listed, pair_up, score_pair
     from cadiff_cli.labels import label_mapping, load_table
 
+    logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
     table = load_table()
     mapping = label_mapping(reference_labels, table)
     pairs = pair_up(prediction, reference)

@@ -21,7 +21,7 @@ OPTIONS = (
         multiple=True,
         default=("MNIColin27", "MNI152NLin2009aSym"),
         show_default=True,
-        help="Templates whose fields are trained on (repeatable).",
+        help="Templates whose fields are trained on, or a stripped scan (repeatable).",
     ),
     click.option(
         "--method",

@@ -15,7 +15,6 @@ from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
 from cadiff_cli.io.bids import LabelledScan, load_labelled
 from cadiff_cli.io.nifti import replacing
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
-from cadiff_cli.io.templates import load_template, registry
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
@@ -23,6 +22,7 @@ from cadiff_cli.spatial.resample import resample_labels
 from cadiff_cli.stages.condition import FIELD_STRIDE as NETWORK_STRIDE
 from cadiff_cli.stages.field import mean_field as mean_position
 from cadiff_cli.stages.register import settings
+from cadiff_cli.training.atlas import frame, load_atlas
 
 FORMAT = 3
 """Counts changes of what a sample holds: older files are prepared again."""
@@ -55,7 +55,7 @@ def cached_path(
 ) -> Path:
     """Where a scan's sample lies: whatever decides what it holds is in its name."""
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
-    frames = [(name, registry().get(name)) for name in templates]
+    frames = [frame(name) for name in templates]
     made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
     key = fingerprint([FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made])
     return folder / f"{scan.name}_{key}.npz"
@@ -70,8 +70,8 @@ def build(
 ) -> Path:
     """Prepare one scan with every template and write its sample; an existing one is kept.
 
-    Fields of registrations that look
-    wrong are left out, as inference does.
+    ``templates`` are what ``load_atlas`` takes.  Fields of registrations that look wrong are left
+    out, as inference does.
     """
     path = cached_path(scan, templates, mapping, folder)
     if path.exists():
@@ -79,7 +79,7 @@ def build(
     loaded, classes = load_labelled(scan, table, mapping)
     arrays: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as work:
-        atlases = [load_template(name, offline=True) for name in templates]
+        atlases = [load_atlas(name) for name in templates]
         prepared = prepare(loaded, atlases, HOW, Path(work))
         conditions, grid = prepared.conditions, prepared.conditions.image.grid
         for registered in sound(prepared.registrations):

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import CadiffError, UsageError
-from cadiff_cli.io.nifti import replacing
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.stages.segment import autocast
 
@@ -123,8 +122,9 @@ def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
         "net_config": as_dict(state.net.config),
         "train_config": as_dict(config),
     }
-    with replacing(path) as temporary:
-        torch.save(stored, temporary)
+    temporary = path.with_suffix(".tmp")  # one name: the next save replaces what a kill leaves
+    torch.save(stored, temporary)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: Path, state: State[N]) -> None:

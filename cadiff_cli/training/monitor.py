@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import SampleConfig
+from cadiff_cli.io.nifti import replacing
 from cadiff_cli.io.weights import Model
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import dice
@@ -26,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class RunMonitor:
-    """Writes ``validation.tsv`` and TensorBoard events into ``folder``.
+    """Writes ``validation.tsv``, ``validation/*.png`` and TensorBoard events into ``folder``.
 
     Every ``minutes`` the averaged network segments one of ``held_out`` after the other, from its
-    cached conditions, and is scored at 1 mm.  TensorBoard is
-    optional: without it only the table and the log are written.
+    cached conditions, and is scored at 1 mm.  TensorBoard is optional: without it there are no
+    curves.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class RunMonitor:
         score = float(np.nanmean(dice(predicted, sample.classes, classes)))
         log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
         self._record(state, sample.name, score)
+        picture = overlay(sample, predicted, self.table)
+        _save_picture(self.folder / "validation" / f"{state.step:06d}_{sample.name}.png", picture)
         if self.board:
             self.board.add_scalar(f"dice/{sample.name}", score, state.step)
-            picture = overlay(sample, predicted, self.table)
             self.board.add_image("held_out", picture, state.step, dataformats="HWC")
         self.last = time.monotonic()
         return score
@@ -142,6 +144,13 @@ def overlay(sample: Sample, predicted: np.ndarray, table: LabelTable) -> np.ndar
 
 def _rgb(color: str) -> tuple[int, int, int]:
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
+
+
+def _save_picture(path: Path, pixels: np.ndarray) -> None:
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG")
 
 
 def _board(folder: Path) -> Any:

@@ -18,6 +18,7 @@ from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training import cache
+from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.loop import fit, load_checkpoint, new_state, refuse_other_run
 from cadiff_cli.training.monitor import RunMonitor
 from cadiff_cli.training.prior import count_prior
@@ -34,6 +35,8 @@ def prepare(
 ) -> list[cache.Sample]:
     """Prepare every scan once (kept in ``folder``) and load them all."""
     table = load_table()
+    for name in templates:  # whatever is wrong with one is said before the first scan
+        load_atlas(name)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for index, scan in enumerate(scans, start=1):

@@ -1,0 +1,57 @@
+"""The atlases to train with: templates by name, or one person (the paper's Table VI)."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.config import fingerprint
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_scan, stem
+from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.templates import PREFERRED, load_template, registry
+from cadiff_cli.products import Template
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import bounding_box
+from cadiff_cli.stages.strip import already_stripped, foreground
+
+
+def is_person(name: str) -> bool:
+    """Whether an atlas is given as somebody's scan."""
+    return name.endswith(IMAGE_SUFFIXES)
+
+
+def frame(name: str) -> str:
+    """Identifies an atlas and its coordinates."""
+    return fingerprint([sha256(Path(name)) if is_person(name) else registry().get(name)])
+
+
+@lru_cache(maxsize=4)
+def load_atlas(name: str) -> Template:
+    """A template that ``load_template`` knows (never downloaded), or a stripped scan by its path.
+
+    Raises what ``load_template`` and ``load_scan`` raise, ``DataError`` for a whole head.
+    """
+    return person(Path(name)) if is_person(name) else load_template(name, offline=True)
+
+
+def person(path: Path) -> Template:
+    """One person's brain as an atlas.
+
+    Nobody has marked its AC: its brain's bounding box is laid over that of Colin27's extents, which
+    puts the origin within a centimetre or so of it, and the midplane halfway between the sides.
+    """
+    t1 = load_scan(path).t1
+    if not already_stripped(t1):
+        raise DataError(f"{path.name} is not skull-stripped", "give a brain as an atlas")
+    inside = foreground(t1.data)
+    box = bounding_box(inside)
+    ends = t1.grid.to_world(np.array([[s.start, s.stop - 1] for s in box], dtype=float).T)
+    extents: dict[str, Any] = {
+        key: tuple(map(float, registry()[PREFERRED][key])) for key in ("low_mm", "high_mm")
+    }
+    middle = np.mean(list(extents.values()), axis=0)
+    x, y, z = (float(v) for v in ends.mean(axis=0) - middle)
+    brain = Volume(np.where(inside, t1.data, 0).astype(np.float32), t1.grid)
+    return Template(stem(path), brain, (x, y, z), **extents, source="person")
