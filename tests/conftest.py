@@ -29,11 +29,25 @@ from cadiff_cli.products import (
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import brain_crop, normalise
+from cadiff_cli.training.augment import AugmentConfig
 from cadiff_cli.training.cache import Sample, pool
 from cadiff_cli.training.prior import count_prior
+from cadiff_cli.training.synthesis import SynthesisConfig
 
 # On a busy machine threads wait for one another longer than tensors this small take.
 torch.set_num_threads(1)
+
+NO_CHANGE = AugmentConfig(
+    flip=0,
+    deform=0,
+    together=0,
+    field_error_mm=0,
+    thick_slices=0,
+    bad_mask=0,
+    intensity=0,
+    synthesis=SynthesisConfig(share=0),
+)
+"""Plain patches: pieces of the scans as they are."""
 
 ROOT = Path(__file__).resolve().parents[1]
 ORIENTATIONS = ("RAS", "LAS", "LPS", "oblique")

@@ -3,6 +3,8 @@
 python tests/measure_mask.py HEADS/mass HEADS/nichart            # as they are
 python tests/measure_mask.py HEADS/mass --hard                   # spacings, slices, orientations
 python tests/measure_mask.py --synthetic 6 --hard --figure worst.png
+python tests/measure_mask.py HEADS/ixi HEADS/nichart --edges     # how wide its brains are
+python tests/measure_mask.py HEADS/nichart --shift 0.9           # against brains so much narrower
 
 A folder is BIDS-like: ``sub-*/anat/*_T1w.nii.gz`` with a ``*_mask.nii.gz`` (taken as it is), or a
 ``*_dseg.nii.gz`` of the brain (closed with a ball of 5 mm, as the training heads are).  Synthetic
@@ -20,6 +22,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from scipy import ndimage
 from synthetic_head import stored, synthetic_head
 
 from cadiff_cli.errors import CadiffError
@@ -60,12 +63,22 @@ def main() -> None:
     parser.add_argument("--model", default="brain-mask")
     parser.add_argument("--hard", action="store_true")
     parser.add_argument("--close", action="store_true", help="close masks too, as dsegs are")
+    parser.add_argument("--shift", type=float, default=0.0, help="references narrower by, mm")
+    parser.add_argument("--edges", action="store_true", help="no network: where the edges lie")
     parser.add_argument("--every", type=int, default=1, help="take every n-th head")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--figure", type=Path, help="draw the worst synthetic case")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.edges:
+        for folder in arguments.folders:
+            depths = [edge_depth_mm(t1, brain) for _, t1, brain in real(folder, arguments)]
+            print(
+                f"{folder.name}\t{len(depths)} heads\tthe steepest edge lies"
+                f" {np.mean(depths):.2f} mm (SD {np.std(depths):.2f}) inside the mask"
+            )
+        return
     model = load_brain_model(arguments.model)
     variants = hard if arguments.hard else plain
     sources = {folder.name: real(folder, arguments) for folder in arguments.folders}
@@ -105,7 +118,41 @@ def main() -> None:
 def real(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Volume, Volume]]:
     """(name, T1, brain) of every n-th head of a folder."""
     for path in sorted(folder.glob("sub-*/**/*_T1w.nii.gz"))[:: arguments.every]:
-        yield path.name, load_scan(path).t1, truth(path, arguments.close)
+        brain = truth(path, arguments.close)
+        if arguments.shift:
+            depth = smooth_depth_mm(brain.data, brain.grid.spacing_mm)
+            brain = Volume(depth > arguments.shift, brain.grid)
+        yield path.name, load_scan(path).t1, brain
+
+
+def smooth_depth_mm(inside: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """Signed distance to a mask's border, smoothed by 0.7 voxels: it varies within a voxel too."""
+    half = float(spacing_mm.mean()) / 2
+    deep, high = (
+        ndimage.distance_transform_edt(part, sampling=spacing_mm) - half
+        for part in (inside, ~inside)
+    )
+    return np.asarray(ndimage.gaussian_filter(np.where(inside, deep, -high), 0.7))
+
+
+def edge_depth_mm(t1: Volume, brain: Volume) -> float:
+    """How far inside a mask the image rises most steeply, over the upper half of the brain.
+
+    That rise is from the CSF to the cortex, so what differs between sources is where their masks
+    end.  Both are looked at in RAS axes at 2 mm.
+    """
+    grid = brain.grid.working(2.0, tolerance=0.0)
+    inside = resample(Volume(brain.data.astype(np.float32), brain.grid), grid).data > 0.5
+    depth = smooth_depth_mm(inside, grid.spacing_mm)
+    image = ndimage.gaussian_filter(resample(t1, grid).data.astype(np.float32), 0.5)
+    inwards = np.stack(np.gradient(depth))
+    slope = (np.stack(np.gradient(image)) * inwards).sum(axis=0)
+    slope /= np.maximum(np.linalg.norm(inwards, axis=0), 1e-3)
+    top = int(np.median(np.argwhere(inside)[:, 2]))
+    slope, depth = slope[:, :, top:], depth[:, :, top:]
+    at = np.arange(-3, 8, 0.25)
+    near = [np.exp(-(((depth - a) / 0.6) ** 2) / 2) for a in at]
+    return float(at[np.argmax([(slope * w).sum() / w.sum() for w in near])])
 
 
 def truth(t1: Path, close: bool) -> Volume:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import seeded
+from conftest import NO_CHANGE, seeded
 from scipy import ndimage
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
@@ -24,7 +24,7 @@ from cadiff_cli.training.augment import (
 from cadiff_cli.training.cache import mean_field
 from cadiff_cli.training.synthesis import SynthesisConfig, resynthesise
 
-PLAIN = AugmentConfig.none()
+PLAIN = NO_CHANGE
 PARTS = ("image", "classes", "field")
 DEPTH = 3
 

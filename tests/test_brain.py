@@ -158,7 +158,7 @@ def test_a_number_decides_a_head(drawn_head, real_head):
     config = HeadConfig(patch=32, steps=4)
     draws = HeadDraws([drawn_head, real_head], config)
     for a, b in zip(
-        head_loader([drawn_head, real_head], config, 0, 1),
+        head_loader([drawn_head, real_head], config, 0, 1, torch.device("cpu")),
         (draws[i] for i in range(4)),
         strict=True,
     ):

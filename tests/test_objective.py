@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, awake, seeded
+from conftest import NO_CHANGE, TINY, awake, seeded
 from torch.nn.functional import one_hot
 
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.stages.segment import autocast
-from cadiff_cli.training.augment import AugmentConfig, Patch, draw_patch, stack
+from cadiff_cli.training.augment import Patch, draw_patch, stack
 from cadiff_cli.training.losses import Losses
 from cadiff_cli.training.objective import METHODS, Objective, Times
 
@@ -31,13 +31,13 @@ def objective_of(name, **settings):
 
 @pytest.fixture(scope="module")
 def patch(toy_sample, mirror):
-    return draw_patch(toy_sample, 64, mirror, AugmentConfig.none(), seeded())
+    return draw_patch(toy_sample, 64, mirror, NO_CHANGE, seeded())
 
 
 @pytest.fixture(scope="module")
 def other(toy_sample, mirror):
     """The same image with other labels and another field."""
-    drawn = draw_patch(toy_sample, 64, mirror, AugmentConfig.none(), seeded())
+    drawn = draw_patch(toy_sample, 64, mirror, NO_CHANGE, seeded())
     return Patch(drawn.image, drawn.classes.flip(1, 2, 3), 1 - drawn.field)
 
 

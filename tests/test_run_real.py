@@ -1,4 +1,4 @@
-"""Four people of OpenNeuro's ds002748, whole heads, from raw BIDS to the group table."""
+"""Four people of OpenNeuro's ds002748, skull-stripped, from raw BIDS to the group table."""
 
 import csv
 import json

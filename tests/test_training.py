@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY, seeded
+from conftest import NO_CHANGE, TINY, seeded
 
 from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
@@ -160,7 +160,7 @@ def test_a_patch_says_nothing_about_its_steps_times(start, ramp, mirror):
         return Losses(nothing, nothing, nothing, nothing)
 
     config = replace(QUICK, objective=witness)
-    draws = Draws([ramp], 16, mirror, replace(AugmentConfig.none(), deform=0.5), config.seed)
+    draws = Draws([ramp], 16, mirror, replace(NO_CHANGE, deform=0.5), config.seed)
     state, deformed = start(config), []
     for step in range(64):
         patch = draws[step]

@@ -51,20 +51,6 @@ class AugmentConfig:
     intensity: float = 1.0
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
 
-    @staticmethod
-    def none() -> "AugmentConfig":
-        """Plain patches: pieces of the scans as they are."""
-        return AugmentConfig(
-            flip=0,
-            deform=0,
-            together=0,
-            field_error_mm=0,
-            thick_slices=0,
-            bad_mask=0,
-            intensity=0,
-            synthesis=SynthesisConfig(share=0),
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Patch:

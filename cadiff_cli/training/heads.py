@@ -27,8 +27,15 @@ from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
 from cadiff_cli.stages.brain import normalise
-from cadiff_cli.training.augment import nearest, read, rotation, smooth_noise, thicken
-from cadiff_cli.training.loop import Schedule, outlive_signals
+from cadiff_cli.training.augment import (
+    low_resolution,
+    nearest,
+    read,
+    rotation,
+    smooth_noise,
+    thicken,
+)
+from cadiff_cli.training.loop import Schedule, series
 
 CLOSING_MM = 5.0
 NOT_BRAIN = 500
@@ -64,6 +71,10 @@ class HeadPatch:
     def to(self, device: torch.device) -> "HeadPatch":
         """The same on another device."""
         return HeadPatch(self.image.to(device), self.distance.to(device))
+
+    def pin_memory(self) -> "HeadPatch":
+        """The same in memory that a GPU can fetch by itself."""
+        return HeadPatch(self.image.pin_memory(), self.distance.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -323,7 +334,7 @@ def paint(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
-    """Bias field, contrast, noise, thick slices; brightest tissue of any brightness."""
+    """Bias field, contrast, noise, thick slices or large voxels, any brightness."""
     if float(torch.rand(1, generator=generator)) < 0.3:
         thickest = config.slice_mm / SPACING_MM
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
@@ -333,6 +344,7 @@ def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) ->
             mt.RandBiasField(prob=0.6, coeff_range=(-0.25, 0.25)),
             mt.RandAdjustContrast(prob=0.6, gamma=(0.5, 2.0)),
             mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2),
+            low_resolution(0.15),
             mt.RandGaussianSmooth(
                 prob=0.15, sigma_x=(0.3, 1.0), sigma_y=(0.3, 1.0), sigma_z=(0.3, 1.0)
             ),
@@ -441,17 +453,10 @@ def stack_heads(patches: Sequence[HeadPatch]) -> HeadPatch:
 
 
 def head_loader(
-    heads: Sequence[Head], config: HeadConfig, step: int, workers: int
+    heads: Sequence[Head], config: HeadConfig, step: int, workers: int, device: torch.device
 ) -> "DataLoader[HeadPatch]":
     """Batches from ``step`` on, in order."""
-    return DataLoader(
-        HeadDraws(heads, config),
-        batch_size=config.batch,
-        sampler=range(step * config.batch, config.steps * config.batch),
-        num_workers=workers,
-        worker_init_fn=outlive_signals,
-        collate_fn=stack_heads,
-    )
+    return series(HeadDraws(heads, config), stack_heads, config, step, workers, device)
 
 
 def save_head(path: Path, head: Head) -> None:

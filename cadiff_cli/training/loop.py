@@ -12,7 +12,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import CadiffError, UsageError
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 
 N = TypeVar("N", bound=nn.Module)
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,27 @@ def fit(
     save_checkpoint(checkpoint, state, config)
 
 
-def outlive_signals(_worker: int) -> None:
+def series(
+    draws: Dataset[D],
+    stack: Callable[[Sequence[D]], D],
+    schedule: Schedule,
+    step: int,
+    workers: int,
+    device: torch.device,
+) -> "DataLoader[D]":
+    """Batches of an endless series from ``step`` on, in order; ``stack`` joins draws."""
+    return DataLoader(
+        draws,
+        batch_size=schedule.batch,
+        sampler=range(step * schedule.batch, schedule.steps * schedule.batch),
+        num_workers=workers,
+        worker_init_fn=_outlive_signals,
+        collate_fn=stack,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _outlive_signals(_worker: int) -> None:
     """For a loader's processes: whoever stops the whole group stops the run, and that stops them.
 
     Without them the run could not finish its step, and write no checkpoint.

@@ -146,7 +146,7 @@ def train_mask(
     # What refines learns from what locates, so that goes first.
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
     for phase, objective in ((locating, MaskObjective(fine=0)), (config, MaskObjective())):
-        loader = head_loader(chosen, phase, state.step, workers)
+        loader = head_loader(chosen, phase, state.step, workers, state.device)
         left = (ends - time.monotonic()) / 60
         fit(state, loader, objective, phase, checkpoint, max_minutes=left)
         if state.step < phase.steps:

@@ -12,7 +12,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
 from cadiff_cli.training.cache import Sample
-from cadiff_cli.training.loop import Schedule, outlive_signals
+from cadiff_cli.training.loop import Schedule, series
 from cadiff_cli.training.objective import METHODS, Objective
 
 
@@ -74,12 +74,4 @@ def patch_loader(
         also=also,
         also_share=config.also_share,
     )
-    return DataLoader(
-        draws,
-        batch_size=config.batch,
-        sampler=range(step * config.batch, config.steps * config.batch),
-        num_workers=workers,
-        worker_init_fn=outlive_signals,
-        collate_fn=stack,
-        pin_memory=device.type == "cuda",
-    )
+    return series(draws, stack, config, step, workers, device)
