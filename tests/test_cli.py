@@ -224,6 +224,7 @@ def test_every_result_is_there(segmented):
     (log,) = (name for name in logs if name.endswith(".log"))
     cited = {f"logs/CITATION.{suffix}" for suffix in ("md", "html", "bib")}
     locks = {f"logs/journal/{name}.lock" for name in ("sub-01_ses-a", "citation")}
+    locks.add("logs/journal/sub-01_ses-a.begun")
     assert logs == {log, *locks, *cited}
     prefix = "sub-01/ses-a/anat/sub-01_ses-a_"
     images = (
