@@ -27,10 +27,10 @@ FREESURFER_PARCELS = {
 }
 """Cortex of either side, and the white matter below it, as ``aparc+aseg`` and ``wmparc`` parcel
 them."""
-CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
-"""BIDS' standard tissue classes, column ``mapping`` of the table."""
 FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
 """White matter of either side: hypointensities, callosum."""
+CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
+"""BIDS' standard tissue classes, column ``mapping`` of the table."""
 
 
 @dataclass(frozen=True)

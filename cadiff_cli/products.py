@@ -76,14 +76,9 @@ class Stripped:
     quality: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def litres(self) -> float:
-        """Volume of the mask."""
-        return float(np.count_nonzero(self.mask.data)) * self.mask.grid.voxel_volume_mm3 / 1e6
-
-    @property
     def summary(self) -> str:
         """How large the brain is, and what found it."""
-        return f"brain of {self.litres:.2f} l by {FOUND_BY.get(self.method, self.method)}"
+        return f"brain of {self.mask.litres:.2f} l by {FOUND_BY.get(self.method, self.method)}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import brain_mask
 from cadiff_cli.stages.masks import judge_mask, tidy
-from cadiff_cli.training.heads import closed
+from cadiff_cli.training.heads import closed, signed_distance
 from cadiff_cli.training.mask import brain_of
 
 mpl.use("Agg")
@@ -127,12 +127,7 @@ def real(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, Vol
 
 def smooth_depth_mm(inside: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Signed distance to a mask's border, smoothed by 0.7 voxels: it varies within a voxel too."""
-    half = float(spacing_mm.mean()) / 2
-    deep, high = (
-        ndimage.distance_transform_edt(part, sampling=spacing_mm) - half
-        for part in (inside, ~inside)
-    )
-    return np.asarray(ndimage.gaussian_filter(np.where(inside, deep, -high), 0.7))
+    return np.asarray(ndimage.gaussian_filter(signed_distance(inside, spacing_mm), 0.7))
 
 
 def edge_depth_mm(t1: Volume, brain: Volume) -> float:

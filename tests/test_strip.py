@@ -12,7 +12,7 @@ from cadiff_cli.io.nifti import load_scan, save_volume
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.masks import tidy
-from cadiff_cli.stages.strip import already_stripped, strip
+from cadiff_cli.stages.strip import strip, stripped_brain
 
 
 @pytest.fixture
@@ -32,22 +32,22 @@ def head_of(phantom):
 
 
 def test_a_stripped_scan_is_recognised(phantom, orientation):
-    assert already_stripped(phantom(orientation, 2.0).t1)
+    assert stripped_brain(phantom(orientation, 2.0).t1)
 
 
 @pytest.mark.parametrize("value", [-1000.0, 7.0])
 def test_the_background_may_have_any_value(phantom, value):
     head = phantom("RAS", 2.0)
-    assert already_stripped(Volume(np.where(head.codes > 0, head.t1.data, value), head.t1.grid))
+    assert stripped_brain(Volume(np.where(head.codes > 0, head.t1.data, value), head.t1.grid))
 
 
 def test_a_head_is_recognised(head_of):
-    assert not already_stripped(head_of(air=2.0))
+    assert not stripped_brain(head_of(air=2.0))
 
 
 def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
     """A scanner that writes 0 outside the head does not make it a brain."""
-    assert not already_stripped(head_of(air=0.0))
+    assert not stripped_brain(head_of(air=0.0))
 
 
 def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):
@@ -255,5 +255,7 @@ def test_real_scans_are_recognised(shared, folder):
     """MALC and ds002748 come without their skulls, the others with them."""
     scans = sorted(shared(folder).rglob("*_T1w.nii.gz"))
     assert scans
-    wrong = [p.name for p in scans if already_stripped(load_scan(p).t1) is not REAL[folder]]
+    wrong = [
+        p.name for p in scans if (stripped_brain(load_scan(p).t1) is not None) is not REAL[folder]
+    ]
     assert not wrong

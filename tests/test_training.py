@@ -17,6 +17,7 @@ from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import LabelledScan
+from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid
@@ -306,8 +307,6 @@ def test_a_sample_is_built_as_inference_would(
     phantom, toy_template, identity, table, monkeypatch, tmp_path
 ):
     """From files to a sample; registration alone is taken on trust."""
-    from cadiff_cli.io.nifti import save_volume
-
     head = phantom("LPS", 1.0, scale=0.8)
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
     for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
@@ -344,8 +343,6 @@ def test_labels_that_do_not_fit_their_image_are_refused(
     phantom, table, tmp_path, affine, code, said
 ):
     """Before hours of learning that everything is background."""
-    from cadiff_cli.io.nifti import save_volume
-
     head = phantom("LPS", 2.0, scale=0.8)
     grid = head.t1.grid if affine is None else Grid(head.t1.grid.shape, affine)
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
@@ -362,8 +359,6 @@ def test_labels_that_do_not_fit_their_image_are_refused(
 def test_a_sample_holds_the_fields_that_inference_would_use(
     phantom, toy_template, identity, table, monkeypatch, tmp_path, poor, kept
 ):
-    from cadiff_cli.io.nifti import save_volume
-
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
     head = phantom("RAS", 2.0, scale=0.8)
     for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
@@ -382,8 +377,6 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
 
 def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
     """Its frame lies about where a template's does, whatever way its voxels run."""
-    from cadiff_cli.io.nifti import save_volume
-
     head = phantom(orientation, 2.0)
     path = tmp_path / "sub-1_T1w.nii.gz"
     save_volume(path, head.t1.data, head.t1.grid)
@@ -404,8 +397,6 @@ def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
 
 
 def test_a_whole_head_is_no_atlas(phantom, tmp_path):
-    from cadiff_cli.io.nifti import save_volume
-
     head = phantom("RAS", 3.0)
     path = tmp_path / "sub-head_T1w.nii.gz"
     save_volume(

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from cadiff_cli.report.group import write_group_page
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import Group, write_group
 from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.logs import warning
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
 
@@ -147,7 +148,7 @@ def make_console(verbosity: int) -> Console:
 
 def warn(console: Console, text: str) -> None:
     """One line, as ``cadiff-seg`` says it."""
-    console.print(f"cadiff: WARNING: {escape(' '.join(text.split()))}")
+    console.print(escape(warning(" ".join(text.split()))))
 
 
 def check_folders(request: Request) -> None:
@@ -244,13 +245,18 @@ def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
                         again = replace(by_entities[outcome.entities], work_dir=here, wait=True)
                         busy.append(again)
                         continue
+                    outcome = _without(outcome, by_entities[outcome.entities].notes)
                     outcomes.append(outcome)
-                    notes = by_entities[outcome.entities].notes
-                    _tell(console, outcome, f"[{len(outcomes)}/{len(jobs)}]", notes)
+                    _tell(console, outcome, f"[{len(outcomes)}/{len(jobs)}]")
                     if _is_last(request, outcome):
                         return outcomes
             waiting = busy
     return outcomes
+
+
+def _without(outcome: Outcome, known: Collection[str]) -> Outcome:
+    """The outcome but for warnings that were said once for all scans."""
+    return replace(outcome, warnings=tuple(w for w in outcome.warnings if w not in known))
 
 
 def _is_last(request: Request, outcome: Outcome) -> bool:
@@ -259,12 +265,11 @@ def _is_last(request: Request, outcome: Outcome) -> bool:
     return failed and (request.stop_on_first_crash or outcome.exit_code == DiskError.exit_code)
 
 
-def _tell(console: Console, outcome: Outcome, count: str, known: tuple[str, ...]) -> None:
+def _tell(console: Console, outcome: Outcome, count: str) -> None:
     said = f"{count} {outcome.entities}  {outcome.status}  {outcome.seconds:.0f} s"
     console.print(escape(f"{said}  {outcome.message}".rstrip()))
     for text in outcome.warnings:
-        if text not in known:  # said once for all scans
-            warn(console, f"{outcome.entities}: {text}")
+        warn(console, f"{outcome.entities}: {text}")
 
 
 def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) -> int:
@@ -275,9 +280,7 @@ def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) ->
         for outcome in failed:
             table.add_row(*map(escape, (outcome.entities, outcome.message, outcome.crash_file)))
         console.print(table)
-    known = {note for job in (*plan.jobs, *plan.pages) for note in job.notes}
-    doubts = [(o.entities, text) for o in outcomes for text in o.warnings if text not in known]
-    if doubts:
+    if doubts := [(outcome.entities, text) for outcome in outcomes for text in outcome.warnings]:
         table = Table("scan", "warning", title="to look at")
         for doubt in doubts:
             table.add_row(*map(escape, doubt))

@@ -66,8 +66,9 @@ def command(
 
     from cadiff_cli.evaluation import listed, pair_up, score_pair
     from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.runner.logs import ON_SCREEN, warning
 
-    logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
     table = load_table()
     mapping = label_mapping(reference_labels, table)
     pairs = pair_up(prediction, reference)
@@ -78,7 +79,7 @@ def command(
         if names:
             share = f"{len(names)} of {len(names) + len(pairs.files)} scans"
             text = f"{share} have no label map in {place}: {listed(names)}"
-            click.echo(f"cadiff: WARNING: {text}", err=True)
+            click.echo(warning(text), err=True)
     claim(out, "evaluation", overwrite=overwrite)
     scores = [
         score

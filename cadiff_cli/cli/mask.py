@@ -33,12 +33,13 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.io.layout import Derivatives
     from cadiff_cli.io.nifti import load_scan
     from cadiff_cli.runner.journal import alone
+    from cadiff_cli.runner.logs import ON_SCREEN, warning
     from cadiff_cli.stages.strip import on_scan, strip
 
-    logging.basicConfig(level=logging.WARNING, format="cadiff: %(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
     scan = load_scan(t1)
     for text in scan.warnings:
-        click.echo(f"cadiff: WARNING: {text}", err=True)
+        click.echo(warning(text), err=True)
     place = Derivatives(out, t1)
     if place.commit.exists():
         raise OutputError(
@@ -58,10 +59,10 @@ def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template |
     """What the scan is stripped by, if a template it is."""
     from cadiff_cli.io.releases import strip_weights_sha256
     from cadiff_cli.io.templates import PREFERRED, load_template
-    from cadiff_cli.stages.strip import already_stripped
+    from cadiff_cli.stages.strip import stripped_brain
 
     unaided = method.method == "auto" and (
-        strip_weights_sha256(method) or already_stripped(scan.t1)
+        strip_weights_sha256(method) or stripped_brain(scan.t1) is not None
     )
     if unaided or method.method not in ("auto", "template"):
         return None

@@ -28,6 +28,7 @@ def rebuild(out: Path, scans: Path | None = None) -> int:
     from cadiff_cli.report.group import write_group_page
     from cadiff_cli.report.page import write_page
     from cadiff_cli.runner.group import collect, known_scans
+    from cadiff_cli.runner.logs import warning
 
     results = list(finished(out))
     if not results:
@@ -37,7 +38,7 @@ def rebuild(out: Path, scans: Path | None = None) -> int:
         try:
             click.echo(write_page(out, result, scans))
         except Exception as error:  # whatever is wrong with one result, the others have pages
-            click.echo(f"cadiff: WARNING: {result.entities}: {in_a_line(error)}", err=True)
+            click.echo(warning(f"{result.entities}: {in_a_line(error)}"), err=True)
             code = 1
     known = known_scans(out)
     if len(known) > 1:

@@ -10,13 +10,13 @@ from rich.markup import escape
 
 import cadiff_cli
 from cadiff_cli.config import Config
-from cadiff_cli.io.layout import Derivatives, finished_result
+from cadiff_cli.io.layout import Derivatives
 from cadiff_cli.io.nifti import load_scan
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result
 from cadiff_cli.runner.journal import Journal, alone
-from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
+from cadiff_cli.runner.logs import LOGGER, ON_SCREEN, capture_warnings, logged
 from cadiff_cli.stages.strip import given_mask
 
 
@@ -46,18 +46,14 @@ def segment_file(
         given_mask(config.strip.mask, scan)
     parse_names(atlas)
     place, journal = Derivatives(out, t1), Journal(out)
-
-    def claim() -> None:
-        # A run that was killed left files; anybody else's are not to be lost.
-        killed = journal.has_begun(place.stem) and finished_result(place) is None
-        place.claim(t1, config.strip.mask, overwrite=overwrite or killed)
-
-    claim()
+    inputs = (t1, config.strip.mask)
+    journal.make_room(place, *inputs, overwrite=overwrite)
     show = verbosity > 0 or (verbosity == 0 and console.is_terminal)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     begun = time.perf_counter()
     with alone(out, place.stem), logged(log_path, _screen(console, verbosity)):
-        claim()  # again: another process may have finished meanwhile
+        # Again: another process may have finished meanwhile.
+        journal.make_room(place, *inputs, overwrite=overwrite)
         LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, t1, scan.t1)
         LOGGER.info("settings %s", config)
         for text in scan.warnings:
@@ -109,6 +105,6 @@ def segment_file(
 def _screen(console: Console, verbosity: int) -> logging.Handler:
     """Warnings for the terminal, more with -v."""
     handler = logging.StreamHandler(console.file)
-    handler.setFormatter(logging.Formatter("cadiff: %(levelname)s: %(message)s"))
+    handler.setFormatter(logging.Formatter(ON_SCREEN))
     handler.setLevel({-1: logging.WARNING, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, 10))
     return handler

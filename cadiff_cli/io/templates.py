@@ -98,8 +98,8 @@ def load_template(name: str, *, offline: bool = False, anew: bool = False) -> Te
     """The template called ``name``.
 
     ``offline`` forbids downloads; ``anew`` replaces files that are there already, such as damaged
-    ones.  Raises ``UsageError`` for an unknown name, ``MissingInputError``
-    or ``DataError`` with the remedy when its files cannot be had or are damaged.
+    ones.  Raises ``UsageError`` for an unknown name, ``MissingInputError`` or ``DataError`` with
+    the remedy when its files cannot be had or are damaged.
     """
     known = registry()
     if name not in known:
@@ -118,10 +118,9 @@ def load_template(name: str, *, offline: bool = False, anew: bool = False) -> Te
                 _refetch(name, templateflow_home()),
             )
         mask = Volume(mask.data > 0.5, mask.grid)
-        litres = np.count_nonzero(mask.data) * mask.grid.voxel_volume_mm3 / 1e6
-        if not 0.8 < litres < 2.5:
+        if not 0.8 < mask.litres < 2.5:
             raise DataError(
-                f"{name}: its brain mask holds {litres:.2f} l, a brain 0.8 to 2.5 l",
+                f"{name}: its brain mask holds {mask.litres:.2f} l, a brain 0.8 to 2.5 l",
                 _refetch(name, templateflow_home()),
             )
         brain = Volume(np.where(mask.data, head.data, 0).astype(np.float32), head.grid)
@@ -226,6 +225,6 @@ def _checked(path: Path, name: str) -> Volume:
 
 def _refetch(name: str, home: Path) -> str:
     return (
-        f"on a machine with a network run"
+        "on a machine with a network run"
         f" 'TEMPLATEFLOW_HOME={home} cadiff fetch {name}', or use --atlas {EMBEDDED}"
     )

@@ -51,9 +51,7 @@ def execute(job: Job) -> Outcome:
                 with logged(job.log_dir / f"{job.entities}.log"):
                     LOGGER.info("cadiff %s, input %s", cadiff_cli.__version__, job.t1)
                     LOGGER.info("settings %s", job.recipe.settings())
-                    # A run that was killed left files; anybody else's are not to be lost.
-                    begun_before = journal.has_begun(job.entities)
-                    job.place.claim(job.t1, overwrite=job.overwrite or begun_before)
+                    journal.make_room(job.place, job.t1, overwrite=job.overwrite)
                     journal.begin(job.entities)
                     result = _segment(job)
                     failed = report_scan(job.out, job.t1, wanted=job.report)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cadiff_cli
 from cadiff_cli.errors import CadiffError, DiskError, OutputError, in_a_line
+from cadiff_cli.io.layout import Derivatives, finished_result
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
@@ -45,9 +46,11 @@ class Journal:
         """From now on files of this scan may be a run's, which the next one may replace."""
         (self.folder / f"{entities}.begun").touch()
 
-    def has_begun(self, entities: str) -> bool:
-        """Whether a run has ever written results of the scan here."""
-        return (self.folder / f"{entities}.begun").exists()
+    def make_room(self, place: Derivatives, *inputs: Path | None, overwrite: bool) -> None:
+        """``place.claim``, to which what a killed run left is nothing that could be lost."""
+        begun = (self.folder / f"{place.stem}.begun").exists()
+        killed = begun and finished_result(place) is None
+        place.claim(*inputs, overwrite=overwrite or killed)
 
     def failed_since(self, entities: str, path: Path) -> str:
         """Why the scan failed after ``path`` was written; empty if it did not."""

@@ -7,6 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOGGER = logging.getLogger("cadiff_cli")
+ON_SCREEN = "cadiff: %(levelname)s: %(message)s"
+"""How a message looks on a terminal, in every command."""
+
+
+def warning(text: str) -> str:
+    """``text`` as a warning on a terminal, for what is said without the log."""
+    return ON_SCREEN % {"levelname": "WARNING", "message": text}
 
 
 def capture_warnings() -> None:

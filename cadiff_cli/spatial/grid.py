@@ -125,6 +125,11 @@ class Volume:
         view.flags.writeable = False
         object.__setattr__(self, "data", view)
 
+    @property
+    def litres(self) -> float:
+        """Volume of a mask: of its voxels that are not 0."""
+        return float(np.count_nonzero(self.data)) * self.grid.voxel_volume_mm3 / 1e6
+
     def __repr__(self) -> str:
         return f"<Volume {self.data.dtype} on {self.grid!r}>"
 

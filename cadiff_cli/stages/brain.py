@@ -84,11 +84,10 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
     Raises ``DataError`` where no brain is found.
     """
     distance = brain_distance(t1, model)
-    deep = tidy(distance.data > 0) & (distance.data > DEEP_MM)
-    deep_litres = np.count_nonzero(deep) * distance.grid.voxel_volume_mm3 / 1e6
-    if deep_litres < LEAST_DEEP_LITRES:
+    deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
+    if deep.litres < LEAST_DEEP_LITRES:
         raise DataError(
-            f"no brain found: {deep_litres:.2f} l of the image lie deep inside one,"
+            f"no brain found: {deep.litres:.2f} l of the image lie deep inside one,"
             f" at least {LEAST_DEEP_LITRES} l should",
             "is this a T1-weighted head? Check the header's voxel sizes, or give --mask FILE",
         )

@@ -29,7 +29,7 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.stages.register import joint_vote, register, settings, warp
-from cadiff_cli.stages.strip import already_stripped, foreground
+from cadiff_cli.stages.strip import foreground, stripped_brain
 
 log = logging.getLogger(__name__)
 
@@ -157,10 +157,11 @@ def carry(
     scan, labels = load_labelled(atlas, table, mapping)
     grid = scan.t1.grid
     warnings = [*scan.warnings]
-    if not already_stripped(scan.t1):
+    brain = stripped_brain(scan.t1)
+    if brain is None:
+        brain = foreground(scan.t1)
         warnings.append("does not look skull-stripped, as atlases have to be")
         log.warning("%s %s", atlas.name, warnings[-1])
-    brain = Volume(foreground(scan.t1.data), grid)
     crop = brain_crop(brain)
     image = resample(Volume(normalise(scan.t1.data, brain.data, grid.spacing_mm), grid), crop)
     # A person as a template of which only images are asked for, never the frame.

@@ -71,6 +71,13 @@ def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
     return np.asarray(ndimage.binary_fill_holes(mask))
 
 
+def find_brain(stripped: Volume, least: float) -> Volume:
+    """Where the brain of a stripped scan is (both bool), at 2 mm: without specks, holes filled."""
+    grid = stripped.grid.working(SPACING_MM, tolerance=0.0)
+    inside = resample(Volume(stripped.data.astype(np.float32), stripped.grid), grid).data > 0.5
+    return Volume(tidy(inside, least), grid)
+
+
 def find_head(t1: Volume) -> Volume:
     """Where a whole head is (bool), at 2 mm: what is not as dark as air, and what that encloses."""
     grid = t1.grid.working(SPACING_MM, tolerance=0.0)

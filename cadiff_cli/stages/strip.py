@@ -22,7 +22,7 @@ from cadiff_cli.spatial.resample import (
     resample_in,
     same_grid,
 )
-from cadiff_cli.stages.masks import find_head, judge_mask, tidy
+from cadiff_cli.stages.masks import find_brain, find_head, judge_mask, tidy
 
 if TYPE_CHECKING:
     from cadiff_cli.io.weights import BrainModel
@@ -45,8 +45,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
     method, warnings = config.strip.method, list[str]()
-    stripped_already = already_stripped(scan.t1)
-    lifted = _lifted(scan.t1, stripped_already)
+    brain = stripped_brain(scan.t1)
+    lifted = _lifted(scan.t1, brain)
     if config.strip.mask is not None:
         given = given_mask(config.strip.mask, scan)
         inside = resample(Volume(given.data.astype(np.float32), given.grid), working).data > 0.5
@@ -56,21 +56,21 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
             raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
         if method == "auto":
             learned = "net" if strip_weights_sha256(config.strip) else "template"
-            method = "none" if stripped_already else learned
-            log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
-        elif method in ("net", "template") and stripped_already:
+            method = "none" if brain else learned
+            log.info("the scan %s skull-stripped already", "is" if brain else "is not")
+        elif method in ("net", "template") and brain:
             warnings.append(
                 "the scan looks skull-stripped already: --skull-strip none would leave it alone"
             )
-        elif method == "none" and not stripped_already:
+        elif method == "none" and not brain:
             warnings.append(
                 "the scan does not look skull-stripped, and --skull-strip none was asked for:"
                 " labels will be unreliable outside the brain"
             )
         if method == "none":
-            if stripped_already:
-                _has_tissues(scan.t1)
-            mask = resample(Volume(foreground(scan.t1.data), scan.t1.grid), working, order=0)
+            if brain:
+                _has_tissues(scan.t1, brain)
+            mask = resample(brain or foreground(scan.t1), working, order=0)
         elif method == "net":
             from cadiff_cli.stages.brain import brain_mask
 
@@ -79,37 +79,32 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
             head = _cubic(lifted, working, all_voxels(working.shape))
             mask, said = _from_template(head, template, config.register, work_dir)
             warnings.extend(f"skull stripping: {text}" for text in said)
-    if stripped_already:
-        outline = Volume(tidy(foreground(scan.t1.data), SPECK), scan.t1.grid)
-    else:
-        outline = find_head(scan.t1)
-    quality = judge_mask(mask, outline)
+    quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(scan.t1))
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
     mask = Volume(tidy(mask.data, 1.0 if method in ("net", "template") else SPECK), working)
-    litres = np.count_nonzero(mask.data) * working.voxel_volume_mm3 / 1e6
-    if litres == 0:
+    if mask.litres == 0:
         raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
-    if not PLAUSIBLE_LITRES[0] <= litres <= PLAUSIBLE_LITRES[1]:
+    if not PLAUSIBLE_LITRES[0] <= mask.litres <= PLAUSIBLE_LITRES[1]:
         warnings.append(
-            f"the brain mask ({method}) holds {litres:.2f} l, outside"
+            f"the brain mask ({method}) holds {mask.litres:.2f} l, outside"
             f" {PLAUSIBLE_LITRES[0]} to {PLAUSIBLE_LITRES[1]} l: look at it"
         )
     for text in warnings:
         log.warning(text)
     t1 = _cubic(lifted, working, bounding_box(mask.data))
-    brain = np.where(mask.data, t1.data, 0).astype(np.float32)
-    return Stripped(Volume(brain, working), mask, method, tuple(warnings), asdict(quality))
+    inside = np.where(mask.data, t1.data, 0).astype(np.float32)
+    return Stripped(Volume(inside, working), mask, method, tuple(warnings), asdict(quality))
 
 
-def _lifted(t1: Volume, stripped_already: bool) -> Volume:
-    """Intensities from 0 up, and 0 where a stripped scan has no brain.
+def _lifted(t1: Volume, brain: Volume | None) -> Volume:
+    """Intensities from 0 up, and 0 outside the ``brain`` of a stripped scan.
 
     Background may lie anywhere among them: in the middle in z-scored scans and MP2RAGE's.
     """
     data = t1.data - min(float(t1.data.min()), 0.0)
-    return Volume(np.where(foreground(t1.data), data, 0) if stripped_already else data, t1.grid)
+    return Volume(np.where(brain.data, data, 0) if brain else data, t1.grid)
 
 
 def _cubic(t1: Volume, working: Grid, box: tuple[slice, ...]) -> Volume:
@@ -129,28 +124,28 @@ def on_scan(stripped: Stripped, scan: Scan) -> Volume:
     return Volume(resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5, grid)
 
 
-def already_stripped(t1: Volume) -> bool:
-    """Whether one constant value surrounds an object as large as a brain and smaller than a head.
+def stripped_brain(t1: Volume) -> Volume | None:
+    """Where the brain is (bool) in a scan that is stripped already; None for a whole head.
 
-    Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a head holds
-    more than 2.3 litres.
+    Stripped means that one constant value surrounds an object as large as a brain and smaller than
+    a head. Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a head
+    holds more than 2.3 litres.
     """
-    inside = foreground(t1.data)
-    if inside.mean() > 0.6:
-        return False
-    faces = [np.take(inside, index, axis=axis).mean() for axis in range(3) for index in (0, -1)]
-    litres = np.count_nonzero(inside) * t1.grid.voxel_volume_mm3 / 1e6
+    found = foreground(t1)
+    if found.data.mean() > 0.6:
+        return None
     # A brain touches at most one face of its field of view, and that one hardly.
+    touched = np.median([face.mean() for face in _faces(found.data)])
     low, high = STRIPPED_LITRES
-    return bool(low < litres < high and np.median(faces) < 0.01)
+    return found if low < found.litres < high and touched < 0.01 else None
 
 
-def _has_tissues(t1: Volume) -> None:
+def _has_tissues(t1: Volume, brain: Volume) -> None:
     """Raise ``DataError`` for a body of one brightness: a phantom, not a brain.
 
     In 26 stripped scans of two scanners the spread is 0.28 to 0.40 of the mean.
     """
-    inside = t1.data[foreground(t1.data)] - min(_background(t1.data), 0.0)
+    inside = t1.data[brain.data] - min(_background(t1.data), 0.0)
     spread = float(inside.std() / abs(float(inside.mean()) or np.inf))
     if spread < LEAST_SPREAD:
         raise DataError(
@@ -160,15 +155,19 @@ def _has_tissues(t1: Volume) -> None:
         )
 
 
+def foreground(t1: Volume) -> Volume:
+    """What has another value than the image's faces: all of a stripped brain (bool)."""
+    return Volume(t1.data != _background(t1.data), t1.grid)
+
+
 def _background(data: np.ndarray) -> float:
     """The value of the image's corners and faces: their median."""
-    faces = [np.take(data, index, axis=axis).ravel() for axis in range(3) for index in (0, -1)]
-    return float(np.median(np.concatenate(faces)))
+    return float(np.median(np.concatenate([face.ravel() for face in _faces(data)])))
 
 
-def foreground(data: np.ndarray) -> np.ndarray:
-    """What has another value than the image's faces: all of a stripped brain (bool)."""
-    return np.asarray(data != _background(data))
+def _faces(data: np.ndarray) -> list[np.ndarray]:
+    """The six outermost slices of an image."""
+    return [np.take(data, index, axis=axis) for axis in range(3) for index in (0, -1)]
 
 
 def given_mask(path: Path, scan: Scan) -> Volume:

@@ -14,7 +14,7 @@ from cadiff_cli.io.templates import PREFERRED, load_template, registry
 from cadiff_cli.products import Template
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box
-from cadiff_cli.stages.strip import already_stripped, foreground
+from cadiff_cli.stages.strip import stripped_brain
 
 
 def is_person(name: str) -> bool:
@@ -23,8 +23,10 @@ def is_person(name: str) -> bool:
 
 
 def frame(name: str) -> str:
-    """Identifies an atlas and its coordinates."""
-    return fingerprint([sha256(Path(name)) if is_person(name) else registry().get(name)])
+    """Identifies an atlas, the name that its field goes by, and its coordinates."""
+    if is_person(name):
+        return fingerprint([stem(Path(name)), sha256(Path(name))])
+    return fingerprint([name, registry().get(name)])
 
 
 @lru_cache(maxsize=4)
@@ -43,15 +45,15 @@ def person(path: Path) -> Template:
     puts the origin within a centimetre or so of it, and the midplane halfway between the sides.
     """
     t1 = load_scan(path).t1
-    if not already_stripped(t1):
+    inside = stripped_brain(t1)
+    if inside is None:
         raise DataError(f"{path.name} is not skull-stripped", "give a brain as an atlas")
-    inside = foreground(t1.data)
-    box = bounding_box(inside)
+    box = bounding_box(inside.data)
     ends = t1.grid.to_world(np.array([[s.start, s.stop - 1] for s in box], dtype=float).T)
     extents: dict[str, Any] = {
         key: tuple(map(float, registry()[PREFERRED][key])) for key in ("low_mm", "high_mm")
     }
     middle = np.mean(list(extents.values()), axis=0)
     x, y, z = (float(v) for v in ends.mean(axis=0) - middle)
-    brain = Volume(np.where(inside, t1.data, 0).astype(np.float32), t1.grid)
+    brain = Volume(np.where(inside.data, t1.data, 0).astype(np.float32), t1.grid)
     return Template(stem(path), brain, (x, y, z), **extents, source="person")
