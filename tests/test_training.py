@@ -18,7 +18,7 @@ from cadiff_cli.cli.train import command
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.nifti import save_volume
-from cadiff_cli.io.weights import load_model
+from cadiff_cli.io.weights import PRIOR_STEP, load_model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.training import cache, loop
@@ -566,6 +566,13 @@ def test_a_run_begins_with_the_weights_it_is_given(toy_sample, table, tmp_path, 
     assert now.metadata["training"]["seen_by_init"] == ["toy"]
     with pytest.raises(UsageError, match="init"):
         train([flat], tmp_path / "b", QUICK, net_config=tiny_config)
+    new = train([flat], tmp_path / "e", QUICK, init=was, recount_prior=True, max_minutes=0)
+    mine = load_model(str(new)).net.state_dict()
+    counted = count_prior([flat], table, tiny_config.prior_shape)
+    torch.testing.assert_close(mine["prior.logits"], counted, atol=PRIOR_STEP, rtol=0)
+    assert not torch.equal(mine["prior.logits"], was.net.state_dict()["prior.logits"])
+    for key, value in was.net.state_dict().items():
+        assert key == "prior.logits" or torch.equal(mine[key], value), key
     other = replace(toy_sample, subject="other")
     with pytest.raises(UsageError, match=r"'toy'.*--init"):
         train([toy_sample, other], tmp_path / "c", QUICK, init=now, hold_out=["toy"])
@@ -614,6 +621,7 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
         (["--also", here[1], "no-such-labels"], MissingInputError),
         (["--init", "no-such-model"], MissingInputError),
         (["--also-share", "0.2"], UsageError),
+        (["--recount-prior"], UsageError),
         (["--hold-out", "nobody"], UsageError),
         (["--hold-out", "sub-manual"], UsageError),
         (["--also", here[0], "dlmuse"], UsageError),

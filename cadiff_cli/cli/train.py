@@ -80,6 +80,9 @@ def training_options(command: Any) -> Any:
 )
 @click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
 @click.option(
+    "--recount-prior", is_flag=True, help="Count the label prior over DATASET, not --init's."
+)
+@click.option(
     "--validate-minutes",
     type=float,
     default=15.0,
@@ -93,6 +96,7 @@ def command(
     also: tuple[tuple[Path, str], ...],
     also_share: float | None,
     init: str | None,
+    recount_prior: bool,
     validate_minutes: float,
     run: Path,
     labels: str,
@@ -123,6 +127,8 @@ def command(
         if not also:
             raise UsageError("--also-share has nothing to share with", "give --also as well")
         settings["also_share"] = also_share
+    if recount_prior and not init:
+        raise UsageError("--recount-prior is for --init", "without it the prior is counted anyway")
     net, config = recipe(**settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
     model = load_model(init) if init else None
@@ -142,6 +148,7 @@ def command(
         config,
         also=[sample for other in less_trusted for sample in other],
         init=model,
+        recount_prior=recount_prior,
         hold_out=held,
         net_config=net,
         device=device,

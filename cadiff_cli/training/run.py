@@ -26,7 +26,16 @@ from cadiff_cli.training.recipe import TrainConfig, patch_loader
 
 log = logging.getLogger(__name__)
 
-SAME = ("trained_on", "also_on", "init", "templates", "labels", "also_labels", "net")
+SAME = (
+    "trained_on",
+    "also_on",
+    "init",
+    "recount_prior",
+    "templates",
+    "labels",
+    "also_labels",
+    "net",
+)
 """What a run that goes on must share with its checkpoint, beside the settings."""
 
 
@@ -52,6 +61,7 @@ def train(
     *,
     also: Sequence[cache.Sample] = (),
     init: Model | None = None,
+    recount_prior: bool = False,
     hold_out: Sequence[str] = (),
     net_config: NetConfig | None = None,
     device: str = "auto",
@@ -63,7 +73,8 @@ def train(
 
     ``also`` are scans with labels that are trusted less: a share of the patches comes from them
     (``config.also_share``), and the prior is not counted over them.  ``init`` is a model to begin
-    with, whose prior stays; nobody it was trained on can be held out.
+    with; nobody it was trained on can be held out.  Its prior stays, unless ``recount_prior`` asks
+    for that of these subjects.
     ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
@@ -87,6 +98,7 @@ def train(
         "trained_on": sorted({s.subject for s in chosen}),
         "also_on": sorted({s.subject for s in trusted_less}),
         "init": init.sha256 if init else None,
+        "recount_prior": recount_prior,
         "seen_by_init": sorted(seen_by(init)),
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
@@ -97,7 +109,7 @@ def train(
         refuse_other_run(run / "config.json", described, SAME)
         load_checkpoint(checkpoint, state)
         log.info("continuing at step %d", state.step)
-    elif net.config.reads_field and not init:
+    elif net.config.reads_field and (recount_prior or not init):
         order = np.random.default_rng(config.seed).permutation(len(chosen))
         if voters := [chosen[i] for i in order[: config.prior_scans]]:
             prior = count_prior(voters, table, net.config.prior_shape)
