@@ -10,7 +10,7 @@ from typing import Any
 
 from cadiff_cli import __version__
 
-REVISION = 5
+REVISION = 6
 """Raise it whenever the same settings give other results: none of before are taken for theirs."""
 
 

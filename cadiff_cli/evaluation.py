@@ -4,18 +4,17 @@ Background is never scored.  A structure missing on one side counts Dice 0 and N
 ``missed``; missing on both sides it is ``absent`` and left out of every mean.
 """
 
-import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import source_entities
+from cadiff_cli.io.label_maps import load_classes, say_once
 from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, stem
 from cadiff_cli.io.text import write_tsv
 from cadiff_cli.labels import LabelTable
@@ -24,8 +23,6 @@ from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample_labels, same_grid
 from cadiff_cli.stages.register import rigid
-
-log = logging.getLogger(__name__)
 
 OURS = "_seg-cadiff_dseg."
 """What marks a label map of cadiff's in a file name."""
@@ -111,18 +108,25 @@ def score_pair(
 ) -> list[Score]:
     """Score one label map (our codes) against a reference on the same grid.
 
-    Raises ``DataError`` for unknown codes in the prediction, a reference without any known id, or
-    grids that differ.
+    Structures that no id of the reference means are not scored, which is said.  Raises
+    ``DataError`` for unknown codes in the prediction, a reference without any known id, or grids
+    that differ.
     """
     p = load_classes(prediction, table, table.identity_mapping())
-    r = load_classes(reference, table, reference_mapping, foreign=True)
+    r = load_classes(reference, table, reference_mapping, option="--reference-labels")
     if not same_grid(p.grid, r.grid):
         raise DataError(
             f"{prediction.name} lies on {_described(p.grid)}, {reference.name} on"
             f" {_described(r.grid)}",
             "both must share a grid",
         )
-    return score_classes(scan_of(reference), p, r, table, subset, tolerance_mm, reference.name)
+    scores = score_classes(scan_of(reference), p, r, table, subset, tolerance_mm, reference.name)
+    either = {abs(k) for k in reference_mapping.values()}
+    drawn = either | {int(table.mirror_classes[-k]) for k in reference_mapping.values() if k < 0}
+    known = {table.structures[k - 1].name for k in drawn if k}
+    if unknown := [s.structure for s in scores if s.structure not in known]:
+        say_once(f"not scored, as no id of the references means them: {', '.join(unknown)}")
+    return [s for s in scores if s.structure in known]
 
 
 def score_classes(
@@ -171,43 +175,6 @@ def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
     """Class map ``labels`` on ``grid``, whose points ``motion`` (4, 4; RAS mm) takes to theirs."""
     here = Grid(labels.grid.shape, np.linalg.solve(motion, labels.grid.affine))
     return resample_labels(Volume(labels.data, here), grid).data
-
-
-def load_classes(
-    path: Path, table: LabelTable, mapping: Mapping[int, int], *, foreign: bool = False
-) -> Volume:
-    """Read a label map and turn its ids into classes (uint8).
-
-    ``mapping`` must know every id; in a ``foreign`` map at least one, and the others become
-    background, which is said.  Raises ``DataError``.
-    """
-    volume = load_volume(path)
-    values = np.unique(volume.data).astype(np.float64)
-    if (odd := values[~np.isfinite(values) | (values % 1 != 0)]).size:
-        raise DataError(
-            f"{path.name} holds {odd[0]:g}, which is no label id", "give a label map, not an image"
-        )
-    ids = {int(v) for v in values} - {0}
-    unknown = sorted(ids - set(mapping))
-    if foreign and len(unknown) == len(ids):
-        raise DataError(
-            f"{path.name} holds no known label id (but {unknown[:5] or 'only 0'})",
-            "say with --reference-labels what its ids are",
-        )
-    if unknown and not foreign:
-        raise DataError(
-            f"{path.name} holds ids {unknown[:5]} that are not in the label table",
-            "give a dseg written by cadiff",
-        )
-    if unknown:
-        _say_once(f"reference ids {unknown} are in no row of the mapping: background to the score")
-    return Volume(table.encode(np.asarray(volume.data), mapping), volume.grid)
-
-
-@cache
-def _say_once(text: str) -> None:
-    """Most references of a dataset leave out the same ids."""
-    log.warning(text)
 
 
 def pair_up(prediction: Path, reference: Path) -> Pairs:

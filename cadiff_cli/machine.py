@@ -73,6 +73,12 @@ def _cached(group: Path) -> int:
         return 0
 
 
+def without_home(text: str) -> str:
+    """``text`` with ``~`` for the user's home: where somebody lives is nobody's business."""
+    here = str(home())
+    return text if here == "/" else text.replace(f"{here}/", "~/")
+
+
 def home() -> Path:
     """The user's home; a temporary folder for one without a home, as in a container."""
     try:

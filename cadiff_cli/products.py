@@ -87,7 +87,7 @@ class Registered:
 
     ``from_template`` and ``to_template`` are ITK composite transforms (``.h5``) that resample
     template images onto the scan and scan images onto the template.  ``score`` is the normalised
-    mutual information of the two brains inside the scan's mask (higher is better).  All three are
+    mutual information of the two brains where either is (higher is better).  All three are
     None where no registration was wanted (``kind`` is ``none``).
     """
 

@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.weights import load_model
+from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.quality import expected_dice, fit
 from cadiff_cli.products import CoordinateField
 from cadiff_cli.spatial.grid import Volume
@@ -121,14 +122,6 @@ DEGRADATIONS = {
 }
 
 
-def true_dice(drawn, truth, n_classes):
-    """(classes - 1,) Dice; NaN where both are empty."""
-    sizes = [np.bincount(x.ravel(), minlength=n_classes)[1:] for x in (drawn, truth)]
-    both = np.bincount(drawn[drawn == truth], minlength=n_classes)[1:]
-    with np.errstate(invalid="ignore"):
-        return 2 * both / sum(sizes)
-
-
 def made_with(model, config):
     """What measurements of one table share: weights and settings."""
     return f"{model.sha256[:12]} steps {config.steps}{' flip' if config.flip else ''}"
@@ -142,8 +135,8 @@ def measure(path, name, model, config):
     p, _ = class_probabilities(conditions, model, config)
     drawn = most_probable(p) * conditions.mask.data
     raw = expected_dice(p.numpy(), drawn)
-    dice = true_dice(drawn, sample.classes, model.table.n_classes)
-    for s, *values in zip(model.table.structures, raw, dice, strict=True):
+    true = dice(drawn, sample.classes, range(1, model.table.n_classes))
+    for s, *values in zip(model.table.structures, raw, true, strict=True):
         if s.is_tissue and np.isfinite(values).all():
             known = made_with(model, config), sample.subject, sample.name
             yield (*known, name, s.name, *(f"{v:.4f}" for v in values))

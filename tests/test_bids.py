@@ -149,6 +149,27 @@ def test_scans_are_paired_by_subject_session_and_run(dataset):
     ]
 
 
+def test_scans_without_a_partner_are_named(tmp_path, dataset, caplog):
+    """Nor does a folder above count, and run-01 is run-1."""
+    here = "study/sub-9/bids"
+    found = labelled_scans(
+        dataset(
+            f"{here}/sub-1/anat/sub-1_run-01_T1w.nii.gz",
+            f"{here}/sub-1/anat/sub-1_run-1_dseg.nii.gz",
+            f"{here}/sub-2/anat/sub-2_acq-a_T1w.nii.gz",
+            f"{here}/sub-2/anat/sub-2_dseg.nii.gz",
+            f"{here}/sub-3/anat/sub-3_T1w.nii.gz",
+            f"{here}/sub-3/anat/sub-3_dseg.nii.gz",
+        )
+        / here
+    )
+    assert [s.subject for s in found] == ["1", "3"]
+    said = caplog.text
+    assert "sub-2_acq-a_T1w.nii.gz" in said
+    assert "sub-2_dseg.nii.gz" in said
+    assert "sub-3" not in said
+
+
 def test_a_dataset_without_pairs_is_an_error(dataset, tmp_path):
     with pytest.raises(DataError, match="1 T1w and 0 dseg"):
         labelled_scans(dataset("sub-1/anat/sub-1_T1w.nii.gz"))

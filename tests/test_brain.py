@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import seeded
 
+from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import BrainModel, load_brain_model, load_model
@@ -494,6 +497,46 @@ def test_a_head_takes_the_brain_of_its_own_run(label_map, tmp_path):
     save_volume(anat / "sub-01_desc-other_mask.nii.gz", brain, label_map.grid)
     with pytest.raises(DataError, match="has 2 brains"):
         prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")
+
+
+def test_a_brain_on_another_grid_is_refused(label_map, tmp_path):
+    """Else the image would be black where the brain is."""
+    anat = tmp_path / "scans" / "sub-01" / "anat"
+    image = np.where(label_map.data > 0, 50, 0).astype(np.float32)
+    save_volume(anat / "sub-01_T1w.nii.gz", image, label_map.grid)
+    mirrored = Grid(label_map.grid.shape, np.diag([-1.0, 1, 1, 1]) @ label_map.grid.affine)
+    brain = np.isin(label_map.data, (2, 41)).astype(np.uint8)
+    save_volume(anat / "sub-01_desc-brain_mask.nii.gz", brain, mirrored)
+    with pytest.raises(DataError, match="share a grid"):
+        prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")
+
+
+def test_the_command_trains_on_folders(label_map, tmp_path, monkeypatch):
+    """Options reach the run; names that are wrong are said before anything is prepared."""
+    maps, trained = tmp_path / "maps", {}
+    save_volume(maps / "one.nii.gz", label_map.data.astype(np.int16), label_map.grid)
+
+    def fake_train(heads, run, config, **options):
+        trained.update(heads=heads, config=config, **options)
+        return run / "model.safetensors"
+
+    monkeypatch.setattr("cadiff_cli.training.mask.train_mask", fake_train)
+    run = tmp_path / "run"
+
+    def call(*options):
+        return CliRunner().invoke(command, ["-o", str(run), *options], standalone_mode=False)
+
+    done = call("--label-maps", str(maps), "--steps", "7", "--rate", "1e-4", "--max-minutes", "3")
+    assert done.exception is None
+    assert done.stdout.strip() == str(run / "model.safetensors")
+    assert [head.name for head in trained["heads"]["maps"]] == ["one"]
+    assert (trained["config"].steps, trained["config"].rate) == (7, 1e-4)
+    assert trained["max_minutes"] == 3
+    trained.clear()
+    assert isinstance(call().exception, click.UsageError)
+    for wrong in (["--hold-out-source", "nowhere"], ["--device", "abacus"]):
+        assert isinstance(call("--label-maps", str(maps), *wrong).exception, UsageError)
+    assert not trained
 
 
 def test_label_maps_cannot_be_held_out(label_map, drawn_head, real_head, tmp_path):

@@ -4,12 +4,18 @@ import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from cadiff_cli.cli.crossval import command
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.evaluation import score_classes
+from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.weights import load_model
+from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
 from cadiff_cli.training.objective import Objective
 from cadiff_cli.training.recipe import TrainConfig
@@ -88,6 +94,38 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     assert json.loads((tmp_path / "folds.json").read_text()) == held_out
     assert [str(s) for s in again] == [str(s) for s in scores[len(structures) :]]
     assert torch.load(weights, weights_only=True)["seconds"] == before
+
+
+def test_options_of_the_command_reach_the_folds(toy_sample, table, tmp_path, monkeypatch):
+    """And with --fold each has tables of its own."""
+    people = [LabelledScan(name, name, tmp_path, tmp_path) for name in "abc"]
+    seen = []
+
+    def fake_validate(samples, run, config, **options):
+        seen.append((config, options))
+        whole = Volume(toy_sample.classes, Grid(toy_sample.classes.shape, np.eye(4)))
+        return score_classes("sub-a", whole, whole, table, "malc27")
+
+    prepared = []
+    monkeypatch.setattr("cadiff_cli.io.bids.labelled_scans", lambda _: people)
+    monkeypatch.setattr("cadiff_cli.training.run.prepare", lambda *a: prepared.append(a) or [])
+    monkeypatch.setattr("cadiff_cli.training.crossval.cross_validate", fake_validate)
+
+    def call(*options):
+        arguments = [str(tmp_path), "-o", str(tmp_path / "run"), *options]
+        return CliRunner().invoke(command, arguments, standalone_mode=False)
+
+    settings = ("--fraction", "0.5", "--steps", "60", "--decay", "20", "--max-minutes", "5")
+    assert call(*settings, "--fold", "1", "--fold", "3").exception is None
+    assert [options["only"] for _, options in seen] == [[1], [3]]
+    assert {(config.steps, config.decay) for config, _ in seen} == {(30, 10)}
+    assert all(0 < options["max_minutes"] <= 5 for _, options in seen)
+    for k in (1, 3):
+        assert (tmp_path / "run" / f"fold-{k}" / "evaluation.tsv").is_file()
+    prepared.clear()
+    for wrong in (["--fold", "4"], ["--folds", "4"], ["--device", "abacus"]):
+        assert isinstance(call(*wrong).exception, UsageError)
+    assert not prepared
 
 
 def test_an_unfinished_fold_is_not_scored(toy_sample, tiny_config, tmp_path):

@@ -24,6 +24,7 @@ from cadiff_cli.evaluation import (
     score_pair,
     summarise,
 )
+from cadiff_cli.io.label_maps import say_once
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import rigid
@@ -209,6 +210,19 @@ def test_ids_must_make_sense(write, table):
         with pytest.raises(DataError, match="no known label id") as caught:
             score(good, write("x_dseg.nii", nothing), table)
         assert "--reference-labels" in caught.value.remedy
+
+
+def test_what_references_cannot_hold_is_not_scored(write, table, caplog):
+    """A rater who drew one structure says nothing of the others."""
+    say_once.cache_clear()
+    drawn = cubes(0)
+    path, reference = write("p_dseg.nii", drawn), write("r_dseg.nii", theirs(drawn))
+    ids = theirs(drawn)
+    (one,) = {int(i) for i in ids[drawn == drawn.max()]}
+    mapping = {one: table.neuromorphometrics_mapping()[one]}
+    (score,) = score_pair(path, reference, table, "malc27", mapping)
+    assert score.dice == 1
+    assert "not scored" in caplog.text
 
 
 @pytest.mark.parametrize(

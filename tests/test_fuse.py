@@ -156,7 +156,7 @@ def target(dataset):
 def test_labels_must_be_known_and_on_the_image(dataset, target, table, tmp_path):
     _, stripped = target
     (atlas, *_) = choose_atlases(dataset, image_of(dataset, "sub-1_ses-1", "T1w"))
-    with pytest.raises(DataError, match="none that is known") as caught:
+    with pytest.raises(DataError, match="no known label id") as caught:
         carry(atlas, stripped, table, {1000: 1}, RegisterConfig("affine"))
     assert "--labels" in caught.value.remedy
     other = tmp_path / "other_dseg.nii.gz"

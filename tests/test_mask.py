@@ -15,12 +15,13 @@ from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
 from cadiff_cli.io import releases, templates
 from cadiff_cli.io.nifti import load_scan, load_volume, save_volume
+from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages import strip as stage
-from cadiff_cli.stages.strip import on_scan, strip
+from cadiff_cli.stages.strip import on_scan, strip, stripped_brain
 from cadiff_cli.training.heads import signed_distance
 
 
@@ -96,6 +97,9 @@ def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
     )
     sidecar = json.loads((anat / "sub-01_desc-brain_mask.json").read_text())
     assert sidecar["Quality"]["largest_share"] > 0.99
+    assert sidecar["GeneratedBy"][0]["Name"] == "cadiff"
+    assert sidecar["SourceSHA256"] == sha256(path)
+    assert len(sidecar["WeightsSHA256"]) == 64
     with pytest.raises(OutputError, match="already"):
         CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
     again = [str(path), "-o", str(out), "--overwrite"]
@@ -196,6 +200,22 @@ def test_a_synthetic_head_is_stripped_however_it_is_stored(
     assert stripped.method == "net"
     assert not stripped.warnings
     assert overlap(on_scan(stripped, scan).data, brain.data) > 0.9
+
+
+def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_threads):
+    """As a child's, defaced: its volume is a brain's, and the network finds one inside."""
+    t1, brain = synthetic_head(seed=0)
+    low = int(np.argwhere(brain.data)[:, 2].min())
+    data = np.where(t1.data > 150, t1.data, 0)
+    data[:, :, : low - 2] = 0  # no neck, no jaw
+    small = t1.grid.affine @ np.diag([0.86, 0.86, 0.86, 1])
+    scan = Scan(Volume(data, Grid(t1.grid.shape, small)), tmp_path / "sub-child_T1w.nii.gz")
+    found = stripped_brain(scan.t1)
+    assert found
+    assert found.litres > 1.7
+    stripped = strip(scan, None, Config(StripConfig()), tmp_path)
+    assert stripped.method == "net"
+    assert overlap(on_scan(stripped, scan).data, brain.data) > 0.88
 
 
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):

@@ -284,6 +284,29 @@ def test_doubts_about_left_and_right_are_told(phantom, tmp_path, codes, mirror, 
     assert (word in warnings) if word else not warnings
 
 
+def test_two_statements_of_a_voxels_size_are_told(phantom, tmp_path):
+    """A stretched sform over an honest qform makes every volume too large."""
+    head = phantom("RAS", 4.0)
+    image = nib.Nifti1Image(head.t1.data, head.t1.grid.affine)
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    nib.save(image, path)
+    assert not any("pixdim" in text for text in load_scan(path).warnings)
+    image.set_sform(head.t1.grid.affine @ np.diag([1.1, 1.0, 1.0, 1.0]), 4)
+    nib.save(image, path)
+    (said,) = (text for text in load_scan(path).warnings if "pixdim" in text)
+    assert "4.4" in said
+
+
+def test_signed_intensities_are_no_ct(phantom, tmp_path):
+    """MP2RAGE's air is salt and pepper around 0."""
+    head = phantom("RAS", 4.0)
+    rng = np.random.default_rng(0)
+    air = rng.uniform(-2048, 2048, head.t1.data.shape)
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    save_volume(path, np.where(head.codes > 0, 800, air).astype(np.float32), head.t1.grid)
+    assert load_scan(path).t1.data.min() < -1500
+
+
 def test_time_and_slices_of_the_scan_are_not_inherited(phantom, tmp_path):
     head = phantom("RAS", 4.0)
     image = nib.Nifti1Image(head.t1.data[..., None], head.t1.grid.affine)

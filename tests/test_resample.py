@@ -45,6 +45,20 @@ def test_outside_is_filled():
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_image_reaches_to_the_ends_of_its_voxels(order, axis):
+    """Thick slices do not fade where they end: inside they are whole, and outside is nothing."""
+    spacing = np.where(np.arange(3) == axis, 6.0, 1.0)
+    grid = Grid(tuple(np.where(np.arange(3) == axis, 4, 20)), np.diag([*spacing, 1]))
+    volume = Volume(np.full(grid.shape, 100, np.float32), grid)
+    working = grid.working()
+    wide = working.crop((-5, -5, -5), tuple(n + 10 for n in working.shape))
+    found = resample(volume, wide, order, fill=-1).data
+    expected = np.pad(np.full(working.shape, 100.0), 5, constant_values=-1)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
 def test_a_box_holds_what_the_whole_image_would(grid_of, orientation, order):
     """Nothing is lost by looking only at a part, of the source as of the result."""
     rng = np.random.default_rng(1)

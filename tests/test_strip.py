@@ -115,6 +115,21 @@ def test_a_brain_below_its_background_is_lifted(phantom, toy_template, scan_of, 
     assert np.corrcoef(plain.t1.data[both], stripped.t1.data[both])[0, 1] > 0.995
 
 
+def test_one_wrapped_voxel_does_not_flatten_the_brain(phantom, toy_template, scan_of, tmp_path):
+    head = phantom("RAS", 2.0, scale=0.8)
+    wrapped = head.t1.data.copy()
+    wrapped[tuple(np.argwhere(head.codes > 0)[100])] = -32768
+    moved = type(head)(Volume(wrapped, head.t1.grid), head.codes, 0.8, (0, 0, 0))
+    config = Config(StripConfig())
+    plain, spoilt = (
+        strip(scan_of(h), toy_template(spacing=8.0), config, tmp_path) for h in (head, moved)
+    )
+    top = np.percentile(plain.t1.data, 99)
+    assert np.percentile(spoilt.t1.data, 99) == pytest.approx(top, rel=0.05)
+    both = plain.mask.data & spoilt.mask.data
+    assert np.mean(abs(plain.t1.data - spoilt.t1.data)[both] < 0.05 * top) > 0.99
+
+
 def test_a_mask_half_a_voxel_off_at_a_corner_is_refused(phantom, scan_of, tmp_path):
     """Though no element of its affine differs by more than 0.01."""
     head = phantom("RAS", 2.0)

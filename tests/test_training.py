@@ -229,12 +229,14 @@ def test_a_step_that_is_no_number_ends_the_run_and_spoils_nothing(
     start, toy_sample, mirror, tmp_path
 ):
     state = start()
-    before = {k: v.clone() for k, v in state.net.state_dict().items()}
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (state.net, state.ema)]
     broken = replace(toy_sample, fields={k: v * np.nan for k, v in toy_sample.fields.items()})
     with pytest.raises(CadiffError, match="gradient of step 0"):
         fit(state, [broken], mirror, QUICK, tmp_path / "a.pt")
-    for key, value in state.net.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    for model, was in zip((state.net, state.ema), before, strict=True):
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, was[key], rtol=0, atol=0)
+    assert not (tmp_path / "a.pt").exists()
 
 
 def test_signals_are_given_back(start, toy_sample, mirror, tmp_path):
@@ -336,7 +338,7 @@ def test_a_sample_is_built_as_inference_would(
 
 @pytest.mark.parametrize(
     ("affine", "code", "said"),
-    [(np.eye(4), 10, "share a grid"), (None, 999, "none that is known")],
+    [(np.eye(4), 10, "share a grid"), (None, 999, "no known label id")],
     ids=["another grid", "unknown ids"],
 )
 def test_labels_that_do_not_fit_their_image_are_refused(

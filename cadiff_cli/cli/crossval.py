@@ -41,6 +41,7 @@ def command(
     makes the joint ones.  The same command continues after a kill.
     """
     import logging
+    import time
 
     from cadiff_cli.cli.evaluate import report
     from cadiff_cli.config import SampleConfig
@@ -59,6 +60,7 @@ def command(
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)
+    until = time.monotonic() + 60 * max_minutes
     samples = prepare(scans, mapping, atlas, cache or run / "cache")
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(
@@ -70,6 +72,6 @@ def command(
             net_config=net,
             sampling=SampleConfig(device=device),
             workers=workers,
-            max_minutes=max_minutes,
+            max_minutes=(until - time.monotonic()) / 60,
         )
         report(scores, run.joinpath(*(f"fold-{k}" for k in only)))

@@ -41,15 +41,20 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     for text in scan.warnings:
         click.echo(warning(text), err=True)
     place = Derivatives(out, t1)
-    if place.commit.exists():
-        raise OutputError(
-            f"{place.folder} holds a segmentation and the mask it was made with",
-            "choose another output folder",
-        )
-    place.claim(t1, overwrite=overwrite)
+
+    def claim() -> None:
+        if place.commit.exists():
+            raise OutputError(
+                f"{place.folder} holds a segmentation and the mask it was made with",
+                "choose another output folder",
+            )
+        place.claim(t1, overwrite=overwrite)
+
+    claim()
     method = StripConfig(skull_strip)
     template = _template(scan, method, offline)
     with alone(out, place.stem), TemporaryDirectory(prefix="cadiff-") as work:
+        claim()  # again: another process may have finished meanwhile
         stripped = strip(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)
         click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))

@@ -75,7 +75,6 @@ def segment_file(
         device = prepare_torch(threads, config.sample.device)
         loaded = load_model(model)
         templates = load_templates(atlas, offline=offline)
-        journal.begin(place.stem)
         with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
             result = segment_scan(
                 scan,

@@ -34,9 +34,7 @@ OPTIONS = (
     click.option(
         "--decay",
         type=click.IntRange(1),
-        default=1000,
-        show_default=True,
-        help="Last steps, rate to 0.",
+        help="Last steps, rate to 0 [1000, at most a third of --steps].",
     ),
     click.option("--rate", type=float, default=1e-3, show_default=True),
     click.option("--batch", type=click.IntRange(1), default=1, show_default=True),
@@ -52,7 +50,9 @@ OPTIONS = (
     click.option(
         "--workers", type=click.IntRange(0), default=0, show_default=True, help="Drawing processes."
     ),
-    click.option("--max-minutes", type=float, default=float("inf"), help="Stop after this."),
+    click.option(
+        "--max-minutes", type=float, default=float("inf"), help="Stop then; it is no error."
+    ),
 )
 
 

@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cadiff_cli.errors import (
     DataError,
     InvalidDatasetError,
@@ -23,7 +21,8 @@ from cadiff_cli.errors import (
     SelectionError,
     UsageError,
 )
-from cadiff_cli.io.nifti import load_scan, load_volume, stem
+from cadiff_cli.io.label_maps import load_classes
+from cadiff_cli.io.nifti import load_scan, stem
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import same_grid
@@ -67,10 +66,10 @@ def source_entities(path: Path) -> str:
 
 
 def labelled_scans(dataset: Path) -> list[LabelledScan]:
-    """Every T1w of a BIDS-like folder that has a dseg with the same subject, session and run.
+    """Every T1w of a BIDS-like folder that has a dseg of the same sub, ses, acq and run.
 
-    Images of a template's space (``space-``) are passed over.  Raises ``DataError`` where which
-    image belongs to which cannot be told.
+    Images with a ``space-`` are passed over; what is left without a partner is logged.  Raises
+    ``DataError`` where which image belongs to which cannot be told.
     """
     if not dataset.is_dir():
         raise MissingInputError(
@@ -81,11 +80,14 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
     def by_scan(suffix: str) -> dict[tuple[str, ...], Path]:
         found: dict[tuple[str, ...], Path] = {}
         for path in sorted(dataset.glob(f"sub-*/**/[!.]*_{suffix}.nii*")):
-            entities = parse_file_entities(str(path), config=["bids", "derivatives"])
+            # The folders above may have names like sub-study; pybids wants a slash before a key.
+            within = f"/{path.relative_to(dataset).as_posix()}"
+            entities = parse_file_entities(within, config=["bids", "derivatives"])
             if "space" in entities:
                 continue
-            scan = ("subject", "session", "acquisition", "run")
-            key = tuple(str(entities.get(k, "")) for k in scan)
+            scan = ("subject", "session", "acquisition")
+            run = entities.get("run", "")
+            key = (*(str(entities.get(k, "")) for k in scan), str(run).lstrip("0"))
             if key in found:
                 both = f"{found[key].name}, {path.name}"
                 raise DataError(
@@ -106,6 +108,13 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
             f"{dataset} has {len(images)} T1w and {len(segmentations)} dseg images, no pairs",
             "name them sub-X[_ses-Y]_T1w.nii.gz and sub-X[_ses-Y]_dseg.nii.gz",
         )
+    for one, other, suffix in ((images, segmentations, "dseg"), (segmentations, images, "T1w")):
+        if alone := [path.name for key, path in one.items() if key not in other]:
+            log.warning(
+                "left out, having no %s of the same sub, ses, acq and run: %s",
+                suffix,
+                ", ".join(alone),
+            )
     return pairs
 
 
@@ -114,23 +123,16 @@ def load_labelled(
 ) -> tuple[Scan, Volume]:
     """A scan and its labels as classes (X, Y, Z) uint8, on one grid.
 
-    Raises ``DataError`` where the grids differ, or where ``mapping`` knows none of the ids.
+    Raises ``DataError`` where the grids differ, and what ``load_classes`` raises.
     """
-    loaded, dseg = load_scan(scan.t1), load_volume(scan.dseg)
-    grid = loaded.t1.grid
-    if not same_grid(dseg.grid, grid):
+    loaded = load_scan(scan.t1)
+    classes, grid = load_classes(scan.dseg, table, mapping, option="--labels"), loaded.t1.grid
+    if not same_grid(classes.grid, grid):
         raise DataError(
-            f"{scan.dseg.name} lies on {dseg.grid!r}, {scan.t1.name} on {grid!r}",
+            f"{scan.dseg.name} lies on {classes.grid!r}, {scan.t1.name} on {grid!r}",
             "an image and its labels must share a grid",
         )
-    ids = np.asarray(dseg.data)
-    classes = table.encode(ids, mapping)
-    if not classes.any():
-        raise DataError(
-            f"{scan.dseg.name} holds ids {np.unique(ids)[:5].tolist()}..., none that is known",
-            "say with --labels what the ids mean",
-        )
-    return loaded, Volume(classes, grid)
+    return loaded, Volume(classes.data, grid)
 
 
 @dataclass(frozen=True)

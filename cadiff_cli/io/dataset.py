@@ -14,7 +14,7 @@ from cadiff_cli.labels import LabelTable
 VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 """What OpenNeuro adds to a dataset's DOI."""
 BIDS_VERSION = "1.10.0"
-BIDSIGNORE = "*.html\nfigures\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
+BIDSIGNORE = "*.html\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
 CODE_URL = "https://pypi.org/project/cadiff/"
 TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
 README = """# cadiff derivatives

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cadiff_cli import machine
 from cadiff_cli.io.dataset import save_dataset_files
 from cadiff_cli.io.layout import (
     BRAIN,
@@ -25,7 +26,7 @@ from cadiff_cli.io.layout import (
     xfm_name,
 )
 from cadiff_cli.io.nifti import replacing, save_volume
-from cadiff_cli.io.provenance import provenance
+from cadiff_cli.io.provenance import mask_provenance, provenance
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, calibration, volume_rows
@@ -138,12 +139,14 @@ def save_result(
 def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
     """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path."""
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
+    said = [machine.without_home(text) for text in (*scan.warnings, *stripped.warnings)]
     save_dataset_files(out, load_table())
     brain = np.where(mask.data, scan.t1.data, 0).astype(np.float32)
     write.image(BRAIN, brain, mask.grid, like=scan.path)
     write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)
     write.image(MASK, mask.data, mask.grid, like=scan.path)
-    write.sidecar(MASK, [write.raw], **about_mask(stripped))
+    about = about_mask(stripped) | ({"Warnings": said} if said else {})
+    write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped))
     return write.place.path(f"{MASK}.nii.gz")
 
 

@@ -67,7 +67,8 @@ class Derivatives:
                 break
         refuse_foreign(self.out)
         for path in self.existing():
-            if any(source is not None and path.samefile(source) for source in inputs):
+            known = [source for source in inputs if source and path.exists()]
+            if any(path.samefile(source) for source in known):
                 raise OutputError(
                     f"{path} is an input and would be overwritten", "choose another output folder"
                 )
@@ -118,7 +119,9 @@ def finished_result(place: Derivatives) -> Finished | None:
     since make it incomplete.
     """
     sidecar = read_json(place.commit)
-    there = all(place.path(name).exists() for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
+    # A link to nothing is a file that git-annex has dropped, not one that was deleted.
+    made = (place.path(name) for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
+    there = all(path.exists() or path.is_symlink() for path in made)
     if not there or not sidecar or "Fingerprint" not in sidecar:
         return None
     return Finished(place.stem, place.commit, sidecar)

@@ -13,13 +13,14 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel import imageglobals
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from cadiff_cli.errors import DataError, DiskError, MissingInputError, OutputError
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.products import Scan
-from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.grid import Grid, Volume, border_value
 
 MIN_EDGE_VOXELS = 8
 """A scan with fewer voxels along an axis cannot hold a brain."""
@@ -31,6 +32,9 @@ MAX_EDGE_MM = 1000.0
 """A field of view longer than a person's head and shoulders is a header in the wrong unit."""
 MAX_VOXELS = 600_000_000
 """More than an 0.25 mm head, or, at 1 mm, than any field of view; refuse before memory runs out."""
+
+SAME_SIZE = 0.01
+"""By how much (relative) a header's two statements of a voxel's size may differ."""
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 
@@ -84,7 +88,7 @@ def load_volume(path: Path) -> Volume:
         raise DataError(
             f"{path.name} is not a readable image ({error})", "give NIfTI or MGH"
         ) from error
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, OverflowError) as error:
         raise DataError(
             f"{path.name} is damaged or truncated ({error})", "copy or download it again"
         ) from error
@@ -139,10 +143,11 @@ def load_scan(path: Path) -> Scan:
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise DataError(f"{name} is {kind}", "give a T1-weighted image")
-    low, high = np.percentile(data, [1, 90])
-    if low < -500 < high:
+    # Air has -1000 in CT, and what lies around it less; MR with signed values has 0 on average.
+    air, high = border_value(data), np.percentile(data, 90)
+    if air < -500 < high:
         raise DataError(
-            f"{name} looks like a CT in Hounsfield units (1st percentile {low:.0f})",
+            f"{name} looks like a CT in Hounsfield units ({air:.0f} at its faces)",
             "give a T1-weighted MR image",
         )
     if grid.spacing_mm.max() > 3.0:
@@ -160,7 +165,7 @@ def finite(data: np.ndarray) -> np.ndarray:
 
 
 def _frame_warnings(path: Path) -> list[str]:
-    """Reasons to doubt what a NIfTI header says of left and right."""
+    """Reasons to doubt what a NIfTI header says of left and right, and of sizes."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return []
     image: Any = nib.load(path)
@@ -174,9 +179,18 @@ def _frame_warnings(path: Path) -> list[str]:
             f"{path.name} does not say how it lies (qform and sform codes are 0):"
             " left and right are a guess"
         ]
+    warnings = []
     if s_code and q_code and np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
-        return [f"sform and qform of {path.name} disagree about left and right: sform is believed"]
-    return []
+        warnings.append(
+            f"sform and qform of {path.name} disagree about left and right: sform is believed"
+        )
+    said, used = np.array(image.header.get_zooms()[:3]), voxel_sizes(image.affine)
+    if (abs(used / said - 1) > SAME_SIZE).any():
+        warnings.append(
+            f"voxels of {path.name} are {np.round(said, 3).tolist()} mm by its pixdim and"
+            f" {np.round(used, 3).tolist()} mm by its sform, which is believed: volumes follow it"
+        )
+    return warnings
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from typing import Any
 
 import cadiff_cli
 from cadiff_cli import machine
-from cadiff_cli.config import Config, Recipe, fingerprint
+from cadiff_cli.config import Config, Recipe, StripConfig, fingerprint
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.volumes import about_expected_dice, calibration
-from cadiff_cli.products import Result, Template, sound
+from cadiff_cli.products import Result, Scan, Stripped, Template, sound
 
 
 def make_recipe(
@@ -47,7 +47,6 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         [space.name for space in result.spaces],
         field,
     )
-    home = str(machine.home())  # where somebody lives is nobody's business
     return {
         "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
         "Packages": software(),
@@ -72,7 +71,18 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         "SourceSHA256": result.prepared.scan.sha256 or sha256(result.prepared.scan.path),
         "Seconds": dict(result.seconds),
         "ExpectedDice": about_expected_dice(result),
-        "Warnings": [text.replace(home, "~") for text in result.warnings],
+        "Warnings": [machine.without_home(text) for text in result.warnings],
+    }
+
+
+def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:
+    """What made a brain mask that stands alone."""
+    learned = stripped.method == "net"
+    return {
+        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
+        "Packages": software(),
+        **({"WeightsSHA256": strip_weights_sha256(StripConfig("net"))} if learned else {}),
+        "SourceSHA256": scan.sha256 or sha256(scan.path),
     }
 
 

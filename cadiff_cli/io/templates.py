@@ -145,9 +145,15 @@ def _fetch(name: str, entry: dict[str, Any], part: str, offline: bool, anew: boo
     """Path of a non-empty file of the template, downloaded if needed and allowed."""
     home = templateflow_home()
     path = home / str(entry[part])
-    if _is_there(path) and not anew:
+    try:
+        there = _is_there(path)
+        state = "is damaged" if there else "is empty" if path.exists() else "is not there"
+    except OSError as error:
+        raise MissingInputError(
+            f"{path} cannot be read ({error.strerror})", "set TEMPLATEFLOW_HOME to a cache of yours"
+        ) from error
+    if there and not anew:
         return path
-    state = "is damaged" if _is_there(path) else "is empty" if path.exists() else "is not there"
     if offline:
         raise MissingInputError(
             f"{path} {state} and downloads are forbidden (offline)", _refetch(name, home)

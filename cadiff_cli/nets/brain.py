@@ -111,7 +111,3 @@ class BrainNet(nn.Module):
         hint = F.interpolate(located, scale_factor=2, mode="trilinear") / REACH_MM
         distance: Tensor = REACH_MM * (hint + self.fine(2 * head - 1, hint.clamp(-1, 1)))
         return distance
-
-    def forward(self, head: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) intensities in [0, 1] -> (B, 1, X, Y, Z) float32 mm, inside positive."""
-        return self.refine(head, self.locate(head))

@@ -144,8 +144,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     try:
         return replace(case, **_registration(case), notes=tuple(notes))
     except CadiffError as error:
-        home = str(machine.home())  # where somebody lives is nobody's business
-        notes.append(f"the registration is not shown: {error.message.replace(home, '~')}")
+        notes.append(machine.without_home(f"the registration is not shown: {error.message}"))
         return replace(case, notes=tuple(notes))
 
 

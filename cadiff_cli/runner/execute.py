@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import cadiff_cli
 from cadiff_cli.errors import DataError
+from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.derivatives import save_result
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.nifti import load_scan
@@ -52,7 +53,6 @@ def execute(job: Job) -> Outcome:
                     LOGGER.info("cadiff %s, input %s", cadiff_cli.__version__, job.t1)
                     LOGGER.info("settings %s", job.recipe.settings())
                     journal.make_room(job.place, job.t1, overwrite=job.overwrite)
-                    journal.begin(job.entities)
                     result = _segment(job)
                     failed = report_scan(job.out, job.t1, wanted=job.report)
                 seconds = round(time.perf_counter() - begun, 1)
@@ -132,13 +132,9 @@ def segment_scan(
         result = replace(result, spaces=(*result.spaces, space))
     if announce:
         announce("write")
-    save_result(
-        result,
-        out,
-        mean_field(result.prepared.registrations, scan.t1.grid) if field else None,
-        source=source,
-        run_id=run_id,
-    )
+    asked = mean_field(result.prepared.registrations, scan.t1.grid) if field else None
+    with Journal(out).writing(source_entities(scan.path)):
+        save_result(result, out, asked, source=source, run_id=run_id)
     LOGGER.info("seconds per stage: %s", dict(result.seconds))
     return result
 
@@ -177,5 +173,7 @@ def _gpu(device: "torch.device") -> Iterator[None]:
     # Numbers and names depend on CUDA_VISIBLE_DEVICES; the identity does not.
     name = f"cadiff-{os.getuid()}-{torch.cuda.get_device_properties(device).uuid}.lock"
     with locked(Path(tempfile.gettempdir()) / name, wait=True):
-        yield
-        torch.cuda.empty_cache()
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()

@@ -64,7 +64,8 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
 
     Raises ``MissingInputError`` if no expected scan is finished.
     """
-    results = [result for result in finished(out) if result.entities in set(expected)]
+    wanted = set(expected)
+    results = [result for result in finished(out) if result.entities in wanted]
     if not results:
         raise MissingInputError(
             f"{out} holds no finished result of these scans", "run the participant level first"

@@ -1,8 +1,8 @@
 """What is known of each scan of an output folder, on disk, so that any process may die.
 
 ``logs/journal/SCAN.json`` holds the last outcome and ``SCAN.lock`` is locked while a process works
-on it; the kernel unlocks it when that process ends, however it ends.  ``SCAN.begun`` tells that
-results may have been written.
+on it; the kernel unlocks it when that process ends, however it ends.  ``SCAN.begun`` is there
+while results are written, and where that was cut short.
 """
 
 import errno
@@ -42,9 +42,14 @@ class Journal:
         except (TypeError, KeyError):  # another version's
             return None
 
-    def begin(self, entities: str) -> None:
-        """From now on files of this scan may be a run's, which the next one may replace."""
-        (self.folder / f"{entities}.begun").touch()
+    @contextmanager
+    def writing(self, entities: str) -> Iterator[None]:
+        """While a run writes results; if it does not get to the end, the next may replace them."""
+        mark = self.folder / f"{entities}.begun"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        yield
+        mark.unlink(missing_ok=True)
 
     def make_room(self, place: Derivatives, *inputs: Path | None, overwrite: bool) -> None:
         """``place.claim``, to which what a killed run left is nothing that could be lost."""

@@ -134,6 +134,16 @@ class Volume:
         return f"<Volume {self.data.dtype} on {self.grid!r}>"
 
 
+def faces(data: np.ndarray) -> list[np.ndarray]:
+    """The six outermost slices of an image (X, Y, Z)."""
+    return [np.take(data, index, axis=axis) for axis in range(3) for index in (0, -1)]
+
+
+def border_value(data: np.ndarray) -> float:
+    """The value of an image's background: the median of its faces."""
+    return float(np.median(np.concatenate([face.ravel() for face in faces(data)])))
+
+
 def _shear(directions: np.ndarray) -> float:
     """The largest cosine between two of three unit vectors (columns)."""
     return float(abs(directions.T @ directions - np.eye(3)).max())

@@ -1,5 +1,7 @@
 """Carry a volume from one grid to another."""
 
+from functools import partial
+
 import numpy as np
 from scipy import ndimage
 
@@ -31,9 +33,10 @@ def same_grid(a: Grid, b: Grid) -> bool:
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:
     """``volume`` on ``grid``: spline interpolation of ``order`` 0, 1 or 3; ``fill`` outside.
 
-    Grids that differ by whole voxels (flips, permutations, crops) are copied without
-    interpolation.  Linear resampling to voxels more than 1.5 times larger smooths first, so that
-    fine detail does not alias.
+    An image reaches half a voxel beyond the centres of its outermost voxels, and has their values
+    there.  Grids that differ by whole voxels (flips, permutations, crops) are copied without
+    interpolation.  Where voxels become more than 1.5 times larger the image is smoothed first, so
+    that fine detail does not alias.
     """
     to_source = volume.grid.voxel_map(grid)
     data = volume.data
@@ -53,15 +56,17 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
             data = ndimage.gaussian_filter(data, sigma)
     # A cubic spline is fitted to a whole axis at a time: not to what no voxel is made of.
     part = mapped_box(all_voxels(grid.shape), to_source, data.shape, REACH_VOXELS)
-    moved = ndimage.affine_transform(
-        data[part],
-        to_source[:3, :3],
-        to_source[:3, 3] - [s.start for s in part],
+    move = partial(
+        ndimage.affine_transform,
+        matrix=to_source[:3, :3],
+        offset=to_source[:3, 3] - [s.start for s in part],
         output_shape=grid.shape,
-        order=order,
-        mode="grid-constant",
-        cval=fill,
     )
+    moved = np.asarray(move(data[part], order=order, mode="nearest"))
+    ends = corners(all_voxels(grid.shape), to_source).T
+    if ends.min() < -0.5 or (ends > np.array(data.shape) - 0.5).any():
+        covered = move(np.ones(data[part].shape, np.uint8), order=0, mode="grid-constant")
+        moved[covered == 0] = fill
     return Volume(moved, grid)
 
 

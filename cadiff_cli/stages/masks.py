@@ -1,15 +1,12 @@
 """Brain masks: tidied, and judged without knowing the truth."""
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.grid import Volume, faces
 from cadiff_cli.spatial.resample import resample
-
-log = logging.getLogger(__name__)
 
 SPACING_MM = 2.0
 LEAST_SHARE = 0.9
@@ -66,7 +63,6 @@ def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
         sizes = np.bincount(parts.ravel())
         sizes[0] = 0
         keep = sizes >= least * sizes.max()
-        log.info("%d of %d pieces of the brain mask are kept", np.count_nonzero(keep[1:]), n)
         mask = keep[parts]
     return np.asarray(ndimage.binary_fill_holes(mask))
 
@@ -104,8 +100,7 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
     sizes = np.bincount(parts.ravel())[1:]
     largest = parts == 1 + np.argmax(sizes)
     border = np.count_nonzero(largest & ~ndimage.binary_erosion(largest, border_value=1))
-    faces = [np.take(largest, index, axis=axis) for axis in range(3) for index in (0, -1)]
-    edge = max(int(face.sum()) for face in faces)
+    edge = max(int(face.sum()) for face in faces(largest))
     air = 0.0
     if inside_of is not None:
         known = resample(Volume(inside_of.data.astype(np.float32), inside_of.grid), grid).data > 0.5

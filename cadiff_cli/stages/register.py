@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import DataError, DiskError, UsageError
 from cadiff_cli.products import Registered, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import all_voxels, corners, resample
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
 """What ANTs raises where an image cannot be registered; the last for a transform not written."""
+LEAST_FREE_BYTES = 200_000_000
+"""Transforms of one registration, and some more."""
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 POOR_SCORE = 1.06
 """Normalised mutual information below which a registration is reported as suspicious.
@@ -66,6 +68,11 @@ def register(
             )
             break
         except ITK_ERRORS as error:
+            if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
+                raise DiskError(
+                    f"{folder} has {free / 1e6:.0f} MB left, and the registration failed",
+                    "free some, or choose another folder (-w, or TMPDIR)",
+                ) from error
             if kind == "affine":
                 raise DataError(
                     f"the template cannot be registered ({_first_line(error)})",

@@ -9,6 +9,7 @@ tiled inference run the same code: tiling only changes how the network is applie
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli import machine
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.diffusion.sampler import sample, times
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.weights import Model
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.quality import expected_dice
@@ -52,7 +53,8 @@ def segment(
         volumes.append(counts * grid.voxel_volume_mm3)
 
     several = config.samples > 1
-    p, tile = class_probabilities(conditions, model, config, count if several else None)
+    with enough_memory():
+        p, tile = class_probabilities(conditions, model, config, count if several else None)
     best = most_probable(p)
     if same_lattice(grid.voxel_map(native)):
         classes = resample(Volume(best, grid), native, order=0).data
@@ -142,10 +144,8 @@ def class_probabilities(
         if image.numel() * BYTES_PER_VOXEL < free_bytes(device):
             try:
                 return predict(seed, None), None
-            except MemoryError:
-                pass
-            except RuntimeError as error:  # what torch raises when it cannot allocate
-                if "memory" not in str(error):
+            except (MemoryError, RuntimeError) as error:
+                if not _is_short_of_memory(error):
                     raise
         log.warning("not enough memory for the whole volume: using tiles of %d voxels", TILE)
         return predict(seed, TILE), TILE
@@ -336,9 +336,28 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _is_short_of_memory(error: Exception) -> bool:
+    """Torch raises a ``RuntimeError`` when it cannot allocate."""
+    return isinstance(error, MemoryError) or "memory" in str(error)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Raise a ``CadiffError`` with the remedy where torch cannot allocate."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_short_of_memory(error):
+            raise
+        raise CadiffError(
+            "out of memory, with tiles too",
+            "close other programs, use a smaller --tile, or --device cpu",
+        ) from error
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the processor computes with it; float32 elsewhere."""
-    fast = device.type == "cuda"
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
@@ -348,5 +367,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had now: of the GPU, or of the machine."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps for later is its own to use, though the driver counts it as taken.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return machine.free_memory_bytes()

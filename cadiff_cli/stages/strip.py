@@ -14,7 +14,7 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
-from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
 from cadiff_cli.spatial.resample import (
     all_voxels,
     bounding_box,
@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 METHODS = ("auto", "net", "template", "none")
 STRIPPED_LITRES = (0.4, 2.3)
 """Non-background volume of a scan that is already stripped; a head holds more than this."""
+LARGE_LITRES = 1.7
+"""Few brains are larger; a child's head in air that was set to 0 may be as small as one."""
+DARKEST = 1.0
+"""Percentile at which intensities begin where some are negative: a single wrapped or padded voxel
+must not press all others together."""
 LEAST_SPREAD = 0.12
 """Standard deviation of a stripped brain's intensities, as a share of their mean."""
 SPECK = 0.01
@@ -46,6 +51,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     working = scan.t1.grid.working()
     method, warnings = config.strip.method, list[str]()
     brain = stripped_brain(scan.t1)
+    if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working):
+        brain = None
     lifted = _lifted(scan.t1, brain)
     if config.strip.mask is not None:
         given = given_mask(config.strip.mask, scan)
@@ -83,7 +90,10 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
-    mask = Volume(tidy(mask.data, 1.0 if method in ("net", "template") else SPECK), working)
+    whole = tidy(mask.data, 1.0 if method in ("net", "template") else SPECK)
+    if specks := np.count_nonzero(mask.data & ~whole):
+        log.info("%d voxels of the mask are specks, left out", specks)
+    mask = Volume(whole, working)
     if mask.litres == 0:
         raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
     if not PLAUSIBLE_LITRES[0] <= mask.litres <= PLAUSIBLE_LITRES[1]:
@@ -101,9 +111,16 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
 def _lifted(t1: Volume, brain: Volume | None) -> Volume:
     """Intensities from 0 up, and 0 outside the ``brain`` of a stripped scan.
 
-    Background may lie anywhere among them: in the middle in z-scored scans and MP2RAGE's.
+    Background may lie anywhere: in the middle of them in z-scored scans and MP2RAGE's, and far
+    below in others; only where it lies a little below is it their zero.
     """
-    data = t1.data - min(float(t1.data.min()), 0.0)
+    data = t1.data
+    if data.min() < 0:
+        low, high = np.percentile(data[brain.data] if brain else data, [DARKEST, 100 - DARKEST])
+        background = border_value(data)
+        near = 2 * low - high < background < low
+        floor = min(float(background if near else low), 0.0)
+        data = np.maximum(data, floor) - floor
     return Volume(np.where(brain.data, data, 0) if brain else data, t1.grid)
 
 
@@ -134,10 +151,23 @@ def stripped_brain(t1: Volume) -> Volume | None:
     found = foreground(t1)
     if found.data.mean() > 0.6:
         return None
-    # A brain touches at most one face of its field of view, and that one hardly.
-    touched = np.median([face.mean() for face in _faces(found.data)])
+    # A brain touches one or two faces of a field of view that just holds it, never most of them.
+    touched = np.median([face.mean() for face in faces(found.data)])
     low, high = STRIPPED_LITRES
     return found if low < found.litres < high and touched < 0.01 else None
+
+
+def _is_head(t1: Volume, working: Grid) -> bool:
+    """Whether the network finds a brain inside; in 8 stripped scans of two scanners it finds none.
+
+    It has learnt to look for one within a skull.
+    """
+    from cadiff_cli.stages.brain import brain_mask
+
+    try:
+        return bool(brain_mask(t1, working, _brain_model()).data.any())
+    except (DataError, MissingInputError):
+        return False
 
 
 def _has_tissues(t1: Volume, brain: Volume) -> None:
@@ -145,7 +175,7 @@ def _has_tissues(t1: Volume, brain: Volume) -> None:
 
     In 26 stripped scans of two scanners the spread is 0.28 to 0.40 of the mean.
     """
-    inside = t1.data[brain.data] - min(_background(t1.data), 0.0)
+    inside = t1.data[brain.data] - min(border_value(t1.data), 0.0)
     spread = float(inside.std() / abs(float(inside.mean()) or np.inf))
     if spread < LEAST_SPREAD:
         raise DataError(
@@ -157,17 +187,7 @@ def _has_tissues(t1: Volume, brain: Volume) -> None:
 
 def foreground(t1: Volume) -> Volume:
     """What has another value than the image's faces: all of a stripped brain (bool)."""
-    return Volume(t1.data != _background(t1.data), t1.grid)
-
-
-def _background(data: np.ndarray) -> float:
-    """The value of the image's corners and faces: their median."""
-    return float(np.median(np.concatenate([face.ravel() for face in _faces(data)])))
-
-
-def _faces(data: np.ndarray) -> list[np.ndarray]:
-    """The six outermost slices of an image."""
-    return [np.take(data, index, axis=axis) for axis in range(3) for index in (0, -1)]
+    return Volume(t1.data != border_value(t1.data), t1.grid)
 
 
 def given_mask(path: Path, scan: Scan) -> Volume:

@@ -144,6 +144,7 @@ def draw_patch(
     classes[outside] = 0
     mask = torch.from_numpy(sample.mask).reshape(-1)[flat] & ~outside
     image = image * mask
+    classes[~mask] = 0  # as inference writes no labels outside the mask
 
     names = sorted(sample.fields)
     pick = int(torch.randint(len(names), (1,), generator=generator))
@@ -229,7 +230,7 @@ def spoil_mask(
 ) -> tuple[Tensor, Tensor]:
     """Cut the brain mask in some places and leave bits of the head outside it in others.
 
-    What is cut loses its label too: inference writes no labels outside the mask.
+    What is cut loses its label too.
     """
     brain = mask.float()[None, None]
     where = smooth_noise(1.0, 20.0, image.shape[0], image.shape[0], generator)

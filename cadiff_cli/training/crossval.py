@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def cross_validate(
     out of ``max_minutes``, or is interrupted, ends it all with a ``CadiffError``.
     """
     table, sampling = load_table(), sampling or SampleConfig()
+    until = time.monotonic() + 60 * max_minutes
     check_folds(only or (), n_folds)
     split = folds([s.subject for s in samples], n_folds, config.seed)
     scores: list[Score] = []
@@ -84,7 +86,7 @@ def cross_validate(
             device=sampling.device,
             workers=workers,
             validate_minutes=math.inf,
-            max_minutes=max_minutes,
+            max_minutes=(until - time.monotonic()) / 60,
         )
         model = load_model(str(weights))
         if (reached := model.metadata["training"]["steps"]) < config.steps:

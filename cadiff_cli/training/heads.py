@@ -161,7 +161,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
 
 def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
     """A real head and a brain on its grid; ``close`` where the brain ends at the cortex."""
-    mask = np.asarray(brain.data) > 0
+    mask = np.asarray(brain.data) > 0.5
     if close:
         mask = closed(mask, brain.grid.spacing_mm)
     distance = _distance(Volume(ndimage.binary_fill_holes(mask), brain.grid))
@@ -412,14 +412,14 @@ class MaskObjective:
     fine: int = 80
 
     def __call__(self, net: BrainNet, patch: HeadPatch, generator: torch.Generator) -> MaskLosses:
-        """Losses of one batch of heads; the cube lies around a random place in the brain."""
+        """Losses of one batch of heads; the cube lies around a random place in a brain."""
         located = net.locate(patch.image)
         coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))
         size = min(self.fine, patch.image.shape[-1])
         if not size:
             return MaskLosses(coarse, torch.zeros_like(coarse))
         # The corner is even: both resolutions share it.
-        inside = torch.nonzero(patch.distance[0, 0] > 0)
+        inside = torch.nonzero(patch.distance[:, 0] > 0)[:, 1:]
         if not len(inside):
             inside = torch.nonzero(patch.distance[0, 0] > -torch.inf)
         pick = torch.randint(len(inside), (1,), generator=generator, device=generator.device)

@@ -141,7 +141,7 @@ def load_checkpoint(path: Path, state: State[N]) -> None:
 def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str]) -> None:
     """Refuse to continue a checkpoint whose run (``config.json``) was another one.
 
-    The keys ``kept`` and all settings under ``train`` must agree, but for the schedule.
+    The keys ``kept`` and all settings under ``train`` must agree, but for steps, decay and rate.
     """
     before = json.loads(path.read_text(encoding="utf-8"))
 

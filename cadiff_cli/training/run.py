@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.text import write_json
 from cadiff_cli.io.weights import Model, save_model, seen_by
@@ -49,8 +49,11 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for index, scan in enumerate(scans, start=1):
-        samples.append(cache.load(cache.build(scan, templates, table, mapping, folder)))
-        log.info("%d of %d scans prepared", index, len(scans))
+        log.info("preparing %s, %d of %d", scan.name, index, len(scans))
+        try:
+            samples.append(cache.load(cache.build(scan, templates, table, mapping, folder)))
+        except DataError as error:
+            raise DataError(f"{scan.name}: {error.message}", error.remedy) from error
     return samples
 
 
@@ -131,6 +134,8 @@ def train(
         max_minutes=max_minutes,
     )
     monitor.close()
+    if state.step < config.steps:
+        log.warning("stopped at step %d of %d: the same command goes on", state.step, config.steps)
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
     save_model(path, state.ema, table, described)

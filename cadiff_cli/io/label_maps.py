@@ -1,0 +1,57 @@
+"""Label maps on disk: ids that are checked, and turned into classes."""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.labels import LabelTable
+from cadiff_cli.spatial.grid import Volume
+
+log = logging.getLogger(__name__)
+
+ROUNDING = 1e-3
+"""How far from a whole number an id may lie: header scaling leaves as much."""
+
+
+def load_classes(
+    path: Path, table: LabelTable, mapping: Mapping[int, int], *, option: str | None = None
+) -> Volume:
+    """Read a label map and turn its ids into classes (uint8).
+
+    ``mapping`` must know every id.  In a foreign map, whose ids the command line's ``option``
+    explains, it must know at least one; the others become background, which is said.  Raises
+    ``DataError``.
+    """
+    volume = load_volume(path)
+    values = np.unique(volume.data).astype(np.float64)
+    whole = np.isfinite(values) & (abs(values - np.rint(values)) < ROUNDING)
+    if (odd := values[~whole]).size:
+        raise DataError(
+            f"{path.name} holds {odd[0]:g}, which is no label id", "give a label map, not an image"
+        )
+    ids = {round(v) for v in values} - {0}
+    unknown = sorted(ids - set(mapping))
+    if option and len(unknown) == len(ids):
+        raise DataError(
+            f"{path.name} holds no known label id (but {unknown[:5] or 'only 0'})",
+            f"say with {option} what its ids are",
+        )
+    if unknown and not option:
+        raise DataError(
+            f"{path.name} holds ids {unknown[:5]} that are not in the label table",
+            "give a dseg written by cadiff",
+        )
+    if unknown:
+        say_once(f"ids {unknown} are in no row of the mapping ({option}): background")
+    return Volume(table.encode(np.asarray(volume.data), mapping), volume.grid)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn; what is wrong with one label map of a dataset is wrong with most."""
+    log.warning(text)
