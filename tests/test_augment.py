@@ -93,6 +93,19 @@ def test_without_augmentation_a_patch_is_a_piece_of_the_scan(ramp, mirror, seed)
     np.testing.assert_array_equal(patch.classes[0], ramp.classes[i, j, k])
 
 
+def test_what_lies_outside_the_mask_has_no_label(ramp, mirror):
+    """A mask that cuts into the brain is how inference meets it: black, and no label."""
+    cut = ramp.mask.copy()
+    cut[ramp.mask.shape[0] // 2 :] = False
+    for seed in range(3):
+        whole = draw_patch(ramp, 16, mirror, PLAIN, seeded(seed))
+        patch = draw_patch(replace(ramp, mask=cut), 16, mirror, PLAIN, seeded(seed))
+        gone = patch.classes != whole.classes
+        assert not patch.classes[gone].any()
+        assert not patch.image[0][gone].any()
+        assert (patch.classes[~gone] == whole.classes[~gone]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "touched"),
     [

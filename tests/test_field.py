@@ -1,12 +1,13 @@
 """The distance field and the registration that carries it: signs, origins and extents."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cadiff_cli.config import Config, RegisterConfig
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import DataError, DiskError, UsageError
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -183,6 +184,22 @@ def test_a_failed_deformation_falls_back_to_affine(
     registered = register(stripped, template, RegisterConfig("fast"), tmp_path)
     assert registered.kind == "affine"
     assert any("ITK gave up" in text for text in registered.warnings)
+
+
+def test_a_full_work_folder_is_no_fault_of_the_scan(
+    phantom, toy_template, stripped_of, monkeypatch, tmp_path
+):
+    """ANTs says only that it failed, and the next scans would fail as well."""
+
+    def run(*_):
+        raise RuntimeError("Registration failed with error code 1")
+
+    monkeypatch.setattr("cadiff_cli.stages.register._run", run)
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    monkeypatch.setattr("cadiff_cli.stages.register.shutil.disk_usage", lambda _: usage)
+    stripped = stripped_of(phantom("RAS", 4.0))
+    with pytest.raises(DiskError, match="3 MB left"):
+        register(stripped, toy_template(spacing=4.0), RegisterConfig("fast"), tmp_path)
 
 
 def test_unknown_settings_name_the_known_ones():

@@ -122,6 +122,14 @@ BAD = {
 }
 
 
+def test_an_unknown_type_of_mgh_is_damage(write_image, monkeypatch):
+    """nibabel looks it up in a table."""
+    path = write_image(noise())
+    monkeypatch.setattr("nibabel.load", lambda _: {}[99])
+    with pytest.raises(DataError, match="damaged"):
+        load_scan(path)
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_no_scan_is_refused_with_a_remedy(write_image, kind):
     make, error = BAD[kind]

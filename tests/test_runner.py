@@ -15,7 +15,7 @@ from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError
-from cadiff_cli.io.layout import Finished
+from cadiff_cli.io.layout import Derivatives, Finished
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import sha256
@@ -101,8 +101,27 @@ def test_a_result_is_current_until_settings_or_input_change(tmp_path):
         job.is_finished()
     job.t1.unlink()
     assert job.is_finished()
-    job.place.path("seg-cadiff_dseg.nii.gz").unlink()
+    labels = job.place.path("seg-cadiff_dseg.nii.gz")
+    labels.unlink()
     assert not job.is_finished()
+    labels.symlink_to("../../../.git/annex/objects/elsewhere")  # datalad drop
+    assert job.is_finished()
+    with pytest.raises(OutputError, match="is there already"):
+        job.place.claim(tmp_path, overwrite=False)
+
+
+def test_only_what_was_cut_short_is_replaced_unasked(tmp_path):
+    """A mask that was drawn after a scan had failed is its owner's."""
+    place, journal = Derivatives(tmp_path, Path("sub-01_T1w.nii")), Journal(tmp_path)
+    drawn = place.path("desc-brain_mask.nii.gz")
+    write_text(drawn, "half of a mask")
+    with pytest.raises(SystemExit), journal.writing(place.stem):
+        raise SystemExit(143)
+    journal.make_room(place, overwrite=False)
+    with journal.writing(place.stem):
+        write_text(drawn, "all of it")
+    with pytest.raises(OutputError, match="is there already"):
+        journal.make_room(place, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,21 @@ from test_cli import call
 
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.unet import shuffle, unshuffle
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.segment import TILE, add_unmirrored, class_probabilities, mirrored, segment
+from cadiff_cli.stages.segment import (
+    TILE,
+    add_unmirrored,
+    class_probabilities,
+    enough_memory,
+    mirrored,
+    segment,
+)
 from cadiff_cli.stages.volumes import volumes_mm3
 
 SPACINGS = {
@@ -146,6 +153,14 @@ def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monke
     _, tile = class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
     assert tiles == [None, TILE]
     assert tile == TILE
+
+
+def test_what_does_not_fit_in_tiles_either_has_a_remedy():
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")):
+        with pytest.raises(CadiffError, match="--device cpu"), enough_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="mat1"), enough_memory():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(tiny_model, small_conditions, monkeypatch):

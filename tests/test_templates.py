@@ -113,6 +113,16 @@ def test_auto_falls_back_and_says_so(home):
     assert "offline" in warning
 
 
+def test_a_cache_that_may_not_be_read_is_as_none(home, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(templates, "_is_there", refuse)
+    (template,) = load_templates("auto", offline=True)
+    assert template.name == EMBEDDED
+    assert "Permission denied" in template.warnings[0]
+
+
 def damaged(kind, head, mask):
     """(image, mask) with one thing wrong, and the error that says so."""
     whole = gzip.compress(nib.Nifti1Image(head, np.eye(4)).to_bytes())
