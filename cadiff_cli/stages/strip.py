@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cadiff_cli.config import Config, RegisterConfig
+from cadiff_cli.config import Config, RegisterConfig, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
@@ -49,43 +49,27 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
-    method, warnings = config.strip.method, list[str]()
     brain = stripped_brain(scan.t1)
     if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working):
         brain = None
     lifted = _lifted(scan.t1, brain)
+    method, warnings = _method(config.strip, stripped_already=brain is not None)
     if config.strip.mask is not None:
         given = given_mask(config.strip.mask, scan)
         inside = resample(Volume(given.data.astype(np.float32), given.grid), working).data > 0.5
-        method, mask = "mask file", Volume(inside, working)
-    else:
-        if method not in METHODS:
-            raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
-        if method == "auto":
-            learned = "net" if strip_weights_sha256(config.strip) else "template"
-            method = "none" if brain else learned
-            log.info("the scan %s skull-stripped already", "is" if brain else "is not")
-        elif method in ("net", "template") and brain:
-            warnings.append(
-                "the scan looks skull-stripped already: --skull-strip none would leave it alone"
-            )
-        elif method == "none" and not brain:
-            warnings.append(
-                "the scan does not look skull-stripped, and --skull-strip none was asked for:"
-                " labels will be unreliable outside the brain"
-            )
-        if method == "none":
-            if brain:
-                _has_tissues(scan.t1, brain)
-            mask = resample(brain or foreground(scan.t1), working, order=0)
-        elif method == "net":
-            from cadiff_cli.stages.brain import brain_mask
+        mask = Volume(inside, working)
+    elif method == "none":
+        if brain:
+            _has_tissues(scan.t1, brain)
+        mask = resample(brain or foreground(scan.t1), working, order=0)
+    elif method == "net":
+        from cadiff_cli.stages.brain import brain_mask
 
-            mask = brain_mask(scan.t1, working, _brain_model())
-        else:
-            head = _cubic(lifted, working, all_voxels(working.shape))
-            mask, said = _from_template(head, template, config.register, work_dir)
-            warnings.extend(f"skull stripping: {text}" for text in said)
+        mask = brain_mask(scan.t1, working, _brain_model())
+    else:
+        head = _cubic(lifted, working, all_voxels(working.shape))
+        mask, said = _from_template(head, template, config.register, work_dir)
+        warnings.extend(f"skull stripping: {text}" for text in said)
     quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(scan.t1))
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
@@ -106,6 +90,29 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     t1 = _cubic(lifted, working, bounding_box(mask.data))
     inside = np.where(mask.data, t1.data, 0).astype(np.float32)
     return Stripped(Volume(inside, working), mask, method, tuple(warnings), asdict(quality))
+
+
+def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[str, list[str]]:
+    """What finds the brain, as the products name it, and doubts about what was asked for."""
+    method = wanted.method
+    if wanted.mask is not None:
+        return "mask file", []
+    if method not in METHODS:
+        raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
+    if method == "auto":
+        log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
+        learned = "net" if strip_weights_sha256(wanted) else "template"
+        return "none" if stripped_already else learned, []
+    if method != "none" and stripped_already:
+        return method, [
+            "the scan looks skull-stripped already: --skull-strip none would leave it alone"
+        ]
+    if method == "none" and not stripped_already:
+        return method, [
+            "the scan does not look skull-stripped, and --skull-strip none was asked for:"
+            " labels will be unreliable outside the brain"
+        ]
+    return method, []
 
 
 def _lifted(t1: Volume, brain: Volume | None) -> Volume:
