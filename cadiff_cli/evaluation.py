@@ -124,6 +124,11 @@ def score_pair(
     either = {abs(k) for k in reference_mapping.values()}
     drawn = either | {int(table.mirror_classes[-k]) for k in reference_mapping.values() if k < 0}
     known = {table.structures[k - 1].name for k in drawn if k}
+    if not any(s.structure in known for s in scores):
+        raise DataError(
+            f"no id of the references means one of the structures of --labels {subset}",
+            "use --labels all, or other --reference-labels",
+        )
     if unknown := [s.structure for s in scores if s.structure not in known]:
         say_once(f"not scored, as no id of the references means them: {', '.join(unknown)}")
     return [s for s in scores if s.structure in known]

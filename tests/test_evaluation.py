@@ -223,6 +223,9 @@ def test_what_references_cannot_hold_is_not_scored(write, table, caplog):
     (score,) = score_pair(path, reference, table, "malc27", mapping)
     assert score.dice == 1
     assert "not scored" in caplog.text
+    vermis = next(k for k in range(1, table.n_classes) if k not in table.subset("malc27"))
+    with pytest.raises(DataError, match="malc27"):
+        score_pair(path, reference, table, "malc27", {one: vermis})
 
 
 @pytest.mark.parametrize(

@@ -118,10 +118,15 @@ def test_only_what_was_cut_short_is_replaced_unasked(tmp_path):
     with pytest.raises(SystemExit), journal.writing(place.stem):
         raise SystemExit(143)
     journal.make_room(place, overwrite=False)
+    journal.forget(place.stem)  # as cadiff mask does
+    with pytest.raises(OutputError, match="is there already"):
+        journal.make_room(place, overwrite=False)
     with journal.writing(place.stem):
         write_text(drawn, "all of it")
     with pytest.raises(OutputError, match="is there already"):
         journal.make_room(place, overwrite=False)
+    write_text(place.commit, "{}")  # the rest of the result is gone
+    journal.make_room(place, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def command(
 
     Repeat scans stay with their person.  RUN gets a folder per fold and the tables of `cadiff
     evaluate`; with --fold the tables lie in the fold's own folder, and the command without it
-    makes the joint ones.  The same command continues after a kill.
+    makes the joint ones.  The same command continues after a kill, or after --max-minutes, which
+    end it with exit code 1: a fold that is not trained to its end is not scored.
     """
     import logging
     import time
@@ -60,8 +61,8 @@ def command(
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)
-    until = time.monotonic() + 60 * max_minutes
     samples = prepare(scans, mapping, atlas, cache or run / "cache")
+    until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(
             samples,

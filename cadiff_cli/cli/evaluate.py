@@ -60,7 +60,8 @@ def command(
 
     The headline is the foreground mean: over structures (background is not included), then over
     scans.  A structure missing on one side counts Dice 0 and NSD 0, and is left out of the mean
-    HD95; missing on both sides, it is left out altogether.
+    HD95; missing on both sides, it is left out altogether, and so is what no id of the references
+    means.
     """
     import logging
 

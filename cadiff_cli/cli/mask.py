@@ -32,7 +32,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.io.derivatives import save_mask
     from cadiff_cli.io.layout import Derivatives
     from cadiff_cli.io.nifti import load_scan
-    from cadiff_cli.runner.journal import alone
+    from cadiff_cli.runner.journal import Journal, alone
     from cadiff_cli.runner.logs import ON_SCREEN, warning
     from cadiff_cli.stages.strip import on_scan, strip
 
@@ -55,6 +55,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     template = _template(scan, method, offline)
     with alone(out, place.stem), TemporaryDirectory(prefix="cadiff-") as work:
         claim()  # again: another process may have finished meanwhile
+        Journal(out).forget(place.stem)
         stripped = strip(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)
         click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))

@@ -51,7 +51,10 @@ OPTIONS = (
         "--workers", type=click.IntRange(0), default=0, show_default=True, help="Drawing processes."
     ),
     click.option(
-        "--max-minutes", type=float, default=float("inf"), help="Stop then; it is no error."
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        help="Stop then, to go on later.",
     ),
 )
 

@@ -86,8 +86,8 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
             if "space" in entities:
                 continue
             scan = ("subject", "session", "acquisition")
-            run = entities.get("run", "")
-            key = (*(str(entities.get(k, "")) for k in scan), str(run).lstrip("0"))
+            run = str(entities.get("run", ""))
+            key = (*(str(entities.get(k, "")) for k in scan), str(int(run)) if run else "")
             if key in found:
                 both = f"{found[key].name}, {path.name}"
                 raise DataError(

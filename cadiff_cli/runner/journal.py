@@ -45,17 +45,26 @@ class Journal:
     @contextmanager
     def writing(self, entities: str) -> Iterator[None]:
         """While a run writes results; if it does not get to the end, the next may replace them."""
-        mark = self.folder / f"{entities}.begun"
         self.folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        self._mark(entities).touch()
         yield
-        mark.unlink(missing_ok=True)
+        self.forget(entities)
 
     def make_room(self, place: Derivatives, *inputs: Path | None, overwrite: bool) -> None:
-        """``place.claim``, to which what a killed run left is nothing that could be lost."""
-        begun = (self.folder / f"{place.stem}.begun").exists()
-        killed = begun and finished_result(place) is None
-        place.claim(*inputs, overwrite=overwrite or killed)
+        """``place.claim``, to which what a killed run left is nothing that could be lost.
+
+        Nor is a result of which somebody has deleted a part: its sidecar says that it is ours.
+        """
+        ours = self._mark(place.stem).exists() or place.commit.exists()
+        unfinished = ours and finished_result(place) is None
+        place.claim(*inputs, overwrite=overwrite or unfinished)
+
+    def forget(self, entities: str) -> None:
+        """Whatever a killed run left of a scan is now somebody's."""
+        self._mark(entities).unlink(missing_ok=True)
+
+    def _mark(self, entities: str) -> Path:
+        return self.folder / f"{entities}.begun"
 
     def failed_since(self, entities: str, path: Path) -> str:
         """Why the scan failed after ``path`` was written; empty if it did not."""

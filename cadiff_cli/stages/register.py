@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
 """What ANTs raises where an image cannot be registered; the last for a transform not written."""
-LEAST_FREE_BYTES = 200_000_000
-"""Transforms of one registration, and some more."""
+LEAST_FREE_BYTES = 10_000_000
+"""With less, a disk is full: the transforms of one registration take more."""
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 POOR_SCORE = 1.06
 """Normalised mutual information below which a registration is reported as suspicious.

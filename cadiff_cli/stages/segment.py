@@ -338,7 +338,8 @@ def pick_device(name: str) -> torch.device:
 
 def _is_short_of_memory(error: Exception) -> bool:
     """Torch raises a ``RuntimeError`` when it cannot allocate."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    said = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
 
 
 @contextmanager

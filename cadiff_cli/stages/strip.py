@@ -50,7 +50,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
     brain = stripped_brain(scan.t1)
-    if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working):
+    learned = config.strip.method == "auto" and strip_weights_sha256(config.strip)
+    if brain and brain.litres > LARGE_LITRES and learned and _is_head(scan.t1, working):
         brain = None
     lifted = _lifted(scan.t1, brain)
     method, warnings = _method(config.strip, stripped_already=brain is not None)
@@ -171,9 +172,10 @@ def _is_head(t1: Volume, working: Grid) -> bool:
     """
     from cadiff_cli.stages.brain import brain_mask
 
+    model = _brain_model()
     try:
-        return bool(brain_mask(t1, working, _brain_model()).data.any())
-    except (DataError, MissingInputError):
+        return bool(brain_mask(t1, working, model).data.any())
+    except DataError:
         return False
 
 

@@ -143,7 +143,7 @@ def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str])
 
     The keys ``kept`` and all settings under ``train`` must agree, but for steps, decay and rate.
     """
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = {"recount_prior": False} | json.loads(path.read_text(encoding="utf-8"))
 
     def essence(run: dict[str, Any]) -> dict[str, Any]:
         train = {k: v for k, v in run["train"].items() if k not in ("steps", "decay", "rate")}
