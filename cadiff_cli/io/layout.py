@@ -67,8 +67,7 @@ class Derivatives:
                 break
         refuse_foreign(self.out)
         for path in self.existing():
-            known = [source for source in inputs if source and path.exists()]
-            if any(path.samefile(source) for source in known):
+            if path.exists() and any(source and path.samefile(source) for source in inputs):
                 raise OutputError(
                     f"{path} is an input and would be overwritten", "choose another output folder"
                 )

@@ -82,6 +82,12 @@ def resample_in(
     return Volume(out, grid)
 
 
+def resample_mask(mask: Volume, grid: Grid) -> Volume:
+    """A bool mask on another grid: where its linear interpolation is above a half."""
+    share = resample(Volume(mask.data.astype(np.float32), mask.grid), grid)
+    return Volume(share.data > 0.5, grid)
+
+
 def resample_labels(labels: Volume, grid: Grid) -> Volume:
     """A class map (uint8) on another grid: each class is interpolated as a mask, the most wins."""
     if same_lattice(labels.grid.voxel_map(grid)):

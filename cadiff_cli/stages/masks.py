@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from cadiff_cli.spatial.grid import Volume, faces
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import resample, resample_mask
 
 SPACING_MM = 2.0
 LEAST_SHARE = 0.9
@@ -70,8 +70,7 @@ def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
 def find_brain(stripped: Volume, least: float) -> Volume:
     """Where the brain of a stripped scan is (both bool), at 2 mm: without specks, holes filled."""
     grid = stripped.grid.working(SPACING_MM, tolerance=0.0)
-    inside = resample(Volume(stripped.data.astype(np.float32), stripped.grid), grid).data > 0.5
-    return Volume(tidy(inside, least), grid)
+    return Volume(tidy(resample_mask(stripped, grid).data, least), grid)
 
 
 def find_head(t1: Volume) -> Volume:
@@ -93,7 +92,7 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
     ``inside_of`` (bool, any grid) is what it should lie in: the head, as far as it is known.
     """
     grid = mask.grid.working(SPACING_MM, tolerance=0.0)
-    inside = resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5
+    inside = resample_mask(mask, grid).data
     parts, n = ndimage.label(inside)
     if n == 0:
         return MaskQuality(0.0, 0.0, 0.0)
@@ -103,7 +102,7 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
     edge = max(int(face.sum()) for face in faces(largest))
     air = 0.0
     if inside_of is not None:
-        known = resample(Volume(inside_of.data.astype(np.float32), inside_of.grid), grid).data > 0.5
+        known = resample_mask(inside_of, grid).data
         air = float(np.count_nonzero(inside & ~known) / np.count_nonzero(inside))
     return MaskQuality(
         round(float(sizes.max() / sizes.sum()), 4),

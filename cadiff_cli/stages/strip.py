@@ -20,6 +20,7 @@ from cadiff_cli.spatial.resample import (
     bounding_box,
     resample,
     resample_in,
+    resample_mask,
     same_grid,
 )
 from cadiff_cli.stages.masks import find_brain, find_head, judge_mask, tidy
@@ -50,15 +51,12 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
     brain = stripped_brain(scan.t1)
-    learned = config.strip.method == "auto" and strip_weights_sha256(config.strip)
-    if brain and brain.litres > LARGE_LITRES and learned and _is_head(scan.t1, working):
+    if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working, config.strip):
         brain = None
     lifted = _lifted(scan.t1, brain)
     method, warnings = _method(config.strip, stripped_already=brain is not None)
     if config.strip.mask is not None:
-        given = given_mask(config.strip.mask, scan)
-        inside = resample(Volume(given.data.astype(np.float32), given.grid), working).data > 0.5
-        mask = Volume(inside, working)
+        mask = resample_mask(given_mask(config.strip.mask, scan), working)
     elif method == "none":
         if brain:
             _has_tissues(scan.t1, brain)
@@ -145,8 +143,7 @@ def strip_template(templates: Sequence[Template]) -> Template:
 
 def on_scan(stripped: Stripped, scan: Scan) -> Volume:
     """The brain mask on the scan's own grid."""
-    mask, grid = stripped.mask, scan.t1.grid
-    return Volume(resample(Volume(mask.data.astype(np.float32), mask.grid), grid).data > 0.5, grid)
+    return resample_mask(stripped.mask, scan.t1.grid)
 
 
 def stripped_brain(t1: Volume) -> Volume | None:
@@ -165,11 +162,13 @@ def stripped_brain(t1: Volume) -> Volume | None:
     return found if low < found.litres < high and touched < 0.01 else None
 
 
-def _is_head(t1: Volume, working: Grid) -> bool:
-    """Whether the network finds a brain inside; in 8 stripped scans of two scanners it finds none.
+def _is_head(t1: Volume, working: Grid, wanted: StripConfig) -> bool:
+    """Whether the network, if ``auto`` may ask it, finds a brain inside.
 
-    It has learnt to look for one within a skull.
+    It has learnt to look for one within a skull: in 8 stripped scans of two scanners it finds none.
     """
+    if wanted.method != "auto" or not strip_weights_sha256(wanted):
+        return False
     from cadiff_cli.stages.brain import brain_mask
 
     model = _brain_model()
