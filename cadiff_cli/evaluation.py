@@ -21,7 +21,7 @@ from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample_labels, same_grid
+from cadiff_cli.spatial.resample import check_same_grid, resample_labels
 from cadiff_cli.stages.register import rigid
 
 OURS = "_seg-cadiff_dseg."
@@ -114,12 +114,7 @@ def score_pair(
     """
     p = load_classes(prediction, table, table.identity_mapping())
     r = load_classes(reference, table, reference_mapping, option="--reference-labels")
-    if not same_grid(p.grid, r.grid):
-        raise DataError(
-            f"{prediction.name} lies on {_described(p.grid)}, {reference.name} on"
-            f" {_described(r.grid)}",
-            "both must share a grid",
-        )
+    check_same_grid(prediction.name, p.grid, reference.name, r.grid)
     scores = score_classes(scan_of(reference), p, r, table, subset, tolerance_mm, reference.name)
     either = {abs(k) for k in reference_mapping.values()}
     drawn = either | {int(table.mirror_classes[-k]) for k in reference_mapping.values() if k < 0}
@@ -327,10 +322,6 @@ def _volumes_mm3(labels: Volume, classes: Sequence[int]) -> np.ndarray:
 
 def _preprocessed(dseg: Path) -> Path:
     return dseg.with_name(dseg.name.replace(OURS, "_desc-preproc_T1w."))
-
-
-def _described(grid: Grid) -> str:
-    return f"{grid!r} with affine {np.round(grid.affine[:3], 4).tolist()}"
 
 
 def _finite(values: Iterable[float]) -> list[float]:

@@ -25,6 +25,7 @@ from cadiff_cli.stages.segment import (
     class_probabilities,
     enough_memory,
     mirrored,
+    pick_device,
     segment,
 )
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -310,6 +311,18 @@ def test_senseless_requests_are_usage_errors(small_head, small_conditions, tiny_
     with pytest.raises(UsageError) as caught:
         labels_of(small_head, tiny_model, small_conditions, config)
     assert caught.value.remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that works")
+def test_a_gpu_that_cannot_compute_is_not_chosen(monkeypatch, caplog):
+    """Visible, but without kernels for it: this torch's own refusal serves as one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for _ in range(2):
+        assert pick_device("auto").type == "cpu"
+    assert [r.message.split(": ")[0] for r in caplog.records] == ["cuda cannot be used"]
+    with pytest.raises(UsageError, match="cannot be used"):
+        pick_device("cuda")
 
 
 @pytest.fixture(scope="module")

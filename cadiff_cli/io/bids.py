@@ -25,7 +25,7 @@ from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.nifti import load_scan, stem
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import same_grid
+from cadiff_cli.spatial.resample import check_same_grid
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -127,11 +127,7 @@ def load_labelled(
     """
     loaded = load_scan(scan.t1)
     classes, grid = load_classes(scan.dseg, table, mapping, option="--labels"), loaded.t1.grid
-    if not same_grid(classes.grid, grid):
-        raise DataError(
-            f"{scan.dseg.name} lies on {classes.grid!r}, {scan.t1.name} on {grid!r}",
-            "an image and its labels must share a grid",
-        )
+    check_same_grid(scan.dseg.name, classes.grid, scan.t1.name, grid)
     return loaded, Volume(classes.data, grid)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 from scipy import ndimage
 
+from cadiff_cli.errors import DataError
 from cadiff_cli.spatial.grid import Grid, Volume
 
 REACH_VOXELS = 12
@@ -28,6 +29,18 @@ def same_grid(a: Grid, b: Grid) -> bool:
     box = all_voxels(a.shape)
     moved, there = corners(box, a.voxel_map(b)), corners(box, np.eye(4))
     return bool(abs(moved - there).max() <= MAX_OFFSET_VOXELS)
+
+
+def check_same_grid(name: str, grid: Grid, other_name: str, other: Grid) -> None:
+    """Raise ``DataError`` unless the voxels of two images coincide."""
+    if not same_grid(grid, other):
+        ours, theirs = (
+            f"{g!r} with affine {np.round(g.affine[:3], 4).tolist()}" for g in (grid, other)
+        )
+        raise DataError(
+            f"{name} lies on {ours}, {other_name} on {theirs}",
+            "they must share a grid: the same shape and affine",
+        )
 
 
 def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> Volume:

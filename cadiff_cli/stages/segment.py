@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -320,9 +321,10 @@ def _slabs(p: Tensor, grid: Grid, native: Grid) -> Iterator[tuple[int, Tensor]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; asking for an absent one is an error."""
+    """``auto`` is the GPU if there is one that works; asking for an absent one is an error."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        works = torch.cuda.is_available() and not _trouble(torch.device("cuda"))
+        return torch.device("cuda" if works else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("no CUDA device is available", "use --device cpu")
     try:
@@ -331,9 +333,27 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"unknown device {name!r}", "use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is not supported", "use auto, cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
+        if trouble := _trouble(device):
+            raise UsageError(f"{name} cannot be used: {trouble}", "use --device cpu")
     return device
+
+
+@cache
+def _trouble(device: torch.device) -> str:
+    """Why a visible GPU cannot compute, in a line, which is logged too; empty if it can.
+
+    It may be older than torch's kernels, or taken by another process.
+    """
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        trouble = str(error).strip().split("\n")[0]
+        log.warning("%s cannot be used: %s", device, trouble)
+        return trouble
+    return ""
 
 
 def _is_short_of_memory(error: Exception) -> bool:

@@ -18,10 +18,10 @@ from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
 from cadiff_cli.spatial.resample import (
     all_voxels,
     bounding_box,
+    check_same_grid,
     resample,
     resample_in,
     resample_mask,
-    same_grid,
 )
 from cadiff_cli.stages.masks import find_brain, find_head, judge_mask, tidy
 
@@ -204,11 +204,7 @@ def given_mask(path: Path, scan: Scan) -> Volume:
     Raises ``DataError`` if it lies elsewhere or is empty.
     """
     mask = load_volume(path)
-    if not same_grid(mask.grid, scan.t1.grid):
-        raise DataError(
-            f"mask {path.name} lies on {mask.grid!r}, the scan on {scan.t1.grid!r}",
-            "give a mask on the scan's own grid",
-        )
+    check_same_grid(path.name, mask.grid, scan.path.name, scan.t1.grid)
     inside = np.nan_to_num(np.asarray(mask.data, dtype=np.float32)) > 0.5
     if not inside.any():
         raise DataError(f"mask {path.name} is empty", "give a mask with the brain above 0.5")

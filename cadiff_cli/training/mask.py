@@ -19,7 +19,7 @@ from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.weights import BrainModel, save_brain_model, seen_by
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
-from cadiff_cli.spatial.resample import same_grid
+from cadiff_cli.spatial.resample import check_same_grid
 from cadiff_cli.stages.brain import predict_distance
 from cadiff_cli.stages.segment import pick_device
 from cadiff_cli.training.heads import (
@@ -93,11 +93,7 @@ def _real_head(t1: Path, brain: Path, source: str) -> Head:
     ends_at_cortex = "_dseg." in brain.name
     name = t1.name.split("_T1w")[0]
     image, inside = load_scan(t1).t1, load_volume(brain)
-    if not same_grid(image.grid, inside.grid):
-        raise DataError(
-            f"{brain.name} lies on {inside.grid!r}, {t1.name} on {image.grid!r}",
-            "a head and its brain must share a grid",
-        )
+    check_same_grid(brain.name, inside.grid, t1.name, image.grid)
     return from_scan(name, source, image, inside, close=ends_at_cortex)
 
 
