@@ -3,7 +3,8 @@
 #   docker build -t cadiff .
 #   docker run --rm -u $(id -u) -v /data:/data cadiff /data/bids /data/out participant
 #
-# With CUDA:      --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 -t cadiff:cuda
+# With CUDA:      --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+#                 --build-arg TAG=cadiff:cuda -t cadiff:cuda
 # Another base:   --build-arg BASE_IMAGE=debian:bookworm-slim   (it needs apt or Python >= 3.11)
 # No templates:   --build-arg TEMPLATES=
 # One scan:       docker run --entrypoint cadiff-seg ... cadiff /data/sub-01_T1w.nii.gz -o /data/out
@@ -38,6 +39,7 @@ RUN mkdir -p "${TEMPLATEFLOW_HOME}" \
 
 FROM python
 ARG VERSION=0.1.0
+ARG TAG=cadiff:latest
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="cadiff" \
       org.opencontainers.image.description="Brain structures and volumes from T1w MRI; a BIDS app" \
@@ -55,7 +57,7 @@ ENV PATH=/opt/cadiff/bin:$PATH \
     MPLCONFIGDIR=/tmp/matplotlib \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    CADIFF_DOCKER_TAG=cadiff:${VERSION}
+    CADIFF_DOCKER_TAG=${TAG}
 WORKDIR /tmp
 USER 1000
 ENTRYPOINT ["cadiff", "run"]

@@ -7,7 +7,8 @@
 #
 # BUILD_OPTIONS go to buildah, such as "-v /etc/pip.conf:/etc/pip.conf:ro".
 set -euo pipefail
-work=$1 bids=$(realpath "$2") out=$(realpath "$3")
+mkdir -p "$1" "$3"
+work=$(realpath "$1") bids=$(realpath "$2") out=$(realpath "$3")
 shift 3
 cd "$(dirname "$0")/.."
 export STORAGE_DRIVER=${STORAGE_DRIVER:-vfs}

@@ -24,6 +24,8 @@ participant=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$list")
 # Scratch is the node's own disk: what is temporary never crosses the network.
 work=$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cadiff-XXXXXX")
 trap 'rm -rf "$work"' EXIT
+# Apptainer sees it wherever it lies, whatever else is bound.
+export APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$work"
 
 # shellcheck disable=SC2086  # CADIFF_RUN may be several words
 ${CADIFF_RUN:-cadiff run} "$bids" "$out" participant --participant-label "$participant" \

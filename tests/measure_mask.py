@@ -1,8 +1,8 @@
 """Score the brain-mask network on heads whose brain is known: a table by source.
 
 python tests/measure_mask.py HEADS/mass HEADS/nichart            # as they are
-python tests/measure_mask.py HEADS/mass --hard                   # spacings, slices, orientations
-python tests/measure_mask.py --synthetic 6 --hard --figure worst.png
+python tests/measure_mask.py HEADS/mass --spacings --orientations
+python tests/measure_mask.py --synthetic 6 --spacings --figure worst.png
 python tests/measure_mask.py HEADS/ixi HEADS/nichart --edges     # how wide its brains are
 python tests/measure_mask.py HEADS/nichart --shift 0.9           # against brains so much narrower
 
@@ -30,7 +30,7 @@ from cadiff_cli.io.nifti import load_scan, load_volume
 from cadiff_cli.io.weights import BrainModel, load_brain_model
 from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain import brain_mask
 from cadiff_cli.stages.masks import judge_mask, tidy
 from cadiff_cli.training.heads import closed, signed_distance
@@ -61,7 +61,8 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--synthetic", type=int, default=0, help="so many synthetic heads too")
     parser.add_argument("--model", default="brain-mask")
-    parser.add_argument("--hard", action="store_true")
+    parser.add_argument("--spacings", action="store_true", help="1, 2, 3 mm and slices of 6 mm")
+    parser.add_argument("--orientations", action="store_true", help="the 48 orders of the axes")
     parser.add_argument("--close", action="store_true", help="close masks too, as dsegs are")
     parser.add_argument("--shift", type=float, default=0.0, help="references narrower by, mm")
     parser.add_argument("--edges", action="store_true", help="no network: where the edges lie")
@@ -80,7 +81,7 @@ def main() -> None:
             )
         return
     model = load_brain_model(arguments.model)
-    variants = hard if arguments.hard else plain
+    chosen = [at_spacings] * arguments.spacings + [turned] * arguments.orientations
     sources = {folder.name: real(folder, arguments) for folder in arguments.folders}
     sources["synthetic"] = (
         (f"seed {seed}", *synthetic_head(seed)) for seed in range(arguments.synthetic)
@@ -89,14 +90,15 @@ def main() -> None:
     for source, heads in sources.items():
         found = dict[str, list[tuple[float, float]]]()
         for head, whole, wanted in heads:
-            for variant, t1, brain in variants(whole, wanted):
+            variants = (variant(whole, wanted) for variant in chosen or [plain])
+            for variant, t1, brain in itertools.chain.from_iterable(variants):
                 begun = time.perf_counter()
                 case = score(f"{head}, {variant}", t1, brain, model)
                 seconds = time.perf_counter() - begun
                 found.setdefault(variant, []).append((case.dice, case.hd95_mm))
                 if source == "synthetic" and (worst is None or case.dice < worst.dice):
                     worst = case
-                if not arguments.hard or case.dice < FAILURE:
+                if not chosen or case.dice < FAILURE:
                     print(
                         f"{source}\t{case.name}\tDice {case.dice:.4f}"
                         f"\tHD95 {case.hd95_mm:.2f} mm\t{seconds:.1f} s\t{case.said}",
@@ -137,7 +139,7 @@ def edge_depth_mm(t1: Volume, brain: Volume) -> float:
     end.  Both are looked at in RAS axes at 2 mm.
     """
     grid = brain.grid.working(2.0, tolerance=0.0)
-    inside = resample(Volume(brain.data.astype(np.float32), brain.grid), grid).data > 0.5
+    inside = resample_mask(brain, grid).data
     depth = smooth_depth_mm(inside, grid.spacing_mm)
     image = ndimage.gaussian_filter(resample(t1, grid).data.astype(np.float32), 0.5)
     inwards = np.stack(np.gradient(depth))
@@ -166,8 +168,7 @@ def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
         mask = brain_mask(t1, t1.grid.working(), model)
     except CadiffError as error:
         return Case(name, t1, brain, np.zeros(t1.grid.shape, bool), 0.0, np.inf, str(error))
-    smooth = Volume(tidy(mask.data).astype(np.float32), mask.grid)
-    found = resample(smooth, t1.grid).data > 0.5
+    found = resample_mask(Volume(tidy(mask.data), mask.grid), t1.grid).data
     overlap = 2 * np.count_nonzero(found & brain.data) / (found.sum() + brain.data.sum())
     far = hausdorff95_mm(
         found.astype(np.uint8), brain.data.astype(np.uint8), (1,), t1.grid.spacing_mm.tolist()
@@ -200,23 +201,25 @@ def plain(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
     yield "as it is", t1, brain
 
 
-def hard(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
-    """The head at other spacings, and stored along each of the 48 orders and signs of the axes."""
+def at_spacings(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
+    """The head with other voxels."""
     box = t1.grid.working(1.0, tolerance=0.0)
     for spacing in SPACINGS:
         affine = box.affine @ np.diag([*spacing, 1.0])
         shape = tuple(int(n) for n in np.ceil(np.array(box.shape) / spacing))
         grid = Grid((shape[0], shape[1], shape[2]), affine)
-        inside = Volume(brain.data.astype(np.float32), brain.grid)
-        inner = Volume(resample(inside, grid).data > 0.5, grid)
-        yield f"{' x '.join(map(str, spacing))} mm", resample(t1, grid), inner
-    small = box.coarsen(3)
-    inside = Volume(brain.data.astype(np.float32), brain.grid)
-    at_3mm = resample(t1, small).data, resample(inside, small).data > 0.5
+        name = f"{' x '.join(map(str, spacing))} mm"
+        yield name, resample(t1, grid), resample_mask(brain, grid)
+
+
+def turned(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
+    """The head at 3 mm, stored along each of the 48 orders and signs of the axes."""
+    small = t1.grid.working(1.0, tolerance=0.0).coarsen(3)
+    at_3mm = resample(t1, small).data, resample_mask(brain, small).data
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
-            turned = [stored(data, small, order, signs) for data in at_3mm]
-            yield "48 orientations at 3 mm", turned[0], turned[1]
+            images = [stored(data, small, order, signs) for data in at_3mm]
+            yield "48 orientations at 3 mm", images[0], images[1]
 
 
 if __name__ == "__main__":

@@ -187,14 +187,18 @@ def test_packed_volumes_unpack():
 
 
 def test_robust_distances_do_not_depend_on_the_unit():
-    values = list(np.random.default_rng(0).lognormal(sigma=0.5, size=30))
-    z = robust_z(values)
-    assert robust_z([1000 * v for v in values]) == pytest.approx(z)
-    worse = robust_z([*values[:-1], 1e6])
-    assert worse[-1] > FAR
-    assert worse[:-1] == pytest.approx(z[:-1], abs=0.5)
-    assert robust_z([5.0] * 9) == [0.0] * 9
-    assert robust_z([1, 2, 90]) == [0, 0, 0]
+    values = dict(enumerate(np.random.default_rng(0).lognormal(sigma=0.5, size=30)))
+    z = robust_z(values, 0.03)
+    assert robust_z({k: 1000 * v for k, v in values.items()}, 0.03) == pytest.approx(z)
+    inverse = robust_z({k: 1 / v for k, v in values.items()}, 0.03)
+    assert inverse == pytest.approx({k: -v for k, v in z.items()})
+    worse = robust_z(values | {29: 1e6}, 0.03)
+    assert worse.pop(29) > FAR
+    assert worse == pytest.approx({k: v for k, v in z.items() if k != 29}, abs=0.5)
+    assert set(robust_z(dict.fromkeys(range(9), 5.0), 0.03).values()) == {0.0}
+    assert robust_z({"a": 1, "b": 2, "c": 90}, 0.03) == {}
+    # What is absent is no outlier, nor is what the few have that others lack.
+    assert robust_z({**dict.fromkeys(range(9), 0.0), "x": 3.0}, 0.03) == {}
 
 
 def test_mirroring_a_brain_turns_its_asymmetry_round(table):
@@ -310,17 +314,43 @@ def test_released_ranges_are_ordered_and_of_known_structures(table):
 
 
 def test_a_group_names_who_stands_out(table):
-    rng = np.random.default_rng(0)
+    rng, ranges = np.random.default_rng(0), load_ranges()
     group = {
         f"sub-{k:02d}": judged(table, L_HIP=1000 * rng.normal(1, 0.02), L_THA=1000.0)
         for k in range(9)
     }
-    assert outliers(group) == {}
+    assert outliers(group, ranges) == {}
     group["sub-99"] = judged(table, L_HIP=2500.0)
-    found = outliers(group)
+    found = outliers(group, ranges)
     assert set(found) == {"sub-99"}
     assert any("Left-Hippocampus" in text for text in found["sub-99"])
-    assert outliers({name: group[name] for name in ("sub-01", "sub-99")}) == {}
+    assert outliers({name: group[name] for name in ("sub-01", "sub-99")}, ranges) == {}
+
+
+@pytest.mark.parametrize("n", [5, 10, 40])
+def test_a_healthy_group_has_hardly_any_outlier(table, n):
+    """People drawn from the ranges of known ones, however few they are."""
+    rng, ranges = np.random.default_rng(1), load_ranges()
+    known = {s.abbreviation: ranges.percent_brain.get(s.name) for s in table.structures}
+    people = {
+        k: {
+            name: 1e3 * span.centre * float(np.exp(rng.normal(0, span.log_sd)))
+            for name, span in known.items()
+            if span
+        }
+        for k in range(200)
+    }
+    named = 0
+    for first in range(0, 200, n):
+        group = {str(k): judged(table, **people[k]) for k in range(first, first + n)}
+        named += len(outliers(group, ranges))
+    assert named <= 10
+
+
+def test_vessels_and_what_is_missing_have_no_asymmetry(table):
+    assert judged(table, L_VES=0.0).largest_side.percent == 0
+    alone = judged(table, R_HIP=0.0, L_THA=1100.0)
+    assert alone.largest_side.left == "Left-Thalamus"
 
 
 def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, monkeypatch):
@@ -635,8 +665,8 @@ def test_a_group_sorts_and_links(pages, visit, tmp_path):
     assert EVIL in page.inner_text("#missing")
     first = page.locator("#scans tbody tr td:first-child").first
     assert first.inner_text() == "sub-01"
-    page.click("#scans th:first-child")
-    page.click("#scans th:first-child")
+    page.click("#scans th:first-child button")
+    page.click("#scans th:first-child button")
     assert first.inner_text() == "sub-02"
     first.locator("a").click()
     page.wait_for_url("**/sub-02.html")

@@ -444,7 +444,17 @@ def test_reports_can_be_rebuilt_from_finished_results(batch, tmp_path):
         done = cadiff("run", bids, out, "participant", option)
         assert done.returncode == 0, done.stderr
         assert (out / "logs" / "CITATION.md").read_text() == before
-    assert {path.stem for path in out.glob("*.html")} == {*GOOD, "group"}
+    assert {path.stem for path in out.glob("*.html")} == set(GOOD)
+    for page in out.glob("*.html"):
+        page.unlink()
+    one = GOOD[0].split("_")[0].removeprefix("sub-")
+    done = cadiff("run", bids, out, "participant", "group", option, "--participant-label", one)
+    assert done.returncode == 0, done.stderr
+    assert {path.stem.split("_")[0] for path in out.glob("*.html")} == {f"sub-{one}", "group"}
+    # A page that shows other results than the table does not stay.
+    done = cadiff("run", bids, out, "group", "--no-report")
+    assert done.returncode == 0, done.stderr
+    assert not (out / "group.html").exists()
     assert cadiff("run", bids, tmp_path / "empty", "participant", option).returncode == 66
 
 

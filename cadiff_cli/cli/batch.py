@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import cadiff_cli
+from cadiff_cli.cli.report import scan_pages
 from cadiff_cli.config import Config
-from cadiff_cli.errors import DiskError, UsageError, in_a_line
+from cadiff_cli.errors import DiskError, UsageError
 from cadiff_cli.io.bids import Dataset, Selection
 from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.provenance import make_recipe
@@ -25,9 +26,9 @@ from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.boilerplate import cite, write_citations
-from cadiff_cli.report.group import write_group_page
+from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.runner.executor import Executor
-from cadiff_cli.runner.group import Group, write_group
+from cadiff_cli.runner.group import collect, write_group
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.logs import warning
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
@@ -98,15 +99,14 @@ def group_level(request: Request) -> int:
     console = make_console(request.verbosity)
     check_folders(request)
     request.dataset.require(request.selection.participants)
-    everybody = replace(request.selection, participants=(), sessions=())
-    expected = scan_names(request.dataset, everybody, request.database)
+    expected = _everybody(request)
     if request.dry_run:
         click.echo("\n".join(expected))
         return 0
     group = write_group(request.out, expected, load_table())
     _cite(request.out, console)
-    if request.report:
-        group_page(request.out, group, console)
+    if why := report_group(request.out, group, load_table(), wanted=request.report):
+        warn(console, why)
     for note in group.notes:
         warn(console, note)
     for entities, reason in group.missing.items():
@@ -115,23 +115,24 @@ def group_level(request: Request) -> int:
     return 0
 
 
-def rebuild_reports(request: Request, *, pages: bool) -> int:
-    """Write again what is derived from finished results."""
+def _everybody(request: Request) -> list[str]:
+    """Scans of the group, whichever participants and sessions were named."""
+    selection = replace(request.selection, participants=(), sessions=())
+    return scan_names(request.dataset, selection, request.database)
+
+
+def rebuild_reports(request: Request, levels: Collection[str], *, pages: bool) -> int:
+    """Write again what is derived from finished results: citations, and pages of the ``levels``."""
     check_folders(request)
     write_citations(request.out)
-    if pages:
-        from cadiff_cli.cli.report import rebuild
-
-        return rebuild(request.out, request.dataset.root)
-    return 0
-
-
-def group_page(out: Path, group: Group, console: Console) -> None:
-    """``group.html``; it is for looking at, so the table stands whatever happens to it."""
-    try:
-        write_group_page(out, group.rows, group.judged, group.missing, load_table())
-    except Exception as error:
-        warn(console, f"no group page was written ({in_a_line(error)})")
+    code = 0
+    if pages and "participant" in levels:
+        chosen = scan_names(request.dataset, request.selection, request.database)
+        code = scan_pages(request.out, request.dataset.root, chosen)
+    if pages and "group" in levels:
+        group = collect(request.out, _everybody(request), table := load_table())
+        click.echo(write_group_page(request.out, group.rows, group.judged, group.missing, table))
+    return code
 
 
 def make_console(verbosity: int) -> Console:

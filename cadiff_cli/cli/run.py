@@ -129,7 +129,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
 )
 @click.option("--dry-run", is_flag=True, help="List what would be done (may fetch templates).")
 @click.option("--stop-on-first-crash", is_flag=True, help="Do not go on after a failed scan.")
-@click.option("--reports-only", is_flag=True, help="Rebuild reports from finished results.")
+@click.option("--reports-only", is_flag=True, help="Only write pages again, from finished results.")
 @click.option(
     "--boilerplate-only",
     "--boilerplate_only",
@@ -195,7 +195,7 @@ def command(
         verbosity=o.verbose,
     )
     if o.reports_only or o.boilerplate_only:
-        return rebuild_reports(request, pages=o.reports_only)
+        return rebuild_reports(request, levels, pages=o.reports_only)
     code = participant_level(request) if "participant" in levels else 0
     if "group" in levels and not (o.dry_run and "participant" in levels):
         try:

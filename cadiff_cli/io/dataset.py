@@ -15,7 +15,6 @@ VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 """What OpenNeuro adds to a dataset's DOI."""
 BIDS_VERSION = "1.10.0"
 BIDSIGNORE = "*.html\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
-CODE_URL = "https://pypi.org/project/cadiff/"
 TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
 README = """# cadiff derivatives
 
@@ -33,11 +32,7 @@ Not for diagnosis.
 
 def generated_by() -> dict[str, Any]:
     """The software, and the container that holds it if its image says so."""
-    mark: dict[str, Any] = {
-        "Name": "cadiff",
-        "Version": cadiff_cli.__version__,
-        "CodeURL": CODE_URL,
-    }
+    mark: dict[str, Any] = {"Name": "cadiff", "Version": cadiff_cli.__version__}
     if tag := os.environ.get("CADIFF_DOCKER_TAG"):
         mark["Container"] = {"Type": "docker", "Tag": tag}
     elif uri := os.environ.get("CADIFF_SINGULARITY_URL"):

@@ -122,6 +122,10 @@ KINDS = {
 }
 
 
+ORIGINS = {
+    "templateflow": "TemplateFlow [@templateflow]",
+    "nilearn package data": "the nilearn package [@nilearn]",
+}
 STRIPPING = {
     "none": "taken as skull-stripped",
     "net": "skull-stripped by cadiff's brain-mask network",
@@ -198,17 +202,25 @@ def _distance_field(sidecars: Sequence[Mapping[str, Any]], spaces: Sequence[str]
     used = [t for s in registered for t in _in_field(s)]
     names = dict.fromkeys((*(t["Name"] for t in used), *spaces))
     atlases = dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in names)
-    flows = any(t["Source"] == "templateflow" for t in used)
     several = [len(_in_field(s)) > 1 for s in registered]
     whose = "The mean of the templates'" if all(several) else "The template's"
     if any(several) and not all(several):
         whose = "The template's, or the mean of several templates',"
     return (
         f"Brains were registered to {_counted(map(_names, registered))} [{'; '.join(atlases)}]"
-        f"{', obtained from TemplateFlow [@templateflow],' if flows else ''}"
-        f" by {_counted(map(_kinds, sidecars))}."
+        f"{_origins(used)} by {_counted(map(_kinds, registered))}."
         f" {whose} coordinates, carried to each scan, gave its distance field."
     )
+
+
+def _origins(used: Iterable[Mapping[str, Any]]) -> str:
+    """Which template came from where, in brackets; nothing of those from elsewhere."""
+    found = dict[str, list[str]]()
+    for name, source in dict.fromkeys((t["Name"], t["Source"]) for t in used):
+        if source in ORIGINS:
+            found.setdefault(source, []).append(name)
+    said = [f"{' and '.join(names)} from {ORIGINS[source]}" for source, names in found.items()]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _labels(sidecars: Sequence[Mapping[str, Any]]) -> str:

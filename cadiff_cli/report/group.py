@@ -1,20 +1,32 @@
 """The page of a group: a sortable table, every structure's distribution, outliers, failures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cadiff_cli.io.layout import Finished, page_path
+from cadiff_cli.errors import OutputError, in_a_line
+from cadiff_cli.io.layout import page_path
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.report.case import mask_quality, read_rows
-from cadiff_cli.report.page import claim, render
-from cadiff_cli.report.qc import FAR, FEWEST, Judgement, judge, robust_z
-from cadiff_cli.report.ranges import load_ranges
+from cadiff_cli.report.page import claim, remove, render
+from cadiff_cli.report.qc import (
+    FAR,
+    FEWEST,
+    MASK_LOG_SD,
+    SCORE_LOG_SD,
+    Judgement,
+    robust_z,
+)
+from cadiff_cli.report.ranges import Ranges, load_ranges
+
+if TYPE_CHECKING:
+    from cadiff_cli.runner.group import Group
 
 PATH = "group.html"
+SCORE = "registration score"
 
 
 @dataclass(frozen=True)
@@ -40,57 +52,75 @@ class Strip:
     points: tuple[Point, ...]
 
 
-def judgement(result: Finished, table: LabelTable) -> Judgement:
-    """What can be said of a scan by itself."""
-    return judge(result, read_rows(result), mask_quality(result), table, load_ranges())
-
-
-def outliers(judged: Mapping[str, Judgement]) -> dict[str, list[str]]:
+def outliers(judged: Mapping[str, Judgement], ranges: Ranges) -> dict[str, list[str]]:
     """Why a scan stands out from the group; scans that do not are absent.
 
-    Shares of the brain, mask volume and registration score, by median and median absolute
-    deviation; groups of fewer than five scans have no outliers.
+    Shares of the brain, mask volume and registration score (``robust_z``); a group's spread counts
+    as no smaller than that of known people.  Fewer than five scans have no outliers.
     """
     found: dict[str, list[str]] = {}
-    if len(judged) < FEWEST:
-        return found
-    names = next(iter(judged.values())).percent_brain
-    measures = [
-        (name, "%", {scan: j.percent_brain[name] for scan, j in judged.items()}) for name in names
-    ]
-    measures.append(("brain mask", "l", {scan: j.mask_litres for scan, j in judged.items()}))
-    scores = {s: j.registration_score for s, j in judged.items() if j.registration_score}
-    measures.append(("registration score", "", scores))
-    for what, unit, values in measures:
-        if len(values) < FEWEST:
-            continue
-        middle = median(values.values())
-        for (scan, value), z in zip(values.items(), robust_z(list(values.values())), strict=True):
-            if abs(z) > FAR and not (what == "registration score" and z > 0):
-                text = f"{what} {value:.3g} {unit}, median {middle:.3g}".replace(" ,", ",")
+    for what, unit, values, least in _measures(judged, ranges):
+        for scan, z in robust_z(values, least).items():
+            if abs(z) > FAR and not (what == SCORE and z > 0):
+                middle = median(value for value in values.values() if value)
+                text = f"{what} {values[scan]:.3g}{unit}, median {middle:.3g}"
                 found.setdefault(scan, []).append(f"{text} ({z:+.1f} SD)")
     return found
 
 
-def strips(judged: Mapping[str, Judgement], table: LabelTable) -> list[Strip]:
+def _measures(
+    judged: Mapping[str, Judgement], ranges: Ranges
+) -> Iterator[tuple[str, str, dict[str, float], float]]:
+    """What a group is compared by: name, unit, value by scan, least standard deviation (log)."""
+    for name in dict.fromkeys(name for j in judged.values() for name in j.percent_brain):
+        yield name, " %", _shares(judged, name), ranges.log_sd(name)
+    yield "brain mask", " l", {scan: j.mask_litres for scan, j in judged.items()}, MASK_LOG_SD
+    scores = {scan: j.registration_score or 0.0 for scan, j in judged.items()}
+    yield SCORE, "", scores, SCORE_LOG_SD
+
+
+def _shares(judged: Mapping[str, Judgement], name: str) -> dict[str, float]:
+    return {scan: j.percent_brain[name] for scan, j in judged.items()}
+
+
+def strips(judged: Mapping[str, Judgement], table: LabelTable, ranges: Ranges) -> list[Strip]:
     """Distribution of every structure but vessels."""
     found = []
     for s in table.structures:
         if not s.is_tissue or not judged:
             continue
-        values = [j.percent_brain[s.name] for j in judged.values()]
-        low, high = min(values), max(values)
+        values = _shares(judged, s.name)
+        low, high = min(values.values()), max(values.values())
+        z = robust_z(values, ranges.log_sd(s.name))
 
         def place(value: float, low: float = low, high: float = high) -> float:
             return 50.0 if high == low else 3 + 94 * (value - low) / (high - low)
 
         points = tuple(
-            Point(name, value, place(value), abs(z) > FAR)
-            for name, value, z in zip(judged, values, robust_z(values), strict=True)
+            Point(scan, value, place(value), abs(z.get(scan, 0.0)) > FAR)
+            for scan, value in values.items()
         )
-        middle = median(values)
+        middle = median(values.values())
         found.append(Strip(s.name, s.color, low, middle, high, place(middle), points))
     return found
+
+
+def report_group(out: Path, group: "Group", table: LabelTable, *, wanted: bool = True) -> str:
+    """``group.html`` of what the group table holds; returns what went wrong, if anything.
+
+    It is for looking at: whatever happens to it, the table stands.  If none is ``wanted``, an
+    earlier one, which shows other results, goes.
+    """
+    try:
+        if wanted:
+            write_group_page(out, group.rows, group.judged, group.missing, table)
+        else:
+            remove(out / PATH)
+        return ""
+    except Exception as error:
+        with suppress(OutputError, OSError):
+            remove(out / PATH)
+        return f"no group page was written ({in_a_line(error)})"
 
 
 def write_group_page(
@@ -103,7 +133,8 @@ def write_group_page(
     """``group.html``: ``rows`` of the group table, and ``missing`` scans with their errors."""
     path = out / PATH
     claim(path)
-    far = outliers(judged)
+    ranges = load_ranges()
+    far = outliers(judged, ranges)
     text = render(
         "group.html.j2",
         title="Group",
@@ -118,7 +149,7 @@ def write_group_page(
             }
             for row in rows
         ],
-        strips=strips(judged, table),
+        strips=strips(judged, table, ranges),
         missing=dict(missing),
         enough=len(judged) >= FEWEST,
         fewest=FEWEST,

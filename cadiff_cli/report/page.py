@@ -44,19 +44,19 @@ def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
         if wanted and (result := finished_result(place)) is not None:
             write_page(out, result, t1)
         else:
-            _remove(page_path(out, place.stem))
+            remove(page_path(out, place.stem))
         return ""
     except Exception as error:
         text = f"no page was written ({in_a_line(error)})"
         log.warning(text)
         log.debug("the report failed", exc_info=True)
         with suppress(OutputError, OSError):
-            _remove(page_path(out, place.stem))
+            remove(page_path(out, place.stem))
         return text
 
 
-def _remove(path: Path) -> None:
-    """A page of ours that shows other labels than those that are there now goes.
+def remove(path: Path) -> None:
+    """A page of ours that shows other results than those that are there now goes.
 
     Raises ``OutputError`` for another program's.
     """
@@ -181,6 +181,7 @@ def _environment() -> "Environment":
     found.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
     found.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
     found.filters["link"] = lambda name: quote(str(name))
+    found.globals["number"] = lambda x, digits=3: "n/a" if x is None else f"{x:.{digits}f}"
     return found
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, log
 from statistics import mean, median
 from typing import Any
 
@@ -29,8 +29,10 @@ POOR_DICE = 0.6
 MOST_SPREAD = 10.0
 """Per cent of its volume by which samples of a structure may differ (SD): a good scan's largest was
 2.4 % (docs/report.md)."""
-SPREAD = 0.03
-"""Smallest relative spread of a group: less is luck, and would make outliers of nothing."""
+MASK_LOG_SD = 0.1
+"""Spread of mask volumes that a group is at least credited with: that of adult brains."""
+SCORE_LOG_SD = 0.03
+"""The same for registration scores."""
 
 COLUMNS = {
     "verdict": "'fine', or 'look' where something is suspicious",
@@ -38,10 +40,10 @@ COLUMNS = {
     "mask_litres": "Volume of the brain mask in litres",
     "mask_largest_share": "Share of the largest component in the mask as it was found or given",
     "mask_symmetry": "Dice of the brain mask and its mirror image, left for right",
-    "mask_at_edge": "Share of the mask's border that is the end of the field of view",
+    "mask_at_edge": "Share of the mask's border that lies on one face of the field of view",
     "mask_in_air": "Share of the brain mask outside the head",
-    "missing": "Structures that were not found",
-    "largest_asymmetry": "Pair that differs most between left and right",
+    "missing": "Structures (but vessels) that were not found",
+    "largest_asymmetry": "Pair (but vessels) that differs most between left and right",
     "largest_asymmetry_percent": "Its difference in per cent of its mean, left minus right",
     "expected_dice": "Mean Dice to expect of the structures (docs/report.md)",
     "least_expected": "Structure of which the lowest Dice is expected, and how much",
@@ -59,6 +61,11 @@ class Side:
     right: str
     percent: float
     plausible: bool
+
+    @property
+    def name(self) -> str:
+        """What both sides are."""
+        return self.left.removeprefix("Left-")
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,13 @@ class Judgement:
 
     @property
     def largest_side(self) -> Side | None:
-        """The most asymmetric pair."""
-        return max(self.sides, key=lambda side: abs(side.percent), default=None)
+        """The most asymmetric pair, but vessels; of which both are there."""
+        both = (
+            side
+            for side in self.sides
+            if side.left in self.percent_brain and not {side.left, side.right} & {*self.missing}
+        )
+        return max(both, key=lambda side: abs(side.percent), default=None)
 
     @property
     def mean_expected_dice(self) -> float | None:
@@ -194,7 +206,7 @@ def _reasons(found: Judgement, ranges: Ranges, sidecar: Mapping[str, Any]) -> It
         if not side.plausible and not {side.left, side.right} & {*found.missing}:
             span = ranges.asymmetry_percent[side.left]
             yield (
-                f"{side.left.removeprefix('Left-')}: left and right differ by"
+                f"{side.name}: left and right differ by"
                 f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
             )
     # Those that are not about the result, or were said above in other words.
@@ -222,7 +234,7 @@ def columns(judgement: Judgement) -> dict[str, Any]:
         "mask_litres": round(judgement.mask_litres, 3),
         **{f"mask_{k}": quality.get(k) for k in ("largest_share", "symmetry", "at_edge", "in_air")},
         "missing": ", ".join(judgement.missing) or None,
-        "largest_asymmetry": side.left.removeprefix("Left-") if side else None,
+        "largest_asymmetry": side.name if side else None,
         "largest_asymmetry_percent": round(side.percent, 1) if side else None,
         "expected_dice": round(dice, 3) if dice is not None else None,
         "least_expected": f"{least[0]} {least[1]:.2f}" if least else None,
@@ -231,18 +243,21 @@ def columns(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def robust_z(values: Sequence[float]) -> list[float]:
-    """How far each value is from the median, in standard deviations that outliers cannot move.
+def robust_z(values: Mapping[str, float], least_log_sd: float) -> dict[str, float]:
+    """Distance of each scan from the median, in standard deviations that outliers cannot move.
 
-    1.4826 times the median absolute deviation is the standard deviation of normal values; at least
-    3 % of the median is taken.  Fewer than five values are all at 0.
+    On a logarithmic scale, as sizes are spread (a ventricle may double, not vanish).  1.4826 times
+    the median absolute deviation is the standard deviation of normal values; few scans may lie
+    close together by luck, so at least ``least_log_sd`` is taken.  Values of 0 are left out, and
+    where fewer than five are left so are all.
 
-    >>> [round(z, 1) for z in robust_z([10, 11, 9, 10, 30])]
-    [0.0, 0.7, -0.7, 0.0, 13.5]
+    >>> found = robust_z({"a": 10, "b": 11, "c": 9, "d": 10, "e": 30, "f": 0}, 0.1)
+    >>> {scan: round(z, 1) for scan, z in found.items()}
+    {'a': 0.0, 'b': 0.7, 'c': -0.7, 'd': 0.0, 'e': 7.4}
     """
-    if len(values) < FEWEST:
-        return [0.0] * len(values)
-    centre = median(values)
-    spread = 1.4826 * median(abs(value - centre) for value in values)
-    spread = max(spread, SPREAD * abs(centre), 1e-12)
-    return [(value - centre) / spread for value in values]
+    logs = {scan: log(value) for scan, value in values.items() if value > 0}
+    if len(logs) < FEWEST:
+        return {}
+    centre = median(logs.values())
+    spread = 1.4826 * median(abs(value - centre) for value in logs.values())
+    return {scan: (value - centre) / max(spread, least_log_sd) for scan, value in logs.items()}

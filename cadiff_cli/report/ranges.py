@@ -17,6 +17,8 @@ WIDE = 3.5
 """Standard deviations that are still plausible: one in two thousand measures lies outside."""
 LEAST_ASYMMETRY = 10.0
 """Per cent by which any pair may differ: a network errs more than the hand that drew labels."""
+UNKNOWN_LOG_SD = 0.2
+"""Spread of a size, as that of its logarithm, where nobody was measured."""
 FEWEST = 5
 """People without whom a spread means nothing."""
 
@@ -32,6 +34,11 @@ class Range:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    @property
+    def log_sd(self) -> float:
+        """Standard deviation of the logarithms of sizes that ``measure`` gave this range."""
+        return math.log(self.high / self.low) / (2 * WIDE)
+
 
 @dataclass(frozen=True)
 class Ranges:
@@ -44,6 +51,15 @@ class Ranges:
     people: str
     percent_brain: Mapping[str, Range]
     asymmetry_percent: Mapping[str, Range]
+
+    def log_sd(self, name: str) -> float:
+        """Spread of a structure's size among known people, as that of its logarithm.
+
+        Where nothing was measured, because somebody lacked it, it is that of the most variable.
+        """
+        if name in self.percent_brain:
+            return self.percent_brain[name].log_sd
+        return max((span.log_sd for span in self.percent_brain.values()), default=UNKNOWN_LOG_SD)
 
 
 def brain_mm3(volumes: Mapping[str, float], table: LabelTable) -> float:

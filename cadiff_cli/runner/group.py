@@ -10,9 +10,10 @@ from cadiff_cli.io.layout import Finished, finished
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable
-from cadiff_cli.report.case import read_rows
-from cadiff_cli.report.group import judgement, outliers
-from cadiff_cli.report.qc import COLUMNS, Judgement, columns, registration_score
+from cadiff_cli.report.case import Row, mask_quality, read_rows
+from cadiff_cli.report.group import outliers
+from cadiff_cli.report.qc import COLUMNS, Judgement, columns, judge, registration_score
+from cadiff_cli.report.ranges import load_ranges
 from cadiff_cli.runner.journal import Journal
 
 MISSING = "group_missing.tsv"
@@ -28,7 +29,6 @@ QUALITY = {
     "registration": "Kinds of registration that were used, in the templates' order if they differ",
     "template": "Templates that the scan was registered to",
     "skull_stripping": "How the brain mask was found",
-    "missing_structures": "Number of structures that were not found",
     "n_warnings": "Number of warnings in the scan's sidecar",
     "seconds": "Seconds that the scan took",
     "version": "Version of cadiff",
@@ -70,15 +70,16 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
         raise MissingInputError(
             f"{out} holds no finished result of these scans", "run the participant level first"
         )
-    journal, missing, notes = Journal(out), dict[str, str](), list[str]()
+    journal, missing, notes, ranges = Journal(out), dict[str, str](), list[str](), load_ranges()
     judged, rows, sound = dict[str, Judgement](), list[dict[str, Any]](), list[Finished]()
     for result in results:
         try:
-            judged[result.entities] = judgement(result, table)
-            rows.append(row(result, table) | columns(judged[result.entities]))
+            lines = read_rows(result)
+            found = judge(result, lines, mask_quality(result), table, ranges)
+            rows.append(row(result, lines, table) | columns(found))
+            judged[result.entities] = found
             sound.append(result)
         except Exception as error:  # whatever is wrong with one result, the others have a table
-            judged.pop(result.entities, None)
             missing[result.entities] = f"its result cannot be read ({in_a_line(error)})"
     if not sound:
         raise DataError(f"no result of {out} is readable", "; ".join(missing.values()))
@@ -93,7 +94,7 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     recipes = {result.sidecar["Fingerprint"] for result in sound}
     if len(recipes) > 1:
         notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
-    far = outliers(judged)
+    far = outliers(judged, ranges)
     for one in rows:
         one["outlier"] = "; ".join(far.get(one["scan"], ())) or None
     return Group(out / "group_morph.tsv", tuple(rows), judged, missing, tuple(notes))
@@ -129,8 +130,8 @@ def _lacking(out: Path) -> set[str]:
     return {line.split("\t")[0] for line in lines if line}
 
 
-def row(result: Finished, table: LabelTable) -> dict[str, Any]:
-    """One scan as column -> value; None where there is none.
+def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, Any]:
+    """A scan with its volume table's ``lines`` as column -> value; None where there is none.
 
     Raises ``DataError`` if its volume table lacks a structure.
     """
@@ -142,9 +143,8 @@ def row(result: Finished, table: LabelTable) -> dict[str, Any]:
         if key in parts
     }
     sidecar = result.sidecar
-    rows = read_rows(result)
     names = {*(s.name for s in table.structures), *AGGREGATES}
-    if lacking := sorted(names - {line.name for line in rows}):
+    if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
             f"{result.morph.name} lacks {', '.join(lacking[:3])}",
             "delete it and run the participant level again",
@@ -152,14 +152,13 @@ def row(result: Finished, table: LabelTable) -> dict[str, Any]:
     return {
         "scan": result.entities,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
-        **{column(line.name): f"{line.mm3:.3f}" for line in rows},
+        **{column(line.name): f"{line.mm3:.3f}" for line in lines},
         "registration_score": registration_score(sidecar),
         "registration": "+".join(
             dict.fromkeys(told["Registration"] for told in sidecar["Templates"])
         ),
         "template": "+".join(told["Name"] for told in sidecar["Templates"]),
         "skull_stripping": sidecar["SkullStripping"],
-        "missing_structures": sum(line.code is not None and not line.mm3 for line in rows),
         "n_warnings": len(sidecar["Warnings"]),
         "seconds": round(sum(sidecar["Seconds"].values()), 1),
         "version": sidecar["GeneratedBy"][0]["Version"],

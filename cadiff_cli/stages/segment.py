@@ -57,6 +57,7 @@ def segment(
     with enough_memory():
         p, tile = class_probabilities(conditions, model, config, count if several else None)
     best = most_probable(p)
+    drawn = best * inside
     if same_lattice(grid.voxel_map(native)):
         classes = resample(Volume(best, grid), native, order=0).data
     else:
@@ -82,7 +83,7 @@ def segment(
         tile=tile,
         posteriors=posteriors,
         warnings=warnings,
-        expected_dice=by_code(table, expected_dice(p.numpy(), best * inside)),
+        expected_dice=by_code(table, of_drawn(expected_dice(p.numpy(), drawn), drawn)),
         volume_sd_mm3=by_code(table, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
         uncertainty=entropy,
     )
@@ -92,6 +93,12 @@ def by_code(table: LabelTable, values: np.ndarray) -> dict[int, float]:
     """Code -> value of (classes - 1,) values; NaN are left out."""
     pairs = zip(table.structures, values, strict=True)
     return {s.code: float(value) for s, value in pairs if np.isfinite(value)}
+
+
+def of_drawn(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """(classes - 1,) values, NaN for classes that ``drawn`` (X, Y, Z) does not hold."""
+    counts = np.bincount(drawn.ravel(), minlength=len(values) + 1)[1:]
+    return np.where(counts > 0, values, np.nan)
 
 
 def most_probable(p: Tensor) -> np.ndarray:

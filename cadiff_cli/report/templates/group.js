@@ -2,11 +2,13 @@
 document.querySelectorAll("table.sortable").forEach((table) => {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => {
-    head.tabIndex = 0;
+    const button = document.createElement("button");
+    button.append(...head.childNodes);
+    head.append(button);
     const sort = () => {
       const down = head.getAttribute("aria-sort") === "ascending";
       const value = (row) => {
-        const text = row.cells[column].textContent.trim();
+        const cell = row.cells[column], text = (cell.dataset.value ?? cell.textContent).trim();
         if (head.dataset.sort === "text") return text;
         const number = parseFloat(text);
         return Number.isNaN(number) ? -Infinity : number;
@@ -17,7 +19,6 @@ document.querySelectorAll("table.sortable").forEach((table) => {
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       body.append(...rows);
     };
-    head.addEventListener("click", sort);
-    head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+    button.addEventListener("click", sort);
   });
 });
