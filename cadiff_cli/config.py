@@ -10,7 +10,7 @@ from typing import Any
 
 from cadiff_cli import __version__
 
-REVISION = 6
+REVISION = 7
 """Raise it whenever the same settings give other results: none of before are taken for theirs."""
 
 
@@ -102,10 +102,19 @@ class Recipe:
         return fingerprint(self.settings())
 
     def differs(self, sidecar: Mapping[str, Any]) -> str:
-        """How a result's settings differ from these, as ``sample.steps 5 -> 1``; empty if not."""
+        """How a result's settings differ from these, as ``sample.steps 5 -> 1``; empty if not.
+
+        One that was made with a mask of somebody's own, and else alike, does not.
+        """
         if sidecar.get("Fingerprint") == self.fingerprint():
             return ""
-        changes = _differences(sidecar.get("Settings", {}), self.settings())
+        made, wanted = dict(sidecar.get("Settings", {})), self.settings()
+        if sidecar.get("SkullStripping") == "mask file" and self.config.strip.mask is None:
+            # A mask that somebody mended by hand is no other way of making the dataset.
+            made |= {key: wanted[key] for key in ("strip", "strip_sha256")}
+            if made == wanted:
+                return ""
+        changes = _differences(made, wanted)
         return "; ".join(changes[:3]) or "other settings"
 
 

@@ -116,9 +116,7 @@ def score_pair(
     r = load_classes(reference, table, reference_mapping, option="--reference-labels")
     check_same_grid(prediction.name, p.grid, reference.name, r.grid)
     scores = score_classes(scan_of(reference), p, r, table, subset, tolerance_mm, reference.name)
-    either = {abs(k) for k in reference_mapping.values()}
-    drawn = either | {int(table.mirror_classes[-k]) for k in reference_mapping.values() if k < 0}
-    known = {table.structures[k - 1].name for k in drawn if k}
+    known = {table.structures[k - 1].name for k in table.reached(reference_mapping)}
     if not any(s.structure in known for s in scores):
         raise DataError(
             f"no id of the references means one of the structures of --labels {subset}",
@@ -254,10 +252,17 @@ def label_maps(
 
 
 def scan_of(path: Path) -> str:
-    """Entities of the scan that a dseg was drawn on: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``."""
+    """Entities of the scan that a dseg was drawn on: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``.
+
+    ``run-01`` and ``run-1`` are one.
+    """
     image = path.with_name(stem(path).removesuffix("_dseg") + ".nii")
-    parts = source_entities(image).split("_")
-    return "_".join(p for p in parts if not p.startswith("seg-"))
+    parts = (part.split("-", 1) for part in source_entities(image).split("_"))
+    return "_".join(
+        f"run-{int(part[1])}" if part[0] == "run" and part[1].isdigit() else "-".join(part)
+        for part in parts
+        if part[0] not in ("seg", "atlas", "label")
+    )
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:

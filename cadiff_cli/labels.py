@@ -114,6 +114,12 @@ class LabelTable:
                 classes[unsided] = classes[sided][nearest]
         return np.asarray(classes.astype(np.uint8))
 
+    def reached(self, mapping: Mapping[int, int]) -> set[int]:
+        """Classes that a mapping from foreign ids can give."""
+        either = {abs(k) for k in mapping.values()} - {0}
+        mirrored = {int(self.mirror_classes[-k]) for k in mapping.values() if k < 0}
+        return either | mirrored
+
     def neuromorphometrics_mapping(self) -> dict[int, int]:
         """Neuromorphometrics id -> class.  Cortical parcels (>= 100): odd left, even right."""
         parcels = {"odd>=100": range(101, 208, 2), "even>=100": range(100, 208, 2)}

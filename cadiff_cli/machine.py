@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
+"""By which ANTs is told how many threads to use."""
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 

@@ -66,7 +66,8 @@ FOUND_BY = {
 class Stripped:
     """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
 
-    ``quality`` tells how the mask looks (see ``stages.masks.MaskQuality``).
+    ``quality`` tells how the mask looks (see ``stages.masks.MaskQuality``).  ``own`` is the mask on
+    the scan's own grid, where somebody drew it or cut the brain out there.
     """
 
     t1: Volume
@@ -74,6 +75,7 @@ class Stripped:
     method: str
     warnings: tuple[str, ...] = ()
     quality: Mapping[str, float] = field(default_factory=dict)
+    own: Volume | None = None
 
     @property
     def summary(self) -> str:
@@ -145,6 +147,7 @@ class Segmentation:
     steps: int
     seed: int
     device: str = "cpu"
+    precision: str = "float32"
     tile: int | None = None
     posteriors: np.ndarray | None = None
     warnings: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import seeded
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
@@ -30,6 +31,7 @@ from cadiff_cli.training.heads import (
     from_labels,
     from_scan,
     head_loader,
+    is_brain,
     load_head,
     paint,
     save_head,
@@ -494,9 +496,48 @@ def test_a_head_takes_the_brain_of_its_own_run(label_map, tmp_path):
     heads = prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")["scans"]
     sizes = {head.name: (head.distance > 0).sum() for head in heads}
     assert sizes["sub-01_run-1"] < sizes["sub-01_run-10"] < sizes["sub-01"]
-    save_volume(anat / "sub-01_desc-other_mask.nii.gz", brain, label_map.grid)
+    save_volume(anat / "sub-01_label-lesion_mask.nii.gz", brain, label_map.grid)
+    assert len(prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")["scans"]) == 3
+    save_volume(anat / "sub-01_label-brain_mask.nii.gz", brain, label_map.grid)
     with pytest.raises(DataError, match="has 2 brains"):
         prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")
+
+
+def test_what_is_no_label_map_or_no_brain_is_refused(label_map, tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.normal(100, 30, label_map.data.shape).astype(np.float32)
+    many = rng.integers(1, 400, label_map.data.shape).astype(np.int16)
+    speck = np.zeros(label_map.data.shape, np.uint8)
+    speck[30, 30, 30] = 1
+    for number, (data, said) in enumerate(((image, "no label id"), (many, "different labels"))):
+        folder = tmp_path / f"maps{number}"
+        save_volume(folder / "one.nii.gz", data, label_map.grid)
+        with pytest.raises(DataError, match=f"one.nii.gz.* {said}"):
+            prepare_heads([folder], [], tmp_path / "cache")
+    anat = tmp_path / "scans" / "sub-01" / "anat"
+    save_volume(anat / "sub-01_T1w.nii.gz", abs(image), label_map.grid)
+    save_volume(anat / "sub-01_mask.nii.gz", speck, label_map.grid)
+    with pytest.raises(DataError, match=r"sub-01_T1w.nii.gz: the brain mask holds 0.000 l"):
+        prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")
+
+
+def test_freesurfers_codes_of_the_brain():
+    codes = np.array([0, 2, 24, 77, 258, 500, 530, 629, 630, 632, 633, 999, 1000, 2035, 12175])
+    brain = [2, 77, 258, 630, 632, 1000, 2035, 12175]
+    assert codes[is_brain(codes)].tolist() == brain
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LIA"])
+def test_drawn_labels_lie_where_the_distance_says(axes):
+    """Halving the voxels of an even number leaves nothing half a voxel off."""
+    ijk = np.indices((96, 96, 96)) - 47.5
+    codes = np.where((ijk**2).sum(axis=0) < 36**2, 2, 0).astype(np.int16)
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
+    affine = inv_ornt_aff(turn, codes.shape)
+    head = from_labels("ball", "balls", Volume(codes, Grid(codes.shape, affine)))
+    inside = np.argwhere(head.labels > 0).mean(axis=0)
+    depth = np.argwhere(head.distance > 0).mean(axis=0)
+    np.testing.assert_allclose(inside, depth, atol=0.02)
 
 
 def test_a_brain_on_another_grid_is_refused(label_map, tmp_path):

@@ -472,7 +472,7 @@ def test_retest_of_a_moved_head(sessions, tmp_path, capfd):
     shown = capfd.readouterr()
     assert shown.err == ""
     assert "foreground mean" in shown.out
-    assert "left out: 16 structures" in shown.out
+    assert "left out: 16 pairs of scan and structure" in shown.out
     structures = rows(tmp_path / "new" / "retest_structures.tsv")
     assert len(structures) == 27
     present = [r for r in structures if r["n"] == "1"]

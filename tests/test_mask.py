@@ -106,6 +106,25 @@ def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
     assert CliRunner().invoke(command, again, catch_exceptions=False).exit_code == 0
 
 
+def test_what_a_killed_run_left_does_not_block_a_mask(bright, head, tmp_path):
+    """Nor does it stay beside a mask that it was not made with."""
+    t1, _ = head()
+    path, out = tmp_path / "sub-01_T1w.nii.gz", tmp_path / "out"
+    save_volume(path, t1.data, t1.grid)
+    anat = out / "sub-01" / "anat"
+    anat.mkdir(parents=True)
+    (anat / "sub-01_seg-cadiff_dseg.nii.gz").write_text("half a run")
+    with pytest.raises(OutputError, match="already"):
+        CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
+    mark = out / "logs" / "journal" / "sub-01.begun"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    done = CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert not mark.exists()
+    assert {p.name.split("_")[1] for p in anat.iterdir()} == {"desc-brain"}
+
+
 def test_a_segmentations_mask_is_not_replaced(bright, head, tmp_path):
     t1, _ = head()
     path = tmp_path / "sub-01_T1w.nii.gz"

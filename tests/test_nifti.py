@@ -3,14 +3,16 @@
 import gzip
 import hashlib
 import os
+import shutil
 import stat
+from collections import namedtuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
-from cadiff_cli.io.nifti import load_scan, load_volume, replacing, save_volume, stem
+from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
+from cadiff_cli.io.nifti import check_writable, load_scan, load_volume, replacing, save_volume, stem
 from cadiff_cli.io.text import read_json, write_json
 
 SHAPE = (70, 72, 74)
@@ -342,6 +344,40 @@ def test_a_quaternion_that_is_none_leaves_the_sform_to_be_believed(write_image):
     scan = load_scan(path)
     np.testing.assert_allclose(scan.t1.grid.affine, image.affine)
     assert any("sform is believed" in text for text in scan.warnings)
+
+
+@pytest.mark.parametrize("turn", [np.diag([-1, -1, 1, 1]), np.eye(4)[[0, 2, 1, 3]]])
+def test_two_statements_of_how_a_scan_lies_are_told(phantom, tmp_path, turn):
+    """Both right-handed, or both left-handed: the determinant alone says nothing."""
+    head = phantom("RAS", 2.0)
+    path = tmp_path / "turned.nii.gz"
+    image = nib.Nifti1Image(head.t1.data, head.t1.grid.affine)
+    image.set_sform(head.t1.grid.affine, code=1)
+    image.set_qform(head.t1.grid.affine @ turn, code=1)
+    nib.save(image, path)
+    assert any("disagree" in text for text in load_scan(path).warnings)
+
+
+def test_an_open_image_does_not_change_with_its_file(tmp_path):
+    path = tmp_path / "plain.nii"
+    nib.save(nib.Nifti1Image(noise(), np.eye(4)), path)
+    volume = load_volume(path)
+    before = volume.data.copy()
+    path.write_bytes(bytes(path.stat().st_size))
+    np.testing.assert_array_equal(volume.data, before)
+
+
+def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+    check_writable(tmp_path)
+    free = namedtuple("usage", "free")(1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(DiskError, match="1 MB left"):
+        check_writable(tmp_path)
+
+
+def test_a_name_that_no_file_system_takes_is_a_missing_input(tmp_path):
+    with pytest.raises(MissingInputError):
+        load_volume(tmp_path / f"{'x' * 300}.nii.gz")
 
 
 def test_a_scan_knows_which_file_it_was(write_image):

@@ -79,6 +79,17 @@ def test_differences_are_named():
     assert recipe_of().differs({}) != ""
 
 
+def test_a_mask_mended_by_hand_is_no_other_way_of_making_a_dataset():
+    def told(method, **sample):
+        config = Config(strip=StripConfig(mask=Path("m.nii.gz")), sample=SampleConfig(**sample))
+        made = replace(recipe_of(), config=config)
+        return {"Settings": made.settings(), "SkullStripping": method, "Fingerprint": "x"}
+
+    assert recipe_of().differs(told("mask file")) == ""
+    assert recipe_of().differs(told("net")) != ""
+    assert recipe_of().differs(told("mask file", steps=1)) == "sample.steps 1 -> 5"
+
+
 def test_a_result_is_current_until_settings_or_input_change(tmp_path):
     job = job_of(tmp_path / "out")
     job.t1.write_text("image")

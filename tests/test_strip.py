@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
@@ -12,7 +13,7 @@ from cadiff_cli.io.nifti import load_scan, save_volume
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.masks import tidy
-from cadiff_cli.stages.strip import strip, stripped_brain
+from cadiff_cli.stages.strip import SPECK, on_scan, strip, stripped_brain
 
 
 @pytest.fixture
@@ -154,6 +155,35 @@ def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
     assert np.median(stripped.mask.grid.to_world(ijk)[:, 0]) > 15
     litres = len(ijk) * stripped.mask.grid.voxel_volume_mm3 / 1e6
     assert litres == pytest.approx(np.count_nonzero(only_right) * 8e-6, rel=0.03)
+
+
+@pytest.mark.parametrize("spacing", [0.5, 0.7])
+def test_a_mask_that_was_drawn_stays_as_it_was_drawn(phantom, scan_of, tmp_path, spacing):
+    """On the scan's own grid voxel by voxel, and on the working grid in the same place."""
+    head = phantom("LAS", spacing, scale=0.75)
+    drawn = head.codes > 0
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, drawn, head.t1.grid)
+    scan, centre = scan_of(head), head.t1.grid.to_world(np.argwhere(drawn)).mean(axis=0)
+    for chosen in (StripConfig("none"), StripConfig(mask=path)):
+        stripped = strip(scan, None, Config(chosen), tmp_path)
+        np.testing.assert_array_equal(on_scan(stripped, scan).data, tidy(drawn, SPECK))
+        ijk = np.argwhere(stripped.mask.data)
+        assert stripped.mask.grid.to_world(ijk).mean(axis=0) == pytest.approx(centre, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["none", "auto"])
+def test_a_stripped_scan_that_rings_is_recognised(phantom, scan_of, tmp_path, method, all_threads):
+    """Spline interpolation after stripping leaves no two voxels of background alike."""
+    head = phantom("RAS", 2.0)
+    moved = ndimage.shift(head.t1.data.astype(np.float32), (0.3, 0.4, 0.2), order=3)
+    scan = scan_of(replace(head, t1=Volume(moved, head.t1.grid)))
+    assert not stripped_brain(scan.t1)
+    stripped = strip(scan, None, Config(StripConfig(method)), tmp_path)
+    assert stripped.method == "none"
+    assert stripped.mask.litres == pytest.approx(
+        Volume(head.codes > 0, head.t1.grid).litres, rel=0.1
+    )
 
 
 def test_a_given_mask_keeps_its_parts(phantom, toy_template, scan_of, tmp_path):

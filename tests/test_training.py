@@ -15,7 +15,7 @@ from conftest import NO_CHANGE, TINY, seeded
 
 from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
-from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import PRIOR_STEP, load_model
@@ -180,7 +180,7 @@ def resumed(start, toy_sample, mirror, tmp_path_factory):
     first, second = start(), start()
     before, after = Recorder(stop_after=3), Recorder()
     fit(first, [toy_sample], mirror, QUICK, path, monitor=before, report_every=2)
-    load_checkpoint(path, second)
+    load_checkpoint(path, second, QUICK)
     assert first.step == second.step == 3
     fit(second, [toy_sample], mirror, QUICK, path, monitor=after, report_every=2)
     return second, before, after
@@ -261,7 +261,7 @@ def test_checkpoints_are_replaced_whole(start, tmp_path):
     save_checkpoint(tmp_path / "a.pt", state, QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     back = start()
-    load_checkpoint(tmp_path / "a.pt", back)
+    load_checkpoint(tmp_path / "a.pt", back, QUICK)
     assert back.step == 7
     assert_equal(state, back)
 
@@ -286,6 +286,8 @@ def write_cache(sample, folder, name="sub-toy", subject="toy"):
         name=name,
         subject=subject,
         labels=sample.labels,
+        drawn=sample.drawn,
+        key=sample.key,
         image=sample.image,
         mask=sample.mask,
         classes=sample.classes,
@@ -303,6 +305,41 @@ def test_a_cache_is_read_back(toy_sample, tmp_path):
     assert set(back.fields) == set(toy_sample.fields)
     for name, field in toy_sample.fields.items():
         np.testing.assert_array_equal(back.fields[name], field)
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(toy_sample, tmp_path, tiny_config):
+    """The same files, and no fewer steps than it has done."""
+    people = [replace(toy_sample, subject=x, key=x) for x in ("a", "b")]
+    run, config = tmp_path / "run", replace(QUICK, steps=2, warmup=1, decay=1)
+    train(people, run, config, net_config=tiny_config)
+    with pytest.raises(UsageError, match="scan_files"):
+        train([people[0], replace(people[1], key="c")], run, config, net_config=tiny_config)
+    with pytest.raises(UsageError, match="2 steps already"):
+        train(people, run, replace(config, steps=1), net_config=tiny_config)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(start, tmp_path, monkeypatch):
+    state, path = start(), tmp_path / "a.pt"
+    save_checkpoint(path, state, QUICK)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DiskError, match="last checkpoint"):
+        save_checkpoint(path, state, QUICK)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_structures_that_nobody_drew_are_not_scored(toy_sample, table):
+    chosen = table.subset("malc27")
+    assert toy_sample.scored(chosen) == chosen
+    mapping = {7: 1, 8: 2, 9: 0, 10: -3}
+    drawn = tuple(sorted(table.reached(mapping)))
+    assert set(drawn) == {1, 2, 3, int(table.mirror_classes[3])}
+    assert replace(toy_sample, drawn=drawn).scored((1, 5, 9)) == (1,)
 
 
 def test_a_sample_is_built_as_inference_would(

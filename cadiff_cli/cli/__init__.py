@@ -4,6 +4,7 @@ Commands live in modules of their own and are imported when they are asked for, 
 when they are run, so that ``--help`` is instant.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import click
 
 from cadiff_cli import __version__, machine
-from cadiff_cli.errors import CadiffError, DiskError, UsageError, in_a_line
+from cadiff_cli.errors import CadiffError, DiskError, OutputError, UsageError, in_a_line
 
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
@@ -98,7 +99,9 @@ def guarded(call: Callable[[], object]) -> int:
         return 1
     except OSError as error:
         where = error.filename or "no file"
-        return _fail(f"{error.strerror or error} ({where})", DiskError.exit_code)
+        denied = isinstance(error, PermissionError) or error.errno == errno.EROFS
+        code = OutputError.exit_code if denied else DiskError.exit_code
+        return _fail(f"{error.strerror or error} ({where})", code)
     except Exception as error:
         return _fail(
             f"unexpected {in_a_line(error)}. This is a bug: please report it with {_crash_file()}",

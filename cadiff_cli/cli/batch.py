@@ -142,7 +142,8 @@ def make_console(verbosity: int) -> Console:
         console.width = 200
     logger = logging.getLogger("cadiff_cli")
     logger.propagate = False
-    logger.addHandler(logging.StreamHandler() if verbosity else logging.NullHandler())
+    if not logger.handlers:  # one level of several has added it
+        logger.addHandler(logging.StreamHandler() if verbosity else logging.NullHandler())
     logger.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
     return console
 

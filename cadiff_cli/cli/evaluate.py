@@ -142,7 +142,7 @@ def report(
         write_summaries(paths[2], "scan", scans)
     caption = f"NSD at {tolerance_mm:g} mm"
     if headline.absent:
-        caption += f"; left out: {headline.absent} structures that neither side has"
+        caption += f"; left out: {headline.absent} pairs of scan and structure, on neither side"
     shown = Table(box=box.SIMPLE, padding=0, show_edge=False, caption=caption)
     shown.add_column(no_wrap=True)
     for title in (*(title for title, _ in columns.values()), "n", "missed"):

@@ -40,7 +40,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     scan = load_scan(t1)
     for text in scan.warnings:
         click.echo(warning(text), err=True)
-    place = Derivatives(out, t1)
+    place, journal = Derivatives(out, t1), Journal(out)
 
     def claim() -> None:
         if place.commit.exists():
@@ -48,17 +48,18 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
                 f"{place.folder} holds a segmentation and the mask it was made with",
                 "choose another output folder",
             )
-        place.claim(t1, overwrite=overwrite)
+        journal.make_room(place, t1, overwrite=overwrite)
 
     claim()
     method = StripConfig(skull_strip)
     template = _template(scan, method, offline)
     with alone(out, place.stem), TemporaryDirectory(prefix="cadiff-") as work:
         claim()  # again: another process may have finished meanwhile
-        Journal(out).forget(place.stem)
         stripped = strip(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)
-        click.echo(save_mask(scan, stripped, on_scan(stripped, scan), out))
+        mask = on_scan(stripped, scan)
+        with journal.writing(place.stem):
+            click.echo(save_mask(scan, stripped, mask, out))
 
 
 def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template | None":

@@ -116,9 +116,11 @@ def command(
     a kill, and goes on further with more --steps.
     """
     import logging
+    from collections import Counter
 
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io.bids import labelled_scans
+    from cadiff_cli.io.nifti import check_writable
     from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.segment import pick_device
@@ -141,8 +143,12 @@ def command(
         for path, name in ((dataset, labels), *also)
     ]
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
+    counted = Counter(name for group in others for name in group)
+    if both := sorted(name for name, n in counted.items() if n > 1):
+        raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
     held = tuple(name.removeprefix("sub-") for name in hold_out)
     check_people(subjects, set().union(*others), held, model, net)
+    check_writable(run)
     folder = cache or run / "cache"
     samples, *less_trusted = (prepare(scans, mapping, atlas, folder) for scans, mapping in sources)
     path = train(

@@ -59,6 +59,7 @@ def command(
     """
     import logging
 
+    from cadiff_cli.io.nifti import check_writable
     from cadiff_cli.io.weights import load_brain_model
     from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.heads import HeadConfig
@@ -71,6 +72,7 @@ def command(
     pick_device(device)
     model = load_brain_model(init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
+    check_writable(run)
     prepared = prepare_heads(label_maps, heads, cache or run / "cache")
     config = HeadConfig(steps=steps, decay=decay, rate=rate, batch=batch, seed=seed)
     path = train_mask(

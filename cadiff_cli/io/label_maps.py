@@ -27,14 +27,8 @@ def load_classes(
     explains, it must know at least one; the others become background, which is said.  Raises
     ``DataError``.
     """
-    volume = load_volume(path)
-    values = np.unique(volume.data).astype(np.float64)
-    whole = np.isfinite(values) & (abs(values - np.rint(values)) < ROUNDING)
-    if (odd := values[~whole]).size:
-        raise DataError(
-            f"{path.name} holds {odd[0]:g}, which is no label id", "give a label map, not an image"
-        )
-    ids = {round(v) for v in values} - {0}
+    volume, found = load_ids(path)
+    ids = found - {0}
     unknown = sorted(ids - set(mapping))
     if option and len(unknown) == len(ids):
         raise DataError(
@@ -49,6 +43,21 @@ def load_classes(
     if unknown:
         say_once(f"ids {unknown} are in no row of the mapping ({option}): background")
     return Volume(table.encode(np.asarray(volume.data), mapping), volume.grid)
+
+
+def load_ids(path: Path) -> tuple[Volume, set[int]]:
+    """A label map as it is stored, and the ids it holds.
+
+    Raises ``DataError`` for values that are no ids, and what ``load_volume`` raises.
+    """
+    volume = load_volume(path)
+    values = np.unique(volume.data).astype(np.float64)
+    whole = np.isfinite(values) & (abs(values - np.rint(values)) < ROUNDING)
+    if (odd := values[~whole | (values < -ROUNDING)]).size:
+        raise DataError(
+            f"{path.name} holds {odd[0]:g}, which is no label id", "give a label map, not an image"
+        )
+    return volume, {round(value) for value in values}
 
 
 @cache

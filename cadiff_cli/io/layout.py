@@ -3,6 +3,7 @@
 The label map's sidecar is written last: where it exists, everything else does.
 """
 
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from cadiff_cli.io.nifti import check_writable
 from cadiff_cli.io.text import read_json
 
 T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
+MAX_STEM_BYTES = 160
+"""Of a scan's name: file systems allow 255, results add entities, and temporary ones a mark."""
 BRAIN = "desc-brain_T1w"
 DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
 UNCERTAINTY = "seg-cadiff_desc-uncertainty_probseg"
@@ -65,6 +68,11 @@ class Derivatives:
                 if not parent.is_dir():
                     raise OutputError(f"{parent} is a file", "give another output folder")
                 break
+        if len(os.fsencode(self.stem)) > MAX_STEM_BYTES:
+            raise OutputError(
+                f"the name {self.stem} is too long for those of its results",
+                f"at most {MAX_STEM_BYTES} bytes: rename the scan",
+            )
         refuse_foreign(self.out)
         for path in self.existing():
             if path.exists() and any(source and path.samefile(source) for source in inputs):

@@ -14,10 +14,14 @@ log = logging.getLogger(__name__)
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on ``path``; False if another process has it and we do not wait.
 
-    Where the file system knows no locks, every process gets it: results are written atomically, so
-    the worst is work done twice.
+    Where the file system knows no locks, every process gets it: no two may then be given the same
+    scan.
     """
-    with path.open("a", encoding="ascii") as stream:
+    try:
+        stream = path.open("a", encoding="ascii")
+    except PermissionError:  # a colleague's file, in a folder that we share
+        stream = path.open(encoding="ascii")
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             mine = True

@@ -3,6 +3,7 @@
 import gzip
 import logging
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import numpy as np
 from nibabel import imageglobals
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
 from cadiff_cli.errors import DataError, DiskError, MissingInputError, OutputError
@@ -36,6 +38,8 @@ MAX_VOXELS = 600_000_000
 SAME_SIZE = 0.01
 """By how much (relative) a header's two statements of a voxel's size may differ."""
 
+LEAST_FREE_BYTES = 50_000_000
+"""Less than one scan's results: it is better said before they are worked out."""
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 
 
@@ -47,19 +51,29 @@ def stem(path: Path) -> str:
     return path.stem
 
 
+def check_there(path: Path) -> None:
+    """Raise ``MissingInputError`` unless ``path`` is a file that can be read."""
+    try:
+        if path.is_symlink() and not path.exists():
+            raise MissingInputError(
+                f"{path} is a link to nothing", "fetch its content: datalad get"
+            )
+        if not path.exists():
+            raise MissingInputError(f"no such file: {path}", "check the path")
+        if path.is_dir():
+            raise MissingInputError(f"{path} is a folder", "give one image file")
+    except OSError as error:  # a folder above it that may not be entered, a name too long
+        raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
+    if not os.access(path, os.R_OK):
+        raise MissingInputError(f"cannot read {path}", "check its permissions")
+
+
 def load_volume(path: Path) -> Volume:
     """Read a 3-D image (a 4-D one with a single volume is squeezed), scaled by its header.
 
     Raises ``MissingInputError`` if it is absent, ``DataError`` if it is not a readable image.
     """
-    if path.is_symlink() and not path.exists():
-        raise MissingInputError(f"{path} is a link to nothing", "fetch its content: datalad get")
-    if not path.exists():
-        raise MissingInputError(f"no such file: {path}", "check the path")
-    if path.is_dir():
-        raise MissingInputError(f"{path} is a folder", "give one image file")
-    if not os.access(path, os.R_OK):
-        raise MissingInputError(f"cannot read {path}", "check its permissions")
+    check_there(path)
     if not path.name.lower().endswith(IMAGE_SUFFIXES):
         raise DataError(f"{path.name} is not an image", f"give {', '.join(IMAGE_SUFFIXES)}")
     if path.stat().st_size == 0:
@@ -68,14 +82,14 @@ def load_volume(path: Path) -> Volume:
     imageglobals.logger.setLevel(logging.CRITICAL)
     try:
         _check_gzip(path)
-        image: Any = nib.load(path)
+        image: Any = nib.load(path, mmap=False)  # the file may change meanwhile
         shape = tuple(int(n) for n in image.shape)
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) != 3:
             raise DataError(
                 f"{path.name} is {len(shape)}-D with shape {shape}",
-                "give a single 3-D T1-weighted volume",
+                "give a single 3-D volume",
             )
         if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
             raise DataError(
@@ -180,10 +194,13 @@ def _frame_warnings(path: Path) -> list[str]:
             " left and right are a guess"
         ]
     warnings = []
-    if s_code and q_code and np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
-        warnings.append(
-            f"sform and qform of {path.name} disagree about left and right: sform is believed"
-        )
+    if s_code and q_code:
+        ours, theirs = ("".join(aff2axcodes(form)) for form in (sform, qform))
+        if ours != theirs:
+            warnings.append(
+                f"sform and qform of {path.name} disagree about left and right, front or top"
+                f" ({ours} and {theirs}): sform is believed"
+            )
     said, used = np.array(image.header.get_zooms()[:3]), voxel_sizes(image.affine)
     if (abs(used / said - 1) > SAME_SIZE).any():
         warnings.append(
@@ -234,6 +251,8 @@ def check_writable(folder: Path) -> None:
     with replacing(folder / ".writable"):
         pass
     (folder / ".writable").unlink(missing_ok=True)
+    if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
+        raise DiskError(f"{folder} has {free / 1e6:.0f} MB left", "free some (df -h)")
 
 
 def save_volume(
@@ -259,12 +278,11 @@ def save_volume(
         header["pixdim"][4:] = 1
         header.set_slope_inter(1, 0)
         affine = None  # the header's own qform and sform, bit for bit
-    # NIfTI has neither booleans nor half precision.
-    stored: dict[str, type] = {"bool": np.uint8, "float16": np.float32}
-    dtype = np.dtype(stored.get(data.dtype.name, data.dtype))
+    # NIfTI has neither booleans nor half precision; the latter is converted while it is written.
+    data = data.view(np.uint8) if data.dtype == bool else data
+    dtype = np.dtype(np.float32) if data.dtype == np.float16 else data.dtype
     klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = klass(data.astype(dtype, copy=False), affine, header)
-    image.set_data_dtype(dtype)
+    image = klass(data, affine, header or klass.header_class(), dtype=dtype)
     if header is None:
         image.header.set_xyzt_units("mm")
         image.set_sform(grid.affine, code=code)

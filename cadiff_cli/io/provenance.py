@@ -1,5 +1,6 @@
 """What made a result: the recipe that decides whether it must be made again, and the software."""
 
+import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from cadiff_cli.config import Config, Recipe, StripConfig, fingerprint
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.volumes import about_expected_dice, calibration
+from cadiff_cli.machine import ITK_THREADS
 from cadiff_cli.products import Result, Scan, Stripped, Template, sound
 
 
@@ -55,6 +57,8 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         "Seed": result.segmentation.seed,
         "Tile": result.segmentation.tile,
         "Device": result.segmentation.device,
+        "Precision": result.segmentation.precision,
+        "RegistrationThreads": registration_threads(),
         "Templates": [
             {
                 "Name": r.template.name,
@@ -84,6 +88,12 @@ def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:
         **({"WeightsSHA256": strip_weights_sha256(StripConfig("net"))} if learned else {}),
         "SourceSHA256": scan.sha256 or sha256(scan.path),
     }
+
+
+def registration_threads() -> int | None:
+    """Threads of ANTs' registration; more than one make it change in the last digits."""
+    number = os.environ.get(ITK_THREADS, "")
+    return int(number) if number.isdigit() else None
 
 
 def software() -> dict[str, str]:

@@ -34,7 +34,7 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
         known = sorted(p.parent.name for p in weights_folder().glob("*/model.safetensors"))
         raise MissingInputError(
             f"no model at {path}",
-            f"use --model with {', '.join(known) or 'a released name'} or a .safetensors file",
+            f"use {', '.join(known) or 'a released name'}, or a .safetensors file",
         )
     got = sha256(path)
     record = path.with_suffix(".sha256")

@@ -12,14 +12,16 @@ import numpy as np
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.dataset import links
+from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.layout import MASK, T1W, UNCERTAINTY, Finished, xfm_name
 from cadiff_cli.io.nifti import finite, load_volume
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.text import read_json
+from cadiff_cli.labels import load_table
 from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, resample
+from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,8 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels,
     mask or volumes cannot be read; what else is missing becomes a note.
     """
-    labels = load_volume(result.commit.with_suffix(".nii.gz"))
+    table = load_table()
+    labels = load_classes(result.commit.with_suffix(".nii.gz"), table, table.identity_mapping())
     mask = load_volume(_beside(result, f"{MASK}.nii.gz"))
     working = labels.grid.working()
     notes = []
@@ -127,7 +130,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         t1 = load_volume(scan)
     shown = resample(Volume(finite(np.asarray(t1.data, np.float32)), t1.grid), working)
     inside = resample(Volume(np.asarray(mask.data > 0, np.float32), mask.grid), working)
-    codes = resample(Volume(np.asarray(labels.data, np.int16), labels.grid), working, order=0)
+    codes = Volume(table.codes[resample_labels(labels, working).data], working)
     case = Case(
         result,
         read_rows(result),

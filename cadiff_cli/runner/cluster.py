@@ -8,6 +8,7 @@ written, is not done twice.
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
+from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
 from cadiff_cli.runner.execute import execute
 from cadiff_cli.runner.journal import failure
@@ -33,7 +34,7 @@ def run_dask(
         n_workers=workers,
         threads_per_worker=1,
         dashboard_address=None,
-        env={"OMP_NUM_THREADS": str(threads)},
+        env={"OMP_NUM_THREADS": str(threads), machine.ITK_THREADS: "1"},
     )
     try:
         client = Client(cluster, timeout=TIMEOUT)

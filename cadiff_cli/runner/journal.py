@@ -46,7 +46,7 @@ class Journal:
     def writing(self, entities: str) -> Iterator[None]:
         """While a run writes results; if it does not get to the end, the next may replace them."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._mark(entities).touch()
+        write_text(self._mark(entities), "")
         yield
         self.forget(entities)
 

@@ -17,6 +17,8 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
+from cadiff_cli import machine
+
 if TYPE_CHECKING:
     from cadiff_cli.runner.job import Job, Outcome
 
@@ -110,6 +112,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     """Life of a worker process: until its parent closes the pipe, or dies."""
     for name in THREAD_VARIABLES:
         os.environ[name] = str(threads)
+    os.environ[machine.ITK_THREADS] = "1"  # as many workers register at once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up code
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -22,6 +22,13 @@ def capture_warnings() -> None:
     warnings.simplefilter("default")
 
 
+class _Quiet(logging.FileHandler):
+    """A log that cannot be written, on a full disk, is no reason for a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: what the disk lacks is said once, by whoever writes results."""
+
+
 @contextmanager
 def logged(path: Path, *screens: logging.Handler) -> Iterator[None]:
     """Write all that is logged within the block to ``path``; ``screens`` hear cadiff alone.
@@ -29,7 +36,7 @@ def logged(path: Path, *screens: logging.Handler) -> Iterator[None]:
     The traceback of an exception that leaves the block is in the file too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    file = _Quiet(path, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     capture_warnings()
     LOGGER.setLevel(logging.DEBUG)

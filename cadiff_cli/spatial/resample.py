@@ -61,7 +61,7 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
             part = tuple(slice(a, a + n) for a, n in zip(start, grid.shape, strict=True))
             return Volume(data[part].copy(), grid)
     elif order > 0:
-        data = data.astype(np.float32)
+        data = data.astype(np.float32, copy=False)
         ratio = np.linalg.norm(to_source[:3, :3], axis=1)
         if ratio.max() > 1.5:
             # A Gaussian whose full width at half maximum joins the two voxel sizes.

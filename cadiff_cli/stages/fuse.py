@@ -26,7 +26,7 @@ from cadiff_cli.io.bids import LabelledScan, labelled_scans, load_labelled, sour
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import resample, resample_labels
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.stages.register import joint_vote, register, settings, warp
 from cadiff_cli.stages.strip import foreground, stripped_brain
@@ -132,9 +132,9 @@ def fuse(
             log.info("joint label fusion of %d atlases", len(votes))
             classes = joint(image, mask.data, [p.image for p in carried], votes, jobs, each)
     ended = time.perf_counter()
-    native = resample(Volume(table.codes[classes], grid), scan.t1.grid, order=0)
+    native = resample_labels(Volume(classes, grid), scan.t1.grid)
     return Fused(
-        native,
+        Volume(table.codes[native.data], native.grid),
         vote,
         {person.name: (person.kind, person.score) for person in carried},
         {"register": round(registered - begun, 3), "fuse": round(ended - registered, 3)},

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cadiff_cli import machine
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import DataError, DiskError, UsageError
 from cadiff_cli.products import Registered, Stripped, Template
@@ -279,7 +280,7 @@ def _ants() -> Any:
     ITK reads the number once per process.  With more threads its sums are added in changing order,
     and the same seed gives slightly different transforms.
     """
-    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+    os.environ.setdefault(machine.ITK_THREADS, "1")
     import ants
 
     return ants

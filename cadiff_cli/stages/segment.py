@@ -54,6 +54,7 @@ def segment(
         volumes.append(counts * grid.voxel_volume_mm3)
 
     several = config.samples > 1
+    device = pick_device(config.device)
     with enough_memory():
         p, tile = class_probabilities(conditions, model, config, count if several else None)
     best = most_probable(p)
@@ -79,7 +80,8 @@ def segment(
         table,
         steps=config.steps,
         seed=config.seed,
-        device=str(pick_device(config.device)),
+        device=str(device),
+        precision=str(precision(device)).removeprefix("torch."),
         tile=tile,
         posteriors=posteriors,
         warnings=warnings,
@@ -370,7 +372,7 @@ def _is_short_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def enough_memory() -> Iterator[None]:
+def enough_memory(remedy: str = "use a smaller --tile, or --device cpu") -> Iterator[None]:
     """Raise a ``CadiffError`` with the remedy where torch cannot allocate."""
     try:
         yield
@@ -378,18 +380,24 @@ def enough_memory() -> Iterator[None]:
         if not _is_short_of_memory(error):
             raise
         raise CadiffError(
-            "out of memory, with tiles too",
-            "close other programs, use a smaller --tile, or --device cpu",
+            "out of memory",
+            f"close other programs, {remedy}",
         ) from error
 
 
-def autocast(device: torch.device) -> torch.autocast:
+def precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor computes with it; float32 elsewhere."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         found = torch.cpu.get_capabilities()
         fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Matrix products and convolutions in the device's ``precision``."""
+    enabled = precision(device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -19,7 +19,6 @@ from cadiff_cli.spatial.resample import (
     all_voxels,
     bounding_box,
     check_same_grid,
-    resample,
     resample_in,
     resample_mask,
 )
@@ -43,6 +42,8 @@ LEAST_SPREAD = 0.12
 SPECK = 0.01
 """Pieces of a given mask, or of a stripped scan, that are smaller than this share of its largest
 are noise: they would widen the box that is segmented."""
+RINGING = 0.03
+"""Share of a scan's intensities within which what surrounds a stripped brain may vary."""
 PLAUSIBLE_LITRES = (0.7, 2.2)
 """Brain masks outside this range (children to large adults) are reported as suspicious."""
 
@@ -50,17 +51,18 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
-    brain = stripped_brain(scan.t1)
-    if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working, config.strip):
-        brain = None
+    brain = _stripped_already(scan.t1, working, config.strip)
     lifted = _lifted(scan.t1, brain)
     method, warnings = _method(config.strip, stripped_already=brain is not None)
+    own: Volume | None = None
     if config.strip.mask is not None:
-        mask = resample_mask(given_mask(config.strip.mask, scan), working)
+        own = given_mask(config.strip.mask, scan)
     elif method == "none":
         if brain:
             _has_tissues(scan.t1, brain)
-        mask = resample(brain or foreground(scan.t1), working, order=0)
+        own = brain or foreground(scan.t1)
+    if own:
+        mask = resample_mask(own, working)
     elif method == "net":
         from cadiff_cli.stages.brain import brain_mask
 
@@ -73,7 +75,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
-    whole = tidy(mask.data, 1.0 if method in ("net", "template") else SPECK)
+    whole = tidy(mask.data, SPECK if own else 1.0)
     if specks := np.count_nonzero(mask.data & ~whole):
         log.info("%d voxels of the mask are specks, left out", specks)
     mask = Volume(whole, working)
@@ -88,7 +90,9 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         log.warning(text)
     t1 = _cubic(lifted, working, bounding_box(mask.data))
     inside = np.where(mask.data, t1.data, 0).astype(np.float32)
-    return Stripped(Volume(inside, working), mask, method, tuple(warnings), asdict(quality))
+    if own:
+        own = Volume(tidy(own.data, SPECK), own.grid)
+    return Stripped(Volume(inside, working), mask, method, tuple(warnings), asdict(quality), own)
 
 
 def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[str, list[str]]:
@@ -142,8 +146,8 @@ def strip_template(templates: Sequence[Template]) -> Template:
 
 
 def on_scan(stripped: Stripped, scan: Scan) -> Volume:
-    """The brain mask on the scan's own grid."""
-    return resample_mask(stripped.mask, scan.t1.grid)
+    """The brain mask on the scan's own grid; one that was drawn there as it was drawn."""
+    return stripped.own or resample_mask(stripped.mask, scan.t1.grid)
 
 
 def stripped_brain(t1: Volume) -> Volume | None:
@@ -162,13 +166,39 @@ def stripped_brain(t1: Volume) -> Volume | None:
     return found if low < found.litres < high and touched < 0.01 else None
 
 
-def _is_head(t1: Volume, working: Grid, wanted: StripConfig) -> bool:
-    """Whether the network, if ``auto`` may ask it, finds a brain inside.
+def ringing_brain(t1: Volume) -> Volume | None:
+    """Where the brain is (bool) in a stripped scan whose background is nearly constant.
+
+    Spline interpolation after stripping rings around the brain, and leaves no exact value anywhere.
+    """
+    low, high = np.percentile(t1.data, [1, 99.5])
+    border = border_value(t1.data)
+    near = abs(t1.data - border) < RINGING * (high - low)
+    return stripped_brain(Volume(np.where(near, border, t1.data), t1.grid))
+
+
+def _stripped_already(t1: Volume, working: Grid, wanted: StripConfig) -> Volume | None:
+    """Where the brain is (bool), unless the scan is a head; in doubt the network decides.
+
+    Doubtful is what is large, as a head in air that was set to 0 may be, and what is surrounded by
+    something that is only nearly constant, as a small head in dark air is.
+    """
+    exact = stripped_brain(t1)
+    if exact and exact.litres <= LARGE_LITRES:
+        return exact
+    if wanted.method == "auto" and strip_weights_sha256(wanted):
+        brain = exact or ringing_brain(t1)
+        return None if brain and _is_head(t1, working) else brain
+    if wanted.method == "none" and wanted.mask is None:
+        return exact or ringing_brain(t1)
+    return exact
+
+
+def _is_head(t1: Volume, working: Grid) -> bool:
+    """Whether the network finds a brain inside.
 
     It has learnt to look for one within a skull: in 8 stripped scans of two scanners it finds none.
     """
-    if wanted.method != "auto" or not strip_weights_sha256(wanted):
-        return False
     from cadiff_cli.stages.brain import brain_mask
 
     model = _brain_model()
@@ -235,8 +265,9 @@ def _from_template(
         name = template.name if template else "none"
         raise MissingInputError(
             f"the scan is a whole head, and template {name} has no skull to strip it by",
-            "set TEMPLATEFLOW_HOME to a cache with MNIColin27 ('cadiff fetch MNIColin27' on a"
-            " machine with a network), or give --mask FILE, or strip the scan first",
+            "use --atlas auto or MNIColin27+..., with TEMPLATEFLOW_HOME a cache that holds"
+            " MNIColin27 ('cadiff fetch MNIColin27' on a machine with a network), or give --mask"
+            " FILE",
         )
     stage = Stripped(t1, Volume(np.ones(t1.grid.shape, dtype=bool), t1.grid), "head")
     whole = Template(

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import LabelledScan, load_labelled
-from cadiff_cli.io.nifti import replacing
+from cadiff_cli.io.nifti import check_there, replacing
 from cadiff_cli.io.releases import sha256, strip_weights_sha256
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.pipeline import prepare
@@ -24,7 +25,7 @@ from cadiff_cli.stages.field import mean_field as mean_position
 from cadiff_cli.stages.register import settings
 from cadiff_cli.training.atlas import frame, load_atlas
 
-FORMAT = 3
+FORMAT = 4
 """Counts changes of what a sample holds: older files are prepared again."""
 HOW = Config()
 """Brains are found and registered as a run with default options does it."""
@@ -38,7 +39,8 @@ class Sample:
 
     ``image`` (X, Y, Z) uint8, 255 = 1.0; ``mask`` (X, Y, Z) bool; ``classes`` (X, Y, Z) uint8;
     ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.  ``labels`` is the fingerprint
-    of the mapping that the classes were made with.
+    of the mapping that the classes were made with, ``drawn`` the classes that it can give, ``key``
+    tells files of other content apart.
     """
 
     name: str
@@ -48,12 +50,20 @@ class Sample:
     classes: np.ndarray
     fields: dict[str, np.ndarray]
     labels: str = ""
+    drawn: tuple[int, ...] = ()
+    key: str = ""
+
+    def scored(self, classes: Sequence[int]) -> tuple[int, ...]:
+        """Those of ``classes`` that somebody may have drawn."""
+        return tuple(k for k in classes if not self.drawn or k in self.drawn)
 
 
 def cached_path(
     scan: LabelledScan, templates: Sequence[str], mapping: dict[int, int], folder: Path
 ) -> Path:
     """Where a scan's sample lies: whatever decides what it holds is in its name."""
+    for path in (scan.t1, scan.dseg):
+        check_there(path)
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
     frames = [frame(name) for name in templates]
     made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
@@ -89,12 +99,19 @@ def build(
     arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
     arrays["mask"] = conditions.mask.data.astype(bool)
     arrays["classes"] = resample_labels(classes, grid).data
+    if not arrays["classes"].any():
+        raise DataError(
+            f"{scan.dseg.name} has no labelled structure in its brain",
+            "remove this scan, or repair its labels",
+        )
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(
             stream,
             name=scan.name,
             subject=scan.subject,
             labels=fingerprint(sorted(mapping.items())),
+            drawn=np.array(sorted(table.reached(mapping)), dtype=np.uint8),
+            key=path.stem.rpartition("_")[2],
             **arrays,  # type: ignore[arg-type]
         )
     return path
@@ -114,6 +131,8 @@ def load(path: Path) -> Sample:
             stored["classes"],
             fields,
             str(stored["labels"]),
+            tuple(map(int, stored["drawn"])),
+            str(stored["key"]),
         )
 
 

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 def folds(subjects: Iterable[str], n: int, seed: int = 0) -> list[list[str]]:
     """Split the people into ``n`` groups of nearly equal size; each counts once."""
     people = sorted(set(subjects))
+    if len(people) < 2:
+        raise UsageError("there is one person only", "cross-validation needs two or more")
     if not 2 <= n <= len(people):
         raise UsageError(f"{n} folds of {len(people)} people", f"use 2 to {len(people)}")
     order = np.random.default_rng(seed).permutation(len(people))
@@ -98,8 +100,9 @@ def cross_validate(
             shape = sample.classes.shape
             grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
             predicted = Volume(segment_sample(model.net, sample, table, sampling), grid)
-            scores += score_classes(
-                sample.name, predicted, Volume(sample.classes, grid), table, subset
-            )
+            reference = Volume(sample.classes, grid)
+            known = {table.structures[k - 1].name for k in sample.scored(table.subset(subset))}
+            found = score_classes(sample.name, predicted, reference, table, subset)
+            scores += [score for score in found if score.structure in known]
     write_text(run / "folds.json", json.dumps(split, indent=2) + "\n")
     return scores

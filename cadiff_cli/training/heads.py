@@ -25,7 +25,7 @@ from cadiff_cli.io.nifti import replacing
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import bounding_box, resample
+from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels
 from cadiff_cli.stages.brain import normalise
 from cadiff_cli.training.augment import (
     low_resolution,
@@ -38,9 +38,12 @@ from cadiff_cli.training.augment import (
 from cadiff_cli.training.loop import Schedule, series
 
 CLOSING_MM = 5.0
-NOT_BRAIN = 500
-"""FreeSurfer-like label maps of whole heads: codes from here on are skull, skin, eyes, air..."""
+NOT_BRAIN = (500, 1000)
+"""FreeSurfer-like label maps of whole heads: codes between are skull, skin, eyes, air..."""
+VERMIS = (630, 631, 632)
 OUTER_CSF = 24
+LEAST_LITRES = 0.1
+"""Less is no brain, but a lesion or a slip."""
 FAR_MM = 1.5 * REACH_MM
 """Stored distances end here: beyond the network's reach even after a head has been scaled."""
 
@@ -145,23 +148,37 @@ def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
     )
 
 
+def is_brain(codes: np.ndarray) -> np.ndarray:
+    """Where FreeSurfer's codes, or ours, mean brain: not the CSF around it, nor 5xx to 9xx.
+
+    The vermis has codes among these; cortical parcels lie above them.
+    """
+    around = (codes >= NOT_BRAIN[0]) & (codes < NOT_BRAIN[1]) & ~np.isin(codes, VERMIS)
+    return np.asarray((codes > 0) & (codes != OUTER_CSF) & ~around)
+
+
 def from_labels(name: str, source: str, dseg: Volume) -> Head:
     """A head without an image: ``dseg`` holds FreeSurfer's codes and 5xx for what is around."""
-    codes = np.asarray(dseg.data).astype(np.int32)
-    brain = (codes > 0) & (codes < NOT_BRAIN) & (codes != OUTER_CSF)
+    codes = np.rint(dseg.data).astype(np.int32)
+    brain = is_brain(codes)
     distance = _distance(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
     # Left and right share their intensities, so they share a label.
     left = {s.code: min(s.code, s.mirror) for s in load_table().structures}
     known, compact = np.unique(codes, return_inverse=True)
     _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
+    if paired.max() > 255:
+        raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
     compact = paired[compact].reshape(codes.shape)
-    small = resample(Volume(compact.astype(np.uint8), dseg.grid), distance.grid, order=0)
+    small = resample_labels(Volume(compact.astype(np.uint8), dseg.grid), distance.grid)
     return Head(name, source, distance.data.astype(np.float16), labels=small.data.copy())
 
 
 def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
     """A real head and a brain on its grid; ``close`` where the brain ends at the cortex."""
     mask = np.asarray(brain.data) > 0.5
+    litres = Volume(mask, brain.grid).litres
+    if litres < LEAST_LITRES:
+        raise DataError(f"the brain mask holds {litres:.3f} l", "is it one of the brain?")
     if close:
         mask = closed(mask, brain.grid.spacing_mm)
     distance = _distance(Volume(ndimage.binary_fill_holes(mask), brain.grid))

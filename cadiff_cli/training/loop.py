@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
-from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.errors import CadiffError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.stages.segment import autocast
+from cadiff_cli.stages.segment import autocast, enough_memory
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise UsageError(f"batch is {self.batch}", "use 1 or more")
+        if not 0 < self.rate < math.inf:
+            raise UsageError(f"the learning rate is {self.rate}", "use one above 0, as 1e-3")
 
 
 class Batch(Protocol):
@@ -125,17 +127,33 @@ def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
         "train_config": as_dict(config),
     }
     temporary = path.with_suffix(".tmp")  # one name: the next save replaces what a kill leaves
-    torch.save(stored, temporary)
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            torch.save(stored, stream)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own, where its stream cannot be written
+        temporary.unlink(missing_ok=True)
+        raise DiskError(
+            f"writing {path} failed ({error}); the last checkpoint is there still",
+            "free some space (df -h) and give the same command again",
+        ) from error
 
 
-def load_checkpoint(path: Path, state: State[N]) -> None:
-    """Continue ``state`` from a file written by ``save_checkpoint``."""
+def load_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
+    """Continue ``state`` from a file written by ``save_checkpoint``.
+
+    Raises ``UsageError`` if it has gone beyond the schedule.
+    """
     stored = torch.load(path, map_location="cpu", weights_only=True)
     state.net.load_state_dict(stored["net"])
     state.ema.load_state_dict(stored["ema"])
     state.optimiser.load_state_dict(stored["optimiser"])
     state.step, state.seconds = int(stored["step"]), float(stored["seconds"])
+    if state.step > config.steps:
+        raise UsageError(
+            f"{path} has {state.step} steps already, --steps is {config.steps}",
+            "give as many or more, or another --run folder",
+        )
 
 
 def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str]) -> None:
@@ -189,10 +207,10 @@ def fit(
     max_minutes: float = math.inf,
     report_every: int = 20,
     save_minutes: float = 4.0,
-) -> None:
+) -> bool:
     """Train until ``config.steps`` or ``max_minutes``; SIGTERM and Ctrl-C save and return.
 
-    ``batches`` begins with that of step ``state.step``.
+    ``batches`` begins with that of step ``state.step``.  Returns whether nothing stopped it.
     """
     stop = False
 
@@ -247,6 +265,7 @@ def fit(
         for number, handler in handlers.items():
             signal.signal(number, handler)
     save_checkpoint(checkpoint, state, config)
+    return state.step >= config.steps and not stop
 
 
 def series(
@@ -283,10 +302,11 @@ def train_step(state: State[N], batch: Any, objective: Objective, config: Schedu
     # Not the number that a patch was drawn with: its deformation would decide the times.
     number = config.seed * 10_000_019 + 5_000_011 + state.step
     generator = torch.Generator(state.device).manual_seed(number)
-    with autocast(state.device):
-        losses = objective(state.net, batch, generator)
-    state.optimiser.zero_grad(set_to_none=True)
-    losses.total.backward()  # type: ignore[no-untyped-call]
+    with enough_memory("use a smaller --batch, or --device cpu"):
+        with autocast(state.device):
+            losses = objective(state.net, batch, generator)
+        state.optimiser.zero_grad(set_to_none=True)
+        losses.total.backward()  # type: ignore[no-untyped-call]
     # One step with a NaN would spoil weights, average and checkpoint for good.
     norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), config.clip)
     if not norm.isfinite():

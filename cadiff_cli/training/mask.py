@@ -14,11 +14,13 @@ import torch
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.nifti import load_scan, load_volume, stem
+from cadiff_cli.io.label_maps import load_ids
+from cadiff_cli.io.nifti import check_there, load_scan, load_volume, stem
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.weights import BrainModel, save_brain_model, seen_by
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
 from cadiff_cli.stages.brain import predict_distance
 from cadiff_cli.stages.segment import pick_device
@@ -29,6 +31,7 @@ from cadiff_cli.training.heads import (
     from_labels,
     from_scan,
     head_loader,
+    is_brain,
     load_head,
     save_head,
 )
@@ -36,7 +39,7 @@ from cadiff_cli.training.loop import fit, load_checkpoint, new_state, refuse_oth
 
 log = logging.getLogger(__name__)
 
-HEAD_FORMAT = 1
+HEAD_FORMAT = 2
 """Counts changes of how heads are prepared: older files are prepared again."""
 
 
@@ -60,13 +63,18 @@ def prepare_heads(
         found = heads[folder.name] = []
         for path in images:
             brain = path if folder in label_maps else brain_of(path)
+            for needed in (path, brain):
+                check_there(needed)
             key = fingerprint([HEAD_FORMAT, *(sha256(p) for p in (path, brain))])
             kept = cache / f"{folder.name}_{stem(path)}_{key}.npz"
             if not kept.exists():
-                if folder in label_maps:
-                    head = from_labels(stem(path), folder.name, load_volume(path))
-                else:
-                    head = _real_head(path, brain, folder.name)
+                try:
+                    if folder in label_maps:
+                        head = from_labels(stem(path), folder.name, load_ids(path)[0])
+                    else:
+                        head = _real_head(path, brain, folder.name)
+                except DataError as error:
+                    raise DataError(f"{path.name}: {error.message}", error.remedy) from error
                 save_head(kept, head)
             found.append(load_head(kept))
         if not found:
@@ -78,8 +86,12 @@ def prepare_heads(
 def brain_of(t1: Path) -> Path:
     """The mask beside a head, else its dseg: of this scan, not of another run."""
     scan = re.escape(t1.name.split("_T1w")[0])
-    for suffix in ("mask", "dseg"):
-        name = re.compile(rf"{scan}(_(atlas|desc|label|seg)-\w+)*_{suffix}\.nii(\.gz)?", re.ASCII)
+    # A mask of a lesion or of grey matter is none of the brain.
+    for suffix, entities in (
+        ("mask", "(_(desc|label)-brain)?"),
+        ("dseg", r"(_(atlas|desc|label|seg)-\w+)*"),
+    ):
+        name = re.compile(rf"{scan}{entities}_{suffix}\.nii(\.gz)?", re.ASCII)
         brains = sorted(path for path in t1.parent.iterdir() if name.fullmatch(path.name))
         if len(brains) > 1:
             names = ", ".join(path.name for path in brains)
@@ -94,6 +106,8 @@ def _real_head(t1: Path, brain: Path, source: str) -> Head:
     name = t1.name.split("_T1w")[0]
     image, inside = load_scan(t1).t1, load_volume(brain)
     check_same_grid(brain.name, inside.grid, t1.name, image.grid)
+    if ends_at_cortex:
+        inside = Volume(is_brain(inside.data), inside.grid)
     return from_scan(name, source, image, inside, close=ends_at_cortex)
 
 
@@ -142,7 +156,7 @@ def train_mask(
     }
     if checkpoint.exists():
         refuse_other_run(run / "config.json", described, ("trained_on", "held_out", "init", "net"))
-        load_checkpoint(checkpoint, state)
+        load_checkpoint(checkpoint, state, config)
         log.info("continuing at step %d", state.step)
     write_json(run / "config.json", described)
     ends = time.monotonic() + 60 * max_minutes
@@ -151,9 +165,10 @@ def train_mask(
     for phase, objective in ((locating, MaskObjective(fine=0)), (config, MaskObjective())):
         loader = head_loader(chosen, phase, state.step, workers, state.device)
         left = (ends - time.monotonic()) / 60
-        fit(state, loader, objective, phase, checkpoint, max_minutes=left)
-        if state.step < phase.steps:
+        if not fit(state, loader, objective, phase, checkpoint, max_minutes=left):
             break  # out of time, or asked to stop
+    if state.step < config.steps:
+        log.warning("stopped at step %d of %d: the same command goes on", state.step, config.steps)
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
     save_brain_model(path, state.ema, described)

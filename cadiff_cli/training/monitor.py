@@ -19,7 +19,7 @@ from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.segment import class_probabilities
+from cadiff_cli.stages.segment import class_probabilities, most_probable
 from cadiff_cli.training.cache import Sample, mean_field
 from cadiff_cli.training.loop import Interval, State
 
@@ -68,7 +68,7 @@ class RunMonitor:
         sample = self.held_out[self.turn % len(self.held_out)]
         self.turn += 1
         predicted = segment_sample(state.ema, sample, self.table, self.sampling)
-        classes = self.table.subset("malc27")
+        classes = sample.scored(self.table.subset("malc27"))
         score = float(np.nanmean(dice(predicted, sample.classes, classes)))
         log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
         self._record(state, sample.name, score)
@@ -101,7 +101,7 @@ def segment_sample(
     """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code of inference."""
     conditions = sample_conditions(sample)
     p, _ = class_probabilities(conditions, Model(net, table, "training", "", {}), config)
-    return np.asarray(p.argmax(dim=0).to(torch.uint8).numpy() * sample.mask)
+    return np.asarray(most_probable(p) * sample.mask)
 
 
 def sample_conditions(sample: Sample) -> Conditions:

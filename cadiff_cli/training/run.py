@@ -34,6 +34,8 @@ SAME = (
     "templates",
     "labels",
     "also_labels",
+    "scan_files",
+    "also_files",
     "net",
 )
 """What a run that goes on must share with its checkpoint, beside the settings."""
@@ -89,6 +91,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     net = CADiffNet(init.net.config if init else net_config or NetConfig())
+    if recount_prior and not (net.config.reads_field and config.prior_scans != 0):
+        raise UsageError("--recount-prior: this method counts no prior", "leave it out")
     if init:
         net.load_state_dict(init.net.state_dict())
     net.to(pick_device(device))
@@ -107,10 +111,12 @@ def train(
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
         "also_labels": sorted({s.labels for s in also}),
+        "scan_files": fingerprint(sorted(s.key for s in chosen)),
+        "also_files": fingerprint(sorted(s.key for s in trusted_less)),
     }
     if checkpoint.exists():
         refuse_other_run(run / "config.json", described, SAME)
-        load_checkpoint(checkpoint, state)
+        load_checkpoint(checkpoint, state, config)
         log.info("continuing at step %d", state.step)
     elif net.config.reads_field and (recount_prior or not init):
         order = np.random.default_rng(config.seed).permutation(len(chosen))
