@@ -91,10 +91,10 @@ def test_foreign_weights_are_refused(copy):
 
 
 @pytest.mark.parametrize("name", ["no-such-release", "no/such/file.safetensors"])
-def test_missing_weights_name_the_option(name):
+def test_missing_weights_name_those_there_are(name):
     with pytest.raises(MissingInputError, match="no model") as caught:
         load_model(name)
-    assert "--model" in caught.value.remedy
+    assert "cadiff-malc" in caught.value.remedy
 
 
 def test_the_release_is_what_its_record_says(released):
