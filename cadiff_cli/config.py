@@ -104,18 +104,21 @@ class Recipe:
     def differs(self, sidecar: Mapping[str, Any]) -> str:
         """How a result's settings differ from these, as ``sample.steps 5 -> 1``; empty if not.
 
-        One that was made with a mask of somebody's own, and else alike, does not.
+        One that was made with a mask of somebody's own, and else alike, does not, even if it was
+        not carried into standard spaces.
         """
         if sidecar.get("Fingerprint") == self.fingerprint():
             return ""
         made, wanted = dict(sidecar.get("Settings", {})), self.settings()
         if sidecar.get("SkullStripping") == "mask file" and self.config.strip.mask is None:
             # A mask that somebody mended by hand is no other way of making the dataset.
-            made |= {key: wanted[key] for key in ("strip", "strip_sha256")}
+            made |= {key: wanted[key] for key in ("strip", "strip_sha256", "output_spaces")}
             if made == wanted:
                 return ""
-        changes = _differences(made, wanted)
-        return "; ".join(changes[:3]) or "other settings"
+            changes = [*_differences(made, wanted)[:3], "a mask of somebody's own would be lost"]
+        else:
+            changes = _differences(made, wanted)[:3]
+        return "; ".join(changes) or "other settings"
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ participant=$(sed -n "${SGE_TASK_ID}p" "$list")
 work=$(mktemp -d "${TMPDIR:-/tmp}/cadiff-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 # Apptainer sees it wherever it lies, whatever else is bound.
-export APPTAINER_BIND="${APPTAINER_BIND:+$APPTAINER_BIND,}$work"
+bound=${APPTAINER_BIND:-${SINGULARITY_BIND:-}}
+export APPTAINER_BIND="${bound:+$bound,}$work"
 
 # shellcheck disable=SC2086  # CADIFF_RUN may be several words
 ${CADIFF_RUN:-cadiff run} "$bids" "$out" participant --participant-label "$participant" \

@@ -522,8 +522,8 @@ def test_what_is_no_label_map_or_no_brain_is_refused(label_map, tmp_path):
 
 
 def test_freesurfers_codes_of_the_brain():
-    codes = np.array([0, 2, 24, 77, 258, 500, 530, 629, 630, 632, 633, 999, 1000, 2035, 12175])
-    brain = [2, 77, 258, 630, 632, 1000, 2035, 12175]
+    codes = np.array([0, 2, 24, 77, 253, 258, 500, 530, 629, 630, 632, 633, 999, 1000, 2035, 12175])
+    brain = [2, 77, 253, 630, 632, 1000, 2035, 12175]
     assert codes[is_brain(codes)].tolist() == brain
 
 

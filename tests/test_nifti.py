@@ -358,6 +358,17 @@ def test_two_statements_of_how_a_scan_lies_are_told(phantom, tmp_path, turn):
     assert any("disagree" in text for text in load_scan(path).warnings)
 
 
+def test_a_qform_that_is_not_a_number_is_told(phantom, tmp_path):
+    head = phantom("RAS", 2.0)
+    path = tmp_path / "nan.nii.gz"
+    image = nib.Nifti1Image(head.t1.data, head.t1.grid.affine)
+    image.set_sform(head.t1.grid.affine, code=1)
+    image.set_qform(head.t1.grid.affine, code=1)
+    image.header["qoffset_x"] = np.nan
+    nib.save(image, path)
+    assert any("no rotation" in text for text in load_scan(path).warnings)
+
+
 def test_an_open_image_does_not_change_with_its_file(tmp_path):
     path = tmp_path / "plain.nii"
     nib.save(nib.Nifti1Image(noise(), np.eye(4)), path)

@@ -87,7 +87,8 @@ def test_a_mask_mended_by_hand_is_no_other_way_of_making_a_dataset():
 
     assert recipe_of().differs(told("mask file")) == ""
     assert recipe_of().differs(told("net")) != ""
-    assert recipe_of().differs(told("mask file", steps=1)) == "sample.steps 1 -> 5"
+    said = recipe_of().differs(told("mask file", steps=1))
+    assert said == "sample.steps 1 -> 5; a mask of somebody's own would be lost"
 
 
 def test_a_result_is_current_until_settings_or_input_change(tmp_path):

@@ -25,8 +25,8 @@ from cadiff_cli.stages.segment import (
     class_probabilities,
     enough_memory,
     mirrored,
-    pick_device,
     segment,
+    usable_device,
 )
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -318,11 +318,13 @@ def test_a_gpu_that_cannot_compute_is_not_chosen(monkeypatch, caplog):
     """Visible, but without kernels for it: this torch's own refusal serves as one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for _ in range(2):
-        assert pick_device("auto").type == "cpu"
-    assert [r.message.split(": ")[0] for r in caplog.records] == ["cuda cannot be used"]
+    device, why = usable_device("auto")
+    assert device.type == "cpu"
+    assert "cannot be used" in why
+    assert "cannot be used" in caplog.text
     with pytest.raises(UsageError, match="cannot be used"):
-        pick_device("cuda")
+        usable_device("cuda")
+    assert usable_device("cpu") == (torch.device("cpu"), "")
 
 
 @pytest.fixture(scope="module")

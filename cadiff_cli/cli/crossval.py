@@ -62,7 +62,8 @@ def command(
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)
-    check_writable(run)
+    for folder in (run, cache or run):
+        check_writable(folder)
     samples = prepare(scans, mapping, atlas, cache or run / "cache")
     until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:

@@ -58,6 +58,8 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
         stripped = strip(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)
         mask = on_scan(stripped, scan)
+        if journal.interrupted(place.stem):
+            place.clear()
         with journal.writing(place.stem):
             click.echo(save_mask(scan, stripped, mask, out))
 

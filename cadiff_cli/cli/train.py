@@ -148,7 +148,8 @@ def command(
         raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
     held = tuple(name.removeprefix("sub-") for name in hold_out)
     check_people(subjects, set().union(*others), held, model, net)
-    check_writable(run)
+    for folder in (run, cache or run):
+        check_writable(folder)
     folder = cache or run / "cache"
     samples, *less_trusted = (prepare(scans, mapping, atlas, folder) for scans, mapping in sources)
     path = train(

@@ -72,7 +72,8 @@ def command(
     pick_device(device)
     model = load_brain_model(init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
-    check_writable(run)
+    for folder in (run, cache or run):
+        check_writable(folder)
     prepared = prepare_heads(label_maps, heads, cache or run / "cache")
     config = HeadConfig(steps=steps, decay=decay, rate=rate, batch=batch, seed=seed)
     path = train_mask(

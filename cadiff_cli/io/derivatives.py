@@ -147,7 +147,6 @@ def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
     write.image(MASK, mask.data, mask.grid, like=scan.path)
     about = about_mask(stripped) | ({"Warnings": said} if said else {})
     write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped))
-    write.place.clear(keep=write.written)
     return write.place.path(f"{MASK}.nii.gz")
 
 

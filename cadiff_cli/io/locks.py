@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cadiff_cli.errors import OutputError
+
 log = logging.getLogger(__name__)
 
 
@@ -28,6 +30,10 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             mine = False
         except OSError as error:
+            if error.errno == errno.EBADF:  # NFS locks only what one may write
+                raise OutputError(
+                    f"{path} belongs to somebody else", "ask for the right to write it (umask 002)"
+                ) from error
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             log.info("no locks on %s", path.parent)

@@ -187,6 +187,8 @@ def _frame_warnings(path: Path) -> list[str]:
     try:
         qform, q_code = image.get_qform(coded=True)
     except ValueError:  # nibabel: its quaternion is longer than 1
+        qform, q_code = np.full((4, 4), np.nan), 0
+    if not np.isfinite(qform).all():
         return [f"the qform of {path.name} is no rotation: sform is believed"]
     if not s_code and not q_code:
         return [
@@ -195,7 +197,7 @@ def _frame_warnings(path: Path) -> list[str]:
         ]
     warnings = []
     if s_code and q_code:
-        ours, theirs = ("".join(aff2axcodes(form)) for form in (sform, qform))
+        ours, theirs = ("".join(map(str, aff2axcodes(form))) for form in (sform, qform))
         if ours != theirs:
             warnings.append(
                 f"sform and qform of {path.name} disagree about left and right, front or top"

@@ -41,6 +41,7 @@ def make_recipe(
 def provenance(result: Result, field: bool = False) -> dict[str, Any]:
     """What made this segmentation: enough to make it again, and to know that it need not be."""
     registrations = result.prepared.registrations
+    to_scan = [r.from_template for r in registrations]
     recipe = make_recipe(
         result.config,
         [r.template for r in registrations],
@@ -58,7 +59,7 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         "Tile": result.segmentation.tile,
         "Device": result.segmentation.device,
         "Precision": result.segmentation.precision,
-        "RegistrationThreads": registration_threads(),
+        "RegistrationThreads": registration_threads() if any(to_scan) else None,
         "Templates": [
             {
                 "Name": r.template.name,

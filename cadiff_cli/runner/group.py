@@ -91,7 +91,11 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     for result in sound:
         if why := journal.failed_since(result.entities, result.commit):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
-    recipes = {result.sidecar["Fingerprint"] for result in sound}
+    recipes = {
+        result.sidecar["Fingerprint"]
+        for result in sound
+        if result.sidecar["SkullStripping"] != "mask file"  # a mended mask is no other way
+    }
     if len(recipes) > 1:
         notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
     far = outliers(judged, ranges)

@@ -59,6 +59,10 @@ class Journal:
         unfinished = ours and finished_result(place) is None
         place.claim(*inputs, overwrite=overwrite or unfinished)
 
+    def interrupted(self, entities: str) -> bool:
+        """Whether a run was killed while it wrote results."""
+        return self._mark(entities).exists()
+
     def forget(self, entities: str) -> None:
         """Whatever a killed run left of a scan is now somebody's."""
         self._mark(entities).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -54,9 +54,10 @@ def segment(
         volumes.append(counts * grid.voxel_volume_mm3)
 
     several = config.samples > 1
-    device = pick_device(config.device)
+    device, trouble = usable_device(config.device)
+    on_device = replace(config, device=str(device))
     with enough_memory():
-        p, tile = class_probabilities(conditions, model, config, count if several else None)
+        p, tile = class_probabilities(conditions, model, on_device, count if several else None)
     best = most_probable(p)
     drawn = best * inside
     if same_lattice(grid.voxel_map(native)):
@@ -72,9 +73,9 @@ def segment(
     if config.uncertainty or several:
         entropy = resample(Volume(uncertainty(p), grid), native).data
         entropy = np.where(mask.data, entropy, 0).astype(np.float32)
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = (trouble,) if trouble else ()
     if tile is not None and tile != config.tile:
-        warnings = (f"memory was short: the volume was segmented in tiles of {tile} voxels",)
+        warnings += (f"memory was short: the volume was segmented in tiles of {tile} voxels",)
     return Segmentation(
         Volume(np.where(mask.data, table.codes[classes], 0).astype(np.int16), native),
         table,
@@ -330,10 +331,9 @@ def _slabs(p: Tensor, grid: Grid, native: Grid) -> Iterator[tuple[int, Tensor]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one that works; asking for an absent one is an error."""
+    """``auto`` is the GPU where there is one; asking for an absent one is an error."""
     if name == "auto":
-        works = torch.cuda.is_available() and not _trouble(torch.device("cuda"))
-        return torch.device("cuda" if works else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("no CUDA device is available", "use --device cpu")
     try:
@@ -342,27 +342,29 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"unknown device {name!r}", "use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is not supported", "use auto, cpu or cuda")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
-        if trouble := _trouble(device):
-            raise UsageError(f"{name} cannot be used: {trouble}", "use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
     return device
 
 
-@cache
-def _trouble(device: torch.device) -> str:
-    """Why a visible GPU cannot compute, in a line, which is logged too; empty if it can.
+def usable_device(name: str) -> tuple[torch.device, str]:
+    """``pick_device``, but for ``auto`` the CPU where the GPU cannot compute; and why, if so.
 
-    It may be older than torch's kernels, or taken by another process.
+    It may be older than torch's kernels, or taken by another process.  Only whoever is to use the
+    GPU should ask: looking takes a share of its memory.
     """
+    device = pick_device(name)
+    if device.type == "cpu":
+        return device, ""
     try:
         torch.ones(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError) as error:
-        trouble = str(error).strip().split("\n")[0]
-        log.warning("%s cannot be used: %s", device, trouble)
-        return trouble
-    return ""
+        trouble = f"{device} cannot be used: {str(error).strip().splitlines()[0]}"
+        if name != "auto":
+            raise UsageError(trouble, "use --device cpu") from error
+        log.warning("%s; the CPU works in its place", trouble)
+        return torch.device("cpu"), trouble
+    return device, ""
 
 
 def _is_short_of_memory(error: Exception) -> bool:

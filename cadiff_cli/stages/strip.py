@@ -43,7 +43,9 @@ SPECK = 0.01
 """Pieces of a given mask, or of a stripped scan, that are smaller than this share of its largest
 are noise: they would widen the box that is segmented."""
 RINGING = 0.03
-"""Share of a scan's intensities within which what surrounds a stripped brain may vary."""
+"""Share of a scan's intensities by which a spline may miss the constant around a stripped brain."""
+STILL = 1e-4
+"""The same where most of the background lies; air is noisier by far."""
 PLAUSIBLE_LITRES = (0.7, 2.2)
 """Brain masks outside this range (children to large adults) are reported as suspicious."""
 
@@ -51,7 +53,9 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
     working = scan.t1.grid.working()
-    brain = _stripped_already(scan.t1, working, config.strip)
+    brain = stripped_brain(scan.t1)
+    if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working, config.strip):
+        brain = None
     lifted = _lifted(scan.t1, brain)
     method, warnings = _method(config.strip, stripped_already=brain is not None)
     own: Volume | None = None
@@ -154,10 +158,21 @@ def stripped_brain(t1: Volume) -> Volume | None:
     """Where the brain is (bool) in a scan that is stripped already; None for a whole head.
 
     Stripped means that one constant value surrounds an object as large as a brain and smaller than
-    a head. Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a head
-    holds more than 2.3 litres.
+    a head.  Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a
+    head holds more than 2.3 litres.  Splines that have moved a scan after it was stripped ring
+    around the brain and leave no two values alike, but are still a few centimetres away.
     """
-    found = foreground(t1)
+    if found := _brain_sized(foreground(t1)):
+        return found
+    low, high = np.percentile(t1.data, [1, 99.5])
+    away = abs(t1.data - border_value(t1.data)) / max(float(high - low), 1e-30)
+    quiet = away < RINGING
+    still = quiet.any() and np.median(away[quiet]) < STILL
+    return _brain_sized(Volume(~quiet, t1.grid)) if still else None
+
+
+def _brain_sized(found: Volume) -> Volume | None:
+    """``found`` (bool), if it may be a brain by its size and its place."""
     if found.data.mean() > 0.6:
         return None
     # A brain touches one or two faces of a field of view that just holds it, never most of them.
@@ -166,39 +181,13 @@ def stripped_brain(t1: Volume) -> Volume | None:
     return found if low < found.litres < high and touched < 0.01 else None
 
 
-def ringing_brain(t1: Volume) -> Volume | None:
-    """Where the brain is (bool) in a stripped scan whose background is nearly constant.
-
-    Spline interpolation after stripping rings around the brain, and leaves no exact value anywhere.
-    """
-    low, high = np.percentile(t1.data, [1, 99.5])
-    border = border_value(t1.data)
-    near = abs(t1.data - border) < RINGING * (high - low)
-    return stripped_brain(Volume(np.where(near, border, t1.data), t1.grid))
-
-
-def _stripped_already(t1: Volume, working: Grid, wanted: StripConfig) -> Volume | None:
-    """Where the brain is (bool), unless the scan is a head; in doubt the network decides.
-
-    Doubtful is what is large, as a head in air that was set to 0 may be, and what is surrounded by
-    something that is only nearly constant, as a small head in dark air is.
-    """
-    exact = stripped_brain(t1)
-    if exact and exact.litres <= LARGE_LITRES:
-        return exact
-    if wanted.method == "auto" and strip_weights_sha256(wanted):
-        brain = exact or ringing_brain(t1)
-        return None if brain and _is_head(t1, working) else brain
-    if wanted.method == "none" and wanted.mask is None:
-        return exact or ringing_brain(t1)
-    return exact
-
-
-def _is_head(t1: Volume, working: Grid) -> bool:
-    """Whether the network finds a brain inside.
+def _is_head(t1: Volume, working: Grid, wanted: StripConfig) -> bool:
+    """Whether the network, if ``auto`` may ask it, finds a brain inside.
 
     It has learnt to look for one within a skull: in 8 stripped scans of two scanners it finds none.
     """
+    if wanted.method != "auto" or not strip_weights_sha256(wanted):
+        return False
     from cadiff_cli.stages.brain import brain_mask
 
     model = _brain_model()

@@ -111,7 +111,7 @@ def build(
             subject=scan.subject,
             labels=fingerprint(sorted(mapping.items())),
             drawn=np.array(sorted(table.reached(mapping)), dtype=np.uint8),
-            key=path.stem.rpartition("_")[2],
+            key=fingerprint([sha256(path) for path in (scan.t1, scan.dseg)]),
             **arrays,  # type: ignore[arg-type]
         )
     return path

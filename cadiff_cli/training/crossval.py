@@ -74,6 +74,11 @@ def cross_validate(
     until = time.monotonic() + 60 * max_minutes
     check_folds(only or (), n_folds)
     split = folds([s.subject for s in samples], n_folds, config.seed)
+    if blank := [s.name for s in samples if not s.scored(table.subset(subset))]:
+        raise UsageError(
+            f"the labels of {blank[0]} mean none of the structures of {subset}",
+            "there is nothing to score",
+        )
     scores: list[Score] = []
     for k, held_out in enumerate(split, start=1):
         if only and k not in only:

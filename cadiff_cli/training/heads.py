@@ -6,6 +6,7 @@ labelled brain with a ball of 5 mm gives that mask (Dice 0.996 with the MALC sca
 labels a source comes with, so sources agree.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ CLOSING_MM = 5.0
 NOT_BRAIN = (500, 1000)
 """FreeSurfer-like label maps of whole heads: codes between are skull, skin, eyes, air..."""
 VERMIS = (630, 631, 632)
-OUTER_CSF = 24
+OUTER_CSF = (24, 257, 258, 259)
+"""Fluid around the brain, and what FreeSurfer knows of the head."""
 LEAST_LITRES = 0.1
 """Less is no brain, but a lesion or a slip."""
 FAR_MM = 1.5 * REACH_MM
@@ -148,13 +150,22 @@ def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
     )
 
 
-def is_brain(codes: np.ndarray) -> np.ndarray:
-    """Where FreeSurfer's codes, or ours, mean brain: not the CSF around it, nor 5xx to 9xx.
+def content(head: Head) -> str:
+    """What tells a head from others, and from itself with another brain."""
+    pixels = head.labels if head.image is None else head.image
+    parts = (head.distance, pixels)
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts if part is not None))
+    return f"{head.source} {head.name} {digest.hexdigest()}"
 
-    The vermis has codes among these; cortical parcels lie above them.
+
+def is_brain(codes: np.ndarray) -> np.ndarray:
+    """Where FreeSurfer's codes, or ours, mean brain: neither the CSF around it nor 5xx to 9xx.
+
+    The vermis has codes among these; cortical parcels lie above them.  Other programs' ids are
+    brain wherever they are not 0, as none of DLMUSE's lie among these.
     """
     around = (codes >= NOT_BRAIN[0]) & (codes < NOT_BRAIN[1]) & ~np.isin(codes, VERMIS)
-    return np.asarray((codes > 0) & (codes != OUTER_CSF) & ~around)
+    return np.asarray((codes > 0) & ~np.isin(codes, OUTER_CSF) & ~around)
 
 
 def from_labels(name: str, source: str, dseg: Volume) -> Head:

@@ -131,10 +131,13 @@ def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
         with temporary.open("wb") as stream:
             torch.save(stored, stream)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's own, where its stream cannot be written
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "writ" not in str(error):
+            raise  # torch's own where its stream cannot be written says so
+        kept = "; the last checkpoint is there still" if path.exists() else ""
         raise DiskError(
-            f"writing {path} failed ({error}); the last checkpoint is there still",
+            f"writing {path} failed ({error}){kept}",
             "free some space (df -h) and give the same command again",
         ) from error
 
@@ -161,7 +164,9 @@ def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str])
 
     The keys ``kept`` and all settings under ``train`` must agree, but for steps, decay and rate.
     """
-    before = {"recount_prior": False} | json.loads(path.read_text(encoding="utf-8"))
+    # What runs of before did not write down is taken on trust.
+    untold = {key: described[key] for key in kept if key.endswith("_files")}
+    before = {"recount_prior": False} | untold | json.loads(path.read_text(encoding="utf-8"))
 
     def essence(run: dict[str, Any]) -> dict[str, Any]:
         train = {k: v for k, v in run["train"].items() if k not in ("steps", "decay", "rate")}

@@ -23,11 +23,12 @@ from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
 from cadiff_cli.stages.brain import predict_distance
-from cadiff_cli.stages.segment import pick_device
+from cadiff_cli.stages.segment import usable_device
 from cadiff_cli.training.heads import (
     Head,
     HeadConfig,
     MaskObjective,
+    content,
     from_labels,
     from_scan,
     head_loader,
@@ -98,7 +99,10 @@ def brain_of(t1: Path) -> Path:
             raise DataError(f"{t1.name} has {len(brains)} brains: {names}", "leave one of them")
         if brains:
             return brains[0]
-    raise DataError(f"{t1} has neither mask nor dseg beside it", "add one, or remove the scan")
+    raise DataError(
+        f"{t1} has neither brain mask nor dseg beside it",
+        "add a mask, desc-brain_mask, label-brain_mask or dseg, or remove the scan",
+    )
 
 
 def _real_head(t1: Path, brain: Path, source: str) -> Head:
@@ -142,7 +146,7 @@ def train_mask(
     if init:
         net.load_state_dict(init.net.state_dict())
         config = replace(config, coarse_steps=0)
-    net.to(pick_device(device))
+    net.to(usable_device(device)[0])
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
     described: dict[str, Any] = {
@@ -150,12 +154,14 @@ def train_mask(
         "fingerprint": fingerprint(as_dict(config)),
         "net": as_dict(net.config),
         "trained_on": {s: len(g) for s, g in heads.items() if s not in hold_out},
+        "head_files": fingerprint(sorted(content(head) for head in chosen)),
         "init": init.sha256 if init else None,
         "seen_by_init": sorted(seen_by(init)),
         "held_out": sorted(hold_out),
     }
     if checkpoint.exists():
-        refuse_other_run(run / "config.json", described, ("trained_on", "held_out", "init", "net"))
+        kept = ("trained_on", "head_files", "held_out", "init", "net")
+        refuse_other_run(run / "config.json", described, kept)
         load_checkpoint(checkpoint, state, config)
         log.info("continuing at step %d", state.step)
     write_json(run / "config.json", described)

@@ -16,7 +16,7 @@ from cadiff_cli.io.text import write_json
 from cadiff_cli.io.weights import Model, save_model, seen_by
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
-from cadiff_cli.stages.segment import pick_device
+from cadiff_cli.stages.segment import usable_device
 from cadiff_cli.training import cache
 from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.loop import fit, load_checkpoint, new_state, refuse_other_run
@@ -95,7 +95,7 @@ def train(
         raise UsageError("--recount-prior: this method counts no prior", "leave it out")
     if init:
         net.load_state_dict(init.net.state_dict())
-    net.to(pick_device(device))
+    net.to(usable_device(device)[0])
     state = new_state(net, config)
     checkpoint = run / "checkpoint.pt"
     described: dict[str, Any] = {
