@@ -234,7 +234,9 @@ def label_maps(
     """
     skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("[!.]*_dseg.*")):
+    pattern = "[!.]*_dseg.*"
+    # ``**`` passes links to folders by: people may be linked into a folder of their own.
+    for path in sorted({*folder.rglob(pattern), *folder.glob(f"*/**/{pattern}")}):
         within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)
         if path.name.endswith(IMAGE_SUFFIXES) and path.is_file() and not within:
             found.setdefault(scan_of(path), []).append(path)

@@ -234,6 +234,7 @@ def test_what_references_cannot_hold_is_not_scored(write, table, caplog):
         ("sub-1_ses-2_acq-x_run-3_seg-cadiff_dseg.nii.gz", "sub-1_ses-2_acq-x_run-3"),
         ("sub-1_space-T1w_seg-manual_dseg.nii", "sub-1"),
         ("sub-1_dseg.mgz", "sub-1"),
+        ("sub-1_run-01_atlas-MUSE_label-GM_dseg.nii", "sub-1_run-1"),
         ("my scan_dseg.nii.gz", "sub-myscan"),
         ("my.scan.nii.gz", "sub-myscan"),
     ],
@@ -277,6 +278,12 @@ def test_trees_are_paired_by_entities(tree):
     ((p, r), _) = pairs.files
     assert pair_up(p, r) == Pairs(((p, r),))
     assert len(pair_up(mine, mine).files) == 3
+
+
+def test_people_may_be_linked_into_a_folder(tree):
+    root = tree("data/sub-1/ses-a/anat/sub-1_ses-a_dseg.nii.gz", "chosen/sub-2_dseg.nii.gz")
+    (root / "chosen" / "sub-1").symlink_to(root / "data" / "sub-1")
+    assert set(label_maps(root / "chosen")) == {"sub-1_ses-a", "sub-2"}
 
 
 def test_what_cannot_be_paired(tree):
