@@ -382,7 +382,7 @@ def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
     check_writable(tmp_path)
     free = namedtuple("usage", "free")(1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(DiskError, match="1 MB left"):
+    with pytest.raises(DiskError, match="1 MB of space left"):
         check_writable(tmp_path)
 
 

@@ -187,8 +187,8 @@ def _frame_warnings(path: Path) -> list[str]:
     try:
         qform, q_code = image.get_qform(coded=True)
     except ValueError:  # nibabel: its quaternion is longer than 1
-        qform, q_code = np.full((4, 4), np.nan), 0
-    if not np.isfinite(qform).all():
+        qform, q_code = np.full((4, 4), np.nan), 1
+    if q_code and not np.isfinite(qform).all():
         return [f"the qform of {path.name} is no rotation: sform is believed"]
     if not s_code and not q_code:
         return [
@@ -254,7 +254,7 @@ def check_writable(folder: Path) -> None:
         pass
     (folder / ".writable").unlink(missing_ok=True)
     if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
-        raise DiskError(f"{folder} has {free / 1e6:.0f} MB left", "free some (df -h)")
+        raise DiskError(f"{folder} has {free / 1e6:.0f} MB of space left", "free some (df -h)")
 
 
 def save_volume(

@@ -253,7 +253,7 @@ def robust_z(values: Mapping[str, float], least_log_sd: float) -> dict[str, floa
 
     >>> found = robust_z({"a": 10, "b": 11, "c": 9, "d": 10, "e": 30, "f": 0}, 0.1)
     >>> {scan: round(z, 1) for scan, z in found.items()}
-    {'a': 0.0, 'b': 0.7, 'c': -0.7, 'd': 0.0, 'e': 7.4}
+    {'a': 0.0, 'b': 0.7, 'c': -0.7, 'd': 0.0, 'e': 7.8}
     """
     logs = {scan: log(value) for scan, value in values.items() if value > 0}
     if len(logs) < FEWEST:
