@@ -131,7 +131,7 @@ def rebuild_reports(request: Request, levels: Collection[str], *, pages: bool) -
         code = scan_pages(request.out, request.dataset.root, chosen)
     if pages and "group" in levels:
         group = collect(request.out, _everybody(request), table := load_table())
-        click.echo(write_group_page(request.out, group.rows, group.judged, group.missing, table))
+        click.echo(write_group_page(request.out, group, table))
     return code
 
 

@@ -28,7 +28,7 @@ def command(out: Path, scans: Path | None) -> int:
     known = known_scans(out)
     if len(known) > 1:
         group = collect(out, known, table := load_table())
-        click.echo(write_group_page(out, group.rows, group.judged, group.missing, table))
+        click.echo(write_group_page(out, group, table))
     else:
         remove(out / PATH)
     return code

@@ -21,7 +21,7 @@ from cadiff_cli.io.text import read_json
 from cadiff_cli.labels import load_table
 from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels
+from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
 
 log = logging.getLogger(__name__)
 
@@ -129,16 +129,16 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     else:
         t1 = load_volume(scan)
     shown = resample(Volume(finite(np.asarray(t1.data, np.float32)), t1.grid), working)
-    inside = resample(Volume(np.asarray(mask.data > 0, np.float32), mask.grid), working)
+    inside = resample_mask(Volume(mask.data > 0, mask.grid), working)
     codes = Volume(table.codes[resample_labels(labels, working).data], working)
     case = Case(
         result,
         read_rows(result),
         shown,
         scan is not None,
-        Volume(inside.data > 0.5, working),
+        inside,
         codes,
-        around(Volume((inside.data > 0.5) | (codes.data > 0), working)),
+        around(Volume(inside.data | (codes.data > 0), working)),
         mask_quality(result),
     )
     path = _beside(result, f"{UNCERTAINTY}.nii.gz")

@@ -1,11 +1,11 @@
 """The page of a group: a sortable table, every structure's distribution, outliers, failures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cadiff_cli.errors import OutputError, in_a_line
 from cadiff_cli.io.layout import page_path
@@ -113,7 +113,7 @@ def report_group(out: Path, group: "Group", table: LabelTable, *, wanted: bool =
     """
     try:
         if wanted:
-            write_group_page(out, group.rows, group.judged, group.missing, table)
+            write_group_page(out, group, table)
         else:
             remove(out / PATH)
         return ""
@@ -123,17 +123,12 @@ def report_group(out: Path, group: "Group", table: LabelTable, *, wanted: bool =
         return f"no group page was written ({in_a_line(error)})"
 
 
-def write_group_page(
-    out: Path,
-    rows: Sequence[Mapping[str, Any]],
-    judged: Mapping[str, Judgement],
-    missing: Mapping[str, str],
-    table: LabelTable,
-) -> Path:
-    """``group.html``: ``rows`` of the group table, and ``missing`` scans with their errors."""
+def write_group_page(out: Path, group: "Group", table: LabelTable) -> Path:
+    """``group.html``: rows of the group table, and missing scans with their errors."""
     path = out / PATH
     claim(path)
     ranges = load_ranges()
+    judged = group.judged
     far = outliers(judged, ranges)
     text = render(
         "group.html.j2",
@@ -147,10 +142,10 @@ def write_group_page(
                 "judged": judged[row["scan"]],
                 "far": far.get(row["scan"], []),
             }
-            for row in rows
+            for row in group.rows
         ],
         strips=strips(judged, table, ranges),
-        missing=dict(missing),
+        missing=group.missing,
         enough=len(judged) >= FEWEST,
         fewest=FEWEST,
         far=FAR,
