@@ -236,6 +236,27 @@ def test_a_journal_remembers_the_last_outcome(tmp_path):
     assert journal.read("sub-01") is None
 
 
+def test_half_written_records_and_pages_of_a_killed_run_go(tmp_path):
+    journal = Journal(tmp_path)
+    journal.folder.mkdir(parents=True)
+    gone = [
+        journal.folder / ".sub-01.json.x1.json",
+        journal.folder / ".sub-01.begun.x1.begun",
+        tmp_path / ".sub-01.html.x1.html",
+    ]
+    kept = [journal.folder / ".sub-01_ses-2.json.x1.json", tmp_path / ".sub-01.txt"]
+    for path in (*gone, *kept):
+        path.touch()
+    with journal.claim("sub-01", wait=False):
+        assert not any(path.exists() for path in gone)
+        # Whoever does not hold the lock touches nothing: the holder may be writing.
+        gone[0].touch()
+        with journal.claim("sub-01", wait=False) as mine:
+            assert not mine
+        assert gone[0].exists()
+    assert all(path.exists() for path in kept)
+
+
 def test_one_process_at_a_time_has_a_scan(tmp_path):
     """Locks are the file's, so two in one process stand for two processes."""
     journal = Journal(tmp_path)

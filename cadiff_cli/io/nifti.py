@@ -1,5 +1,6 @@
 """Read scans and write images.  The only module that opens image files with nibabel."""
 
+import glob
 import gzip
 import logging
 import os
@@ -245,6 +246,12 @@ def replacing(path: Path) -> Iterator[Path]:
             f"writing {path} failed ({error.strerror or error})", "check the folder and run again"
         ) from error
     finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what killed processes left of ``path`` (``replacing``); nobody may be writing it."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
         temporary.unlink(missing_ok=True)
 
 

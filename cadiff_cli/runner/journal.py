@@ -16,8 +16,9 @@ from pathlib import Path
 
 import cadiff_cli
 from cadiff_cli.errors import CadiffError, DiskError, OutputError, in_a_line
-from cadiff_cli.io.layout import Derivatives, finished_result
+from cadiff_cli.io.layout import Derivatives, finished_result, page_path
 from cadiff_cli.io.locks import locked
+from cadiff_cli.io.nifti import remove_partial
 from cadiff_cli.io.text import read_json, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
 
@@ -28,6 +29,7 @@ class Journal:
     """The outcomes of an output folder."""
 
     def __init__(self, out: Path) -> None:
+        self.out = out
         self.folder = out / "logs" / "journal"
 
     def record(self, outcome: Outcome) -> None:
@@ -79,9 +81,17 @@ class Journal:
 
     @contextmanager
     def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
-        """Whether this process alone may work on the scan, until the block ends."""
+        """Whether this process alone may work on the scan, until the block ends.
+
+        Half-written records and pages are then a killed run's, and are removed.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / f"{entities}.lock", wait=wait) as mine:
+            if mine:
+                page = page_path(self.out, entities)
+                records = (self.folder / f"{entities}.{kind}" for kind in ("json", "begun"))
+                for path in (page, *records):
+                    remove_partial(path)
             yield mine
 
 
