@@ -6,7 +6,7 @@ the vermal lobules).  ``LabelTable`` is the only place where the two meet.
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -27,6 +27,8 @@ FREESURFER_PARCELS = {
 }
 """Cortex of either side, and the white matter below it, as ``aparc+aseg`` and ``wmparc`` parcel
 them."""
+SYNTHSEG_EXTRAS = {25: 2, 57: 41, 136: 4, 163: 43, 137: 5, 164: 44}
+"""Codes of SynthSeg's label maps beside FreeSurfer's: dark white matter, choroid plexus."""
 FREESURFER_UNSIDED = (77, 251, 252, 253, 254, 255)
 """White matter of either side: hypointensities, callosum."""
 CSF_MAPPING, NON_BRAIN_MAPPING = 3, 6
@@ -151,9 +153,25 @@ class LabelTable:
         }
         return {**ours, **extras, **parcels, **dict.fromkeys(FREESURFER_UNSIDED, -ours[2])}
 
+    def synthseg_mapping(self) -> dict[int, int]:
+        """Code of SynthSeg's training label maps -> class: FreeSurfer's, and what those split."""
+        ours = self.identity_mapping()
+        extras = {code: ours[like] for code, like in SYNTHSEG_EXTRAS.items()}
+        return {**self.freesurfer_mapping(), **extras}
+
     def identity_mapping(self) -> dict[int, int]:
         """Code (as this package writes it) -> class."""
         return {int(code): k for k, code in enumerate(self.codes) if k}
+
+
+MAPPINGS: Mapping[str, Callable[[LabelTable], dict[int, int]]] = {
+    "neuromorphometrics": LabelTable.neuromorphometrics_mapping,
+    "freesurfer": LabelTable.freesurfer_mapping,
+    "dlmuse": LabelTable.dlmuse_mapping,
+    "synthseg": LabelTable.synthseg_mapping,
+    "cadiff": LabelTable.identity_mapping,
+}
+"""Foreign label ids that are known by name."""
 
 
 def load_table() -> LabelTable:
@@ -178,25 +196,18 @@ def load_table() -> LabelTable:
 
 
 def label_mapping(name: str, table: LabelTable) -> dict[int, int]:
-    """Source id -> class: ``neuromorphometrics``, ``freesurfer``, ``dlmuse``, ``cadiff`` or a TSV.
+    """Source id -> class: a mapping of this name (``MAPPINGS``), or a TSV.
 
     ``cadiff`` are our own codes.  A TSV has columns ``source`` (the id in your label maps) and
     ``index`` (our code, see dseg.tsv; with a minus, its mirror image where that is nearer).
     """
-    if name == "neuromorphometrics":
-        return table.neuromorphometrics_mapping()
-    ours = table.identity_mapping()
-    if name == "cadiff":
-        return ours
-    if name == "freesurfer":
-        return table.freesurfer_mapping()
-    if name == "dlmuse":
-        return table.dlmuse_mapping()
-    path = Path(name)
+    if name in MAPPINGS:
+        return MAPPINGS[name](table)
+    path, ours = Path(name), table.identity_mapping()
     if not path.is_file():
         raise MissingInputError(
             f"no mapping {name!r}",
-            "use neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV with source and index",
+            f"use {', '.join(MAPPINGS)}, or a TSV with source and index",
         )
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:  # Excel's begins with a mark

@@ -378,8 +378,19 @@ def test_an_open_image_does_not_change_with_its_file(tmp_path):
     np.testing.assert_array_equal(volume.data, before)
 
 
-def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+def test_looking_whether_a_folder_can_be_written_changes_nothing_in_it(tmp_path):
+    mine = tmp_path / ".writable"
+    mine.write_text("mine")
     check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == [mine]
+    assert mine.read_text() == "mine"
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(OutputError, match="cannot write to"):
+        check_writable(mine / "c")
+
+
+def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
     free = namedtuple("usage", "free")(1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(DiskError, match="1 MB of space left"):

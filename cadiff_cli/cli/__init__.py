@@ -27,6 +27,7 @@ COMMANDS = {
     "fetch": "Download templates for machines without a network.",
     "train": "Train the network on labelled scans.",
     "crossval": "Cross-validate training over people.",
+    "paint": "Paint scans to train on from label maps.",
     "train-mask": "Train the network that finds the brain.",
     "example": "Write a scan to try cadiff on.",
     "fuse": "Segment by multi-atlas label fusion, the classical baseline.",

@@ -33,7 +33,7 @@ COLUMNS = {
     "--reference-labels",
     default="neuromorphometrics",
     show_default=True,
-    help="Ids of REFERENCE: neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV.",
+    help="Ids of REFERENCE: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or a TSV.",
 )
 @click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
 @click.option(

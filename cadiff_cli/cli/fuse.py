@@ -28,7 +28,7 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
     "--labels",
     default="neuromorphometrics",
     show_default=True,
-    help="Ids of the atlases: neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV.",
+    help="Ids of the atlases: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or a TSV.",
 )
 @click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
 @click.option(

@@ -39,6 +39,7 @@ def scan_pages(out: Path, scans: Path | None, only: Collection[str] | None = Non
     from cadiff_cli.errors import MissingInputError, in_a_line
     from cadiff_cli.io.layout import finished
     from cadiff_cli.report.page import write_page
+    from cadiff_cli.runner.journal import alone
     from cadiff_cli.runner.logs import warning
 
     results = [r for r in finished(out) if only is None or r.entities in only]
@@ -48,7 +49,8 @@ def scan_pages(out: Path, scans: Path | None, only: Collection[str] | None = Non
     code = 0
     for result in results:
         try:
-            click.echo(write_page(out, result, scans))
+            with alone(out, result.entities):
+                click.echo(write_page(out, result, scans))
         except Exception as error:  # whatever is wrong with one result, the others have pages
             click.echo(warning(f"{result.entities}: {in_a_line(error)}"), err=True)
             code = 1

@@ -13,7 +13,7 @@ OPTIONS = (
         "--labels",
         default="neuromorphometrics",
         show_default=True,
-        help="neuromorphometrics, freesurfer, dlmuse, cadiff, or a TSV (source, index).",
+        help="neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or a TSV (source, index).",
     ),
     click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache]."),
     click.option(
@@ -27,7 +27,8 @@ OPTIONS = (
         "--method",
         default="cadiff",
         show_default=True,
-        help="cadiff; finish, its last part from --init; or a variant of the ablation: unet,"
+        help="cadiff; finish, its last part from --init; synth, for painted scans and any contrast;"
+        " or a variant of the ablation: unet,"
         " diffusion, dual, label, collaborative, consistency, consistency-dice, taca, paper.",
     ),
     click.option("--steps", type=click.IntRange(1), default=3000, show_default=True),
@@ -41,9 +42,7 @@ OPTIONS = (
     click.option(
         "--synthetic",
         type=click.FloatRange(0, 1),
-        default=0.1,
-        show_default=True,
-        help="Share of patches with resampled contrast.",
+        help="Share of patches with resampled contrast [0.1; of synth, 1].",
     ),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),

@@ -226,11 +226,7 @@ def replacing(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        if error.errno in _FULL:
-            raise DiskError(f"no space left for {path}", "free some and run again") from error
-        raise OutputError(
-            f"cannot write to {path.parent} ({error.strerror})", "choose a folder you may write to"
-        ) from error
+        raise _unwritable(path.parent, error) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -249,6 +245,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
+    """What to say where no file can be made in ``folder``."""
+    if error.errno in _FULL:
+        return DiskError(f"no space left in {folder}", "free some and run again")
+    return OutputError(
+        f"cannot write to {folder} ({error.strerror})", "choose a folder you may write to"
+    )
+
+
 def remove_partial(path: Path) -> None:
     """Remove what killed processes left of ``path`` (``replacing``); nobody may be writing it."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
@@ -257,9 +262,12 @@ def remove_partial(path: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise ``OutputError`` or ``DiskError`` unless files can be made in ``folder``, now made."""
-    with replacing(folder / ".writable"):
-        pass
-    (folder / ".writable").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
         raise DiskError(f"{folder} has {free / 1e6:.0f} MB of space left", "free some (df -h)")
 

@@ -171,6 +171,7 @@ def _methods() -> dict[str, Method]:
         intensity=0.6,
         synthesis=SynthesisConfig(contrast=0.1),
     )
+    any_contrast = AugmentConfig(synthesis=SynthesisConfig(share=1.0, random=0.4, contrast=0.1))
     printed = Objective(
         Times(0.0, 0.0, 0.0),
         recycle=0.0,
@@ -181,6 +182,7 @@ def _methods() -> dict[str, Method]:
     return {
         "cadiff": Method(),
         "finish": Method(augment=mild),
+        "synth": Method(augment=any_contrast),
         "unet": Method(replace(plain, reads_field=False, reads_labels=False), blind),
         "diffusion": Method(replace(plain, reads_field=False), blind),
         "dual": Method(plain, known, prior_scans=0),
@@ -194,7 +196,8 @@ def _methods() -> dict[str, Method]:
 
 
 METHODS = _methods()
-"""``cadiff`` is what ships, and ``finish`` its last part, with milder augmentation.
+"""``cadiff`` is what ships, and ``finish`` its last part, with milder augmentation; ``synth`` is
+``cadiff`` with a new contrast in every patch, for painted scans.
 
 The others take it apart, and none but ``label`` has a label prior: ``unet`` denoises nothing;
 ``diffusion`` has no field; ``dual`` has a field that is always known; ``label`` has one person's

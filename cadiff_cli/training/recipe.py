@@ -41,25 +41,28 @@ class TrainConfig(Schedule):
 
 def recipe(
     method: str = "cadiff",
-    synthetic: float = 0.1,
+    synthetic: float | None = None,
     steps: int = TrainConfig.steps,
     decay: int | None = None,
     **settings: Any,
 ) -> tuple[NetConfig, TrainConfig]:
     """Network and training settings of a named method; ``settings`` are ``TrainConfig``'s own.
 
+    ``synthetic`` is the share of patches with resampled contrast, if not the method's own.
     The rate falls over the last third of a run that is shorter than three usual ``decay``s.
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}", f"choose from {', '.join(METHODS)}")
     chosen = METHODS[method]
-    synthesis = replace(chosen.augment.synthesis, share=synthetic)
+    augment = chosen.augment
+    if synthetic is not None:
+        augment = replace(augment, synthesis=replace(augment.synthesis, share=synthetic))
     return chosen.net, TrainConfig(
         objective=chosen.objective,
         steps=steps,
         decay=decay or max(1, min(TrainConfig.decay, steps // 3)),
         prior_scans=chosen.prior_scans,
-        augment=replace(chosen.augment, synthesis=synthesis),
+        augment=augment,
         **settings,
     )
 

@@ -1,0 +1,23 @@
+"""``cadiff paint``: scans to train on, from label maps alone."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="paint", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("label_maps", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="New folder of the scans."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+def command(label_maps: Path, out: Path, seed: int) -> None:
+    """Paint a T1-weighted brain for every label map in the folder LABEL_MAPS.
+
+    Label maps hold FreeSurfer's codes, and 500 to 999 for what is around the brain, if anything is.
+    OUT is what `cadiff train OUT --labels synthseg --method synth` trains on.
+    """
+    from cadiff_cli.training.paint import paint_dataset
+
+    for path in paint_dataset(label_maps, out, seed):
+        click.echo(path)
