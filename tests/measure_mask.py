@@ -31,7 +31,7 @@ from cadiff_cli.io.weights import BrainModel, load_brain_model
 from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
-from cadiff_cli.stages.brain import brain_mask
+from cadiff_cli.stages.brain import brain_mask, network_image
 from cadiff_cli.stages.masks import judge_mask, tidy
 from cadiff_cli.training.heads import closed, signed_distance
 from cadiff_cli.training.mask import brain_of
@@ -109,7 +109,7 @@ def main() -> None:
                 f(values, axis=0) for f in (np.mean, np.min, np.max)
             )
             print(
-                f"{source}\t{variant}\t{len(values)} heads\tDice {dice:.4f} (least {low:.4f})"
+                f"{source}\t{variant}\t{len(values)} images\tDice {dice:.4f} (least {low:.4f})"
                 f"\tHD95 {far:.2f} mm (most {high:.2f})",
                 flush=True,
             )
@@ -213,13 +213,20 @@ def at_spacings(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume
 
 
 def turned(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
-    """The head at 3 mm, stored along each of the 48 orders and signs of the axes."""
+    """The head at 3 mm, stored along each of the 48 orders and signs of the axes.
+
+    Those of which the network sees an image that it has seen already are not scored again.
+    """
     small = t1.grid.working(1.0, tolerance=0.0).coarsen(3)
     at_3mm = resample(t1, small).data, resample_mask(brain, small).data
+    seen: list[np.ndarray] = []
     for order in itertools.permutations(range(3)):
         for signs in itertools.product((1, -1), repeat=3):
             images = [stored(data, small, order, signs) for data in at_3mm]
-            yield "48 orientations at 3 mm", images[0], images[1]
+            sees = network_image(images[0]).data
+            if not any(s.shape == sees.shape and np.allclose(s, sees, atol=1e-5) for s in seen):
+                seen.append(sees)
+                yield "48 orientations at 3 mm", images[0], images[1]
 
 
 if __name__ == "__main__":

@@ -16,11 +16,19 @@ from cadiff_cli.stages.segment import autocast
 def brain_distance(t1: Volume, model: BrainModel) -> Volume:
     """Signed distance (mm, inside positive, float32) on a 2 mm grid over the scan's field of view.
 
-    Axes are brought to RAS by the header; nothing is assumed about size, orientation or neck.
+    Nothing is assumed about size, orientation or neck.
+    """
+    head = network_image(t1)
+    return Volume(predict_distance(model.net, head.data), head.grid)
+
+
+def network_image(t1: Volume) -> Volume:
+    """What the network sees of a scan: 2 mm voxels in RAS axes, intensities in [0, 1].
+
+    In whichever of the 48 orders and directions of its axes a scan is stored, this is the same.
     """
     grid = t1.grid.working(SPACING_MM, tolerance=0.0)
-    head = normalise(resample(t1, grid, fill=float(t1.data.min())).data)
-    return Volume(predict_distance(model.net, head), grid)
+    return Volume(normalise(resample(t1, grid, fill=float(t1.data.min())).data), grid)
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
