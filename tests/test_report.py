@@ -25,11 +25,12 @@ from cadiff_cli.products import Prepared, Registered, Result, Scan, Segmentation
 from cadiff_cli.report import figures
 from cadiff_cli.report.boilerplate import describe
 from cadiff_cli.report.case import Row, around, find_scan, read_rows
-from cadiff_cli.report.group import outliers
+from cadiff_cli.report.group import outliers, strips
 from cadiff_cli.report.page import report_scan, write_page
 from cadiff_cli.report.qc import FAR, FAR_BELOW, MOST_SPREAD, POOR_DICE, columns, judge, robust_z
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
+from cadiff_cli.runner.group import collect, column, known_scans
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -59,6 +60,7 @@ def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_pat
         warnings=(),
         templates=(EMBEDDED,),
         poor=(),
+        model=tiny_model,
         **found,
     ):
         head = phantom(orientation)
@@ -79,7 +81,7 @@ def write_result(phantom, stripped_of, conditions_of, table, tiny_model, tmp_pat
         mask = Volume(head.codes > 0, head.t1.grid)
         config, seconds = Config(), {"segment": 1.0}
         volumes = volumes_mm3(segmentation)
-        result = Result(prepared, mask, segmentation, volumes, tiny_model, config, seconds)
+        result = Result(prepared, mask, segmentation, volumes, model, config, seconds)
         save_result(result, out, prepared.conditions.field)
         return path
 
@@ -383,6 +385,34 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, table, tmp_path, m
     result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
     assert {row.expected_dice for row in read_rows(result)} == {None}
     assert "a low Dice is expected" not in write_page(out, result).read_text()
+
+
+def test_what_the_network_never_draws_is_neither_missing_nor_compared(
+    write_result, tiny_model, table, tmp_path
+):
+    """No vermis in FreeSurfer's labels: shares of such a brain are not those of other people."""
+    vermis = [s for s in table.structures if s.code in (630, 631, 632)]
+    drawn = sorted({s.code for s in table.structures} - {s.code for s in vermis})
+    metadata = {"training": {"structures": drawn}}
+    out = tmp_path / "out"
+    write_result(out, model=replace(tiny_model, metadata=metadata))
+    (result,) = finished(out)
+    rows = read_rows(result)
+    assert {row.code for row in rows if row.mm3 is None} == {s.code for s in vermis}
+    found = judge(result, rows, {}, table, load_ranges())
+    known = judge(result, [replace(r, mm3=r.mm3 or 0.0) for r in rows], {}, table, load_ranges())
+    assert {s.name for s in vermis} <= set(known.missing)
+    assert not {s.name for s in vermis} & set(found.missing)
+    assert known.implausible
+    assert not found.implausible
+    text = write_page(out, result).read_text()
+    assert vermis[0].name.replace("-", " ") in text
+    assert "Ranges in brackets" not in text
+    group = collect(out, known_scans(out), table)
+    (row,) = group.rows
+    assert row[column(vermis[0].name)] is None
+    assert float(row["left_thalamus"]) > 0
+    assert vermis[0].name not in [strip.name for strip in strips(group.judged, table, NO_RANGES)]
 
 
 def test_what_is_not_in_the_field_is_told_and_not_shown(write_result, tmp_path, monkeypatch):

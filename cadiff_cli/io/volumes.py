@@ -17,7 +17,11 @@ AGGREGATES = {
 
 
 def volume_rows(result: Result) -> Iterator[dict[str, object]]:
-    """Rows of the volume table: every structure, then the aggregates; what is absent is ``n/a``."""
+    """Rows of the volume table: every structure, then the aggregates.
+
+    Values that there are none of are left out: the volumes too of structures that the network never
+    draws.
+    """
     made, volumes = result.segmentation, result.volumes_mm3
     table, calibrate = made.table, calibration(result.config, result.model.sha256)
     brain = sum(volumes[s.code] for s in table.structures if s.is_tissue)
@@ -29,6 +33,9 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         return {"name": name, "volume-mm3": f"{mm3:.3f}", "percent-brain": share, **values}
 
     for s in table.structures:
+        if s.code not in result.model.structures and not volumes[s.code]:
+            yield {"name": s.name, "index": s.code, "abbreviation": s.abbreviation}
+            continue
         measured = {"usual-dice": calibrate.usual.get(s.name) if calibrate else None}
         if (raw := made.expected_dice.get(s.code)) is not None:
             measured["expected-dice"] = calibrate(s.name, raw) if calibrate else raw

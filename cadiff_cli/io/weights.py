@@ -38,6 +38,12 @@ class Model:
     sha256: str
     metadata: Mapping[str, Any]
 
+    @property
+    def structures(self) -> frozenset[int]:
+        """Codes that its training labels could hold; it was taught never to draw the others."""
+        training = self.metadata.get("training", {})
+        return frozenset(training.get("structures") or self.table.codes[1:].tolist())
+
 
 @dataclass(frozen=True, eq=False)
 class BrainModel:

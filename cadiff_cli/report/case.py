@@ -35,13 +35,13 @@ FIELD_COARSER = 4
 class Row:
     """A line of the volume table; aggregates have no ``code``.
 
-    ``expected_dice`` is None where a structure is absent, ``usual_dice`` where it was not measured,
-    ``sd_mm3`` where one sample was drawn.
+    ``mm3`` is None where the network never draws the structure, ``expected_dice`` where a structure
+    is absent, ``usual_dice`` where it was not measured, ``sd_mm3`` where one sample was drawn.
     """
 
     code: int | None
     name: str
-    mm3: float
+    mm3: float | None
     expected_dice: float | None = None
     usual_dice: float | None = None
     sd_mm3: float | None = None
@@ -86,7 +86,7 @@ def read_rows(result: Finished) -> tuple[Row, ...]:
                 Row(
                     None if line["index"] == "n/a" else int(line["index"]),
                     line["name"],
-                    float(line["volume-mm3"]),
+                    _number(line["volume-mm3"]),
                     *(
                         _number(line.get(name, "n/a"))
                         for name in ("expected-dice", "usual-dice", "volume-sd-mm3")

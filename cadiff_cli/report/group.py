@@ -80,16 +80,16 @@ def _measures(
 
 
 def _shares(judged: Mapping[str, Judgement], name: str) -> dict[str, float]:
-    return {scan: j.percent_brain[name] for scan, j in judged.items()}
+    return {scan: j.percent_brain[name] for scan, j in judged.items() if name in j.percent_brain}
 
 
 def strips(judged: Mapping[str, Judgement], table: LabelTable, ranges: Ranges) -> list[Strip]:
     """Distribution of every structure but vessels."""
     found = []
     for s in table.structures:
-        if not s.is_tissue or not judged:
+        values = _shares(judged, s.name) if s.is_tissue else {}
+        if not values:
             continue
-        values = _shares(judged, s.name)
         low, high = min(values.values()), max(values.values())
         z = robust_z(values, ranges.log_sd(s.name))
 

@@ -21,7 +21,7 @@ from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.report.boilerplate import methods
 from cadiff_cli.report.case import Case, Row, read_case
-from cadiff_cli.report.qc import Judgement, judge
+from cadiff_cli.report.qc import Judgement, fitting, judge
 from cadiff_cli.report.ranges import Ranges, load_ranges
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     from cadiff_cli.report.viewer import viewer_data
 
     begun = time.perf_counter()
-    path, table, ranges = page_path(out, result.entities), load_table(), load_ranges()
+    path, table = page_path(out, result.entities), load_table()
     claim(path)
     case = read_case(out, result, scans)
+    ranges = fitting(load_ranges(), case.rows)
     judgement = judge(result, case.rows, case.quality, table, ranges)
     paragraphs, references = methods([result])
     text = render(
@@ -93,7 +94,11 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
             figures.uncertainty(case),
         ],
         volumes=volume_table(case, judgement, table, ranges),
-        aggregates=[(row.name, row.mm3 / 1000) for row in case.rows if row.name in AGGREGATES],
+        aggregates=[
+            (row.name, row.mm3 / 1000)
+            for row in case.rows
+            if row.name in AGGREGATES and row.mm3 is not None
+        ],
         measured_on=ranges.people,
         settings=plain(result.sidecar.get("Settings", {})),
         viewer=viewer_data(case, table),
@@ -163,8 +168,8 @@ def _measured(row: Row | None) -> dict[str, float | None]:
     """What the volume table says of a structure, in ml."""
     if row is None:
         return {"ml": 0.0, "sd_ml": None, "dice": None}
-    sd_ml = None if row.sd_mm3 is None else row.sd_mm3 / 1000
-    return {"ml": row.mm3 / 1000, "sd_ml": sd_ml, "dice": row.expected_dice}
+    ml, sd_ml = (None if mm3 is None else mm3 / 1000 for mm3 in (row.mm3, row.sd_mm3))
+    return {"ml": ml, "sd_ml": sd_ml, "dice": row.expected_dice}
 
 
 @cache

@@ -120,6 +120,14 @@ class Judgement:
         return min(self.expected_dice.items(), key=lambda item: item[1], default=None)
 
 
+def fitting(ranges: Ranges, rows: Sequence[Row]) -> Ranges:
+    """``ranges``, or none for the results of a network that never draws some of the structures.
+
+    What it draws in their place makes shares of the brain other ones.
+    """
+    return Ranges("", {}, {}) if any(row.mm3 is None for row in rows) else ranges
+
+
 def judge(
     result: Finished,
     rows: Sequence[Row],
@@ -128,8 +136,10 @@ def judge(
     ranges: Ranges,
 ) -> Judgement:
     """Compare a result with what is plausible, and expected with usual Dice."""
-    volumes = {row.name: row.mm3 for row in rows}
-    tissue = [s.name for s in table.structures if s.is_tissue]
+    ranges = fitting(ranges, rows)
+    volumes = {row.name: row.mm3 for row in rows if row.mm3 is not None}
+    unknown = {row.name for row in rows if row.mm3 is None}
+    tissue = [s.name for s in table.structures if s.is_tissue and s.name not in unknown]
     of_tissue = [row for row in rows if row.name in tissue]
     brain = brain_mm3(volumes, table)
     found = Judgement(

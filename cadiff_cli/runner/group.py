@@ -156,7 +156,7 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
     return {
         "scan": result.entities,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
-        **{column(line.name): f"{line.mm3:.3f}" for line in lines},
+        **{column(x.name): None if x.mm3 is None else f"{x.mm3:.3f}" for x in lines},
         "registration_score": registration_score(sidecar),
         "registration": "+".join(
             dict.fromkeys(told["Registration"] for told in sidecar["Templates"])

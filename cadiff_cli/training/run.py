@@ -14,7 +14,7 @@ from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids import LabelledScan
 from cadiff_cli.io.text import write_json
 from cadiff_cli.io.weights import Model, save_model, seen_by
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.stages.segment import usable_device
 from cadiff_cli.training import cache
@@ -110,6 +110,7 @@ def train(
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
+        "structures": sorted(structures(samples, table) | (init.structures if init else set())),
         "also_labels": sorted({s.labels for s in also}),
         "scan_files": fingerprint(sorted(s.key for s in chosen)),
         "also_files": fingerprint(sorted(s.key for s in trusted_less)),
@@ -147,6 +148,11 @@ def train(
     save_model(path, state.ema, table, described)
     log.info("wrote %s after %d steps", path, state.step)
     return path
+
+
+def structures(samples: Sequence[cache.Sample], table: LabelTable) -> set[int]:
+    """Codes that the samples' labels can hold."""
+    return {int(table.codes[k]) for s in samples for k in s.scored(range(1, table.n_classes))}
 
 
 def check_people(
