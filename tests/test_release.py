@@ -39,23 +39,25 @@ def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, table):
 
 
 @pytest.mark.parametrize(
-    ("folder", "ids", "least"),
+    ("model", "folder", "ids", "least"),
     [
-        ("malc/sub-1122/ses-1", LabelTable.neuromorphometrics_mapping, 0.86),
+        ("cadiff-malc", "malc/sub-1122/ses-1", LabelTable.neuromorphometrics_mapping, 0.86),
         # Another scanner, a whole head at 2 mm, never trained on, and a machine's labels.
-        ("heads/nichart/sub-Subj18", LabelTable.dlmuse_mapping, 0.75),
+        ("cadiff-malc", "heads/nichart/sub-Subj18", LabelTable.dlmuse_mapping, 0.75),
+        # A network that has seen no image of anybody.
+        ("cadiff-synth", "malc/sub-1122/ses-1", LabelTable.neuromorphometrics_mapping, 0.72),
     ],
-    ids=["trained on", "another scanner"],
+    ids=["trained on", "another scanner", "painted brains"],
 )
 def test_a_labelled_person_is_segmented(
-    released, shared, tmp_path, all_threads, monkeypatch, table, folder, ids, least
+    released, shared, tmp_path, all_threads, monkeypatch, table, model, folder, ids, least
 ):
     (t1,) = sorted(shared(folder).rglob("*_T1w.nii.gz"))
     (dseg,) = sorted(shared(folder).rglob("*_dseg.nii.gz"))
     monkeypatch.setenv("TEMPLATEFLOW_HOME", str(shared("templateflow")))
     templates = load_templates(offline=True)
     assert [template.name for template in templates] == [PREFERRED, EMBEDDED]
-    result = run(load_scan(t1), templates, load_model(), Config(), tmp_path)
+    result = run(load_scan(t1), templates, load_model(model), Config(), tmp_path)
     labels = result.segmentation.labels
     path = tmp_path / "sub-01_seg-cadiff_dseg.nii.gz"
     save_volume(path, labels.data, labels.grid, like=t1)

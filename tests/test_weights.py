@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cadiff_cli.errors import DataError, MissingInputError
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.releases import sha256, weights_folder
 from cadiff_cli.io.weights import PRIOR_STEP, load_model, save_model
 
 
@@ -97,8 +97,18 @@ def test_missing_weights_name_those_there_are(name):
     assert "cadiff-malc" in caught.value.remedy
 
 
-def test_the_release_is_what_its_record_says(released):
-    model = load_model()
-    assert model.name == "cadiff-malc"
-    assert released.with_suffix(".sha256").read_text().split()[0] == model.sha256
-    assert (released.parent / "README.md").read_text().strip()
+@pytest.mark.parametrize("name", ["cadiff-malc", "cadiff-synth"])
+def test_the_release_is_what_its_record_says(released, name):
+    model, folder = load_model(name), weights_folder() / name
+    assert model.name == name
+    assert (folder / "model.sha256").read_text().split()[0] == model.sha256
+    card = (folder / "README.md").read_text()
+    assert f"{model.metadata['training']['steps']:,} steps" in card
+    assert (folder / "model.safetensors").stat().st_size < 25e6
+
+
+def test_a_network_draws_what_it_was_taught():
+    """FreeSurfer's label maps hold neither vermis nor basal forebrain."""
+    malc, synth = load_model("cadiff-malc"), load_model("cadiff-synth")
+    assert malc.structures == set(malc.table.codes[1:].tolist())
+    assert malc.structures - synth.structures == {91, 92, 630, 631, 632}

@@ -42,7 +42,10 @@ SEGMENTATION = (
     ),
     click.option("--offline", is_flag=True, help="Never try to download a template."),
     click.option(
-        "--model", default="cadiff-malc", show_default=True, help="Released name or file."
+        "--model",
+        default="cadiff-malc",
+        show_default=True,
+        help="cadiff-malc; cadiff-synth, for any contrast; or a file.",
     ),
     click.option(
         "--steps",
