@@ -40,7 +40,7 @@ class Model:
 
     @property
     def structures(self) -> frozenset[int]:
-        """Codes that its training labels could hold; it was taught never to draw the others."""
+        """Codes that its training labels held; it was taught never to draw the others."""
         training = self.metadata.get("training", {})
         return frozenset(training.get("structures") or self.table.codes[1:].tolist())
 

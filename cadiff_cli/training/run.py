@@ -110,7 +110,9 @@ def train(
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
-        "structures": sorted(structures(samples, table) | (init.structures if init else set())),
+        "structures": sorted(
+            structures((*chosen, *trusted_less), table) | (init.structures if init else set())
+        ),
         "also_labels": sorted({s.labels for s in also}),
         "scan_files": fingerprint(sorted(s.key for s in chosen)),
         "also_files": fingerprint(sorted(s.key for s in trusted_less)),
@@ -151,8 +153,9 @@ def train(
 
 
 def structures(samples: Sequence[cache.Sample], table: LabelTable) -> set[int]:
-    """Codes that the samples' labels can hold."""
-    return {int(table.codes[k]) for s in samples for k in s.scored(range(1, table.n_classes))}
+    """Codes that the samples' labels hold: of others a network learns that they are nowhere."""
+    found = {int(k) for sample in samples for k in np.unique(sample.classes)} - {0}
+    return {int(table.codes[k]) for k in found}
 
 
 def check_people(
