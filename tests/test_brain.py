@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import seeded
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
-from synthetic_head import stored, synthetic_head
+from synthetic_head import stored
 
 from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
@@ -18,7 +18,6 @@ from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.weights import BrainModel, load_brain_model, load_model
 from cadiff_cli.nets.brain import REACH_MM, BrainConfig, BrainNet
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain import (
     brain_distance,
     brain_mask,
@@ -379,18 +378,18 @@ def test_orientation_does_not_matter(oracle, phantom, orientation):
     assert litres == pytest.approx((head.codes > 0).sum() * 27, rel=0.03)
 
 
-def test_the_network_sees_the_same_however_a_head_is_stored():
+def test_the_network_sees_the_same_however_a_head_is_stored(phantom):
     """All 48 orders and directions of the axes."""
-    t1, _ = synthetic_head(0)
-    at_3mm = t1.grid.working(1.0, tolerance=0.0).coarsen(3)
-    data, seen = resample(t1, at_3mm).data, []
-    for order in itertools.permutations(range(3)):
-        for signs in itertools.product((1, -1), repeat=3):
-            seen.append(network_image(stored(data, at_3mm, order, signs)))
+    t1 = phantom("RAS", 3.0).t1
+    seen = [
+        network_image(stored(t1.data, t1.grid, order, signs))
+        for order in itertools.permutations(range(3))
+        for signs in itertools.product((1, -1), repeat=3)
+    ]
     assert len(seen) == 48
     for image in seen[1:]:
         np.testing.assert_allclose(image.grid.affine, seen[0].grid.affine, atol=1e-9)
-        np.testing.assert_allclose(image.data, seen[0].data, atol=1e-5)
+        np.testing.assert_allclose(image.data, seen[0].data, atol=1e-3)  # of a range of 1
 
 
 def test_nothing_is_found_in_noise(oracle):

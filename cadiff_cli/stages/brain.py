@@ -25,7 +25,8 @@ def brain_distance(t1: Volume, model: BrainModel) -> Volume:
 def network_image(t1: Volume) -> Volume:
     """What the network sees of a scan: 2 mm voxels in RAS axes, intensities in [0, 1].
 
-    In whichever of the 48 orders and directions of its axes a scan is stored, this is the same.
+    In whichever of the 48 orders and directions of its axes a scan is stored, this is the same up
+    to rounding.
     """
     grid = t1.grid.working(SPACING_MM, tolerance=0.0)
     return Volume(normalise(resample(t1, grid, fill=float(t1.data.min())).data), grid)

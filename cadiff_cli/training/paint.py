@@ -105,7 +105,9 @@ def paint_t1(dseg: Volume, draw: np.random.Generator) -> tuple[Volume, Volume]:
     box = bounding_box(mask)
     present, index = np.unique(np.where(brain, codes, CSF)[box], return_inverse=True)
     of_code = [known.get(int(code), CSF) for code in present]
-    level = {k: T1_BRIGHTNESS[k] + BETWEEN_PEOPLE * draw.standard_normal() for k in set(of_code)}
+    level = {
+        k: T1_BRIGHTNESS[k] + BETWEEN_PEOPLE * draw.standard_normal() for k in sorted(set(of_code))
+    }
     means = np.array([level[k] for k in of_code])[index].reshape(mask[box].shape)
     image = ndimage.gaussian_filter(means, BLUR_MM / spacing_mm)
     for strength, width_mm in ((WITHIN, GRAIN_MM), (PATCHY, REGION_MM)):
