@@ -84,6 +84,11 @@ class LabelTable:
         of_code = {int(code): k for k, code in enumerate(self.codes)}
         return np.array([0, *(of_code[s.mirror] for s in self.structures)])
 
+    @cached_property
+    def left_codes(self) -> dict[int, int]:
+        """Code -> that of the pair's left structure; its own in the middle."""
+        return {s.code: min(s.code, s.mirror) for s in self.structures}
+
     def subset(self, name: str) -> tuple[int, ...]:
         """Classes of a named subset: ``"all"`` or ``"malc27"`` (the CA-Diff paper's 27)."""
         if name not in ("all", "malc27"):

@@ -24,6 +24,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """
     made, volumes = result.segmentation, result.volumes_mm3
     table, calibrate = made.table, calibration(result.config, result.model.sha256)
+    taught = result.model.structures
     brain = sum(volumes[s.code] for s in table.structures if s.is_tissue)
     csf = sum(volumes[s.code] for s in table.structures if s.is_csf)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
@@ -33,7 +34,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         return {"name": name, "volume-mm3": f"{mm3:.3f}", "percent-brain": share, **values}
 
     for s in table.structures:
-        if s.code not in result.model.structures and not volumes[s.code]:
+        if s.code not in taught and not volumes[s.code]:
             yield {"name": s.name, "index": s.code, "abbreviation": s.abbreviation}
             continue
         measured = {"usual-dice": calibrate.usual.get(s.name) if calibrate else None}

@@ -174,7 +174,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     brain = is_brain(codes)
     distance = _distance(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
     # Left and right share their intensities, so they share a label.
-    left = {s.code: min(s.code, s.mirror) for s in load_table().structures}
+    left = load_table().left_codes
     known, compact = np.unique(codes, return_inverse=True)
     _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
     if paired.max() > 255:

@@ -69,9 +69,9 @@ def tissues() -> dict[int, int]:
     Left and right, and all parcels of a structure, are one tissue.
     """
     table = load_table()
-    left = {0: CSF} | {s.code: min(s.code, s.mirror) for s in table.structures}
     structure = {
-        code: left[int(table.codes[abs(k)])] for code, k in table.synthseg_mapping().items()
+        code: table.left_codes[int(table.codes[abs(k)])]
+        for code, k in table.synthseg_mapping().items()
     }
     return structure | dict(UNLIKE_THEIR_STRUCTURE)
 

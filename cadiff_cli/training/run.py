@@ -154,8 +154,10 @@ def train(
 
 def structures(samples: Sequence[cache.Sample], table: LabelTable) -> set[int]:
     """Codes that the samples' labels hold: of others a network learns that they are nowhere."""
-    found = {int(k) for sample in samples for k in np.unique(sample.classes)} - {0}
-    return {int(table.codes[k]) for k in found}
+    present = np.zeros(table.n_classes, dtype=bool)
+    for sample in samples:
+        present |= np.bincount(sample.classes.ravel(), minlength=table.n_classes) > 0
+    return set(table.codes[1:][present[1:]].tolist())
 
 
 def check_people(
