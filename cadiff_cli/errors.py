@@ -33,9 +33,13 @@ class UsageError(CadiffError):
 
 
 class DataError(CadiffError):
-    """The input was read but cannot be segmented (empty, 4-D, absurd affine...)."""
+    """The input is there but cannot be used (empty, damaged, absurd affine...)."""
 
     exit_code = 65
+
+
+class UnsuitableError(DataError):
+    """A readable image that can never be segmented (a slab, 4-D, a CT, constant...)."""
 
 
 class MissingInputError(CadiffError):

@@ -11,7 +11,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
+from cadiff_cli.errors import (
+    CadiffError,
+    DataError,
+    DiskError,
+    MissingInputError,
+    OutputError,
+    UnsuitableError,
+)
 from cadiff_cli.io.nifti import check_writable, load_scan, load_volume, replacing, save_volume, stem
 from cadiff_cli.io.text import read_json, write_json
 
@@ -104,23 +111,23 @@ BAD = {
     "0 bytes": (zero_bytes, DataError),
     "one bit flipped": (flipped_bit, DataError),
     "no checksum": (lambda w: cut(w(noise()), 8), DataError),
-    "2-D": (lambda w: w(noise((70, 72))), DataError),
-    "4-D": (lambda w: w(noise((*SHAPE, 2))), DataError),
-    "zeros": (lambda w: w(np.zeros(SHAPE, dtype=np.float32)), DataError),
-    "constant": (lambda w: w(np.full(SHAPE, 7, dtype=np.int16)), DataError),
-    "only NaN": (lambda w: w(np.full(SHAPE, np.nan, dtype=np.float32)), DataError),
-    "thin": (lambda w: w(noise((3, 72, 74)), np.diag([30.0, 1, 1, 1])), DataError),
-    "thick": (lambda w: w(noise((10, 72, 74)), np.diag([12.0, 1, 1, 1])), DataError),
-    "small": (lambda w: w(noise((40, 72, 74))), DataError),
-    "metres": (lambda w: w(noise(), np.diag([1e-3, 1e-3, 1e-3, 1])), DataError),
-    "huge": (lambda w: w(noise((130, 72, 74)), np.diag([9.0, 1, 1, 1])), DataError),
-    "wide": (lambda w: w(noise((90, 90, 90)), np.diag([9.5, 9.5, 9.5, 1])), DataError),
+    "2-D": (lambda w: w(noise((70, 72))), UnsuitableError),
+    "4-D": (lambda w: w(noise((*SHAPE, 2))), UnsuitableError),
+    "zeros": (lambda w: w(np.zeros(SHAPE, dtype=np.float32)), UnsuitableError),
+    "constant": (lambda w: w(np.full(SHAPE, 7, dtype=np.int16)), UnsuitableError),
+    "only NaN": (lambda w: w(np.full(SHAPE, np.nan, dtype=np.float32)), UnsuitableError),
+    "thin": (lambda w: w(noise((3, 72, 74)), np.diag([30.0, 1, 1, 1])), UnsuitableError),
+    "thick": (lambda w: w(noise((10, 72, 74)), np.diag([12.0, 1, 1, 1])), UnsuitableError),
+    "small": (lambda w: w(noise((40, 72, 74))), UnsuitableError),
+    "metres": (lambda w: w(noise(), np.diag([1e-3, 1e-3, 1e-3, 1])), UnsuitableError),
+    "huge": (lambda w: w(noise((130, 72, 74)), np.diag([9.0, 1, 1, 1])), UnsuitableError),
+    "wide": (lambda w: w(noise((90, 90, 90)), np.diag([9.5, 9.5, 9.5, 1])), UnsuitableError),
     "zero affine": (lambda w: raw_affine(w(noise()), np.zeros((4, 4))), DataError),
     "singular": (lambda w: raw_affine(w(noise()), np.diag([1.0, 1, 0, 1])), DataError),
     "NaN affine": (lambda w: raw_affine(w(noise()), np.diag([1.0, np.nan, 1, 1])), DataError),
-    "RGB": (rgb, DataError),
-    "complex": (lambda w: w(noise().astype(np.complex64)), DataError),
-    "CT": (hounsfield, DataError),
+    "RGB": (rgb, UnsuitableError),
+    "complex": (lambda w: w(noise().astype(np.complex64)), UnsuitableError),
+    "CT": (hounsfield, UnsuitableError),
 }
 
 
@@ -139,9 +146,22 @@ def test_what_is_no_scan_is_refused_with_a_remedy(write_image, kind):
     with pytest.raises(CadiffError) as caught:
         load_scan(path)
     assert type(caught.value) is error
-    assert caught.value.exit_code == {DataError: 65, MissingInputError: 66}[error]
+    assert caught.value.exit_code == (66 if error is MissingInputError else 65)
     assert caught.value.remedy
     assert caught.value.remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "words"),
+    [
+        ((50, 50, 50), 1.0, "50 x 50 x 50 mm, too small a field of view"),
+        ((90, 90, 40), 1.0, "a slab or a small infant's head cannot be segmented"),
+        (SHAPE, 0.1, "with voxels of 0.1 x 0.1 x 0.1 mm. 60 to 1000 mm a side are allowed: check"),
+    ],
+)
+def test_a_small_field_of_view_is_told_from_a_wrong_voxel_size(write_image, shape, spacing, words):
+    with pytest.raises(UnsuitableError, match=words):
+        load_scan(write_image(noise(shape), np.diag([spacing, spacing, spacing, 1])))
 
 
 def test_some_nan_becomes_zero_with_a_warning(write_image):

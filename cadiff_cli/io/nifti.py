@@ -20,13 +20,21 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
-from cadiff_cli.errors import DataError, DiskError, MissingInputError, OutputError
+from cadiff_cli.errors import (
+    DataError,
+    DiskError,
+    MissingInputError,
+    OutputError,
+    UnsuitableError,
+)
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
 
 MIN_EDGE_VOXELS = 8
 """A scan with fewer voxels along an axis cannot hold a brain."""
+MIN_SPACING_MM = 0.2
+"""No scanner of people makes a finer voxel: a header in the wrong unit."""
 MAX_SPACING_MM = 10.0
 """A voxel longer than this tells nothing about the structures drawn here."""
 MIN_EDGE_MM = 60.0
@@ -88,12 +96,12 @@ def load_volume(path: Path) -> Volume:
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) != 3:
-            raise DataError(
+            raise UnsuitableError(
                 f"{path.name} is {len(shape)}-D with shape {shape}",
                 "give a single 3-D volume",
             )
         if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
-            raise DataError(
+            raise UnsuitableError(
                 f"{path.name} has {np.prod(shape, dtype=np.int64):,} voxels",
                 f"at most {MAX_VOXELS:,} are supported: resample it",
             )
@@ -108,7 +116,7 @@ def load_volume(path: Path) -> Volume:
             f"{path.name} is damaged or truncated ({error})", "copy or download it again"
         ) from error
     if data.dtype.kind not in "iufb":
-        raise DataError(
+        raise UnsuitableError(
             f"{path.name} holds {data.dtype} values", "give a scalar image (not RGB or complex)"
         )
     return Volume(data, grid)
@@ -132,18 +140,28 @@ def load_scan(path: Path) -> Scan:
     edges_mm = np.array(grid.shape) * grid.spacing_mm
     described = f"{'x'.join(map(str, grid.shape))} voxels of {np.round(grid.spacing_mm, 2)} mm"
     if min(grid.shape) < MIN_EDGE_VOXELS:
-        raise DataError(
+        raise UnsuitableError(
             f"{name} has {described}", f"at least {MIN_EDGE_VOXELS} voxels a side are needed"
         )
     if grid.spacing_mm.max() > MAX_SPACING_MM:
-        raise DataError(f"{name} has {described}", f"at most {MAX_SPACING_MM:g} mm is allowed")
+        raise UnsuitableError(
+            f"{name} has {described}", f"at most {MAX_SPACING_MM:g} mm is allowed"
+        )
+    size, spacing = (" x ".join(f"{n:.3g}" for n in mm) for mm in (edges_mm, grid.spacing_mm))
+    covers = f"{name} covers {size} mm"
+    if edges_mm.min() < MIN_EDGE_MM and grid.spacing_mm.min() >= MIN_SPACING_MM:
+        raise UnsuitableError(
+            f"{covers}, too small a field of view for a brain",
+            "a slab or a small infant's head cannot be segmented:"
+            f" give a scan of {MIN_EDGE_MM:g} mm a side or more",
+        )
     if edges_mm.min() < MIN_EDGE_MM or edges_mm.max() > MAX_EDGE_MM:
-        raise DataError(
-            f"{name} covers {np.round(edges_mm)} mm",
+        raise UnsuitableError(
+            f"{covers} with voxels of {spacing} mm",
             f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side are allowed: check the voxel size",
         )
     if np.prod(edges_mm) > MAX_VOXELS:
-        raise DataError(
+        raise UnsuitableError(
             f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
             f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
         )
@@ -151,17 +169,19 @@ def load_scan(path: Path) -> Scan:
     warnings = []
     bad = data.size - int(np.count_nonzero(np.isfinite(data)))
     if bad == data.size:
-        raise DataError(f"{name} holds only NaN or infinite values", "check how it was written")
+        raise UnsuitableError(
+            f"{name} holds only NaN or infinite values", "check how it was written"
+        )
     if bad:
         warnings.append(f"{bad:,} NaN or infinite voxels of {name} were set to 0")
         data = finite(data)
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
-        raise DataError(f"{name} is {kind}", "give a T1-weighted image")
+        raise UnsuitableError(f"{name} is {kind}", "give a T1-weighted image")
     # Air has -1000 in CT, and what lies around it less; MR with signed values has 0 on average.
     air, high = border_value(data), np.percentile(data, 90)
     if air < -500 < high:
-        raise DataError(
+        raise UnsuitableError(
             f"{name} looks like a CT in Hounsfield units ({air:.0f} at its faces)",
             "give a T1-weighted MR image",
         )
