@@ -205,7 +205,7 @@ def test_the_released_map_is_of_the_released_weights(released, table):
     if not files("cadiff_cli").joinpath("data/quality.json").is_file():
         pytest.skip("this version has no calibration")
     calibrate = load_calibration(sha256(released))
-    assert calibrate is not None, "measure again: tests/measure_quality.py"
+    assert calibrate is not None, "measure again: tools/measure_quality.py"
     assert calibrate.people
     names = {s.name for s in table.structures}
     assert set(calibrate.offsets) <= set(calibrate.usual) <= names

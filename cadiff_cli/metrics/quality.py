@@ -1,7 +1,7 @@
 """How good labels are expected to be, without the truth: from the network's own probabilities.
 
 A network's probabilities are rarely those that they should be.  ``data/quality.json``, written by
-``tests/measure_quality.py``, tells what Dice was really reached where one was expected.
+``tools/measure_quality.py``, tells what Dice was really reached where one was expected.
 """
 
 import json

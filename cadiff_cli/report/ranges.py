@@ -1,6 +1,6 @@
 """How large structures are in the people the network was trained on.
 
-``data/plausible.json`` is written by ``tests/measure_plausible.py`` from their manual labels.
+``data/plausible.json`` is written by ``tools/measure_plausible.py`` from their manual labels.
 """
 
 import json

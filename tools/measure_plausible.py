@@ -1,6 +1,6 @@
 """Measure ``cadiff_cli/data/plausible.json`` on the manual labels of training people.
 
-    python tests/measure_plausible.py DATASET --leave-out 1014 1018 1107 1122 \\
+    python tools/measure_plausible.py DATASET --leave-out 1014 1018 1107 1122 \\
         > cadiff_cli/data/plausible.json
 
 DATASET is a folder as ``cadiff train`` takes it.  Of a person with several scans the first counts.

@@ -1,6 +1,6 @@
 """What running a dataset saves: ``cadiff run`` against as many calls of ``cadiff-seg``.
 
-python tests/bench_run.py [BIDS_DIR]   (default: four copies of the example brain; the machine idle)
+python tools/bench_run.py [BIDS_DIR]   (default: four copies of the example brain; the machine idle)
 
 Prints both times, their ratio and the peak memory of each process.
 """

@@ -1,6 +1,6 @@
 """Measure ``cadiff_cli/data/quality.json``: how expected Dice relates to true Dice.
 
-    python tests/measure_quality.py CACHE_DIR --subjects 1014 1018 1107 1122 \\
+    python tools/measure_quality.py CACHE_DIR --subjects 1014 1018 1107 1122 \\
         --table measured.tsv --write cadiff_cli/data/quality.json
 
 CACHE_DIR holds scans as ``cadiff train`` prepares them; ``--subjects`` are people whom the network

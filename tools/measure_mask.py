@@ -1,10 +1,10 @@
 """Score the brain-mask network on heads whose brain is known: a table by source.
 
-python tests/measure_mask.py HEADS/mass HEADS/nichart            # as they are
-python tests/measure_mask.py HEADS/mass --spacings --orientations
-python tests/measure_mask.py --synthetic 6 --spacings --figure worst.png
-python tests/measure_mask.py HEADS/ixi HEADS/nichart --edges     # how wide its brains are
-python tests/measure_mask.py HEADS/nichart --shift 0.9           # against brains so much narrower
+python tools/measure_mask.py HEADS/mass HEADS/nichart            # as they are
+python tools/measure_mask.py HEADS/mass --spacings --orientations
+python tools/measure_mask.py --synthetic 6 --spacings --figure worst.png
+python tools/measure_mask.py HEADS/ixi HEADS/nichart --edges     # how wide its brains are
+python tools/measure_mask.py HEADS/nichart --shift 0.9           # against brains so much narrower
 
 A folder is BIDS-like: ``sub-*/anat/*_T1w.nii.gz`` with a ``*_mask.nii.gz`` (taken as it is), or a
 ``*_dseg.nii.gz`` of the brain (closed with a ball of 5 mm, as the training heads are).  Synthetic
@@ -13,6 +13,7 @@ heads (``synthetic_head.py``) are free to be shown: ``--figure`` draws the worst
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from scipy import ndimage
-from synthetic_head import stored, synthetic_head
 
 from cadiff_cli.errors import CadiffError
 from cadiff_cli.io.nifti import load_scan, load_volume
@@ -35,6 +35,9 @@ from cadiff_cli.stages.brain import brain_mask, network_image
 from cadiff_cli.stages.masks import judge_mask, tidy
 from cadiff_cli.training.heads import closed, signed_distance
 from cadiff_cli.training.mask import brain_of
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from synthetic_head import stored, synthetic_head
 
 mpl.use("Agg")
 
