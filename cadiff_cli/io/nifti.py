@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 from nibabel import imageglobals
 from nibabel.affines import voxel_sizes
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
@@ -27,6 +28,7 @@ from cadiff_cli.errors import (
     OutputError,
     UnsuitableError,
 )
+from cadiff_cli.io.formats import GZIP, HEAD_BYTES, foreign, pointer
 from cadiff_cli.io.releases import sha256
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
@@ -44,6 +46,10 @@ MAX_EDGE_MM = 1000.0
 MAX_VOXELS = 600_000_000
 """More than an 0.25 mm head, or, at 1 mm, than any field of view; refuse before memory runs out."""
 
+ROUNDING_OF_FLOAT = 1e-7
+"""How much longer than 1 a quaternion may be that was rounded to what a header stores."""
+ROUNDING_OF_TEXT = 1e-3
+"""The same for one that somebody wrote with three decimals."""
 SAME_SIZE = 0.01
 """By how much (relative) a header's two statements of a voxel's size may differ."""
 
@@ -64,17 +70,28 @@ def check_there(path: Path) -> None:
     """Raise ``MissingInputError`` unless ``path`` is a file that can be read."""
     try:
         if path.is_symlink() and not path.exists():
+            if said := pointer(path.name, os.fsencode(path.readlink())):
+                raise MissingInputError(*said)
             raise MissingInputError(
-                f"{path} is a link to nothing", "fetch its content: datalad get"
+                f"{path} is a link to nothing ({path.readlink()})", "check where it leads"
             )
         if not path.exists():
             raise MissingInputError(f"no such file: {path}", "check the path")
         if path.is_dir():
-            raise MissingInputError(f"{path} is a folder", "give one image file")
+            raise MissingInputError(
+                f"{path} is a folder", "give one image file (dcm2niix makes one of DICOM slices)"
+            )
     except OSError as error:  # a folder above it that may not be entered, a name too long
         raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
     if not os.access(path, os.R_OK):
         raise MissingInputError(f"cannot read {path}", "check its permissions")
+    try:
+        with path.open("rb") as stream:
+            said = pointer(path.name, stream.read(HEAD_BYTES))
+    except OSError as error:  # a mount that has gone, a lease of another machine
+        raise MissingInputError(f"cannot read {path} ({error.strerror})", "try again") from error
+    if said:
+        raise MissingInputError(*said)
 
 
 def load_volume(path: Path) -> Volume:
@@ -82,52 +99,150 @@ def load_volume(path: Path) -> Volume:
 
     Raises ``MissingInputError`` if it is absent, ``DataError`` if it is not a readable image.
     """
-    check_there(path)
-    if not path.name.lower().endswith(IMAGE_SUFFIXES):
-        raise DataError(f"{path.name} is not an image", f"give {', '.join(IMAGE_SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path.name} is empty (0 bytes)", "copy or download it again")
-    # nibabel describes header oddities on stderr; what matters is said below.
-    imageglobals.logger.setLevel(logging.CRITICAL)
-    try:
-        _check_gzip(path)
-        image: Any = nib.load(path, mmap=False)  # the file may change meanwhile
-        shape = tuple(int(n) for n in image.shape)
+    return _read(path).volume
+
+
+class _Read(NamedTuple):
+    """An image, its header, and doubts about the file."""
+
+    volume: Volume
+    header: Any
+    warnings: list[str]
+
+
+def _read(path: Path) -> _Read:
+    name = path.name
+    with _opened(path) as (header, stream, warnings):
+        shape = tuple(int(n) for n in header.get_data_shape())
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
         if len(shape) != 3:
             raise UnsuitableError(
-                f"{path.name} is {len(shape)}-D with shape {shape}",
-                "give a single 3-D volume",
+                f"{name} is {len(shape)}-D with shape {shape}", "give a single 3-D volume"
             )
         if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
             raise UnsuitableError(
-                f"{path.name} has {np.prod(shape, dtype=np.int64):,} voxels",
+                f"{name} has {np.prod(shape, dtype=np.int64):,} voxels",
                 f"at most {MAX_VOXELS:,} are supported: resample it",
             )
-        grid = Grid(shape, image.affine)
-        data = np.asanyarray(image.dataobj).reshape(shape)
-    except (ImageFileError, HeaderDataError) as error:
-        raise DataError(
-            f"{path.name} is not a readable image ({error})", "give NIfTI or MGH"
-        ) from error
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise DataError(
-            f"{path.name} is damaged or truncated ({error})", "copy or download it again"
-        ) from error
+        grid = Grid(shape, header.get_best_affine())
+        # Not mapped: the file may change meanwhile.
+        data = np.asanyarray(ArrayProxy(stream, header, mmap=False)).reshape(shape)
+        end = stream.tell()
+        if isinstance(stream, gzip.GzipFile) and _has_junk(path, stream, end):
+            warnings.append(f"{name} goes on after its gzip stream: what follows was ignored")
     if data.dtype.kind not in "iufb":
         raise UnsuitableError(
-            f"{path.name} holds {data.dtype} values", "give a scalar image (not RGB or complex)"
+            f"{name} holds {data.dtype} values", "give a scalar image (not RGB or complex)"
         )
-    return Volume(data, grid)
+    return _Read(Volume(data, grid), header, warnings)
 
 
-def _check_gzip(path: Path) -> None:
-    """Read to the end, where gzip keeps the checksum; nibabel stops at the last voxel."""
-    if path.name.lower().endswith((".gz", ".mgz")):
-        with gzip.open(path) as stream:
-            while stream.read(1 << 24):
-                pass
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, IO[bytes], list[str]]]:
+    """The header of an image, its bytes, and doubts about the header.
+
+    What the file holds is told by its first bytes: names often lie about gzip.  What goes wrong
+    while it is read becomes ``DataError``.
+    """
+    check_there(path)
+    name = path.name
+    # nibabel describes header oddities on stderr; what matters is said here.
+    imageglobals.logger.setLevel(logging.CRITICAL)
+    try:
+        with path.open("rb") as file:
+            gzipped = file.read(len(GZIP)) == GZIP
+            file.seek(0)
+            stream: Any = gzip.GzipFile(fileobj=file) if gzipped else file
+            head = stream.read(HEAD_BYTES)
+            stream.seek(0)
+            header = _header_class(path, head).from_fileobj(stream)
+            yield header, stream, _unit_quaternion(header, name)
+    except (ImageFileError, HeaderDataError) as error:
+        raise DataError(f"{name} is not a readable image ({error})", "give NIfTI or MGH") from error
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise DataError(
+            f"{name} is damaged or truncated ({error})", "copy or download it again"
+        ) from error
+
+
+def _header_class(path: Path, head: bytes) -> Any:
+    """What reads the header of an image that begins with ``head``."""
+    kinds = {
+        nib.Nifti1Header: head[344:347] == b"n+1",
+        nib.Nifti2Header: head[4:7] == b"n+2",
+        nib.freesurfer.mghformat.MGHHeader: head.startswith(b"\0\0\0\1"),
+    }
+    found = next((kind for kind, is_it in kinds.items() if is_it), None)
+    ours = path.name.lower().endswith(IMAGE_SUFFIXES)
+    if found and ours:
+        return found
+    if found:
+        raise DataError(
+            f"{path.name} is an image, but not by its name",
+            f"rename it to end in {' or '.join(IMAGE_SUFFIXES)}",
+        )
+    if ours and not head:
+        raise DataError(f"{path.name} is empty (0 bytes)", "copy or download it again")
+    raise DataError(
+        *foreign(path.name, stem(path), head)
+        or (f"{path.name} is not an image", f"give {', '.join(IMAGE_SUFFIXES)}")
+    )
+
+
+def _has_junk(path: Path, stream: gzip.GzipFile, end: int) -> bool:
+    """Whether something that is no gzip follows the image, which ends at byte ``end``.
+
+    Reads to the last byte: gzip keeps its checksum after the last voxel.  Raises what gzip raises
+    if the image itself is damaged.
+    """
+    try:
+        while stream.read(1 << 24):
+            pass
+    except (OSError, EOFError, zlib.error):
+        if _sound_bytes(path) < end:
+            raise
+        return True
+    return False
+
+
+def _sound_bytes(path: Path) -> int:
+    """How many bytes the gzip members hold with which a file begins, whole and with right sums."""
+    count = 0
+    with path.open("rb") as file:
+        rest = file.read(1 << 20)
+        while rest.startswith(GZIP):
+            member, held = zlib.decompressobj(zlib.MAX_WBITS | 16), 0
+            try:
+                while rest and not member.eof:
+                    held += len(member.decompress(rest))
+                    rest = member.unused_data or file.read(1 << 20)
+            except zlib.error:
+                break
+            if not member.eof:
+                break
+            count += held
+            rest = rest + file.read(len(GZIP)) if len(rest) < len(GZIP) else rest
+    return count
+
+
+def _unit_quaternion(header: Any, name: str) -> list[str]:
+    """Make a qform's quaternion that is longer than 1 a rotation, as ITK does; nibabel refuses it.
+
+    What rounding has left is not worth a word.
+    """
+    if not isinstance(header, nib.Nifti1Header) or not header["qform_code"]:
+        return []
+    keys = ("quatern_b", "quatern_c", "quatern_d")
+    length = float(np.linalg.norm(np.array([header[key] for key in keys], dtype=np.float64)))
+    if not 1 + ROUNDING_OF_FLOAT < length < np.inf:
+        return []
+    for key in keys:
+        header[key] = header[key] / length
+    if length < 1 + ROUNDING_OF_TEXT:
+        return []
+    believed = "sform is believed" if header["sform_code"] else "it was scaled to 1"
+    return [f"the qform of {name} is no rotation (its quaternion is {length:.3g} long): {believed}"]
 
 
 def load_scan(path: Path) -> Scan:
@@ -135,7 +250,7 @@ def load_scan(path: Path) -> Scan:
 
     NaN and infinite voxels (some tools mark the background so) become 0, with a warning.
     """
-    volume = load_volume(path)
+    volume, header, warnings = _read(path)
     grid, name = volume.grid, path.name
     edges_mm = np.array(grid.shape) * grid.spacing_mm
     described = f"{'x'.join(map(str, grid.shape))} voxels of {np.round(grid.spacing_mm, 2)} mm"
@@ -166,7 +281,6 @@ def load_scan(path: Path) -> Scan:
             f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
         )
     data = np.asarray(volume.data, dtype=np.float32)
-    warnings = []
     bad = data.size - int(np.count_nonzero(np.isfinite(data)))
     if bad == data.size:
         raise UnsuitableError(
@@ -190,7 +304,7 @@ def load_scan(path: Path) -> Scan:
             f"voxels of {np.round(grid.spacing_mm, 2).tolist()} mm are coarse:"
             " small structures will be unreliable"
         )
-    warnings.extend(_frame_warnings(path))
+    warnings.extend(_frame_warnings(header, name))
     return Scan(Volume(data, grid), path, tuple(warnings), sha256(path))
 
 
@@ -199,21 +313,17 @@ def finite(data: np.ndarray) -> np.ndarray:
     return np.asarray(np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0))
 
 
-def _frame_warnings(path: Path) -> list[str]:
+def _frame_warnings(header: Any, name: str) -> list[str]:
     """Reasons to doubt what a NIfTI header says of left and right, and of sizes."""
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
+    if not isinstance(header, nib.Nifti1Header):
         return []
-    image: Any = nib.load(path)
-    sform, s_code = image.get_sform(coded=True)
-    try:
-        qform, q_code = image.get_qform(coded=True)
-    except ValueError:  # nibabel: its quaternion is longer than 1
-        qform, q_code = np.full((4, 4), np.nan), 1
+    sform, s_code = header.get_sform(coded=True)
+    qform, q_code = header.get_qform(coded=True)
     if q_code and not np.isfinite(qform).all():
-        return [f"the qform of {path.name} is no rotation: sform is believed"]
+        return [f"the qform of {name} is no rotation: sform is believed"]
     if not s_code and not q_code:
         return [
-            f"{path.name} does not say how it lies (qform and sform codes are 0):"
+            f"{name} does not say how it lies (qform and sform codes are 0):"
             " left and right are a guess"
         ]
     warnings = []
@@ -221,13 +331,13 @@ def _frame_warnings(path: Path) -> list[str]:
         ours, theirs = ("".join(map(str, aff2axcodes(form))) for form in (sform, qform))
         if ours != theirs:
             warnings.append(
-                f"sform and qform of {path.name} disagree about left and right, front or top"
+                f"sform and qform of {name} disagree about left and right, front or top"
                 f" ({ours} and {theirs}): sform is believed"
             )
-    said, used = np.array(image.header.get_zooms()[:3]), voxel_sizes(image.affine)
+    said, used = np.array(header.get_zooms()[:3]), voxel_sizes(header.get_best_affine())
     if (abs(used / said - 1) > SAME_SIZE).any():
         warnings.append(
-            f"voxels of {path.name} are {np.round(said, 3).tolist()} mm by its pixdim and"
+            f"voxels of {name} are {np.round(said, 3).tolist()} mm by its pixdim and"
             f" {np.round(used, 3).tolist()} mm by its sform, which is believed: volumes follow it"
         )
     return warnings
@@ -303,8 +413,10 @@ def save_volume(
     """
     header = None
     affine: np.ndarray | None = grid.affine
-    if like is not None and like.name.lower().endswith((".nii", ".nii.gz")):
-        header = nib.load(like).header.copy()
+    if like is not None:
+        with _opened(like) as (found, _, _):
+            header = found if isinstance(found, nib.Nifti1Header) else None
+    if header is not None:
         header.extensions.clear()
         header["cal_min"] = header["cal_max"] = 0
         header["descrip"] = b""

@@ -1,0 +1,106 @@
+"""What a file is by its first bytes, whatever its name says, and what makes an image of it."""
+
+import re
+from typing import NamedTuple
+
+HEAD_BYTES = 1024
+"""As much of a file as tells what it is."""
+GZIP = b"\x1f\x8b"
+
+_POINTERS = (
+    (rb"[ -~]*/annex/objects/", "git-annex", "datalad get {name}, or git annex get {name}"),
+    (rb"version https?://git-lfs", "git-LFS", "git lfs pull"),
+)
+
+
+class _Format(NamedTuple):
+    """A kind of file that is not read here: ``signature`` is a pattern for its first bytes."""
+
+    what: str
+    signature: bytes
+    suffixes: tuple[str, ...]
+    remedy: str
+
+
+_UNPACK, _CONVERT = "unpack it: {0} {{name}}", "convert it: {0}"
+_ANTS = _CONVERT.format("ConvertImage 3 {name} {stem}.nii.gz (of ANTs)")
+_AGAIN = "download it again"
+_FORMATS = (
+    _Format("zstd-compressed", rb"\x28\xb5\x2f\xfd", (".zst",), _UNPACK.format("zstd -d")),
+    _Format("bzip2-compressed", rb"BZh[1-9]", (".bz2",), _UNPACK.format("bunzip2")),
+    _Format("xz-compressed", rb"\xfd7zXZ\0", (".xz",), _UNPACK.format("unxz")),
+    _Format("gzip-compressed twice", GZIP, (), _UNPACK.format("gunzip")),
+    _Format("a zip archive", rb"PK(\x03\x04|\x05\x06)", (".zip",), _UNPACK.format("unzip")),
+    _Format(
+        "a tar archive", rb".{257}ustar", (".tar", ".tar.gz", ".tgz"), _UNPACK.format("tar xf")
+    ),
+    _Format(
+        "DICOM",
+        rb".{128}DICM",
+        (".dcm", ".ima", ".dicom"),
+        _CONVERT.format("dcm2niix -z y FOLDER, the folder of all its slices"),
+    ),
+    _Format(
+        "Analyze 7.5 or one half of a NIfTI pair",
+        rb"\x5c\x01\0\0|\0\0\x01\x5c|\x1c\x02\0\0|\0\0\x02\x1c",
+        (".hdr", ".img", ".hdr.gz", ".img.gz"),
+        _CONVERT.format("mri_convert {stem}.img {stem}.nii.gz (of FreeSurfer)"),
+    ),
+    _Format("NRRD", rb"NRRD", (".nrrd", ".nhdr"), _ANTS),
+    _Format("MetaImage", rb"(ObjectType|NDims) *=", (".mha", ".mhd"), _ANTS),
+    _Format(
+        "MINC or other HDF5",
+        rb"CDF[\x01\x02\x05]|\x89HDF\r\n",
+        (".mnc", ".mnc.gz"),
+        _CONVERT.format("mnc2nii {name} {stem}.nii"),
+    ),
+    _Format(
+        "an MRtrix image",
+        rb"mrtrix image",
+        (".mif", ".mif.gz", ".mih"),
+        _CONVERT.format("mrconvert {name} {stem}.nii.gz"),
+    ),
+    _Format(
+        "an AFNI image",
+        rb"\s*type *= *\S+-attribute",
+        (".head", ".brik", ".brik.gz"),
+        _CONVERT.format("3dAFNItoNIFTI {name}"),
+    ),
+    _Format("Philips PAR/REC", rb"# === DATA DESCR", (".par", ".rec"), _CONVERT.format("dcm2niix")),
+    _Format(
+        "a web page",
+        rb"\s*(?i:<!doctype|<html|<\?xml|<head)",
+        (".html", ".htm"),
+        f"{_AGAIN}: the server wanted a log-in, or answered with an error",
+    ),
+    _Format(
+        "a picture",
+        rb"\x89PNG|\xff\xd8\xff|GIF8|%PDF",
+        (".png", ".jpg", ".jpeg", ".gif", ".pdf"),
+        "give the scan itself",
+    ),
+    _Format("nothing but zeros", rb"\0+\Z", (), f"copy it again, or {_AGAIN}"),
+    _Format("text", rb"[\t\n\r -~\x80-\xff]+\Z", (), "give the scan itself"),
+)
+
+
+def pointer(name: str, head: bytes) -> tuple[str, str] | None:
+    """What stands in for a file whose content git keeps elsewhere, and how to get that."""
+    for signature, system, remedy in _POINTERS:
+        if re.match(signature, head):
+            said = f"{name} is a {system} pointer: its content is not here"
+            return said, f"fetch it: {remedy.format(name=name)}"
+    return None
+
+
+def foreign(name: str, stem: str, head: bytes = b"") -> tuple[str, str] | None:
+    """What a file that is no NIfTI or MGH is, by its first bytes or else by its name.
+
+    The remedy turns it into NIfTI, or says where to look.
+    """
+    by_content = (f for f in _FORMATS if re.match(f.signature, head, re.DOTALL))
+    by_name = (f for f in _FORMATS if f.suffixes and name.lower().endswith(f.suffixes))
+    found = next(by_content, None)
+    if found is None or found.what == "text":
+        found = next(by_name, found)
+    return (f"{name} is {found.what}", found.remedy.format(name=name, stem=stem)) if found else None
