@@ -1,5 +1,6 @@
 """Reading what people have, refusing what is no scan, and writing without losing anything."""
 
+import errno
 import gzip
 import hashlib
 import os
@@ -20,7 +21,7 @@ from cadiff_cli.errors import (
     UnsuitableError,
 )
 from cadiff_cli.io.nifti import check_writable, load_scan, load_volume, replacing, save_volume, stem
-from cadiff_cli.io.text import read_json, write_json
+from cadiff_cli.io.text import read_json, read_text, write_json
 
 SHAPE = (70, 72, 74)
 
@@ -293,6 +294,39 @@ def test_replacing_keeps_the_old_file_after_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def refusing(error):
+    def refuse(*_args, **_options):
+        raise OSError(error, os.strerror(error))
+
+    return refuse
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_mount_without_modes_loses_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(os, "chmod", refusing(error))
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (errno.ENOSPC, DiskError),
+        (errno.EDQUOT, DiskError),
+        (errno.EIO, DiskError),
+        (errno.EACCES, OutputError),
+    ],
+)
+def test_a_disk_that_fails_is_told_from_a_folder_that_refuses(tmp_path, monkeypatch, error, kind):
+    monkeypatch.setattr(os, "replace", refusing(error))
+    monkeypatch.setattr(os, "unlink", refusing(errno.EROFS))  # must not hide the error before it
+    with pytest.raises(CadiffError) as caught:
+        write_json(tmp_path / "a.json", {})
+    assert type(caught.value) is kind
+    assert os.strerror(error) in caught.value.message
+
+
 def test_replacing_below_a_file_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError) as caught, replacing(tmp_path / "file" / "x.txt"):
@@ -439,3 +473,11 @@ def test_names_that_are_no_text_can_be_written(tmp_path):
     name = os.fsdecode(b"M\xfcller_T1.nii.gz")
     write_json(tmp_path / "a.json", {"Sources": [name, "Müller"]})
     assert read_json(tmp_path / "a.json") == {"Sources": [name, "Müller"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_from_windows_editors_is_read(tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text('{"Name": "Müller"}', encoding=encoding)
+    assert read_text(path) == '{"Name": "Müller"}'
+    assert read_json(path) == {"Name": "Müller"}

@@ -1,5 +1,6 @@
 """Read scans and write images.  The only module that opens image files with nibabel."""
 
+import errno
 import glob
 import gzip
 import logging
@@ -8,7 +9,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -360,7 +361,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        with suppress(OSError):  # CIFS, NTFS and FUSE may know no modes
+            temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
         if error.errno in _FULL:
@@ -372,7 +374,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"writing {path} failed ({error.strerror or error})", "check the folder and run again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its new name; or a disk that has gone hides the error
+            temporary.unlink()
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
@@ -394,8 +397,10 @@ def check_writable(folder: Path) -> None:
     """Raise ``OutputError`` or ``DiskError`` unless files can be made in ``folder``, now made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        # Not a TemporaryFile: some mounts refuse to remove an open file.
+        handle, name = tempfile.mkstemp(prefix=".cadiff-", dir=folder)
+        os.close(handle)
+        Path(name).unlink()
     except OSError as error:
         raise _unwritable(folder, error) from error
     if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
@@ -446,7 +451,7 @@ def _umask() -> int:
     return value
 
 
-_FULL = {5, 28, 122}  # EIO, ENOSPC, EDQUOT
+_FULL = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _STALE = [
     "intent_code",
     "intent_p1",

@@ -1,5 +1,6 @@
 """Small text files, written atomically: JSON, TSV and plain."""
 
+import codecs
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def read_text(path: Path) -> str:
+    """UTF-8 text of people's making; Windows' editors put a mark before it, or write UTF-16.
+
+    Raises ``OSError``, and ``ValueError`` for what is neither.
+    """
+    with path.open("rb") as stream:
+        wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """An indented JSON object."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
@@ -32,7 +43,7 @@ def write_tsv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None if the file is absent or holds none (another's half-written one)."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
