@@ -11,6 +11,9 @@ from cadiff_cli.errors import OutputError
 
 log = logging.getLogger(__name__)
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems say that know no locks; the last two are one number on Linux alone."""
+
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
@@ -34,7 +37,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
                 raise OutputError(
                     f"{path} belongs to somebody else", "ask for the right to write it (umask 002)"
                 ) from error
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in _NO_LOCKS:
                 raise
             log.info("no locks on %s", path.parent)
             mine = True
