@@ -39,7 +39,7 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
     got = sha256(path)
     record = path.with_suffix(".sha256")
     if record.is_file():
-        want = record.read_text(encoding="utf-8").split()[0]
+        want = record.read_text(encoding="utf-8-sig").split()[0]
         if got != want:
             raise DataError(
                 f"{path} has checksum {got[:12]}, its record says {want[:12]}",
