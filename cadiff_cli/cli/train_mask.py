@@ -28,11 +28,17 @@ import click
 )
 @click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
 @click.option("--cache", type=click.Path(path_type=Path), help="Prepared heads [RUN/cache].")
-@click.option("--steps", type=click.IntRange(1), default=4000, show_default=True)
-@click.option("--decay", type=click.IntRange(1), default=800, show_default=True)
-@click.option("--rate", type=float, default=1e-3, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML of settings (training/heads.HeadConfig); the options below win over it.",
+)
+@click.option("--steps", type=click.IntRange(1), help="[4000]")
+@click.option("--decay", type=click.IntRange(1), help="Last steps, the rate falling [800].")
+@click.option("--rate", type=float, help="[1e-3]")
+@click.option("--batch", type=click.IntRange(1), help="[1]")
+@click.option("--seed", type=click.IntRange(0), help="[0]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1...")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--max-minutes", type=float, default=float("inf"), help="Stop after this.")
@@ -43,14 +49,11 @@ def command(
     hold_out_source: tuple[str, ...],
     init: str | None,
     cache: Path | None,
-    steps: int,
-    decay: int,
-    rate: float,
-    batch: int,
-    seed: int,
+    config_file: Path | None,
     device: str,
     workers: int,
     max_minutes: float,
+    **options: float | None,
 ) -> None:
     """Train the network that finds the brain in a whole head.
 
@@ -58,7 +61,9 @@ def command(
     after a kill.  Held-out sources are scored at the end.
     """
     import logging
+    from dataclasses import replace
 
+    from cadiff_cli.config import from_toml
     from cadiff_cli.io.nifti import check_writable
     from cadiff_cli.io.weights import load_brain_model
     from cadiff_cli.stages.segment import pick_device
@@ -70,12 +75,15 @@ def command(
         raise click.UsageError("give --label-maps, --heads, or both")
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
+    config = (
+        from_toml(config_file, HeadConfig) if config_file else HeadConfig(decay=800, steps=4000)
+    )
+    config = replace(config, **{key: value for key, value in options.items() if value is not None})
     model = load_brain_model(init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     for folder in (run, cache or run):
         check_writable(folder)
     prepared = prepare_heads(label_maps, heads, cache or run / "cache")
-    config = HeadConfig(steps=steps, decay=decay, rate=rate, batch=batch, seed=seed)
     path = train_mask(
         prepared,
         run,

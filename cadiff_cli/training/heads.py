@@ -93,13 +93,22 @@ class HeadConfig(Schedule):
     whose face is removed; ``shrunken`` that of brains which are up to ``shrink_mm`` smaller than
     their skulls, with CSF between.  In the first ``coarse_steps`` only the network that locates the
     brain learns.
+
+    More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones are
+    children's, down to ``smallest`` of their size; ``bright_scalp`` ones have the contrast of a
+    clinical spin echo; ``strong_bias`` that of a surface coil; ``stripped`` ones are brains alone.
+    Of the others, some have air that the scanner has zeroed (``zeroed_air``), or noise as bright as
+    brain in it (``noisy_air``, MP2RAGE).
     """
 
     coarse_steps: int = 700
     patch: int = 128
     rotation_deg: float = 45.0
     tilted: float = 0.2
+    turned: float = 0.12
     scale: float = 0.15
+    small: float = 0.1
+    smallest: float = 0.65
     elastic_mm: float = 3.0
     off_centre_mm: float = 30.0
     real: float = 0.6
@@ -109,6 +118,11 @@ class HeadConfig(Schedule):
     shrink_mm: float = 7.0
     empty: float = 0.12
     slice_mm: float = 8.0
+    bright_scalp: float = 0.2
+    strong_bias: float = 0.2
+    stripped: float = 0.12
+    zeroed_air: float = 0.25
+    noisy_air: float = 0.1
 
 
 def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING_MM) -> np.ndarray:
@@ -245,8 +259,12 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     centre = torch.from_numpy(inside.mean(axis=0)).float()
     centre = centre + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
     zoom = float(1 + config.scale * uniform(-1, 1, 1))
+    if chance(config.small):
+        zoom /= float(uniform(config.smallest, 1, 1))
     widest = config.rotation_deg if chance(config.tilted) else config.rotation_deg / 4
     matrix = rotation(uniform(-1, 1, 3) * math.radians(widest)) * zoom
+    if chance(config.turned):
+        matrix = matrix @ rotation(torch.randint(4, (3,), generator=generator) * math.pi / 2)
     axis = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
     offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     bend = smooth_noise(config.elastic_mm / SPACING_MM, 20.0, n, n, generator)
@@ -272,7 +290,16 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         fluid = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
         speckle = 0.03 * torch.randn(image.shape, generator=generator)
         image = image + rim * (fluid + speckle - image)
+    if chance(config.bright_scalp):
+        image = _spin_echo(image, distance, generator)
     image = _artefacts(image, config, generator)
+    if chance(config.stripped):
+        image = image * (distance > float(uniform(-3, 1, 1)))
+    elif chance(config.zeroed_air):
+        image = image * (image > float(uniform(0.02, 0.12, 1)))
+    elif chance(config.noisy_air):
+        noise = float(uniform(0.3, 1, 1)) * torch.rand(image.shape, generator=generator)
+        image = torch.where(F.avg_pool3d(image[None], 3, 1, 1)[0] < 0.08, noise, image)
     if chance(config.deface):
         image = _deface(image, distance, generator)
     if chance(config.cut):
@@ -361,6 +388,17 @@ def paint(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.from_numpy(smooth).clamp(0, 1)
 
 
+def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tensor:
+    """Scalp up to three times as bright, and less contrast in the brain."""
+    gain, kept = (float(x) for x in torch.rand(2, generator=generator))
+    brain = distance > 0
+    if brain.any():
+        mean = image[brain].mean()
+        image = torch.where(brain, mean + (0.4 + 0.6 * kept) * (image - mean), image)
+    image = torch.where(distance < -2 * SPACING_MM, (1 + 2 * gain) * image, image)
+    return image / max(1.0, float(image.max()))
+
+
 def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
     """Bias field, contrast, noise, thick slices or large voxels, any brightness."""
     if float(torch.rand(1, generator=generator)) < 0.3:
@@ -370,6 +408,8 @@ def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) ->
     chain = mt.Compose(
         [
             mt.RandBiasField(prob=0.6, coeff_range=(-0.25, 0.25)),
+            mt.RandBiasField(prob=config.strong_bias, degree=2, coeff_range=(-0.8, 0.8)),
+            mt.Lambda(lambda biased: torch.from_numpy(normalise(biased.numpy()))),
             mt.RandAdjustContrast(prob=0.6, gamma=(0.5, 2.0)),
             mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2),
             low_resolution(0.15),
