@@ -3,6 +3,7 @@
 The label map's sidecar is written last: where it exists, everything else does.
 """
 
+import glob
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Derivatives:
 
     def existing(self) -> list[Path]:
         """Files that are there already under names that a run may write."""
-        return sorted(p for name in OURS for p in self.folder.glob(f"{self.stem}_{name}"))
+        return sorted(p for name in OURS for p in self._found(name))
 
     def claim(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
@@ -96,8 +97,12 @@ class Derivatives:
             if path not in keep:
                 path.unlink(missing_ok=True)
         for name in OURS:
-            for path in self.folder.glob(f".{self.stem}_{name}"):
+            for path in self._found(name, begun="."):
                 path.unlink(missing_ok=True)
+
+    def _found(self, name: str, begun: str = "") -> Iterator[Path]:
+        """Files whose names match the pattern ``name`` after the scan's entities."""
+        return self.folder.glob(f"{begun}{glob.escape(self.stem)}_{name}")
 
 
 def page_path(out: Path, entities: str) -> Path:

@@ -1,6 +1,7 @@
 """One finished result as a page needs it, read back from its files.  Loads no torch."""
 
 import csv
+import glob
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ class Case:
 def read_rows(result: Finished) -> tuple[Row, ...]:
     """The volume table.  Raises ``DataError`` if it is not one."""
     try:
-        with result.morph.open(encoding="utf-8") as stream:
+        with result.morph.open(encoding="utf-8-sig") as stream:
             return tuple(
                 Row(
                     None if line["index"] == "n/a" else int(line["index"]),
@@ -160,7 +161,7 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
     if scans is not None:
         name = Path(inner).name
         inside = scans / result.entities.split("_")[0]
-        places += [scans / inner, scans / name, *sorted(inside.rglob(name))]
+        places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
     if inner != named:
         places.append(out / raw / inner)
     wanted = result.sidecar.get("SourceSHA256")

@@ -6,6 +6,7 @@ ITK works in LPS millimetres; ``_to_ants`` and ``_empty`` are where the conventi
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import DataError, DiskError, UsageError
+from cadiff_cli.errors import DataError, DiskError, OutputError, UsageError
 from cadiff_cli.products import Registered, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import all_voxels, corners, resample
@@ -29,6 +30,9 @@ ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
 """What ANTs raises where an image cannot be registered; the last for a transform not written."""
 LEAST_FREE_BYTES = 10_000_000
 """With less, a disk is full: the transforms of one registration take more."""
+PLAIN = re.compile(r"[\w./@+-]+", re.ASCII)
+"""Paths that mean the same to ANTs, which builds ``[A,B]`` of them, and to its glob patterns."""
+PLAIN_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 POOR_SCORE = 1.06
 """Normalised mutual information below which a registration is reported as suspicious.
@@ -121,11 +125,11 @@ def warp(
         options: dict[str, Any] = {"inverse": inverse, "fill": fill, "interpolator": interpolator}
         near = warp(volume, registered, upright(grid), **options)
         return resample(near, grid, order=order, fill=fill)
-    with _quiet():
+    with plainly(path.parent) as folder, _quiet():
         moved = ants.apply_transforms(
             _empty(grid),
             _to_ants(volume),
-            [str(path)],
+            [str(folder / path.name)],
             interpolator=interpolator,
             defaultvalue=fill,
         )
@@ -152,7 +156,8 @@ def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
         try:
             forward, _ = _run(fixed, moving, wanted, seed, Path(work))
-            transform = _ants().read_transform(str(forward))
+            with plainly(forward.parent) as folder:
+                transform = _ants().read_transform(str(folder / forward.name))
         except ITK_ERRORS as error:
             raise DataError(
                 f"the two scans cannot be aligned ({_first_line(error)})",
@@ -185,7 +190,11 @@ def joint_vote(
     def itk(data: np.ndarray) -> Any:
         return _to_ants(Volume(data, grid))
 
-    with tempfile.TemporaryDirectory(prefix="cadiff-") as work, _quiet():
+    with (
+        tempfile.TemporaryDirectory(prefix="cadiff-") as work,
+        plainly(Path(work)) as folder,
+        _quiet(),
+    ):
         fused = ants.joint_label_fusion(
             itk(image),
             itk(mask),
@@ -195,7 +204,7 @@ def joint_vote(
             rad=radius,
             r_search=search,
             beta=beta,
-            output_prefix=f"{work}/",  # else probabilities of every label stay in /tmp
+            output_prefix=f"{folder}/",  # else probabilities of every label stay in /tmp
         )
     labels = fused["segmentation"].numpy()
     return np.where(mask, labels - 1, 0).astype(np.uint8)
@@ -229,22 +238,22 @@ def _run(
     images = [
         _to_ants(resample(v, v.grid.working(spacing, tolerance=0.0))) for v in (fixed, moving)
     ]
-    prefix = work_dir / f"{wanted['type_of_transform'].split('[')[-1].rstrip(']')}_"
+    name = f"{wanted['type_of_transform'].split('[')[-1].rstrip(']')}_"
     options = {
         key: value for key, value in wanted.items() if key not in ("description", "spacing_mm")
     }
     ants.config._random_seed = seed + 1  # ITK takes 0 as "seed from the clock"
-    with _quiet():
+    with plainly(work_dir) as folder, _quiet():
         ants.registration(
             images[0],
             images[1],
-            outprefix=str(prefix),
+            outprefix=str(folder / name),
             write_composite_transform=True,
             **options,
         )
     forward, inverse = work_dir / "from_template.h5", work_dir / "to_template.h5"
-    shutil.move(f"{prefix}Composite.h5", forward)
-    shutil.move(f"{prefix}InverseComposite.h5", inverse)
+    shutil.move(work_dir / f"{name}Composite.h5", forward)
+    shutil.move(work_dir / f"{name}InverseComposite.h5", inverse)
     return forward, inverse
 
 
@@ -284,6 +293,28 @@ def _ants() -> Any:
     import ants
 
     return ants
+
+
+@contextmanager
+def plainly(folder: Path) -> Iterator[Path]:
+    """``folder`` under a name without ANTs' own signs: its own, or a link's for the time being.
+
+    A batch system's ``TMPDIR`` may be ``/scratch/1234[5].server``.
+    """
+    if PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    places = [place for place in (tempfile.gettempdir(), *PLAIN_PLACES) if PLAIN.fullmatch(place)]
+    place = next((place for place in places if os.access(place, os.W_OK | os.X_OK)), None)
+    if place is None:
+        raise OutputError(
+            f"ANTs cannot write to {folder}, nor can a link to it be made in any of {places}",
+            "set TMPDIR to a folder of letters, digits and ./_@+- only",
+        )
+    with tempfile.TemporaryDirectory(prefix="cadiff-", dir=place) as here:
+        link = Path(here) / "link"
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
 
 
 @contextmanager
