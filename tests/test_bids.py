@@ -16,17 +16,11 @@ from cadiff_cli.errors import (
     SelectionError,
     UsageError,
 )
-from cadiff_cli.io.bids import (
-    Dataset,
-    Selection,
-    labelled_scans,
-    labels,
-    read_filters,
-    source_entities,
-)
+from cadiff_cli.io.bids import Dataset, labelled_scans, source_entities
 from cadiff_cli.io.dataset import refuse_other_source, save_dataset_files
 from cadiff_cli.io.layout import Derivatives
 from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.selection import Selection, labels, read_filters
 from cadiff_cli.spatial.grid import Grid
 
 NAMES = {
@@ -200,13 +194,18 @@ def names(found):
 
 
 def test_every_t1w_is_found_once(raw):
-    found, odd = raw.t1w()
-    assert names(found) == [
+    found = raw.select()
+    assert names(found.images) == [
         *("sub-01_ses-a", "sub-01_ses-b_acq-mprage_run-1", "sub-01_ses-b_acq-mprage_run-2"),
         "sub-02",
     ]
-    assert all(path.is_relative_to(raw.root / path.name[:6]) for path in found)
-    assert [path.name for path in odd] == ["sub-02_T1w_copy.nii.gz"]
+    assert all(path.is_relative_to(raw.root / path.name[:6]) for path in found.images)
+    assert found.notes == (
+        "sub-02/anat/sub-02_T1w_copy.nii.gz has no BIDS name: ignored",
+        "sub-10 has no T1w image that fits",
+        "sub-01 ses-b has 2 T1w images: sub-01_ses-b_acq-mprage_run-1_T1w,"
+        " sub-01_ses-b_acq-mprage_run-2_T1w; all are segmented, choose with --bids-filter-file",
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,16 +220,16 @@ def test_every_t1w_is_found_once(raw):
 def test_a_selection_narrows(raw, selection, expected):
     if expected is None:
         with pytest.raises(UsageError, match="filter-file"):
-            raw.t1w(Selection(**selection))
+            raw.select(Selection(**selection))
     else:
-        assert names(raw.t1w(Selection(**selection))[0]) == expected
+        assert names(raw.select(Selection(**selection)).images) == expected
 
 
 def test_filters_ask_for_absence_and_presence(raw, tmp_path):
     """``null`` and ``"*"``, as fMRIPrep has it."""
     file = tmp_path / "filters.json"
     file.write_text('{"t1w": {"acquisition": null, "session": "*"}, "bold": {"task": "rest"}}')
-    assert names(raw.t1w(Selection(filters=read_filters(file)))[0]) == ["sub-01_ses-a"]
+    assert names(raw.select(Selection(filters=read_filters(file))).images) == ["sub-01_ses-a"]
     for text in ("[1]", "{", '{"t1w": 3}'):
         file.write_text(text)
         with pytest.raises(UsageError, match="not a filter file"):
@@ -242,9 +241,9 @@ def test_filters_ask_for_absence_and_presence(raw, tmp_path):
 
 def test_absent_participants_are_named(raw):
     with pytest.raises(SelectionError, match="sub-03, sub-77"):
-        raw.t1w(Selection(participants=("01", "77", "03")))
+        raw.select(Selection(participants=("01", "77", "03")))
     with pytest.raises(SelectionError, match="no T1w"):
-        raw.t1w(Selection(participants=("10",)))
+        raw.select(Selection(participants=("10",)))
 
 
 def test_files_that_are_no_raw_scans_are_named(raw):
@@ -252,16 +251,16 @@ def test_files_that_are_no_raw_scans_are_named(raw):
     anat.mkdir(parents=True, exist_ok=True)
     (anat / "sub-10_desc-brain_T1w.nii.gz").touch()
     with pytest.raises(SelectionError, match="sub-10_desc-brain_T1w") as caught:
-        raw.t1w(Selection(participants=("10",)))
+        raw.select(Selection(participants=("10",)))
     assert "cadiff-seg" in caught.value.remedy
 
 
 def test_the_index_can_be_kept(raw, tmp_path):
     """The second time it is read, whichever participants the first time asked for."""
     database = tmp_path / "database"
-    assert names(raw.t1w(Selection(participants=("02",)), database)[0]) == ["sub-02"]
+    assert names(raw.select(Selection(participants=("02",)), database).images) == ["sub-02"]
     assert list(database.iterdir())
-    assert len(raw.t1w(Selection(), database)[0]) == 4
+    assert len(raw.select(Selection(), database).images) == 4
 
 
 @pytest.mark.parametrize(
@@ -315,7 +314,7 @@ def test_a_list_of_nobody_does_not_ask_for_all(tmp_path, content):
     path = tmp_path / "labels.txt"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"labels\.txt"):
-        labels([str(path)], "sub-")
+        labels([str(path)], "sub-", ["01"])
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -329,45 +328,170 @@ def test_an_index_that_was_not_finished_is_not_believed(raw, tmp_path, monkeypat
     with monkeypatch.context() as broken:
         broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            raw.t1w(Selection(), database)
+            raw.select(Selection(), database)
     assert not [path for path in database.rglob("*") if path.is_file()]
-    wanted = raw.t1w()
-    assert raw.t1w(Selection(), database) == wanted
+    wanted = raw.select().images
+    assert raw.select(Selection(), database).images == wanted
     assert [path.name for path in database.iterdir()] == ["layout_index.sqlite"]
     with monkeypatch.context() as broken:
         broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
-        assert raw.t1w(Selection(), database) == wanted
+        assert raw.select(Selection(), database).images == wanted
 
 
 def test_an_index_serves_one_dataset(raw, tmp_path):
     database, other = tmp_path / "index", tmp_path / "other"
-    raw.t1w(Selection(), database)
+    raw.select(Selection(), database)
     shutil.copytree(raw.root / "sub-01", other / "sub-01")
     shutil.copyfile(raw.root / "dataset_description.json", other / "dataset_description.json")
     with pytest.raises(DataError, match="is the index of"):
-        Dataset(other).t1w(Selection(), database)
+        Dataset(other).select(Selection(), database)
     link = tmp_path / "mount"
     link.symlink_to(raw.root)
-    found, _ = Dataset(link).t1w(Selection(), database)
+    found = Dataset(link).select(Selection(), database).images
     assert found
     assert all(path.is_relative_to(link) for path in found)
     (database / "layout_index.sqlite").write_bytes(b"something else")
     with pytest.raises(DataError, match="is not an index"):
-        raw.t1w(Selection(), database)
+        raw.select(Selection(), database)
 
 
-@pytest.mark.parametrize("text", ['{"t1w": {"run": {"a": 1}}}', '{"t1w": 3}', "[1]"])
-def test_a_filter_that_is_none_is_an_error(tmp_path, text):
-    path = tmp_path / "filters.json"
-    path.write_text(text)
-    with pytest.raises(UsageError, match="filter"):
-        read_filters(path)
-
-
-def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path):
+def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path, monkeypatch):
     file = tmp_path / "participants.txt"
     file.write_text("sub-03\n04\n")
-    assert labels(["sub-01", "02", "01", str(file)], "sub-") == ("01", "02", "03", "04")
+    assert labels(["sub-01", "02\r", "01", str(file)], "sub-", []) == ("01", "02", "03", "04")
+    table = tmp_path / "participants.tsv"
+    table.write_text("\ufeffparticipant_id\tage\r\nsub-05\t23\r\nsub-06\t\r\n", encoding="utf-8")
+    assert labels([str(table)], "sub-", []) == ("05", "06")
+    # A list may be called todo, as in the manual; but a participant is never taken for a file.
+    monkeypatch.chdir(tmp_path)
+    for name in ("todo", "01", "sub-02"):
+        (tmp_path / name).write_text("\ufeffsub-07\n", encoding="utf-8")
+    assert labels(["todo"], "sub-", ["01"]) == ("07",)
+    assert labels(["01", "sub-02"], "sub-", ["01", "02"]) == ("01", "02")
+
+
+ANATOMY = (
+    "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz",
+    "sub-01/ses-1/anat/sub-01_ses-1_part-phase_T1w.nii.gz",
+    "sub-01/ses-1/anat/sub-01_ses-1_part-mag_T1w.nii.gz",
+    "sub-01/ses-1/anat/sub-01_ses-1_ce-gd_run-02_T1w.nii",
+    "sub-02/anat/sub-02_UNIT1.nii.gz",
+    "sub-03/anat/sub-03_T1w.nii.gz",
+    "sub-03/anat/sub-03_UNIT1.nii",
+)
+
+
+@pytest.fixture
+def varied(dataset):
+    """Magnitude and phase, contrast, MP2RAGE; below folders that are called like entities."""
+    here = "sub-pilot/ses-2/anat/bids"
+    root = dataset(*(f"{here}/{name}" for name in ANATOMY)) / here
+    text = '\ufeff{"Name": "x", "BIDSVersion": "1.10.0"}'
+    (root / "dataset_description.json").write_text(text, encoding="utf-8")
+    return Dataset(root)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_folders_above_a_dataset_are_no_entities_of_its_images(varied, tmp_path, kept):
+    assert varied.description["Name"] == "x"
+    database = tmp_path / "index" if kept else None
+    for _ in range(2):
+        chosen = varied.select(Selection(participants=("03",)), database)
+        assert names(chosen.images) == ["sub-03"]
+        chosen = varied.select(Selection(sessions=("1",)), database)
+        assert {path.name[:12] for path in chosen.images} == {"sub-01_ses-1"}
+        chosen = varied.select(Selection(filters={"datatype": "anat"}), database)
+        assert len(chosen.images) == 4
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"suffix": "UNIT1"}, ["sub-02_UNIT1.nii.gz", "sub-03_UNIT1.nii"]),
+        ({"suffix": "*", "subject": "03"}, ["sub-03_T1w.nii.gz", "sub-03_UNIT1.nii"]),
+        ({"suffix": ["T1w", "UNIT1"], "extension": ".nii", "session": None}, ["sub-03_UNIT1.nii"]),
+        ({"extension": "nii"}, ["sub-01_ses-1_ce-gd_run-02_T1w.nii"]),
+        ({"ceagent": "gd", "run": 2}, ["sub-01_ses-1_ce-gd_run-02_T1w.nii"]),
+        ({"run": "2"}, []),
+        ({"part": "mag"}, ["sub-01_ses-1_part-mag_T1w.nii.gz"]),
+        (
+            {"part": ["mag", None], "ceagent": None, "session": ["1", "2"]},
+            ["sub-01_ses-1_T1w.nii.gz", "sub-01_ses-1_part-mag_T1w.nii.gz"],
+        ),
+    ],
+)
+def test_a_filter_is_honoured(varied, filters, expected):
+    if expected:
+        assert [p.name for p in varied.select(Selection(filters=filters)).images] == expected
+    else:
+        with pytest.raises(SelectionError):
+            varied.select(Selection(filters=filters))
+
+
+@pytest.mark.parametrize(
+    ("filters", "said"),
+    [
+        ({"suffix": "T2w"}, 'asks for suffix "T2w"'),
+        ({"suffix": None}, "asks for suffix null"),
+        ({"suffix": []}, r"suffix is \[\]"),
+        ({"extension": [".nii.gz", ".mgz"]}, 'asks for extension ".mgz"'),
+        ({"datatype": "func"}, 'asks for datatype "func"'),
+        ({"part": "phase"}, 'asks for part "phase"'),
+        ({"acquistion": None}, "'acquistion' is no entity"),
+        ({"run": {"a": 1}}, 'run is {"a": 1}'),
+        ({"run": 1.5}, "run is 1.5"),
+    ],
+)
+def test_a_filter_that_cannot_be_honoured_is_refused(varied, filters, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        varied.select(Selection(filters=filters))
+    assert "--bids-filter-file" in caught.value.message
+    assert caught.value.remedy
+
+
+def test_what_is_left_out_or_may_surprise_is_told(varied):
+    assert varied.select().notes == (
+        "sub-02 has no T1w image that fits",
+        "1 T1w image left out as no magnitude: sub-01_ses-1_part-phase_T1w.nii.gz",
+        "sub-02 has a UNIT1 (MP2RAGE) image: ask for it with a --bids-filter-file of"
+        ' {"t1w": {"suffix": "UNIT1"}}',
+        "sub-01 ses-1 has 3 T1w images: sub-01_ses-1_T1w, sub-01_ses-1_ce-gd_run-02_T1w,"
+        " sub-01_ses-1_part-mag_T1w; all are segmented, choose with --bids-filter-file",
+    )
+    with pytest.raises(SelectionError, match=r"no T1w image .* sub-02 has a UNIT1 .*: ask for it"):
+        varied.select(Selection(participants=("02",)))
+
+
+def test_many_sessions_of_several_images_do_not_fill_the_screen(dataset):
+    root = dataset(*(f"sub-{n}/anat/sub-{n}_run-{k}_T1w.nii" for n in range(9) for k in (1, 2)))
+    notes = Dataset(root).select().notes
+    assert len(notes) == 6
+    assert notes[-1] == "4 more sessions have several T1w images"
+
+
+@pytest.mark.parametrize(
+    ("lines", "left"),
+    [
+        ("\ufeffsub-03/\r\n", {"sub-01"}),
+        ("**/*_ce-*\n!sub-03/**\n# a comment\n", {"sub-01", "sub-03"}),
+        ("sub-*/**\n", set()),
+        ("/anat\nT1w\n", {"sub-01", "sub-03"}),
+    ],
+)
+def test_bidsignore_is_honoured(varied, lines, left):
+    """People who have withdrawn are not run."""
+    everything = varied.select().images
+    (varied.root / ".bidsignore").write_text(lines, encoding="utf-8", newline="")
+    if not left:
+        with pytest.raises(SelectionError, match=r"5 T1w images left out by \.bidsignore: sub-01"):
+            varied.select()
+        return
+    found = varied.select()
+    assert {path.name[:6] for path in found.images} == left
+    n = len(everything) - len(found.images)
+    assert [f"{n} T1w image left out by .bidsignore" in note for note in found.notes].count(
+        True
+    ) == n
 
 
 def test_labels_of_a_scan_must_be_one_map(tmp_path):

@@ -21,6 +21,7 @@ RANKS = {
 DOORS = {
     "ants": ("stages/register.py",),
     "bids": ("io/bids.py",),
+    "pathspec": ("io/bids.py",),
     "templateflow": ("io/templates.py",),
     "nilearn": ("io/templates.py",),
     "nibabel": ("io/nifti.py", "spatial/grid.py"),

@@ -1,6 +1,7 @@
 """The BIDS app on a dataset of phantoms: sessions, runs, a broken scan, an odd name."""
 
 import csv
+import gzip
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from bids_dataset import QUICK, cadiff, write_dataset
 
 from cadiff_cli.io.layout import finished
+from cadiff_cli.io.nifti import save_volume
 
 GOOD = ("sub-01_ses-a", "sub-01_ses-b_run-1", "sub-01_ses-b_run-2", "sub-02_acq-mprage")
 BROKEN = "sub-03"
@@ -232,8 +234,11 @@ def test_a_changed_input_is_not_taken_for_finished(batch, phantom, tmp_path):
     write_dataset(copy, phantom("RAS", 1.0, scale=0.41), [f"{GOOD[0]}_T1w"])
     out = copy / "derivatives" / "cadiff"
     done = cadiff("run", copy, out, "participant", *arguments, "--dry-run")
-    assert done.returncode == 73
+    assert done.returncode == 0
     assert f"{GOOD[0]}_T1w.nii.gz has changed since" in done.stderr
+    status = dict(line.split("\t") for line in done.stdout.splitlines())
+    # One scan's trouble: the others are as before.
+    assert status == dict.fromkeys(GOOD, "done") | {GOOD[0]: "failed", BROKEN: "todo"}
     done = cadiff("run", copy, out, "participant", *arguments, "--dry-run", "--overwrite")
     status = dict(line.split("\t") for line in done.stdout.splitlines())
     assert status == dict.fromkeys(GOOD, "done") | {GOOD[0]: "todo", BROKEN: "todo"}
@@ -468,3 +473,44 @@ def test_a_run_can_stop_at_the_first_crash(small_head, tiny_weights, tmp_path):
     assert done.returncode == 1
     assert "1 failed, 1 not tried" in done.stderr
     assert not list(finished(tmp_path / "out"))
+
+
+def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny_weights, tmp_path):
+    """A slab, two files of one image, and two images of one name: each is its own trouble only."""
+    names = [f"sub-0{n}_T1w" for n in (1, 2, 3)]
+    bids, out = write_dataset(tmp_path / "bids", small_head, names), tmp_path / "out"
+    one, two, slab = (bids / name[:6] / "anat" / f"{name}.nii.gz" for name in names)
+    for path in (one, two):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    two.with_suffix("").write_bytes(b"another")
+    grid = small_head.t1.grid.crop((0, 0, 0), (*small_head.t1.grid.shape[:2], 20))
+    save_volume(slab, small_head.t1.data[:, :, :20], grid)
+    call = ("run", bids, out, "participant", *QUICK, "--model", tiny_weights, "--nprocs", "1")
+
+    done = cadiff(*call)
+    assert done.returncode == 1, done.stderr
+    assert "1 done, 1 failed, 1 unsuitable" in done.stderr
+    assert "sub-01_T1w.nii.gz is taken; sub-01_T1w.nii is the same image" in done.stderr
+    failed, unsuitable = (
+        re.search(rf"^ *{title}\n.*?\n\n", done.stderr + "\n\n", re.M | re.S)
+        for title in ("failed", "unsuitable")
+    )
+    assert failed is not None
+    assert "sub-02_T1w.nii and sub-02_T1w.nii.gz are not the same image" in failed.group()
+    assert unsuitable is not None
+    assert "too small a field of view" in unsuitable.group()
+    assert [result.entities for result in finished(out)] == ["sub-01"]
+    assert [path.name for path in out.rglob("crash-*")] == ["crash-sub-02.txt"]
+
+    filters = _filters(tmp_path, extension=".nii.gz")  # as the failure said
+    done = cadiff(*call, "group", "--bids-filter-file", filters)
+    assert done.returncode == 0, done.stderr
+    assert "1 done, 1 done before, 1 unsuitable" in done.stderr
+    assert "sub-03 is not in the table: unsuitable: sub-03_T1w.nii.gz covers" in done.stderr
+    with (out / "group_missing.tsv").open() as stream:
+        (missing,) = csv.DictReader(stream, delimiter="\t")
+    assert (missing["scan"], missing["reason"][:12]) == ("sub-03", "unsuitable: ")
+
+    two.with_suffix("").unlink()
+    done = cadiff(*call, "--dry-run")
+    assert done.stdout.splitlines() == ["sub-01\tdone", "sub-02\tdone", "sub-03\tunsuitable"]

@@ -1,6 +1,8 @@
 """Plans, journals and teams, without running anything."""
 
 import errno
+import gzip
+import hashlib
 import json
 import tomllib
 from dataclasses import replace
@@ -14,17 +16,20 @@ from cadiff_cli import machine
 from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
-from cadiff_cli.errors import DataError, DiskError, OutputError
+from cadiff_cli.errors import DataError, DiskError, OutputError, UnsuitableError
+from cadiff_cli.io.bids import Dataset
 from cadiff_cli.io.layout import Derivatives, Finished
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.selection import Selection
 from cadiff_cli.io.text import write_text, write_tsv
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, failure
+from cadiff_cli.runner.plan import make_plan, scan_names
 
 
 def recipe_of(template="MNIColin27", device="cpu", **sample):
@@ -282,6 +287,96 @@ def test_a_failure_is_recorded_with_what_is_needed_to_mend_it(tmp_path):
     for needed in (str(job.t1), '"steps": 3', "Traceback", "test_runner.py"):
         assert needed in text
     assert Journal(job.out).read("sub-01_ses-a") == outcome
+
+
+def test_an_unsuitable_scan_is_not_tried_again_until_something_changes(tmp_path):
+    job = job_of(tmp_path / "out")
+    job.t1.write_text("a slab")
+    outcome = failure(job, UnsuitableError("too small", "give a whole head"), 1.0)
+    journal = Journal(job.out)
+    assert (outcome.status, outcome.crash_file) == ("unsuitable", "")
+    assert journal.unsuitable(job) == outcome == journal.read(job.entities)
+    assert journal.unsuitable(replace(job, overwrite=True)) is None
+    assert journal.unsuitable(replace(job, recipe=recipe_of(steps=1))) is None
+    job.t1.write_text("a head")
+    assert journal.unsuitable(job) is None
+    job.t1.unlink()  # datalad drop
+    assert journal.unsuitable(job) == outcome
+    failure(job, UnsuitableError("what is gone", ""))  # nor does a record of it raise
+    failure(job, DataError("damaged", ""))
+    assert journal.unsuitable(job) is None
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset of files; what is in them does not matter here."""
+
+    def make(**contents):
+        root = tmp_path / "bids"
+        root.mkdir()
+        (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+        for number, files in contents.items():
+            for name, content in files.items():
+                path = root / f"sub-{number}" / "anat" / f"sub-{number}_{name}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        return Dataset(root)
+
+    return make
+
+
+def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
+    """Two files of one image are one; two images of one name fail, whatever the others are."""
+    packed = gzip.compress(b"image")
+    raw = dataset(
+        A={"T1w.nii": b"image", "T1w.nii.gz": packed},
+        B={"T1w.nii": b"another", "T1w.nii.gz": packed},
+        C={"T1w.nii": b"image", "T1w.nii.gz": packed[:-9]},
+        D={"T1w.nii.gz": packed, "UNIT1.nii.gz": packed},
+        E={"T1w.nii.gz": b"sound"},
+        F={"T1w.nii.gz": b"changed"},
+        G={"T1w.nii.gz": b"finished"},
+    )
+    like = replace(job_of(tmp_path / "out"), report=False)
+    made = {"Fingerprint": like.recipe.fingerprint(), "Settings": like.recipe.settings()}
+    for name, content in (("F", b"before"), ("G", b"finished")):
+        place = Derivatives(like.out, Path(f"sub-{name}_T1w.nii.gz"))
+        told = {**made, "SourceSHA256": hashlib.sha256(content).hexdigest()}
+        write_text(place.commit, json.dumps(told))
+        for result in ("seg-cadiff_dseg.nii.gz", "desc-volumetric_morph.tsv"):
+            write_text(place.path(result), "")
+    both = Selection(filters={"suffix": ["T1w", "UNIT1"]})
+    plan = make_plan(raw, both, like)
+    assert plan.status == {
+        **dict.fromkeys(("sub-A", "sub-E"), "todo"),
+        **dict.fromkeys(("sub-B", "sub-C", "sub-D", "sub-F"), "failed"),
+        "sub-G": "done",
+    }
+    assert [job.t1.name for job in plan.jobs] == ["sub-A_T1w.nii.gz", "sub-E_T1w.nii.gz"]
+    assert plan.jobs[0].source == "bids:raw:sub-A/anat/sub-A_T1w.nii.gz"
+    assert "sub-A_T1w.nii.gz is taken; sub-A_T1w.nii is the same image" in plan.notes
+    why = {job.entities: str(error) for job, error in plan.failed}
+    assert "extension" in why["sub-B"]
+    assert why["sub-C"].startswith("sub-C_T1w.nii and sub-C_T1w.nii.gz are not the same image")
+    assert '"suffix"' in why["sub-D"]
+    assert "sub-F_T1w.nii.gz has changed since" in why["sub-F"]
+    assert scan_names(raw, both) == [f"sub-{x}" for x in "ABCDEFG"]
+    # But a dataset is made one way.
+    with pytest.raises(OutputError, match="sub-F, made otherwise"):
+        make_plan(raw, Selection(("E",)), replace(like, recipe=recipe_of(steps=1)))
+
+
+def test_another_image_of_the_same_name_is_not_called_changed(tmp_path):
+    job = job_of(tmp_path / "out")
+    unit1 = replace(job, t1=job.t1.with_name("sub-01_ses-a_UNIT1.nii.gz"))
+    unit1.t1.write_text("image")
+    assert unit1.entities == job.entities
+    made = {
+        "Fingerprint": job.recipe.fingerprint(),
+        "SpatialReference": f"bids:raw:x/{job.t1.name}",
+    }
+    said = unit1.outdated(Finished(job.entities, Path(), {**made, "SourceSHA256": "0" * 64}))
+    assert said == "of sub-01_ses-a_T1w.nii.gz, not of sub-01_ses-a_UNIT1.nii.gz"
 
 
 def test_boilerplate_counts_what_differs():

@@ -17,11 +17,12 @@ from rich.table import Table
 import cadiff_cli
 from cadiff_cli.cli.report import scan_pages
 from cadiff_cli.config import Config
-from cadiff_cli.errors import DiskError, UsageError
-from cadiff_cli.io.bids import Dataset, Selection
+from cadiff_cli.errors import DiskError, UsageError, in_a_line
+from cadiff_cli.io.bids import Dataset
 from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
+from cadiff_cli.io.selection import Selection
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
@@ -30,6 +31,7 @@ from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import collect, write_group
 from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.journal import failure
 from cadiff_cli.runner.logs import warning
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
@@ -71,9 +73,9 @@ def participant_level(request: Request) -> int:
     for note in (*job.notes, *plan.notes):
         warn(console, note)
     if request.dry_run:
-        done = [*plan.done, *(job.entities for job in plan.pages)]
-        todo = [(job.entities, "todo") for job in plan.jobs]
-        for entities, status in sorted(todo + [(entities, "done") for entities in done]):
+        for job, error in plan.failed:
+            warn(console, f"{job.entities}: {in_a_line(error)}")
+        for entities, status in plan.status.items():
             click.echo(f"{entities}\t{status}")
         return 0
     save_dataset_files(request.out, load_table(), request.dataset, request.link)
@@ -233,6 +235,15 @@ def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
     jobs = (*plan.jobs, *plan.pages)
     by_entities = {job.entities: job for job in jobs}
     outcomes: list[Outcome] = []
+
+    def add(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        _tell(console, outcome, f"[{len(outcomes)}/{len(jobs) + len(plan.failed)}]")
+
+    for job, error in plan.failed:
+        add(failure(job, error))
+        if _is_last(request, outcomes[-1]):
+            return outcomes
     if request.work_dir:
         request.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cadiff-", dir=request.work_dir) as scratch:
@@ -248,8 +259,7 @@ def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
                         busy.append(again)
                         continue
                     outcome = _without(outcome, by_entities[outcome.entities].notes)
-                    outcomes.append(outcome)
-                    _tell(console, outcome, f"[{len(outcomes)}/{len(jobs)}]")
+                    add(outcome)
                     if _is_last(request, outcome):
                         return outcomes
             waiting = busy
@@ -275,23 +285,33 @@ def _tell(console: Console, outcome: Outcome, count: str) -> None:
 
 
 def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) -> int:
-    """A table of what failed, and one line of counts; returns the exit code."""
+    """A table of what failed, and one line of counts; returns the exit code.
+
+    Unsuitable scans are told of, but ask for no other run.
+    """
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if failed:
         table = Table("scan", "error", "crash file", title="failed")
         for outcome in failed:
             table.add_row(*map(escape, (outcome.entities, outcome.message, outcome.crash_file)))
         console.print(table)
+    unsuitable = [outcome for outcome in outcomes if outcome.status == "unsuitable"]
+    if unsuitable or plan.unsuitable:
+        table = Table("scan", "why", title="unsuitable")
+        for outcome in (*plan.unsuitable, *unsuitable):
+            table.add_row(escape(outcome.entities), escape(outcome.message))
+        console.print(table)
     if doubts := [(outcome.entities, text) for outcome in outcomes for text in outcome.warnings]:
         table = Table("scan", "warning", title="to look at")
         for doubt in doubts:
             table.add_row(*map(escape, doubt))
         console.print(table)
-    untried = len(plan.jobs) + len(plan.pages) - len(outcomes)
+    untried = len(plan.jobs) + len(plan.pages) + len(plan.failed) - len(outcomes)
     counts = {
-        "done": len(outcomes) - len(failed),
+        "done": len(outcomes) - len(failed) - len(unsuitable),
         "done before": len(plan.done),
         "failed": len(failed),
+        "unsuitable": len(unsuitable) + len(plan.unsuitable),
         "not tried": untried,
     }
     said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)

@@ -27,7 +27,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     if path is None:
         return None
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path} is not readable TOML ({error})") from error
     known = [p.name for p in ctx.command.params if isinstance(p, click.Option) and p.name]
@@ -60,12 +60,13 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     "--session_label",
     cls=Words,
     metavar="LABEL...",
-    help="Sessions to run [all].",
+    help="Sessions to run, likewise [all].",
 )
 @click.option(
     "--bids-filter-file",
     type=PATH,
-    help='JSON as for fMRIPrep: {"t1w": {"acquisition": "mprage", "run": null}}.',
+    help='JSON as for fMRIPrep: {"t1w": {"acquisition": "mprage", "run": null}}; for MP2RAGE'
+    ' {"t1w": {"suffix": "UNIT1"}}.',
 )
 @click.option("--bids-database-dir", type=PATH, help="Keep pybids' index here for other runs.")
 @click.option(
@@ -151,9 +152,10 @@ def command(
     on. group: collects all finished scans of the dataset, whichever participants are named, in
     OUTPUT_DIR/group_morph.tsv and group.html. Both may be given.
 
-    Exit codes: 0 done, 1 a scan failed, 16 invalid dataset, 17 unknown analysis level,
-    18 no such participant or no scan selected, 64 usage, 65 bad data, 66 input, template or
-    weights missing, 73 output cannot be created, 74 disk error, 130 interrupted, 143 terminated.
+    Exit codes: 0 done (unsuitable scans are named), 1 a scan failed, 16 invalid dataset,
+    17 unknown analysis level, 18 no such participant or no scan selected, 64 usage, 65 bad data,
+    66 input, template or weights missing, 73 output cannot be created, 74 disk error,
+    130 interrupted, 143 terminated.
     """
     for level in levels:
         if level not in LEVELS:
@@ -164,16 +166,18 @@ def command(
     if options["executor"] != "dask" and source is ParameterSource.COMMANDLINE:
         raise UsageError("--dask-address means nothing without Dask", "add --executor dask")
     from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
-    from cadiff_cli.io.bids import Dataset, Selection, labels, read_filters
+    from cadiff_cli.io.bids import Dataset
+    from cadiff_cli.io.selection import Selection, labels, read_filters
     from cadiff_cli.runner.executor import Executor
 
     o = SimpleNamespace(**options)
+    dataset = Dataset(bids_dir.absolute())
     request = Request(
-        dataset=Dataset(bids_dir.absolute()),
+        dataset=dataset,
         out=output_dir.absolute(),
         selection=Selection(
-            labels(o.participant_label, "sub-"),
-            labels(o.session_label, "ses-"),
+            labels(o.participant_label, "sub-", dataset.participants()),
+            labels(o.session_label, "ses-", dataset.sessions()),
             read_filters(o.bids_filter_file) if o.bids_filter_file else None,
         ),
         config=make_config(**{name: options[name] for name in CONFIG}),

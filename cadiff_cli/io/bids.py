@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ from cadiff_cli.errors import (
     InvalidDatasetError,
     MissingInputError,
     SelectionError,
-    UsageError,
 )
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.nifti import load_scan, stem
+from cadiff_cli.io.selection import EVERYTHING, MAGNITUDE, TAKEN, UNIT1, Selection
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
@@ -132,15 +132,11 @@ def load_labelled(
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which scans of a dataset are wanted; empty means all.
+class Selected:
+    """The chosen images of a dataset, sorted, and what a user should know of the choice."""
 
-    ``filters`` are pybids entities of the T1w images (see ``read_filters``).
-    """
-
-    participants: tuple[str, ...] = ()
-    sessions: tuple[str, ...] = ()
-    filters: Mapping[str, Any] | None = None
+    images: tuple[Path, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ class Dataset:
                 f"{self.root} has no dataset_description.json", "give the root of a BIDS dataset"
             )
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, OSError) as error:
             raise InvalidDatasetError(
                 f"{path} is not readable JSON ({error})", "mend it"
@@ -177,6 +173,10 @@ class Dataset:
         """Labels of the ``sub-`` folders."""
         found = (path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
         return sorted(found)
+
+    def sessions(self) -> list[str]:
+        """Labels of the ``ses-`` folders of all participants."""
+        return sorted({path.name[4:] for path in self.root.glob("sub-*/ses-*") if path.is_dir()})
 
     def require(self, labels: Sequence[str]) -> None:
         """Raise ``SelectionError`` for participants that the dataset does not have."""
@@ -225,27 +225,78 @@ class Dataset:
             lines.append(line)
         return lines
 
-    def t1w(
-        self, selection: Selection = Selection(), database: Path | None = None
-    ) -> tuple[list[Path], list[Path]]:
-        """The selected T1w images, sorted, and files that seem to be T1w but have no BIDS name.
+    def select(self, selection: Selection = EVERYTHING, database: Path | None = None) -> Selected:
+        """The images that are wanted, and notes on what is left out or may surprise.
 
+        Images that are no magnitude (``part``) or that ``.bidsignore`` names are left out.
         ``database`` is a folder for pybids' index, written once and then believed.  Raises
         ``SelectionError``, which names participants that are not there.
         """
-        from bids.layout import BIDSLayout, BIDSLayoutIndexer
-
         self.require(selection.participants)
+        self._require_sessions(selection.sessions)
         chosen = selection.participants or self.participants()
+        selection.check([*_entities()])
+        named = self._anatomy(chosen, database)
+        is_ignored = self._ignored()
+
+        fitting = [path for path, found in named.items() if selection.fits(found)]
+        ignored = [path for path in fitting if is_ignored(path)]
+        others = [path for path in fitting if named[path].get("part") not in MAGNITUDE]
+        images = {p: named[p] for p in fitting if p not in {*ignored, *others}}
+        odd = [
+            path
+            for label in chosen
+            for path in sorted((self.root / f"sub-{label}").glob("**/anat/[!.]*.nii*"))
+            if any(x in path.name for x in selection.suffixes)
+            if path not in named and not is_ignored(path)
+        ]
+        lacking = set(chosen) - {found["subject"] for found in images.values()}
+        unit1 = selection.of(UNIT1)
+        instead = {
+            found["subject"]
+            for path, found in named.items()
+            if unit1.fits(found) and found["subject"] in lacking and not is_ignored(path)
+        }
+
+        what = " or ".join(selection.suffixes)
+        why = "has no BIDS name" + (f", or {database} is older" if database else "")
+        unnamed = [f"{self._within(path)[1:]} {why}: ignored" for path in odd]
+        left_out = [
+            *_left_out(what, ignored, "by .bidsignore"),
+            *_left_out(what, others, "as no magnitude"),
+        ]
+        if instead:
+            have = "has" if len(instead) == 1 else "have"
+            left_out.append(
+                f"{_some(sorted(f'sub-{x}' for x in instead))} {have} a UNIT1 (MP2RAGE) image: ask"
+                ' for it with a --bids-filter-file of {"t1w": {"suffix": "UNIT1"}}'
+            )
+        if not images:
+            raise SelectionError(
+                "; ".join((f"no {what} image of {self.root} fits", *left_out, *unnamed[:1])),
+                "check --participant-label, --session-label and --bids-filter-file; segment other"
+                " files one by one with cadiff-seg",
+            )
+        absent = [f"sub-{label} has no {what} image that fits" for label in sorted(lacking)]
+        notes = (*unnamed, *absent, *left_out, *_several(images, what))
+        return Selected(tuple(sorted(images)), notes)
+
+    def _anatomy(
+        self, labels: Collection[str], database: Path | None
+    ) -> dict[Path, dict[str, Any]]:
+        """Entities of the participants' images that have a BIDS name and may be segmented."""
+        from bids.layout import BIDSLayout, BIDSLayoutIndexer, parse_file_entities
+
         # Only what can hold the selected images is walked through: seconds, not minutes.
-        labels = "[^/]+" if database else f"({'|'.join(map(re.escape, chosen))})"
-        wanted = rf"^/(sub-{labels}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
+        subject = "[^/]+" if database else f"({'|'.join(map(re.escape, labels))})"
+        wanted = rf"^/(sub-{subject}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
         indexer = BIDSLayoutIndexer(
             validate=True, index_metadata=False, ignore=[re.compile(f"(?!{wanted})^/.")]
         )
 
-        def layout_at(folder: Path | None) -> "BIDSLayout":
-            return BIDSLayout(self.root, database_path=folder, indexer=indexer)
+        def layout_at(folder: Path | None) -> BIDSLayout:
+            # Its description was read before: pybids refuses a byte order mark.
+            return BIDSLayout(self.root, database_path=folder, indexer=indexer, validate=False)
 
         layout = layout_at(None) if database is None else _kept_index(layout_at, database)
         if not Path(layout.root).samefile(self.root):
@@ -253,44 +304,40 @@ class Dataset:
                 f"--bids-database-dir {database} is the index of {layout.root}, not of {self.root}",
                 "give each dataset a folder of its own",
             )
+        # Folders above the dataset may be called sub-study or anat, and pybids believes them too:
+        # it is asked for what ends a name only.
+        names = layout.get(
+            suffix=[*TAKEN["suffix"]], extension=[*TAKEN["extension"]], return_type="filename"
+        )
+        # An index may know the dataset under another mount, and participants who are not chosen.
+        paths = sorted(self.root / Path(name).relative_to(layout.root) for name in names)
+        known = [*_entities().values()]
+        found = {path: parse_file_entities(self._within(path), entities=known) for path in paths}
+        return {path: each for path, each in found.items() if each["subject"] in labels}
 
-        def here(names: Iterable[str]) -> list[Path]:
-            """An index may know the dataset under another mount."""
-            return sorted(self.root / Path(name).relative_to(layout.root) for name in names)
+    def _within(self, path: Path) -> str:
+        """A path as seen from the root; pybids wants a slash before a key."""
+        return f"/{path.relative_to(self.root).as_posix()}"
 
-        t1w: dict[str, Any] = {"suffix": "T1w", "extension": [".nii", ".nii.gz"]}
-        query = {**(selection.filters or {}), **t1w, "return_type": "filename"}
-        if selection.participants:
-            query["subject"] = list(selection.participants)
-        if selection.sessions:
-            query["session"] = list(selection.sessions)
-            present = {path.name.removeprefix("ses-") for path in self.root.glob("sub-*/ses-*")}
-            if absent := sorted(set(selection.sessions) - present):
-                raise SelectionError(
-                    f"{self.root} has no {', '.join(f'ses-{label}' for label in absent)}",
-                    f"its sessions are {_some(sorted(present))}" if present else "it has none",
-                )
-        try:
-            found = here(layout.get(**query))
-        except ValueError as error:
-            raise UsageError(f"--bids-filter-file: {error}", "use BIDS entities") from error
-        known = set(here(layout.get(**t1w, return_type="filename")))
-        seen = [
-            path
-            for label in chosen
-            for path in sorted((self.root / f"sub-{label}").glob("**/anat/*T1w*.nii*"))
-        ]
-        unnamed = [path for path in seen if path not in known]
-        if not found:
-            others = (
-                f"; {unnamed[0].name} is no raw BIDS name (desc-, space-...)" if unnamed else ""
-            )
+    def _require_sessions(self, labels: Sequence[str]) -> None:
+        present = self.sessions()
+        if absent := sorted(set(labels) - set(present)):
             raise SelectionError(
-                f"no T1w image of {self.root} fits{others}",
-                "check --participant-label, --session-label and --bids-filter-file; segment other"
-                " files one by one with cadiff-seg",
+                f"{self.root} has no {', '.join(f'ses-{label}' for label in absent)}",
+                f"its sessions are {_some(present)}" if present else "it has none",
             )
-        return found, sorted(unnamed)
+
+    def _ignored(self) -> Callable[[Path], bool]:
+        """Whether ``.bidsignore``, which is written as a ``.gitignore``, names an image."""
+        from pathspec import GitIgnoreSpec
+
+        path = self.root / ".bidsignore"
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+            spec = GitIgnoreSpec.from_lines(lines)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error})", "mend or remove it") from error
+        return lambda image: spec.match_file(self._within(image)[1:])
 
     def link(self, out: Path) -> str:
         """How a derivative dataset at ``out`` may call this one without telling where you live.
@@ -310,55 +357,6 @@ class Dataset:
         """The dataset's bare DOI (``10...``), if it has one."""
         found = re.search(r"10\.\d+/\S+", str(self.description.get("DatasetDOI", "")))
         return found.group() if found else None
-
-
-def read_filters(path: Path) -> dict[str, Any]:
-    """The ``t1w`` part of a ``--bids-filter-file``, as fMRIPrep reads it.
-
-    ``null`` asks for the entity's absence, ``"*"`` for any value of it.
-    """
-    from bids.layout import Query
-
-    if not path.is_file():
-        raise MissingInputError(f"no such file: {path}", "check --bids-filter-file")
-    try:
-        filters = json.loads(path.read_text(encoding="utf-8"))["t1w"]
-        special = {None: Query.NONE, "*": Query.ANY}
-        for key, value in filters.items():
-            if isinstance(value, dict):
-                raise TypeError(f"{key} is {value}")
-        return {
-            key: value if isinstance(value, list) else special.get(value, value)
-            for key, value in filters.items()
-        }
-    except KeyError as error:
-        raise UsageError(
-            f"{path} says nothing of t1w", 'write {"t1w": {}} if every T1w image is wanted'
-        ) from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a filter file ({error})", 'write {"t1w": {"acquisition": "mprage"}}'
-        ) from error
-
-
-def labels(words: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Labels without their prefix, each once; a word that names a file stands for its lines.
-
-    Raises ``UsageError`` for a file without a label: to ask for nobody is not to ask for all.
-    """
-    found: list[str] = []
-    for word in words:
-        path = Path(word)
-        lines = [word]
-        if not _is_label(word) and path.is_file():
-            try:
-                lines = path.read_text(encoding="utf-8").split()
-            except (OSError, ValueError) as error:
-                raise UsageError(f"{path} is not a list ({error})", "one label a line") from error
-            if not lines:
-                raise UsageError(f"{path} names nobody", f"one label a line, as {prefix}01")
-        found.extend(line.removeprefix(prefix) for line in lines)
-    return tuple(dict.fromkeys(found))
 
 
 INDEX = "layout_index.sqlite"
@@ -390,6 +388,41 @@ def _kept_index(layout_at: Callable[[Path | None], "BIDSLayout"], database: Path
             f"{database / INDEX} is not an index ({' '.join(str(error).split())[:200]})",
             "remove this file, or name another folder",
         ) from error
+
+
+@cache
+def _entities() -> dict[str, Any]:
+    """All entities that pybids knows, by name."""
+    from bids.layout import Config
+
+    return dict(Config.load("bids").entities)
+
+
+def _left_out(what: str, paths: Collection[Path], why: str) -> list[str]:
+    """One note on all images that are left out for one reason, if there are any."""
+    plural = "" if len(paths) == 1 else "s"
+    names = _some(sorted(path.name for path in paths))
+    return [f"{len(paths)} {what} image{plural} left out {why}: {names}"] if paths else []
+
+
+def _several(images: Mapping[Path, Mapping[str, Any]], suffix: str, shown: int = 5) -> list[str]:
+    """Notes on sessions of which more than one image is segmented."""
+    by_session: dict[str, set[str]] = {}
+    for path, found in images.items():
+        session = f" ses-{found['session']}" if "session" in found else ""
+        by_session.setdefault(f"sub-{found['subject']}{session}", set()).add(stem(path))
+    notes = [
+        f"{session} has {len(names)} {suffix} images: {_some(sorted(names))}; all are segmented,"
+        " choose with --bids-filter-file"
+        for session, names in by_session.items()
+        if len(names) > 1
+    ]
+    more = len(notes) - shown
+    return (
+        notes
+        if more < 1
+        else [*notes[:shown], f"{more} more sessions have several {suffix} images"]
+    )
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from cadiff_cli.errors import DataError, MissingInputError, in_a_line
 from cadiff_cli.io.layout import Finished, finished
+from cadiff_cli.io.nifti import stem
+from cadiff_cli.io.selection import SUFFIXES
 from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable
@@ -14,16 +16,25 @@ from cadiff_cli.report.case import Row, mask_quality, read_rows
 from cadiff_cli.report.group import outliers
 from cadiff_cli.report.qc import COLUMNS, Judgement, columns, judge, registration_score
 from cadiff_cli.report.ranges import load_ranges
+from cadiff_cli.runner.job import Outcome
 from cadiff_cli.runner.journal import Journal
 
 MISSING = "group_missing.tsv"
+NOT_RUN = "not run yet"
 ENTITIES = {
     "participant_id": ("sub", "Participant"),
     "session_id": ("ses", "Session"),
     "acquisition": ("acq", "Acquisition"),
+    "ceagent": ("ce", "Contrast agent"),
+    "reconstruction": ("rec", "Reconstruction"),
     "run": ("run", "Run"),
+    "echo": ("echo", "Echo"),
+    "inv": ("inv", "Inversion time"),
+    "part": ("part", "Part of a complex image"),
+    "chunk": ("chunk", "Chunk of the field of view"),
 }
 """Columns that say which scan a row is of; ``scan`` holds all of its entities."""
+SUFFIX = {"suffix": "What the scan is called: T1w, or UNIT1 (uniform image of an MP2RAGE)"}
 QUALITY = {
     "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
     "registration": "Kinds of registration that were used, in the templates' order if they differ",
@@ -66,11 +77,13 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     """
     wanted = set(expected)
     results = [result for result in finished(out) if result.entities in wanted]
-    if not results:
-        raise MissingInputError(
-            f"{out} holds no finished result of these scans", "run the participant level first"
-        )
     journal, missing, notes, ranges = Journal(out), dict[str, str](), list[str](), load_ranges()
+    if not results:
+        whys = {_why_missing(journal.read(entities)) for entities in expected} - {NOT_RUN}
+        raise MissingInputError(
+            "; ".join((f"{out} holds no finished result of these scans", *sorted(whys)[:3])),
+            "run the participant level first" if not whys else "see the participant level",
+        )
     judged, rows, sound = dict[str, Judgement](), list[dict[str, Any]](), list[Finished]()
     for result in results:
         try:
@@ -86,8 +99,7 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     ready = {result.entities for result in results}
     for entities in expected:
         if entities not in ready:
-            last = journal.read(entities)
-            missing[entities] = last.message if last and last.message else "not run yet"
+            missing[entities] = _why_missing(journal.read(entities))
     for result in sound:
         if why := journal.failed_since(result.entities, result.commit):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
@@ -104,11 +116,17 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     return Group(out / "group_morph.tsv", tuple(rows), judged, missing, tuple(notes))
 
 
+def _why_missing(last: Outcome | None) -> str:
+    if last is None or not last.message:
+        return NOT_RUN
+    return f"unsuitable: {last.message}" if last.status == "unsuitable" else last.message
+
+
 def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     """``group_morph.tsv`` with its JSON; expected scans that lack go to ``group_missing.tsv``."""
     group = collect(out, expected, table)
     volumes = [column(s.name) for s in table.structures] + [column(n) for n in AGGREGATES]
-    header = ("scan", *ENTITIES, *volumes, *QUALITY)
+    header = ("scan", *ENTITIES, *SUFFIX, *volumes, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
     write_json(group.path.with_suffix(".json"), _columns(table))
     lacking = out / MISSING
@@ -147,6 +165,7 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
         if key in parts
     }
     sidecar = result.sidecar
+    source = stem(Path(str(sidecar.get("SpatialReference", ""))))
     names = {*(s.name for s in table.structures), *AGGREGATES}
     if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
@@ -156,6 +175,7 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
     return {
         "scan": result.entities,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
+        "suffix": next((x for x in SUFFIXES if source.endswith(f"_{x}")), None),
         **{column(x.name): None if x.mm3 is None else f"{x.mm3:.3f}" for x in lines},
         "registration_score": registration_score(sidecar),
         "registration": "+".join(
@@ -175,6 +195,7 @@ def _columns(table: LabelTable) -> dict[str, dict[str, Any]]:
     return {
         "scan": {"Description": "Entities of the scan; its files begin with them"},
         **{name: {"Description": text} for name, (_, text) in ENTITIES.items()},
+        **{name: {"Description": text} for name, text in SUFFIX.items()},
         **{
             column(s.name): {
                 "LongName": s.name,

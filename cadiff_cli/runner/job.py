@@ -53,18 +53,29 @@ class Job:
         return self.out / self.entities.split("_")[0] / "log" / self.run_id
 
     def outdated(self, result: Finished) -> str:
-        """Why ``result`` is not what this job would make; empty if it is.
-
-        An input that is not there any more (``datalad drop``) has not changed.
-        """
-        changed = self.recipe.differs(result.sidecar)
-        if changed or not self.t1.is_file():
+        """Why ``result`` is not what this job would make; empty if it is."""
+        if changed := self.recipe.differs(result.sidecar):
             return changed
-        try:
-            same = result.sidecar.get("SourceSHA256") == sha256(self.t1)
-        except OSError:  # nobody may read it now
+        if not self.has_changed(str(result.sidecar.get("SourceSHA256"))):
             return ""
-        return "" if same else f"{self.t1.name} has changed since"
+        before = Path(str(result.sidecar.get("SpatialReference", ""))).name
+        if before not in ("", self.t1.name):
+            return f"of {before}, not of {self.t1.name}"
+        return f"{self.t1.name} has changed since"
+
+    def has_changed(self, checksum: str) -> bool:
+        """Whether the input is another than that of ``checksum``.
+
+        One that is not there any more (``datalad drop``), or that nobody may read now, is not.
+        """
+        return self.input_sha256() not in ("", checksum)
+
+    def input_sha256(self) -> str:
+        """Checksum of the input; empty if it cannot be read."""
+        try:
+            return sha256(self.t1)
+        except OSError:
+            return ""
 
     def is_finished(self) -> bool:
         """Whether a complete and current result is there; raises ``OutputError`` for another."""
@@ -92,12 +103,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job; ``message`` and ``crash_file`` tell of a failure."""
+    """What became of a job; ``message`` and ``crash_file`` tell of a failure.
+
+    An ``unsuitable`` scan can never be segmented: it is not tried again while its input has
+    ``input_sha256`` and the recipe this ``fingerprint``.
+    """
 
     entities: str
-    status: Literal["done", "failed", "busy"]
+    status: Literal["done", "failed", "busy", "unsuitable"]
     seconds: float = 0.0
     message: str = ""
     exit_code: int = 0
     crash_file: str = ""
     warnings: tuple[str, ...] = ()
+    input_sha256: str = ""
+    fingerprint: str = ""

@@ -11,11 +11,17 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cadiff_cli
-from cadiff_cli.errors import CadiffError, DiskError, OutputError, in_a_line
+from cadiff_cli.errors import (
+    CadiffError,
+    DiskError,
+    OutputError,
+    UnsuitableError,
+    in_a_line,
+)
 from cadiff_cli.io.layout import Derivatives, finished_result, page_path
 from cadiff_cli.io.locks import locked
 from cadiff_cli.io.nifti import remove_partial
@@ -75,9 +81,17 @@ class Journal:
     def failed_since(self, entities: str, path: Path) -> str:
         """Why the scan failed after ``path`` was written; empty if it did not."""
         last, record = self.read(entities), self.folder / f"{entities}.json"
-        if last is None or last.status != "failed":
+        if last is None or last.status not in ("failed", "unsuitable"):
             return ""
         return last.message if record.stat().st_mtime > path.stat().st_mtime else ""
+
+    def unsuitable(self, job: Job) -> Outcome | None:
+        """The last outcome of a scan that can never be segmented, if nothing has changed since."""
+        last = self.read(job.entities)
+        if last is None or last.status != "unsuitable" or job.overwrite:
+            return None
+        same = last.fingerprint == job.recipe.fingerprint()
+        return last if same and not job.has_changed(last.input_sha256) else None
 
     @contextmanager
     def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
@@ -108,30 +122,38 @@ def alone(out: Path, entities: str) -> Iterator[None]:
 
 
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
-    """Record a failed job, with a crash file that holds what is needed to mend it."""
-    trace = "".join(traceback.format_exception(error))
+    """Record a job that failed, or whose scan can never be segmented."""
+    told = error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         # A library's, raised as it is.
-        error = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
-    path = job.log_dir / f"crash-{job.entities}.txt"
-    settings = json.dumps(job.recipe.settings(), indent=2)
-    text = f"cadiff {cadiff_cli.__version__}\ninput {job.t1}\nsettings {settings}\n\n{trace}"
-    crash_file = ""
-    try:
-        write_text(path, text)
-        crash_file = path.relative_to(job.out).as_posix()
-    except CadiffError:
-        log.warning("cannot write %s", path)
-    outcome = Outcome(
-        job.entities,
-        "failed",
-        round(seconds, 1),
-        in_a_line(error),
-        error.exit_code if isinstance(error, CadiffError) else 1,
-        crash_file,
-    )
+        told = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
+    code = told.exit_code if isinstance(told, CadiffError) else 1
+    outcome = Outcome(job.entities, "failed", round(seconds, 1), in_a_line(told), code)
+    if isinstance(error, UnsuitableError):
+        outcome = replace(
+            outcome,
+            status="unsuitable",
+            input_sha256=job.input_sha256(),
+            fingerprint=job.recipe.fingerprint(),
+        )
+    else:
+        outcome = replace(outcome, crash_file=_write_crash_file(job, error))
     try:
         Journal(job.out).record(outcome)
     except CadiffError:
         log.warning("cannot write the journal of %s", job.out)
     return outcome
+
+
+def _write_crash_file(job: Job, error: BaseException) -> str:
+    """What is needed to mend a failure; returns where it lies, empty if it cannot be written."""
+    trace = "".join(traceback.format_exception(error))
+    path = job.log_dir / f"crash-{job.entities}.txt"
+    settings = json.dumps(job.recipe.settings(), indent=2)
+    text = f"cadiff {cadiff_cli.__version__}\ninput {job.t1}\nsettings {settings}\n\n{trace}"
+    try:
+        write_text(path, text)
+    except CadiffError:
+        log.warning("cannot write %s", path)
+        return ""
+    return path.relative_to(job.out).as_posix()

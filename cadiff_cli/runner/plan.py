@@ -1,29 +1,48 @@
 """Which scans of a dataset are to be done, and which are done already."""
 
+import gzip
+import hashlib
 import time
 import uuid
-from collections import Counter
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadiff_cli.errors import DataError
-from cadiff_cli.io.bids import Dataset, Selection, source_entities
+from cadiff_cli.errors import CadiffError, DataError
+from cadiff_cli.io.bids import Dataset, source_entities
 from cadiff_cli.io.layout import finished
-from cadiff_cli.runner.job import Job
+from cadiff_cli.io.nifti import stem
+from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.selection import Selection
+from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.journal import Journal
 
 
 @dataclass(frozen=True)
 class Plan:
     """``jobs`` to execute; ``pages`` are jobs that only lack their page; ``notes`` for the user.
 
-    ``done`` names complete results that stay.
+    ``done`` names complete results that stay; ``failed`` are jobs that cannot be begun, with why.
+    ``unsuitable`` are outcomes of earlier runs, which would be the same again.
     """
 
     jobs: tuple[Job, ...]
     pages: tuple[Job, ...]
     done: tuple[str, ...]
+    failed: tuple[tuple[Job, Exception], ...]
+    unsuitable: tuple[Outcome, ...]
     notes: tuple[str, ...]
+
+    @property
+    def status(self) -> dict[str, str]:
+        """What would become of each scan: ``todo``, ``done``, ``failed`` or ``unsuitable``."""
+        found = dict.fromkeys(self.done, "done")
+        found |= {job.entities: "todo" for job in self.jobs}
+        found |= {job.entities: "done" for job in self.pages}
+        found |= {job.entities: "failed" for job, _ in self.failed}
+        found |= {outcome.entities: "unsuitable" for outcome in self.unsuitable}
+        return dict(sorted(found.items()))
 
 
 def new_run_id() -> str:
@@ -41,38 +60,75 @@ def make_plan(
 
     ``like`` gives everything but the scan.  Results of other settings or of another version are
     refused, whichever scan they are of: a dataset is made one way.  If ``like`` may overwrite,
-    those of the selected scans are made again.
+    those of the selected scans are made again.  What is wrong with one scan is that scan's.
     """
-    images, ignored = dataset.t1w(selection, database)
-    jobs = [like.of(path, dataset.uri(path)) for path in images]
-    _refuse_namesakes(jobs)
-    why = "has no BIDS name" if database is None else f"has no BIDS name, or {database} is older"
-    notes = [f"{path.relative_to(dataset.root)} {why}: ignored" for path in ignored]
-    named = {job.entities.split("_")[0] for job in jobs}
-    labels = selection.participants or dataset.participants()
-    notes += [f"sub-{x} has no T1w image that fits" for x in labels if f"sub-{x}" not in named]
-    selected = {job.entities for job in jobs}
-    for result in finished(like.out):
-        if result.entities not in selected and not like.overwrite:
+    selected = dataset.select(selection, database)
+    if not like.overwrite:
+        for result in finished(like.out):
             like.refuse(result.entities, like.recipe.differs(result.sidecar))
-    done = {job.entities for job in jobs if job.is_finished()}
-    todo = tuple(job for job in jobs if job.entities not in done)
-    pages = tuple(job for job in jobs if job.entities in done and job.lacks_page())
-    done -= {job.entities for job in pages}
-    return Plan(todo, pages, tuple(sorted(done)), tuple(notes))
+    journal, notes = Journal(like.out), [*selected.notes]
+    jobs, pages, done = list[Job](), list[Job](), list[str]()
+    failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()
+    for paths in _by_name(selected.images).values():
+        job = like.of(paths[0], dataset.uri(paths[0]))
+        try:
+            if len(paths) > 1:
+                image = _one_of(paths)
+                notes.append(f"{image.name} is taken; {paths[0].name} is the same image")
+                job = like.of(image, dataset.uri(image))
+            if job.is_finished():
+                if job.lacks_page():
+                    pages.append(job)
+                else:
+                    done.append(job.entities)
+            elif before := journal.unsuitable(job):
+                unsuitable.append(before)
+            else:
+                jobs.append(job)
+        except (CadiffError, OSError) as error:
+            failed.append((job, error))
+    return Plan(
+        tuple(jobs), tuple(pages), tuple(done), tuple(failed), tuple(unsuitable), tuple(notes)
+    )
 
 
 def scan_names(dataset: Dataset, selection: Selection, database: Path | None = None) -> list[str]:
     """Entities of the selected scans."""
-    images, _ = dataset.t1w(selection, database)
-    return [source_entities(path) for path in images]
+    return [*_by_name(dataset.select(selection, database).images)]
 
 
-def _refuse_namesakes(jobs: Sequence[Job]) -> None:
-    for entities, n in Counter(job.entities for job in jobs).items():
-        if n > 1:
-            names = [str(job.t1) for job in jobs if job.entities == entities]
-            raise DataError(
-                f"{' and '.join(names)} would have the same results",
-                "remove one of them, or choose with --bids-filter-file",
-            )
+def _by_name(images: Iterable[Path]) -> dict[str, list[Path]]:
+    """Images by the entities that their results would be named after."""
+    found = dict[str, list[Path]]()
+    for path in images:
+        found.setdefault(source_entities(path), []).append(path)
+    return found
+
+
+def _one_of(namesakes: Sequence[Path]) -> Path:
+    """The compressed one of two files of one image.
+
+    Raises ``DataError`` where they are two images: their results would have the same names.
+    """
+    names = " and ".join(path.name for path in namesakes)
+    if len({stem(path) for path in namesakes}) > 1:
+        raise DataError(
+            f"{names} would have the same results",
+            'choose with a --bids-filter-file of {"t1w": {"suffix": "T1w"}}, or "UNIT1"',
+        )
+    plain, packed = sorted(namesakes)
+    if not _is_packed(plain, packed):
+        raise DataError(
+            f"{names} are not the same image",
+            'remove one, or choose with a --bids-filter-file of {"t1w": {"extension": ".nii.gz"}}',
+        )
+    return packed
+
+
+def _is_packed(plain: Path, packed: Path) -> bool:
+    """Whether a file is another one, compressed."""
+    try:
+        with gzip.open(packed) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == sha256(plain)
+    except (OSError, EOFError, zlib.error):  # one of them is damaged
+        return False
