@@ -83,7 +83,7 @@ def rgb(write):
 
 
 def hounsfield(write):
-    data = np.full(SHAPE, -1000, dtype=np.float32)
+    data = noise() - 1000
     data[20:60, 20:60, 20:60] = 40 + noise((40, 40, 40))
     return write(data)
 

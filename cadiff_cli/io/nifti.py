@@ -53,6 +53,16 @@ ROUNDING_OF_TEXT = 1e-3
 """The same for one that somebody wrote with three decimals."""
 SAME_SIZE = 0.01
 """By how much (relative) a header's two statements of a voxel's size may differ."""
+AIR_HU = -500.0
+"""Hounsfield units below which there is air, or what lies outside the circle that was scanned."""
+LEAST_FAT = 0.03
+"""Share of a CT's voxels, air apart, that is fat; a head has three times as much."""
+LEAST_CORNERS = 4
+"""Of the eight corners of an image, how many its padding covers."""
+MIXED = 0.02
+"""Share of voxels at either end of an image's range that may be mixtures of padding and air."""
+FAR = 0.05
+"""How far from the range of an image its padding lies, as a share of it; nearer, it is harmless."""
 
 LEAST_FREE_BYTES = 50_000_000
 """Less than one scan's results: it is better said before they are worked out."""
@@ -293,13 +303,14 @@ def load_scan(path: Path) -> Scan:
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise UnsuitableError(f"{name} is {kind}", "give a T1-weighted image")
-    # Air has -1000 in CT, and what lies around it less; MR with signed values has 0 on average.
-    air, high = border_value(data), np.percentile(data, 90)
-    if air < -500 < high:
+    plain, said = _without_padding(data, name)
+    if _is_ct(data, plain):
         raise UnsuitableError(
-            f"{name} looks like a CT in Hounsfield units ({air:.0f} at its faces)",
+            f"{name} looks like a CT in Hounsfield units ({border_value(data):.0f} at its faces)",
             "give a T1-weighted MR image",
         )
+    data = plain
+    warnings.extend(said)
     if grid.spacing_mm.max() > 3.0:
         warnings.append(
             f"voxels of {np.round(grid.spacing_mm, 2).tolist()} mm are coarse:"
@@ -312,6 +323,46 @@ def load_scan(path: Path) -> Scan:
 def finite(data: np.ndarray) -> np.ndarray:
     """``data`` with 0 for NaN and infinite values."""
     return np.asarray(np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0))
+
+
+def _without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
+    """``data`` with its own air where a constant far from all else pads it, and what was done.
+
+    Tools that turn or enlarge a field of view fill its corners, often with -1000.  Splines and
+    linear interpolation leave mixtures of pad and air between the two.
+    """
+    values, counts = np.unique(data[np.ix_([0, -1], [0, -1], [0, -1])], return_counts=True)
+    pad, rest = float(values[counts.argmax()]), data[data != values[counts.argmax()]]
+    if pad == 0 or counts.max() < LEAST_CORNERS:  # 0 is everybody's air
+        return data, []
+    low, high = (float(v) for v in np.quantile(rest, [MIXED, 1 - MIXED]))
+    reach = FAR * (high - low)
+    air = low if low < -reach else 0.0  # splines ring a little below 0
+    if pad < min(low, 0) - reach:
+        # What has no values below 0 of its own has none but mixtures there.
+        padded = data < (-reach if air == 0 else (pad + low) / 2)
+    elif pad > max(high, 0) + reach:
+        padded = data > (pad + high) / 2
+    else:
+        return data, []
+    share = f"{np.mean(padded):.1%} of {name} is padding of {pad:g}"
+    return np.where(padded, np.float32(air), data), [f"{share}: it was set to {air:g}"]
+
+
+def _is_ct(data: np.ndarray, plain: np.ndarray) -> bool:
+    """Whether an image is a CT in Hounsfield units; ``plain`` is it ``_without_padding``.
+
+    Air has -1000, and what lies around the circle that was scanned less; fat has -100, and a bare
+    brain 0 to 60.  MR that was padded has nothing of that between pad and 0.
+    """
+    if not border_value(data) < AIR_HU < np.percentile(data, 99):
+        return False
+    if border_value(plain) < AIR_HU:
+        return True
+    tissue = data[data > AIR_HU]
+    low, first, last, high = np.percentile(tissue, [5, 25, 75, 95])
+    bare = low > -20 and high < 80 and 15 < (first + last) / 2 < 60 and last - first < 25
+    return bool(bare or np.mean((tissue > -200) & (tissue < -20)) > LEAST_FAT)
 
 
 def _frame_warnings(header: Any, name: str) -> list[str]:
