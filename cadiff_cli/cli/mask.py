@@ -53,7 +53,10 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     claim()
     method = StripConfig(skull_strip)
     template = _template(scan, method, offline)
-    with alone(out, place.stem), TemporaryDirectory(prefix="cadiff-") as work:
+    with (
+        alone(out, place.stem),
+        TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work,
+    ):
         claim()  # again: another process may have finished meanwhile
         stripped = strip(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)

@@ -75,7 +75,7 @@ def segment_file(
         device = prepare_torch(threads, config.sample.device)
         loaded = load_model(model)
         templates = load_templates(atlas, offline=offline)
-        with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+        with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
             result = segment_scan(
                 scan,
                 templates,
