@@ -8,17 +8,40 @@ CGROUP = Path("/sys/fs/cgroup")
 ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
 """By which ANTs is told how many threads to use."""
 MEMBERSHIP = Path("/proc/self/cgroup")
+THREADS = "OMP_NUM_THREADS"
+"""By which a user tells torch, numpy and their like how many threads to use."""
+THREAD_VARIABLES = (THREADS, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def share_cores() -> None:
+    """Keep libraries that are imported from now on to ``cores()``, unless the user set a number.
+
+    They see the processors of the host, but not the quota of a container.  Without a quota their
+    own choice stands: some take one thread for the two that a core of two threads offers.
+    """
+    if THREADS not in os.environ and cores() < _processors():
+        os.environ.update(thread_variables(cores()))
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """The environment of a process whose libraries are to use so many threads."""
+    return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def cores() -> int:
-    """Processors that this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [allowed or 1]
+    """Processors that this process may use: whole ones of a quota, at least one."""
+    found = [_processors()]
     for group in _groups("cpu"):  # docker run --cpus 2, a SLURM job
         quota, period = _numbers(group, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
         if quota and period:
             found.append(quota // period)
     return max(1, min(found))
+
+
+def _processors() -> int:
+    """Those that this process may run on, whichever part of their time is its own."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return allowed or 1
 
 
 def free_memory_bytes() -> int:

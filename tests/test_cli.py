@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from cadiff_cli import machine
 from cadiff_cli.cli import COMMANDS, cadiff, guarded
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
 from cadiff_cli.io.nifti import save_volume
@@ -188,6 +189,66 @@ def test_errors_become_one_line_and_a_code(error, code, text, capsys):
 def test_success_is_zero():
     assert guarded(lambda: None) == 0
     assert guarded(lambda: 3) == 3
+
+
+@pytest.fixture
+def quota(tmp_path, monkeypatch):
+    """Say that we live in a container with so much of a host of 64 processors."""
+
+    def limit(said):
+        (tmp_path / "cpu.max").write_text(said)
+        (tmp_path / "membership").write_text("0::/\n")
+        monkeypatch.setattr(machine, "CGROUP", tmp_path)
+        monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+        for name in machine.THREAD_VARIABLES:
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("said", "threads"),
+    [("350000 100000", "3"), ("50000 100000", "1"), ("max 100000", None), ("9900000 100000", None)],
+    ids=["floor", "at least one", "no quota", "more than there is"],
+)
+def test_every_command_keeps_to_the_quota(quota, said, threads):
+    quota(said)
+    seen = []
+    guarded(lambda: seen.extend(os.environ.get(name) for name in machine.THREAD_VARIABLES))
+    assert seen == [threads] * 3
+
+
+def test_a_user_s_number_of_threads_wins(quota, monkeypatch):
+    quota("200000 100000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    guarded(lambda: None)
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    assert "MKL_NUM_THREADS" not in os.environ
+
+
+def test_torch_uses_the_threads_that_a_container_has(tmp_path):
+    """The number is settled before a command imports torch; ``--threads`` changes it later."""
+    (tmp_path / "cpu.max").write_text("190000 100000")
+    (tmp_path / "membership").write_text("0::/\n")
+    code = (
+        "import os; from pathlib import Path; from cadiff_cli import machine;"
+        f"machine.CGROUP = Path({str(tmp_path)!r});"
+        "machine.MEMBERSHIP = machine.CGROUP / 'membership';"
+        "os.sched_getaffinity = lambda _: set(range(64));"
+        "from cadiff_cli.cli import guarded\n"
+        "def call():\n"
+        "    import torch; from cadiff_cli.runner.execute import prepare_torch\n"
+        "    for given in (None, 2):\n"
+        "        prepare_torch(given, 'cpu'); print(torch.get_num_threads())\n"
+        "guarded(call)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in machine.THREAD_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split() == ["1", "2"], done.stderr
 
 
 @pytest.fixture(scope="module")

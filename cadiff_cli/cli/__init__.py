@@ -81,6 +81,7 @@ def guarded(call: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Libraries look for a home when they are imported; a container's user may have none.
     os.environ.setdefault("HOME", str(machine.home()))
+    machine.share_cores()
     try:
         code = call()
         return code if isinstance(code, int) else 0

@@ -34,7 +34,7 @@ def run_dask(
         n_workers=workers,
         threads_per_worker=1,
         dashboard_address=None,
-        env={"OMP_NUM_THREADS": str(threads), machine.ITK_THREADS: "1"},
+        env={**machine.thread_variables(threads), machine.ITK_THREADS: "1"},
     )
     try:
         client = Client(cluster, timeout=TIMEOUT)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cadiff_cli
+from cadiff_cli import machine
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.derivatives import save_result
@@ -99,6 +100,7 @@ def prepare_torch(threads: int | None, device: str) -> "torch.device":
 
     if threads:
         torch.set_num_threads(threads)
+    LOGGER.info("%d threads of %d cores", torch.get_num_threads(), machine.cores())
     return pick_device(device)
 
 

@@ -26,7 +26,6 @@ TRIES = 2
 """A scan whose worker died is tried once more: the memory that was short may be free by then."""
 GRACE_S = 10.0
 """How long a worker may take to clean up before it is killed."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Worker:
@@ -110,8 +109,7 @@ def _how_it_died(code: int | None) -> tuple[str, str]:
 
 def _serve(pipe: Connection, threads: int) -> None:
     """Life of a worker process: until its parent closes the pipe, or dies."""
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(threads)
+    os.environ.update(machine.thread_variables(threads))
     os.environ[machine.ITK_THREADS] = "1"  # as many workers register at once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up code
