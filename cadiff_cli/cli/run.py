@@ -26,8 +26,10 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     """Values of a ``--config-file`` become defaults, so that flags win over them."""
     if path is None:
         return None
+    from cadiff_cli.io.text import read_text
+
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = tomllib.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path} is not readable TOML ({error})") from error
     known = [p.name for p in ctx.command.params if isinstance(p, click.Option) and p.name]

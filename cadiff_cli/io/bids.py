@@ -23,6 +23,7 @@ from cadiff_cli.errors import (
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.nifti import load_scan, stem
 from cadiff_cli.io.selection import EVERYTHING, MAGNITUDE, TAKEN, UNIT1, Selection
+from cadiff_cli.io.text import read_text
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
@@ -159,7 +160,7 @@ class Dataset:
                 f"{self.root} has no dataset_description.json", "give the root of a BIDS dataset"
             )
         try:
-            found = json.loads(path.read_text(encoding="utf-8-sig"))
+            found = json.loads(read_text(path))
         except (ValueError, OSError) as error:
             raise InvalidDatasetError(
                 f"{path} is not readable JSON ({error})", "mend it"
@@ -333,7 +334,7 @@ class Dataset:
 
         path = self.root / ".bidsignore"
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+            lines = read_text(path).splitlines() if path.is_file() else []
             spec = GitIgnoreSpec.from_lines(lines)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error})", "mend or remove it") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import MissingInputError, UsageError
+from cadiff_cli.io.text import read_text
 
 SUFFIXES = T1W, UNIT1 = "T1w", "UNIT1"
 """Of what can be segmented; the second is the uniform image of an MP2RAGE."""
@@ -110,7 +111,7 @@ def read_filters(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingInputError(f"no such file: {path}", "check --bids-filter-file")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8-sig"))["t1w"].items())
+        return dict(json.loads(read_text(path))["t1w"].items())
     except KeyError as error:
         raise UsageError(
             f"{path} says nothing of t1w", 'write {"t1w": {}} if every T1w image is wanted'
@@ -139,7 +140,7 @@ def labels(words: Sequence[str], prefix: str, known: Collection[str]) -> tuple[s
 
 def _listed(path: Path, prefix: str) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a list ({error})", "one label a line") from error
     lines = [line.split() for line in text.splitlines() if line.strip()]
