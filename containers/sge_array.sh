@@ -13,7 +13,8 @@
 set -uo pipefail
 list=$1 bids=$2 out=$3
 shift 3
-participant=$(sed -n "${SGE_TASK_ID}p" "$list")
+# A list from Windows has a byte order mark and carriage returns.
+participant=$(sed $'s/^\xef\xbb\xbf//; s/\r$//' "$list" | sed -n "${SGE_TASK_ID}p")
 work=$(mktemp -d "${TMPDIR:-/tmp}/cadiff-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 # Apptainer sees it wherever it lies, whatever else is bound.

@@ -2,12 +2,12 @@
 # One participant a task, on SLURM.  From a folder that all nodes see:
 #
 #   cadiff run BIDS OUT participant --dry-run OPTIONS |
-#     awk -F'\t' '$2 == "todo" { sub(/_.*/, "", $1); print $1 }' | sort -u > todo.txt
+#     awk -F'\t' '$2 ~ /^(todo|failed)$/ { sub(/_.*/, "", $1); print $1 }' | sort -u > todo.txt
 #   sbatch --array=1-$(wc -l < todo.txt) containers/slurm_array.sh todo.txt BIDS OUT OPTIONS
 #   cadiff run BIDS OUT group
 #
-# Afterwards the same three lines resubmit only what failed or was killed: finished scans are never
-# listed as todo.  A task ends with cadiff's exit code (sacct shows it).
+# Afterwards the same three lines resubmit only what failed or was killed: scans that are finished or
+# unsuitable are not listed.  A task ends with cadiff's exit code (sacct shows it).
 #
 # CADIFF_RUN is the command, "cadiff run" by default; for a container:
 #   export CADIFF_RUN="apptainer run --cleanenv --bind $PWD /images/cadiff.sif"
@@ -20,7 +20,8 @@
 set -uo pipefail
 list=$1 bids=$2 out=$3
 shift 3
-participant=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$list")
+# A list from Windows has a byte order mark and carriage returns.
+participant=$(sed $'s/^\xef\xbb\xbf//; s/\r$//' "$list" | sed -n "${SLURM_ARRAY_TASK_ID}p")
 # Scratch is the node's own disk: what is temporary never crosses the network.
 work=$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cadiff-XXXXXX")
 trap 'rm -rf "$work"' EXIT

@@ -24,7 +24,9 @@ def task(small_head, tiny_weights, tmp_path):
     """The second task of an array over three participants, one of them broken."""
     bids = write_dataset(tmp_path / "bids", small_head, ["sub-01_T1w", "sub-02_T1w"])
     (bids / "sub-02" / "anat" / "sub-02_T1w.nii.gz").write_bytes(b"\x1f\x8b broken")
-    (tmp_path / "todo.txt").write_text("sub-02\nsub-01\n")
+    # As Windows writes it; and a file that is called like a participant is no list of others.
+    (tmp_path / "todo.txt").write_bytes(b"\xef\xbb\xbfsub-02\r\nsub-01\r\n")
+    (tmp_path / "sub-01").write_text("sub-77\n")
     run = tmp_path / "cadiff-run"
     run.write_text(f'#!/bin/sh\nexec {" ".join(map(_quoted, command("run")))} "$@"\n')
     run.chmod(0o755)
@@ -79,8 +81,6 @@ def test_a_time_limit_reaches_cadiff(task, tmp_path):
 def test_only_unfinished_participants_are_listed_again(task, tmp_path, tiny_weights):
     """The pipeline of commands that the scripts' headers show."""
     task("slurm_array.sh").communicate(timeout=120)
-    header = (ROOT / "containers" / "slurm_array.sh").read_text()
-    (awk,) = re.findall(r"awk -F'\\t' '(.+)' \| sort -u", header)
     listing = command("run", "bids", "out", "participant", "--dry-run", *QUICK)
     listed = subprocess.run(
         [*listing, "--model", tiny_weights],
@@ -89,10 +89,25 @@ def test_only_unfinished_participants_are_listed_again(task, tmp_path, tiny_weig
         capture_output=True,
         check=True,
     )
-    todo = subprocess.run(
-        ["awk", "-F\t", awk], input=listed.stdout, capture_output=True, check=True
-    )
-    assert todo.stdout.split() == [b"sub-02"]
+    assert _to_submit(listed.stdout) == [b"sub-02"]
+
+
+def _to_submit(listed):
+    """Participants that the command line of the scripts' header chooses from a dry run's list."""
+    headers = [
+        (ROOT / place).read_text() for place in ("containers/slurm_array.sh", "docs/bids-app.md")
+    ]
+    commands = {re.search(r"awk -F'\\t' '(.+)' \| sort -u", text).group(1) for text in headers}
+    (awk,) = commands
+    return subprocess.run(
+        ["awk", "-F\t", awk], input=listed, capture_output=True, check=True
+    ).stdout.split()
+
+
+def test_what_would_end_the_same_is_not_submitted():
+    statuses = (b"done", b"todo", b"failed", b"unsuitable")
+    listed = b"".join(b"sub-%s_ses-1\t%s\n" % (status[:1], status) for status in statuses)
+    assert _to_submit(listed) == [b"sub-t", b"sub-f"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make namespaces")

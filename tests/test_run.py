@@ -301,9 +301,8 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
     described = json.loads((out / "group_morph.json").read_text())
     assert list(described) == list(rows[GOOD[0]])
     row = rows["sub-01_ses-b_run-2"]
-    assert [row[k] for k in ("participant_id", "session_id", "run", "acquisition")] == [
-        *("sub-01", "ses-b", "2", "n/a")
-    ]
+    which = ("participant_id", "session_id", "run", "acquisition", "ceagent", "suffix")
+    assert [row[k] for k in which] == ["sub-01", "ses-b", "2", "n/a", "n/a", "T1w"]
     # Volumes are those of the scan's own table, under the same name.
     for entities, row in rows.items():
         with (anat(out, entities) / f"{entities}_desc-volumetric_morph.tsv").open() as stream:
