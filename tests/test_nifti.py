@@ -459,6 +459,13 @@ def test_a_name_that_no_file_system_takes_is_a_missing_input(tmp_path):
         load_volume(tmp_path / f"{'x' * 300}.nii.gz")
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    path = tmp_path / "scan.nii.gz"
+    os.mkfifo(path)
+    with pytest.raises(MissingInputError, match="pipe"):
+        load_volume(path)
+
+
 def test_a_scan_knows_which_file_it_was(write_image):
     path = write_image(noise())
     scan = load_scan(path)

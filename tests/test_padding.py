@@ -65,6 +65,7 @@ CT = {
         np.hypot(X, Y) < 31, np.maximum(ct(), -1024), -2000
     ),
     "turned": lambda: turned(ct(), -1024),
+    "cut out": lambda: bare(ct(), -1024, radius=24),
     "a bare brain": lambda: bare(ct(), -1024, radius=17),
 }
 
@@ -97,6 +98,11 @@ def test_padding_becomes_air(tmp_path, kind, pad):
     off = abs(np.maximum(scan.t1.data, 0) - np.maximum(wanted, 0)) > 1.01
     assert off.mean() < 0.02
     assert not off[RADIUS < 24].any()
+    assert (
+        not far
+        or pad > 0
+        or scan.t1.data.min() > min(wanted.min(), -0.06 * np.quantile(wanted, 0.98))
+    )
 
 
 def test_without_padding_nothing_changes(tmp_path):
@@ -107,10 +113,11 @@ def test_without_padding_nothing_changes(tmp_path):
         assert not any("padding" in text for text in scan.warnings)
 
 
-@pytest.mark.parametrize("scored", [False, True])
-def test_a_bare_brain_far_above_its_background_stays_one(tmp_path, scored):
-    brain = mr()
-    if scored:
+@pytest.mark.parametrize("scale", [1.0, 0.2, None])
+def test_a_bare_brain_far_above_its_background_stays_one(tmp_path, scale):
+    """Also of few grey values, or z-scored (None)."""
+    brain = mr(scale or 1.0)
+    if scale is None:
         brain = (brain - brain[RADIUS < 19].mean()) / brain[RADIUS < 19].std()
     scan = read(tmp_path, bare(brain, -1000))
     found = stripped_brain(scan.t1)

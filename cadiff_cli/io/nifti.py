@@ -92,6 +92,8 @@ def check_there(path: Path) -> None:
             raise MissingInputError(
                 f"{path} is a folder", "give one image file (dcm2niix makes one of DICOM slices)"
             )
+        if not path.is_file():
+            raise MissingInputError(f"{path} is a pipe or a device", "give one image file")
     except OSError as error:  # a folder above it that may not be entered, a name too long
         raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
     if not os.access(path, os.R_OK):
@@ -219,21 +221,16 @@ def _has_junk(path: Path, stream: gzip.GzipFile, end: int) -> bool:
 
 def _sound_bytes(path: Path) -> int:
     """How many bytes the gzip members hold with which a file begins, whole and with right sums."""
-    count = 0
-    with path.open("rb") as file:
-        rest = file.read(1 << 20)
-        while rest.startswith(GZIP):
-            member, held = zlib.decompressobj(zlib.MAX_WBITS | 16), 0
-            try:
-                while rest and not member.eof:
-                    held += len(member.decompress(rest))
-                    rest = member.unused_data or file.read(1 << 20)
-            except zlib.error:
-                break
-            if not member.eof:
-                break
-            count += held
-            rest = rest + file.read(len(GZIP)) if len(rest) < len(GZIP) else rest
+    count, rest = 0, path.read_bytes()
+    while rest.startswith(GZIP):
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            held = len(member.decompress(rest))
+        except zlib.error:
+            break
+        if not member.eof:
+            break
+        count, rest = count + held, member.unused_data
     return count
 
 
@@ -360,8 +357,8 @@ def _is_ct(data: np.ndarray, plain: np.ndarray) -> bool:
     if border_value(plain) < AIR_HU:
         return True
     tissue = data[data > AIR_HU]
-    low, first, last, high = np.percentile(tissue, [5, 25, 75, 95])
-    bare = low > -20 and high < 80 and 15 < (first + last) / 2 < 60 and last - first < 25
+    first, last = np.percentile(tissue, [25, 75])
+    bare = 15 < (first + last) / 2 < 60 and last - first < 25
     return bool(bare or np.mean((tissue > -200) & (tissue < -20)) > LEAST_FAT)
 
 
