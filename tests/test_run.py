@@ -476,7 +476,7 @@ def test_a_run_can_stop_at_the_first_crash(small_head, tiny_weights, tmp_path):
 
 def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny_weights, tmp_path):
     """A slab, two files of one image, and two images of one name: each is its own trouble only."""
-    names = [f"sub-0{n}_T1w" for n in (1, 2, 3)]
+    names = ("sub-01_UNIT1", "sub-02_T1w", "sub-03_T1w")
     bids, out = write_dataset(tmp_path / "bids", small_head, names), tmp_path / "out"
     one, two, slab = (bids / name[:6] / "anat" / f"{name}.nii.gz" for name in names)
     for path in (one, two):
@@ -485,11 +485,12 @@ def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny
     grid = small_head.t1.grid.crop((0, 0, 0), (*small_head.t1.grid.shape[:2], 20))
     save_volume(slab, small_head.t1.data[:, :, :20], grid)
     call = ("run", bids, out, "participant", *QUICK, "--model", tiny_weights, "--nprocs", "1")
+    call += ("--bids-filter-file", _filters(tmp_path, suffix=["T1w", "UNIT1"]))
 
     done = cadiff(*call)
     assert done.returncode == 1, done.stderr
     assert "1 done, 1 failed, 1 unsuitable" in done.stderr
-    assert "sub-01_T1w.nii.gz is taken; sub-01_T1w.nii is the same image" in done.stderr
+    assert "sub-01_UNIT1.nii.gz is taken; sub-01_UNIT1.nii is the same image" in done.stderr
     failed, unsuitable = (
         re.search(rf"^ *{title}\n.*?\n\n", done.stderr + "\n\n", re.M | re.S)
         for title in ("failed", "unsuitable")
@@ -501,14 +502,17 @@ def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny
     assert [result.entities for result in finished(out)] == ["sub-01"]
     assert [path.name for path in out.rglob("crash-*")] == ["crash-sub-02.txt"]
 
-    filters = _filters(tmp_path, extension=".nii.gz")  # as the failure said
-    done = cadiff(*call, "group", "--bids-filter-file", filters)
+    _filters(tmp_path, suffix=["T1w", "UNIT1"], extension=".nii.gz")  # as the failure said
+    done = cadiff(*call, "group")
     assert done.returncode == 0, done.stderr
     assert "1 done, 1 done before, 1 unsuitable" in done.stderr
     assert "sub-03 is not in the table: unsuitable: sub-03_T1w.nii.gz covers" in done.stderr
     with (out / "group_missing.tsv").open() as stream:
         (missing,) = csv.DictReader(stream, delimiter="\t")
     assert (missing["scan"], missing["reason"][:12]) == ("sub-03", "unsuitable: ")
+    with (out / "group_morph.tsv").open() as stream:
+        suffixes = {row["scan"]: row["suffix"] for row in csv.DictReader(stream, delimiter="\t")}
+    assert suffixes == {"sub-01": "UNIT1", "sub-02": "T1w"}
 
     two.with_suffix("").unlink()
     done = cadiff(*call, "--dry-run")
