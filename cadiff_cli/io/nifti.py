@@ -329,10 +329,10 @@ def _without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]
     linear interpolation leave mixtures of pad and air between the two.
     """
     values, counts = np.unique(data[np.ix_([0, -1], [0, -1], [0, -1])], return_counts=True)
-    pad, rest = float(values[counts.argmax()]), data[data != values[counts.argmax()]]
+    pad = float(values[counts.argmax()])
     if pad == 0 or counts.max() < LEAST_CORNERS:  # 0 is everybody's air
         return data, []
-    low, high = (float(v) for v in np.quantile(rest, [MIXED, 1 - MIXED]))
+    low, high = (float(v) for v in np.quantile(data[data != pad], [MIXED, 1 - MIXED]))
     reach = FAR * (high - low)
     air = low if low < -reach else 0.0  # splines ring a little below 0
     if pad < min(low, 0) - reach:
