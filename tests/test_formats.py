@@ -115,10 +115,13 @@ def analyze():
 
 
 FOREIGN = {
-    "bzip2": (bz2.compress(RAW["NIfTI-1"]), "bunzip2 scan.nii.gz"),
-    "xz": (lzma.compress(RAW["NIfTI-1"]), "unxz scan.nii.gz"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "zstd -d scan.nii.gz"),
-    "gzip-compressed twice": (gzip.compress(MEMBERS["one"]), "gunzip scan.nii.gz"),
+    "bzip2": (
+        bz2.compress(RAW["NIfTI-1"]),
+        "rename it to scan.nii.bz2, and unpack it: bunzip2 scan.nii.bz2",
+    ),
+    "xz": (lzma.compress(RAW["NIfTI-1"]), "unxz scan.nii.xz"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "zstd -d scan.nii.zst"),
+    "gzip-compressed twice": (gzip.compress(MEMBERS["one"]), "gunzip scan.nii.gz.gz"),
     "zip": (zipped(), "unzip"),
     "tar": (tarred(), "tar xf"),
     "DICOM": (bytes(128) + b"DICM\x02\x00", "dcm2niix"),
@@ -126,8 +129,8 @@ FOREIGN = {
     "half of a NIfTI pair": (RAW["NIfTI-1"].replace(b"n+1", b"ni1", 1), "mri_convert"),
     "NRRD": (b"NRRD0004\ntype: short\n", "ConvertImage"),
     "MetaImage": (b"ObjectType = Image\nNDims = 3\n", "ConvertImage"),
-    "MINC": (b"\x89HDF\r\n\x1a\n" + bytes(99), "mnc2nii"),
-    "MRtrix": (b"mrtrix image\ndim: 2,2,2\n", "mrconvert"),
+    "MINC": (b"\x89HDF\r\n\x1a\n" + bytes(99), "mnc2nii scan.mnc scan.nii"),
+    "MRtrix": (b"mrtrix image\ndim: 2,2,2\n", "mrconvert scan.mif scan.nii.gz"),
     "web page": (b"\n<!DOCTYPE html><title>Log in</title>", "download it again"),
     "picture": (b"\x89PNG\r\n\x1a\n", "give the scan itself"),
     "zeros": (bytes(9999), "copy it again"),

@@ -26,10 +26,12 @@ _UNPACK, _CONVERT = "unpack it: {0} {{name}}", "convert it: {0}"
 _ANTS = _CONVERT.format("ConvertImage 3 {name} {stem}.nii.gz (of ANTs)")
 _AGAIN = "download it again"
 _FORMATS = (
-    _Format("zstd-compressed", rb"\x28\xb5\x2f\xfd", (".zst",), _UNPACK.format("zstd -d")),
-    _Format("bzip2-compressed", rb"BZh[1-9]", (".bz2",), _UNPACK.format("bunzip2")),
-    _Format("xz-compressed", rb"\xfd7zXZ\0", (".xz",), _UNPACK.format("unxz")),
-    _Format("gzip-compressed twice", GZIP, (), _UNPACK.format("gunzip")),
+    _Format(
+        "zstd-compressed", rb"\x28\xb5\x2f\xfd", (".nii.zst", ".zst"), _UNPACK.format("zstd -d")
+    ),
+    _Format("bzip2-compressed", rb"BZh[1-9]", (".nii.bz2", ".bz2"), _UNPACK.format("bunzip2")),
+    _Format("xz-compressed", rb"\xfd7zXZ\0", (".nii.xz", ".xz"), _UNPACK.format("unxz")),
+    _Format("gzip-compressed twice", GZIP, (".nii.gz.gz",), _UNPACK.format("gunzip")),
     _Format("a zip archive", rb"PK(\x03\x04|\x05\x06)", (".zip",), _UNPACK.format("unzip")),
     _Format(
         "a tar archive", rb".{257}ustar", (".tar", ".tar.gz", ".tgz"), _UNPACK.format("tar xf")
@@ -103,4 +105,10 @@ def foreign(name: str, stem: str, head: bytes = b"") -> tuple[str, str] | None:
     found = next(by_content, None)
     if found is None or found.what == "text":
         found = next(by_name, found)
-    return (f"{name} is {found.what}", found.remedy.format(name=name, stem=stem)) if found else None
+    if found is None:
+        return None
+    remedy, known = found.remedy, name
+    if "{" in remedy and not name.lower().endswith(found.suffixes):
+        known = f"{stem}{found.suffixes[0]}"  # tools go by names, and must not write over this one
+        remedy = f"rename it to {known}, and {remedy}"
+    return f"{name} is {found.what}", remedy.format(name=known, stem=stem)
