@@ -84,15 +84,15 @@ class Trial:
 
     def start(self, out: Path) -> subprocess.Popen[bytes]:
         """``cadiff run`` in a process group of its own."""
-        said = (self.place / "said.txt").open("ab")
         levels = ("participant", "group", "--skip-bids-validation", "-w", self.place / "work")
-        process = subprocess.Popen(
-            command("run", self.dataset, out, *levels, *self.arguments),
-            env=environment(),
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+        with (self.place / "said.txt").open("ab") as said:
+            process = subprocess.Popen(
+                command("run", self.dataset, out, *levels, *self.arguments),
+                env=environment(),
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
         self.begun.append(process)
         return process
 
