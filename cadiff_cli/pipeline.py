@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cadiff_cli.config import Config
 from cadiff_cli.products import Prepared, Result, Scan, Template
 from cadiff_cli.stages.condition import condition
+from cadiff_cli.stages.orientation import verified
 from cadiff_cli.stages.register import register
 from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -49,7 +50,9 @@ def prepare(
     """
     watch = watch or Stopwatch()
     with watch.stage("strip"):
-        stripped = strip(scan, strip_template(templates), config, work_dir)
+        stripped = verified(
+            scan, strip(scan, strip_template(templates), config, work_dir), templates[0]
+        )
     with watch.stage("register"):
         registrations = tuple(
             register(stripped, template, config.register, work_dir) for template in templates

@@ -67,7 +67,8 @@ class Stripped:
     """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
 
     ``quality`` tells how the mask looks (see ``stages.masks.MaskQuality``).  ``own`` is the mask on
-    the scan's own grid, where somebody drew it or cut the brain out there.
+    the scan's own grid, where somebody drew it or cut the brain out there.  ``t1`` is corrected for
+    a receive bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.
     """
 
     t1: Volume
@@ -76,6 +77,7 @@ class Stripped:
     warnings: tuple[str, ...] = ()
     quality: Mapping[str, float] = field(default_factory=dict)
     own: Volume | None = None
+    bias_ratio: float = 1.0
 
     @property
     def summary(self) -> str:

@@ -22,6 +22,7 @@ from cadiff_cli.errors import CadiffError, DiskError, OutputError, UsageError, i
 COMMANDS = {
     "seg": "Segment one T1-weighted scan.",
     "mask": "Find the brain in one scan.",
+    "reorient": "Mend a header that says wrongly how a scan lies.",
     "run": "Segment every scan of a BIDS dataset.",
     "report": "Write pages to look at from finished results.",
     "fetch": "Download templates for machines without a network.",

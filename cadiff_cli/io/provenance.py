@@ -71,6 +71,7 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
             for r in registrations
         ],
         "SkullStripping": result.prepared.stripped.method,
+        "BiasRatio": result.prepared.stripped.bias_ratio,
         "Settings": recipe.settings(),
         "Fingerprint": recipe.fingerprint(),
         "SourceSHA256": result.prepared.scan.sha256 or sha256(result.prepared.scan.path),
@@ -86,6 +87,7 @@ def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:
     return {
         "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
         "Packages": software(),
+        "BiasRatio": stripped.bias_ratio,
         **({"WeightsSHA256": strip_weights_sha256(StripConfig("net"))} if learned else {}),
         "SourceSHA256": scan.sha256 or sha256(scan.path),
     }

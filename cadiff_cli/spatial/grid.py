@@ -41,9 +41,13 @@ class Grid:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
 
     def __repr__(self) -> str:
-        axes = "".join(orientations.aff2axcodes(self.affine))
         size = "x".join(map(str, self.shape))
-        return f"<Grid {size} {axes} {np.round(self.spacing_mm, 3).tolist()} mm>"
+        return f"<Grid {size} {self.axes} {np.round(self.spacing_mm, 3).tolist()} mm>"
+
+    @property
+    def axes(self) -> str:
+        """Where its axes point, as ``RAS``."""
+        return "".join(orientations.aff2axcodes(self.affine))
 
     @property
     def spacing_mm(self) -> np.ndarray:

@@ -171,6 +171,24 @@ def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:
     return motion
 
 
+def n4(image: Volume, mask: Volume) -> np.ndarray:
+    """(X, Y, Z) float32: logarithm of the bias that N4 finds in ``image`` within a bool ``mask``.
+
+    Splines of 4 elements a side at the finest of three levels (Tustison 2010).  Both are on one
+    coarse grid: nothing is shrunk.
+    """
+    ants = _ants()
+    with _quiet():
+        field = ants.n4_bias_field_correction(
+            _to_ants(image),
+            mask=_to_ants(mask),
+            shrink_factor=1,
+            convergence={"iters": [50, 50, 50], "tol": 1e-7},
+            return_bias_field=True,
+        )
+    return np.asarray(np.log(np.maximum(field.numpy(), 1e-6)))
+
+
 def joint_vote(
     image: np.ndarray,
     mask: np.ndarray,

@@ -22,6 +22,7 @@ from cadiff_cli.spatial.resample import (
     resample_in,
     resample_mask,
 )
+from cadiff_cli.stages.bias import evened, find_bias
 from cadiff_cli.stages.masks import find_brain, find_head, judge_mask, tidy
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ LARGE_LITRES = 1.7
 DARKEST = 1.0
 """Percentile at which intensities begin where some are negative: a single wrapped or padded voxel
 must not press all others together."""
+EXTREME = 0.1
+"""Percentile on either side beyond which an intensity may be extreme."""
 LEAST_SPREAD = 0.12
 """Standard deviation of a stripped brain's intensities, as a share of their mean."""
 SPECK = 0.01
@@ -51,31 +54,35 @@ PLAUSIBLE_LITRES = (0.7, 2.2)
 
 
 def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
-    """The brain on the working grid, 0 outside its mask; only ``template`` needs a template."""
-    working = scan.t1.grid.working()
-    brain = stripped_brain(scan.t1)
-    if brain and brain.litres > LARGE_LITRES and _is_head(scan.t1, working, config.strip):
+    """The brain on the working grid, 0 outside its mask; only ``template`` needs a template.
+
+    Its brightness is evened out (``stages/bias``).
+    """
+    full = winsorized(scan.t1)
+    working = full.grid.working()
+    brain = stripped_brain(full)
+    if brain and brain.litres > LARGE_LITRES and _is_head(full, working, config.strip):
         brain = None
-    lifted = _lifted(scan.t1, brain)
+    lifted = _lifted(full, brain)
     method, warnings = _method(config.strip, stripped_already=brain is not None)
     own: Volume | None = None
     if config.strip.mask is not None:
         own = given_mask(config.strip.mask, scan)
     elif method == "none":
         if brain:
-            _has_tissues(scan.t1, brain)
-        own = brain or foreground(scan.t1)
+            _has_tissues(full, brain)
+        own = brain or foreground(full)
     if own:
         mask = resample_mask(own, working)
     elif method == "net":
         from cadiff_cli.stages.brain import brain_mask
 
-        mask = brain_mask(scan.t1, working, _brain_model())
+        mask = brain_mask(full, working, _brain_model())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
         mask, said = _from_template(head, template, config.register, work_dir)
         warnings.extend(f"skull stripping: {text}" for text in said)
-    quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(scan.t1))
+    quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(full))
     log.info("brain mask (%s): %s", method, quality)
     warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
@@ -90,13 +97,35 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
             f"the brain mask ({method}) holds {mask.litres:.2f} l, outside"
             f" {PLAUSIBLE_LITRES[0]} to {PLAUSIBLE_LITRES[1]} l: look at it"
         )
+    t1 = _cubic(lifted, working, bounding_box(mask.data))
+    inside = Volume(np.where(mask.data, t1.data, 0).astype(np.float32), working)
+    bias = find_bias(inside, mask)
+    warnings.extend(bias.warnings)
     for text in warnings:
         log.warning(text)
-    t1 = _cubic(lifted, working, bounding_box(mask.data))
-    inside = np.where(mask.data, t1.data, 0).astype(np.float32)
     if own:
         own = Volume(tidy(own.data, SPECK), own.grid)
-    return Stripped(Volume(inside, working), mask, method, tuple(warnings), asdict(quality), own)
+    return Stripped(
+        evened(inside, bias), mask, method, tuple(warnings), asdict(quality), own, bias.ratio
+    )
+
+
+def winsorized(t1: Volume) -> Volume:
+    """``t1`` without extreme voxels: a few of them would put all tissue into one histogram bin.
+
+    Nothing is changed within twice the range of the percentiles 0.1 and 99.9 of what is not
+    background.
+    """
+    seen = t1.data[t1.data != border_value(t1.data)]
+    if not len(seen):
+        return t1
+    low, high = np.percentile(seen, [EXTREME, 100 - EXTREME])
+    low, high = low - (high - low), high + (high - low)
+    if t1.data.min() >= low and t1.data.max() <= high:
+        return t1
+    extreme = np.count_nonzero((t1.data < low) | (t1.data > high))
+    log.info("%d extreme voxels are clipped to %.4g and %.4g", extreme, low, high)
+    return Volume(np.clip(t1.data, low, high), t1.grid)
 
 
 def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[str, list[str]]:

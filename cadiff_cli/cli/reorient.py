@@ -1,0 +1,57 @@
+"""``cadiff reorient``: the same voxels under a header that says how they lie."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="reorient", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("t1", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="File to write (NIfTI)."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def command(t1: Path, out: Path, overwrite: bool) -> None:
+    """Mend a header that says wrongly how a scan lies.
+
+    Compares the brain with a template in all 24 rotations, and writes a copy with the same voxels
+    and a header that fits. Left and right cannot be seen in an image: if the array was mirrored
+    and not only turned, they stay exchanged. Check them by a marker, or with the scanner's own
+    files.
+
+    Writes nothing where the header fits already.
+    """
+    from tempfile import TemporaryDirectory
+
+    from cadiff_cli.config import Config
+    from cadiff_cli.errors import DataError, OutputError, UsageError
+    from cadiff_cli.io.nifti import load_scan, save_volume
+    from cadiff_cli.io.templates import EMBEDDED, load_template
+    from cadiff_cli.stages.orientation import orientation, reoriented
+    from cadiff_cli.stages.strip import strip
+
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise UsageError(f"{out.name} is no NIfTI name", "end it with .nii or .nii.gz")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists", "choose another name, or give --overwrite")
+    scan, template = load_scan(t1), load_template(EMBEDDED)
+    with TemporaryDirectory(prefix="cadiff-") as work:
+        brain = strip(scan, template, Config(), Path(work)).t1
+    lies = orientation(brain, template.brain)
+    grid = reoriented(scan.t1.grid, lies.rotation)
+    if not lies.is_clear:
+        raise DataError(
+            f"how {t1.name} lies cannot be seen: {grid.axes} fits best"
+            f" ({lies.score:.3f}), another rotation nearly as well ({lies.next_best:.3f})",
+            "set the header by hand, for instance with nibabel or fslorient",
+        )
+    if lies.is_upright:
+        click.echo(f"cadiff: {t1.name} lies as its header says ({grid.axes})", err=True)
+        return
+    save_volume(out, scan.t1.data, grid)
+    click.echo(
+        f"cadiff: turned by {lies.turn}, {scan.t1.grid.axes} -> {grid.axes};"
+        " left and right cannot be seen: check them",
+        err=True,
+    )
+    click.echo(out)

@@ -1,0 +1,85 @@
+"""Receive bias is found, removed and told; extreme voxels are clipped."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from cadiff_cli.config import Config
+from cadiff_cli.products import Scan
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.stages.bias import evened, find_bias
+from cadiff_cli.stages.strip import strip, winsorized
+
+
+def biased(volume, k):
+    """Brighter by exp(k (0.8 x - 0.7 y^2 + 0.6 z)), x, y, z from -1 to 1 over the field of view."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in volume.data.shape), indexing="ij")
+    field = np.exp(k * (0.8 * x - 0.7 * y**2 + 0.6 * z))
+    return Volume((volume.data * field).astype(np.float32), volume.grid)
+
+
+@pytest.fixture(scope="module")
+def clean(phantom):
+    """Three tissues that fold into one another all over the brain, as in a real one."""
+    head = phantom("RAS", 2.0)
+    rng = np.random.default_rng(0)
+    folds = ndimage.gaussian_filter(rng.standard_normal(head.codes.shape), 2)
+    folds /= folds.std()
+    tissue = np.select([folds > 0.2, folds > -1], [100.0, 65.0], 20.0)
+    tissue += 2 * rng.standard_normal(tissue.shape)
+    return Volume(np.where(head.codes > 0, tissue, 0).astype(np.float32), head.t1.grid)
+
+
+def corrected(volume):
+    mask = Volume(volume.data > 0, volume.grid)
+    bias = find_bias(volume, mask)
+    return evened(volume, bias).data, bias
+
+
+@pytest.mark.parametrize("k", [0.5, 1.5])
+def test_a_corrected_image_is_that_of_the_scan_without_bias(clean, k):
+    inside = clean.data > 0
+    wanted, _ = corrected(clean)
+    found, bias = corrected(biased(clean, k))
+    ratio = np.log(found[inside] / wanted[inside])
+    before = np.log(biased(clean, k).data[inside] / clean.data[inside])
+    assert ratio.std() < 0.2 * before.std()
+    low, high = np.percentile(before, [5, 95])
+    assert np.log(bias.ratio) == pytest.approx(high - low, rel=0.25)
+
+
+def test_a_strong_bias_is_told(clean):
+    assert not corrected(clean)[1].warnings
+    assert "receive bias" in corrected(biased(clean, 2.5))[1].warnings[0]
+
+
+def test_what_is_outside_the_brain_stays_zero(clean):
+    found, _ = corrected(biased(clean, 1.5))
+    assert (found[clean.data == 0] == 0).all()
+
+
+@pytest.mark.parametrize(("n", "factor"), [(1, 1e4), (3, 1e6), (30, 1e2)])
+def test_extreme_voxels_are_clipped_before_anything_else(clean, n, factor):
+    hot, brain = clean.data.copy(), np.argwhere(clean.data > 0)
+    where = tuple(brain[:: len(brain) // n][:n].T)
+    hot[where] = factor * hot.max()
+    found = winsorized(Volume(hot, clean.grid)).data
+    same = np.ones(hot.shape, dtype=bool)
+    same[where] = False
+    assert np.array_equal(found[same], clean.data[same])
+    assert found.max() < 3 * clean.data.max()
+
+
+def test_a_scan_without_extremes_is_not_copied(clean):
+    assert winsorized(clean) is clean
+
+
+def test_negative_extremes_are_clipped_too(clean):
+    data = clean.data.copy()
+    data[10, 10, 10] = -1e6
+    assert winsorized(Volume(data, clean.grid)).data.min() > -2 * clean.data.max()
+
+
+def test_the_stripped_image_is_corrected(clean, tmp_path):
+    scan = Scan(biased(clean, 1.5), tmp_path / "sub-01_T1w.nii.gz")
+    assert strip(scan, None, Config(), tmp_path).bias_ratio > 2
