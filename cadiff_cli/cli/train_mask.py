@@ -1,6 +1,7 @@
 """``cadiff train-mask``: from label maps and heads to a brain-mask network."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -53,7 +54,7 @@ def command(
     device: str,
     workers: int,
     max_minutes: float,
-    **options: float | None,
+    **options: Any,
 ) -> None:
     """Train the network that finds the brain in a whole head.
 
