@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 class Scan:
     """A T1-weighted image as the user gave it: ``t1`` is 3-D, finite, on its own grid.
 
-    ``sha256`` is the checksum of the file that was read, if it was read from one.
+    ``sha256`` is the checksum of the file that was read, if it was read from one.  ``age_years`` is
+    that of the person, where a dataset tells it.
     """
 
     t1: Volume
     path: Path
     warnings: tuple[str, ...] = ()
     sha256: str = ""
+    age_years: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -538,3 +538,10 @@ def test_a_description_of_ours_is_kept_but_for_missing_links(raw, table, tmp_pat
     found = json.loads(path.read_text())
     assert set(found.pop("DatasetLinks")) == {"raw", "templateflow"}
     assert found == mine
+
+
+def test_ages_are_those_of_participants_tsv(tmp_path):
+    lines = ["participant_id\tage\tsex", "sub-01\t34.5\tF", "sub-02\tn/a\tM", "sub-03\t89+\tF"]
+    (tmp_path / "participants.tsv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    assert Dataset(tmp_path).ages == {"01": 34.5, "03": 89.0}
+    assert Dataset(tmp_path / "none").ages == {}

@@ -305,6 +305,21 @@ def test_ranges_hold_the_people_they_were_measured_on(table):
     assert not measure(people[:3], table, "few")["percent_brain"]
 
 
+@pytest.mark.parametrize(
+    ("age", "fine", "compared_with"),
+    [(None, True, "adults of 18 to 90 years"), (30, True, ""), (3, False, ""), (97, False, "")],
+)
+def test_adults_ranges_are_not_everybodys(table, age, fine, compared_with):
+    ranges = Ranges("tests", {}, {}, (18.0, 90.0))
+    rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
+    result = Finished("sub-01", Path(), SIDECAR | {"AgeYears": age})
+    said = judge(result, rows, {}, table, ranges)
+    assert said.fine is fine
+    assert said.compared_with == compared_with
+    assert any(text.startswith(f"age {age}:") for text in said.reasons) is not fine
+    assert columns(said)["age"] == age
+
+
 def test_released_ranges_are_ordered_and_of_known_structures(table):
     ranges = load_ranges()
     assert ranges.people

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.io.bids import labelled_scans
+from cadiff_cli.io.bids import Dataset, labelled_scans
 from cadiff_cli.io.nifti import load_volume
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.ranges import measure
@@ -38,7 +38,13 @@ def main():
         if scan.subject not in wanted.leave_out:
             first.setdefault(scan.subject, scan.dseg)
     people = f"{len(first)} people of {wanted.dataset.name}, manual labels"
-    found = measure((volumes(path, table) for path in first.values()), table, people)
+    ages = Dataset(wanted.dataset).ages
+    found = measure(
+        (volumes(path, table) for path in first.values()),
+        table,
+        people,
+        [ages[subject] for subject in first if subject in ages],
+    )
     print(json.dumps(found, indent=1))
 
 

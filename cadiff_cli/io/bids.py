@@ -1,5 +1,6 @@
 """BIDS names and datasets.  The only module that imports pybids, and only for datasets."""
 
+import csv
 import json
 import logging
 import os
@@ -174,6 +175,20 @@ class Dataset:
         """Labels of the ``sub-`` folders."""
         found = (path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
         return sorted(found)
+
+    @cached_property
+    def ages(self) -> dict[str, float]:
+        """Age in years by participant label, of those whose age ``participants.tsv`` tells."""
+        try:
+            lines = read_text(self.root / "participants.tsv").splitlines()
+        except (OSError, ValueError):
+            return {}
+        ages = {}
+        for line in csv.DictReader(lines, delimiter="\t"):
+            number = re.match(r"\d+(\.\d+)?", str(line.get("age")).strip())  # 89+ is old enough
+            if number:
+                ages[str(line.get("participant_id")).removeprefix("sub-")] = float(number[0])
+        return ages
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""

@@ -72,6 +72,7 @@ def provenance(result: Result, field: bool = False) -> dict[str, Any]:
         ],
         "SkullStripping": result.prepared.stripped.method,
         "BiasRatio": result.prepared.stripped.bias_ratio,
+        "AgeYears": result.prepared.scan.age_years,
         "Settings": recipe.settings(),
         "Fingerprint": recipe.fingerprint(),
         "SourceSHA256": result.prepared.scan.sha256 or sha256(result.prepared.scan.path),

@@ -36,6 +36,7 @@ SCORE_LOG_SD = 0.03
 
 COLUMNS = {
     "verdict": "'fine', or 'look' where something is suspicious",
+    "age": "Age in years, of participants.tsv; ranges are adults'",
     "reasons": "What is suspicious",
     "mask_litres": "Volume of the brain mask in litres",
     "mask_largest_share": "Share of the largest component in the mask as it was found or given",
@@ -72,6 +73,8 @@ class Side:
 class Judgement:
     """What can be said of a result without the truth.  ``reasons`` to look; none: looks fine.
 
+    ``compared_with`` names the people whose ranges were used where the person's own age is not
+    known to lie among theirs.
     Mappings are by structure, but vessels.  ``spread_percent`` is the standard deviation of volumes
     over samples, in per cent; empty where one was drawn.  ``doubtful`` ones were found, but a low
     Dice is to be expected of them.
@@ -88,6 +91,8 @@ class Judgement:
     spread_percent: Mapping[str, float]
     implausible: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    compared_with: str = ""
+    age_years: float | None = None
 
     @property
     def fine(self) -> bool:
@@ -156,7 +161,12 @@ def judge(
         },
     )
     found = replace(found, implausible=dict(_implausible(found, ranges)))
-    return replace(found, reasons=tuple(_reasons(found, ranges, result.sidecar)))
+    return replace(
+        found,
+        reasons=tuple(_reasons(found, ranges, result.sidecar)),
+        age_years=result.sidecar.get("AgeYears"),
+        compared_with=ranges.of_ages if result.sidecar.get("AgeYears") is None else "",
+    )
 
 
 def _sides(volumes: Mapping[str, float], table: LabelTable, ranges: Ranges) -> Iterator[Side]:
@@ -197,6 +207,9 @@ def _doubtful(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 def _reasons(found: Judgement, ranges: Ranges, sidecar: Mapping[str, Any]) -> Iterator[str]:
     """Everything that is suspicious, in words; the result's own warnings last."""
+    age = sidecar.get("AgeYears")
+    if ranges.ages and age is not None and not ranges.ages[0] <= age <= ranges.ages[1]:
+        yield f"age {age:g}: the ranges, and what the network has learnt, are of {ranges.of_ages}"
     low, high = PLAUSIBLE_LITRES
     if not low <= found.mask_litres <= high:
         yield f"the brain mask holds {found.mask_litres:.2f} l, {low} to {high} l expected"
@@ -240,6 +253,7 @@ def columns(judgement: Judgement) -> dict[str, Any]:
     apart = judgement.largest_spread
     return {
         "verdict": "fine" if judgement.fine else "look",
+        "age": judgement.age_years,
         "reasons": "; ".join(judgement.reasons) or None,
         "mask_litres": round(judgement.mask_litres, 3),
         **{f"mask_{k}": quality.get(k) for k in ("largest_share", "symmetry", "at_edge", "in_air")},

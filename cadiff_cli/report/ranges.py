@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -13,6 +13,7 @@ from statistics import mean, stdev
 
 from cadiff_cli.labels import LabelTable
 
+ADULT_YEARS = 18
 WIDE = 3.5
 """Standard deviations that are still plausible: one in two thousand measures lies outside."""
 LEAST_ASYMMETRY = 10.0
@@ -45,12 +46,23 @@ class Ranges:
     """Plausible values by structure name; empty where nothing was measured.
 
     ``percent_brain`` is the share of all structures but vessels; ``asymmetry_percent`` is listed
-    under the left structure.  ``people`` says who was measured.
+    under the left structure.  ``people`` says who was measured, ``ages`` how old the youngest and
+    the oldest of them were.
     """
 
     people: str
     percent_brain: Mapping[str, Range]
     asymmetry_percent: Mapping[str, Range]
+    ages: tuple[float, float] | None = None
+
+    @property
+    def of_ages(self) -> str:
+        """Whose ranges they are, as ``adults of 18 to 90 years``; empty if that is unknown."""
+        if self.ages is None:
+            return ""
+        low, high = self.ages
+        people = "adults" if low >= ADULT_YEARS else "people"
+        return f"{people} of {low:.0f} to {high:.0f} years"
 
     def log_sd(self, name: str) -> float:
         """Spread of a structure's size among known people, as that of its logarithm.
@@ -91,11 +103,15 @@ def load_ranges() -> Ranges:
     def read(key: str) -> dict[str, Range]:
         return {name: Range(*values) for name, values in found.get(key, {}).items()}
 
-    return Ranges(found.get("people", ""), read("percent_brain"), read("asymmetry_percent"))
+    ages = (float(found["ages"][0]), float(found["ages"][1])) if found.get("ages") else None
+    return Ranges(found.get("people", ""), read("percent_brain"), read("asymmetry_percent"), ages)
 
 
 def measure(
-    scans: Iterable[Mapping[str, float]], table: LabelTable, people: str
+    scans: Iterable[Mapping[str, float]],
+    table: LabelTable,
+    people: str,
+    ages: Sequence[float] = (),
 ) -> dict[str, object]:
     """Content of ``plausible.json`` from volumes (mm^3 by name), one mapping a person.
 
@@ -119,7 +135,8 @@ def measure(
             low = min(centre - reach, -LEAST_ASYMMETRY)
             high = max(centre + reach, LEAST_ASYMMETRY)
             sides[left] = [_short(value) for value in (low, centre, high)]
-    return {"people": people, "percent_brain": sizes, "asymmetry_percent": sides}
+    span = [min(ages), max(ages)] if ages else None
+    return {"people": people, "ages": span, "percent_brain": sizes, "asymmetry_percent": sides}
 
 
 def _short(value: float) -> float:

@@ -67,7 +67,7 @@ def execute(job: Job) -> Outcome:
 
 def _segment(job: Job) -> Result:
     device = prepare_torch(job.threads, job.recipe.config.sample.device)
-    scan = load_scan(job.t1)
+    scan = replace(load_scan(job.t1), age_years=job.age_years)
     for text in scan.warnings:
         LOGGER.warning(text)
     with tempfile.TemporaryDirectory(prefix=f"{job.entities}-", dir=job.work_dir) as work:

@@ -17,7 +17,7 @@ class Job:
     ``source`` is the scan's BIDS URI.  ``weights`` is what ``load_model`` takes.  ``notes`` are
     warnings about the template.  ``overwrite`` allows it to replace a result of other settings.  A
     job that finds another process at its scan comes back as ``busy``, or waits if ``wait`` is set.
-    ``report`` asks for a page to look at.
+    ``report`` asks for a page to look at.  ``age_years`` is that of the person, if it is known.
     """
 
     t1: Path
@@ -32,6 +32,7 @@ class Job:
     overwrite: bool = False
     wait: bool = False
     report: bool = True
+    age_years: float | None = None
 
     def of(self, t1: Path, source: str) -> "Job":
         """The same job for another scan."""

@@ -6,7 +6,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cadiff_cli.errors import CadiffError, DataError
@@ -70,12 +70,13 @@ def make_plan(
     jobs, pages, done = list[Job](), list[Job](), list[str]()
     failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()
     for paths in _by_name(selected.images).values():
-        job = like.of(paths[0], dataset.uri(paths[0]))
+        age = dataset.ages.get(source_entities(paths[0]).split("_")[0].removeprefix("sub-"))
+        job = replace(like.of(paths[0], dataset.uri(paths[0])), age_years=age)
         try:
             if len(paths) > 1:
                 image = _one_of(paths)
                 notes.append(f"{image.name} is taken; {paths[0].name} is the same image")
-                job = like.of(image, dataset.uri(image))
+                job = replace(like.of(image, dataset.uri(image)), age_years=age)
             if job.is_finished():
                 if job.lacks_page():
                     pages.append(job)
