@@ -51,6 +51,8 @@ ROUNDING_OF_FLOAT = 1e-7
 """How much longer than 1 a quaternion may be that was rounded to what a header stores."""
 ROUNDING_OF_TEXT = 1e-3
 """The same for one that somebody wrote with three decimals."""
+LARGEST = 1e15
+"""No scanner writes larger intensities, and float32 cannot hold their squares' sum."""
 SAME_SIZE = 0.01
 """By how much (relative) a header's two statements of a voxel's size may differ."""
 AIR_HU = -500.0
@@ -288,15 +290,16 @@ def load_scan(path: Path) -> Scan:
             f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
             f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
         )
-    data = np.asarray(volume.data, dtype=np.float32)
-    bad = data.size - int(np.count_nonzero(np.isfinite(data)))
+    data = finite(volume.data)
+    bad = int(np.count_nonzero(~usable(volume.data)))
     if bad == data.size:
         raise UnsuitableError(
-            f"{name} holds only NaN or infinite values", "check how it was written"
+            f"{name} holds only NaN, infinite or absurd values", "check how it was written"
         )
     if bad:
-        warnings.append(f"{bad:,} NaN or infinite voxels of {name} were set to 0")
-        data = finite(data)
+        warnings.append(
+            f"{bad:,} voxels of {name} that are NaN, infinite or above {LARGEST:g} were set to 0"
+        )
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise UnsuitableError(f"{name} is {kind}", "give a T1-weighted image")
@@ -318,8 +321,13 @@ def load_scan(path: Path) -> Scan:
 
 
 def finite(data: np.ndarray) -> np.ndarray:
-    """``data`` with 0 for NaN and infinite values."""
-    return np.asarray(np.nan_to_num(data, nan=0.0, posinf=0.0, neginf=0.0))
+    """``data`` as float32, with 0 for what is not ``usable``."""
+    return np.where(usable(data), data, 0).astype(np.float32)
+
+
+def usable(data: np.ndarray) -> np.ndarray:
+    """Where values are numbers that can be squared and summed (bool)."""
+    return np.asarray(abs(data.astype(np.float64, copy=False)) < LARGEST)
 
 
 def _without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:

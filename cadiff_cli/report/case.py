@@ -129,7 +129,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         t1 = load_volume(_beside(result, f"{T1W}.nii.gz"))
     else:
         t1 = load_volume(scan)
-    shown = resample(Volume(finite(np.asarray(t1.data, np.float32)), t1.grid), working)
+    shown = resample(Volume(finite(t1.data), t1.grid), working)
     inside = resample_mask(Volume(mask.data > 0, mask.grid), working)
     codes = Volume(table.codes[resample_labels(labels, working).data], working)
     case = Case(
