@@ -5,13 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
+from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.nifti import load_scan, save_volume
+from cadiff_cli.io.weights import BrainModel
+from cadiff_cli.nets.brain import BrainConfig
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import bounding_box
+from cadiff_cli.stages.brain import share_of_brain
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.strip import SPECK, foreground, on_scan, strip, stripped_brain
 
@@ -49,6 +55,56 @@ def test_a_head_is_recognised(head_of):
 def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
     """A scanner that writes 0 outside the head does not make it a brain."""
     assert not stripped_brain(head_of(air=0.0))
+
+
+@pytest.mark.parametrize(
+    ("litres", "share", "stripped"),
+    [
+        (1.2, 0.9, True),
+        (1.2, 0.4, False),  # a head whose air is 0, as small as a brain
+        (0.05, 0.05, True),  # the network sees no brain: the size decides
+    ],
+)
+def test_the_network_tells_a_brain_from_a_head(phantom, monkeypatch, litres, share, stripped):
+    monkeypatch.setattr(
+        "cadiff_cli.stages.brain.share_of_brain", lambda t1, found, model: (litres, share)
+    )
+    found = stripped_brain(phantom("RAS", 2.0).t1, model=object())
+    assert (found is not None) is stripped
+
+
+def test_a_brain_in_its_own_box_is_recognised_by_the_network(phantom, monkeypatch):
+    t1 = phantom("RAS", 2.0).t1
+    box = bounding_box(t1.data > 0)
+    grid = t1.grid.crop([s.start for s in box], [s.stop - s.start for s in box])
+    cropped = Volume(t1.data[box], grid)
+    monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: (1.2, 0.9))
+    assert stripped_brain(cropped, model=object())
+
+
+def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
+    """A network that takes one half of the image for brain."""
+    t1 = phantom("RAS", 2.0).t1
+    inside = foreground(t1)
+
+    class Half(torch.nn.Module):
+        config = BrainConfig()
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def locate(self, x):
+            image = F.avg_pool3d(x, 2)
+            return (
+                torch.where(torch.arange(image.shape[2])[:, None, None] < 22, 5.0, -5.0) + 0 * image
+            )
+
+    model = BrainModel(Half(), "half", "0" * 64, {})
+    litres, share = share_of_brain(t1, inside, model)
+    assert share == pytest.approx(0.5, abs=0.03)
+    n_y, n_z = (-(-n // 32) * 16 for n in t1.grid.shape[1:])
+    assert litres == pytest.approx(22 * n_y * n_z * 64e-6, rel=0.2)
 
 
 def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):
@@ -303,14 +359,17 @@ def test_a_mask_that_leaves_the_head_is_reported(
 
 
 REAL = {"malc": True, "bids/ds002748": True, "heads": False}
+STRIPPED_HEADS = ("sub-baby", "sub-child6y")
 
 
 @pytest.mark.parametrize("folder", REAL)
 def test_real_scans_are_recognised(shared, folder):
-    """MALC and ds002748 come without their skulls, the others with them."""
+    """MALC, ds002748 and two children come without their skulls, the others with them."""
     scans = sorted(shared(folder).rglob("*_T1w.nii.gz"))
     assert scans
-    wrong = [
-        p.name for p in scans if (stripped_brain(load_scan(p).t1) is not None) is not REAL[folder]
-    ]
+
+    def wanted(path):
+        return REAL[folder] or path.name.startswith(STRIPPED_HEADS)
+
+    wrong = [p.name for p in scans if (stripped_brain(load_scan(p).t1) is None) is wanted(p)]
     assert not wrong

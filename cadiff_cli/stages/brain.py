@@ -4,11 +4,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, UnsuitableError
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, mapped_box, resample, resample_in
+from cadiff_cli.spatial.resample import (
+    bounding_box,
+    mapped_box,
+    resample,
+    resample_in,
+    resample_mask,
+)
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.segment import autocast
 
@@ -45,14 +51,27 @@ def normalise(image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
+def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> tuple[float, float]:
+    """Litres of brain in a scan, and its share of what was ``found`` (bool), looked at at 4 mm."""
+    head = network_image(t1)
+    x = _padded(head.data, model.net)
+    with autocast(x.device):
+        brain = model.net.locate(x)[0, 0] > 0
+    object_ = torch.from_numpy(resample_mask(found, head.grid).data.astype(np.float32))
+    pad = [n for size in reversed(object_.shape) for n in (0, -size % model.net.config.multiple)]
+    inside = F.avg_pool3d(F.pad(object_, pad)[None, None], 2)[0, 0].to(x.device) > 0.5
+    litres = float(brain.sum()) * (2 * SPACING_MM) ** 3 / 1e6
+    return litres, float((brain & inside).sum() / inside.sum().clamp(min=1))
+
+
+@torch.no_grad()
 def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
     """(X, Y, Z) intensities in [0, 1] at 2 mm -> (X, Y, Z) float32 mm within the network's reach.
 
     The image is padded with air to the sizes that the network takes.  Only the box around what the
     first network finds is refined.
     """
-    pad = [(0, -n % net.config.multiple) for n in head.shape]
-    x = torch.from_numpy(np.pad(head, pad))[None, None].to(next(net.parameters()).device)
+    x = _padded(head, net)
     with autocast(x.device):
         located = net.locate(x)
         distance = F.interpolate(located, scale_factor=2, mode="trilinear")
@@ -63,6 +82,12 @@ def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
     i, j, k = (slice(0, n) for n in head.shape)
     found = distance[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM)
     return np.asarray(found.float().cpu().numpy())
+
+
+def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
+    """(1, 1, X, Y, Z): the image with air up to the sizes that the network takes."""
+    pad = [(0, -n % net.config.multiple) for n in head.shape]
+    return torch.from_numpy(np.pad(head, pad))[None, None].to(next(net.parameters()).device)
 
 
 def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
@@ -83,6 +108,8 @@ def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
 BOX_MARGIN_MM = 9.0
 """What the first network puts farther outside the brain than this is not looked at again."""
 DEEP_MM = 6.0
+LEAST_SEEN_LITRES = 0.12
+"""Less is no brain at all."""
 LEAST_DEEP_LITRES = 0.3
 """A brain of half a litre has as much this deep inside; what is seen in noise (0.09 l) has not."""
 
@@ -94,11 +121,18 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
     """
     distance = brain_distance(t1, model)
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
+    if LEAST_SEEN_LITRES < deep.litres < LEAST_DEEP_LITRES:
+        raise UnsuitableError(
+            f"the brain is too small: {deep.litres:.2f} l of the image lie deep inside it,"
+            f" at least {LEAST_DEEP_LITRES} l should",
+            "newborns' brains cannot be segmented; if it is no newborn's, give --mask FILE",
+        )
     if deep.litres < LEAST_DEEP_LITRES:
         raise DataError(
             f"no brain found: {deep.litres:.2f} l of the image lie deep inside one,"
             f" at least {LEAST_DEEP_LITRES} l should",
-            "is this a T1-weighted head? Check the header's voxel sizes, or give --mask FILE",
+            "is this a T1-weighted head? Check the header's voxel sizes and axes (cadiff reorient),"
+            " or give --mask FILE",
         )
     # Linear interpolation reaches one voxel beyond what lies inside.
     near = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))

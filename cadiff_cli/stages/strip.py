@@ -32,9 +32,13 @@ log = logging.getLogger(__name__)
 
 METHODS = ("auto", "net", "template", "none")
 STRIPPED_LITRES = (0.4, 2.3)
-"""Non-background volume of a scan that is already stripped; a head holds more than this."""
-LARGE_LITRES = 1.7
-"""Few brains are larger; a child's head in air that was set to 0 may be as small as one."""
+"""Volume of a stripped brain; most heads hold more, a child's in air that was set to 0 does not."""
+MOST_FILLED = 0.75
+"""Share of a field of view that a brain may fill, in a box that just holds it."""
+LEAST_SEEN_LITRES = 0.2
+"""What the network takes for brain must be more than this to count."""
+MOST_OF_IT = 0.6
+"""Share of what is not background that is brain: more in a stripped scan, less in a head."""
 DARKEST = 1.0
 """Percentile at which intensities begin where some are negative: a single wrapped or padded voxel
 must not press all others together."""
@@ -60,9 +64,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     """
     full = winsorized(scan.t1)
     working = full.grid.working()
-    brain = stripped_brain(full)
-    if brain and brain.litres > LARGE_LITRES and _is_head(full, working, config.strip):
-        brain = None
+    may_ask = config.strip.method == "auto" and strip_weights_sha256(config.strip)
+    brain = stripped_brain(full, _brain_model() if may_ask else None)
     lifted = _lifted(full, brain)
     method, warnings = _method(config.strip, stripped_already=brain is not None)
     own: Volume | None = None
@@ -183,47 +186,45 @@ def on_scan(stripped: Stripped, scan: Scan) -> Volume:
     return stripped.own or resample_mask(stripped.mask, scan.t1.grid)
 
 
-def stripped_brain(t1: Volume) -> Volume | None:
+def stripped_brain(t1: Volume, model: "BrainModel | None" = None) -> Volume | None:
     """Where the brain is (bool) in a scan that is stripped already; None for a whole head.
 
-    Stripped means that one constant value surrounds an object as large as a brain and smaller than
-    a head.  Whole heads fail because air is noisy, or, where a scanner has zeroed it, because a
-    head holds more than 2.3 litres.  Splines that have moved a scan after it was stripped ring
-    around the brain and leave no two values alike, but are still a few centimetres away.
+    Stripped means that one constant value surrounds an object, and that the network, if its
+    ``model`` is given, takes most of the object for brain: in a head it takes less than half.
+    Where the network finds no brain, or may not be asked, the object must have the size of a brain
+    and keep away from the faces of the field of view.
     """
-    if found := _brain_sized(foreground(t1)):
-        return found
-    low, high = np.percentile(t1.data, [1, 99.5])
-    away = abs(t1.data - border_value(t1.data)) / max(float(high - low), 1e-30)
-    quiet = away < RINGING
-    still = quiet.any() and np.median(away[quiet]) < STILL
-    return _brain_sized(Volume(~quiet, t1.grid)) if still else None
-
-
-def _brain_sized(found: Volume) -> Volume | None:
-    """``found`` (bool), if it may be a brain by its size and its place."""
-    if found.data.mean() > 0.6:
+    found = _surrounded(t1)
+    if found is None:
         return None
+    if model:
+        from cadiff_cli.stages.brain import share_of_brain
+
+        litres, share = share_of_brain(t1, found, model)
+        log.info("%.2f l of brain, %.0f %% of what is not background", litres, 100 * share)
+        if litres > LEAST_SEEN_LITRES:
+            return found if share > MOST_OF_IT else None
     # A brain touches one or two faces of a field of view that just holds it, never most of them.
     touched = np.median([face.mean() for face in faces(found.data)])
     low, high = STRIPPED_LITRES
     return found if low < found.litres < high and touched < 0.01 else None
 
 
-def _is_head(t1: Volume, working: Grid, wanted: StripConfig) -> bool:
-    """Whether the network, if ``auto`` may ask it, finds a brain inside.
+def _surrounded(t1: Volume) -> Volume | None:
+    """What one constant value surrounds (bool), if there is such a value.
 
-    It has learnt to look for one within a skull: in 8 stripped scans of two scanners it finds none.
+    Splines that have moved a scan after it was stripped ring around the brain and leave no two
+    values alike, but are still a few centimetres away; air is noisy everywhere.
     """
-    if wanted.method != "auto" or not strip_weights_sha256(wanted):
-        return False
-    from cadiff_cli.stages.brain import brain_mask
-
-    model = _brain_model()
-    try:
-        return bool(brain_mask(t1, working, model).data.any())
-    except DataError:
-        return False
+    found = foreground(t1)
+    if found.data.mean() < MOST_FILLED:
+        return found
+    low, high = np.percentile(t1.data, [1, 99.5])
+    away = abs(t1.data - border_value(t1.data)) / max(float(high - low), 1e-30)
+    quiet = away < RINGING
+    if not quiet.any() or np.median(away[quiet]) > STILL or quiet.mean() < 1 - MOST_FILLED:
+        return None
+    return Volume(~quiet, t1.grid)
 
 
 def _has_tissues(t1: Volume, brain: Volume) -> None:
