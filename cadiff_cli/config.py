@@ -3,20 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from cadiff_cli import __version__
-from cadiff_cli.errors import MissingInputError, UsageError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-S = TypeVar("S", bound="DataclassInstance")
 
 REVISION = 8
 """Raise it whenever the same settings give other results: none of before are taken for theirs."""
@@ -127,31 +119,6 @@ class Recipe:
         else:
             changes = _differences(made, wanted)[:3]
         return "; ".join(changes) or "other settings"
-
-
-def from_toml(path: Path, kind: type[S]) -> S:
-    """A settings object from a TOML file of its fields; what is absent keeps its default.
-
-    Raises ``UsageError`` for a file that is no TOML, an unknown key or a value of another type.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise MissingInputError(f"cannot read {path} ({error.strerror})", "check it") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is no TOML ({error})", "mend it") from error
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
-    for key, value in values.items():
-        if key not in defaults:
-            near = get_close_matches(key, defaults, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{path} has an unknown key {key!r}{hint}", f"use {[*defaults]}")
-        wanted = type(defaults[key])
-        if wanted is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not wanted:
-            raise UsageError(f"{path}: {key} is {value!r}", f"give a value of {wanted.__name__}")
-    return kind(**values)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ def share_cores() -> None:
     own choice stands: some take one thread for the two that a core of two threads offers.
     """
     if THREADS not in os.environ and cores() < _processors():
-        os.environ.update(thread_variables(cores()))
+        for name, value in thread_variables(cores()).items():
+            os.environ.setdefault(name, value)
 
 
 def thread_variables(threads: int) -> dict[str, str]:

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cadiff_cli.config import Config
+from cadiff_cli.config import Config, StripConfig
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.bias import evened, find_bias
@@ -68,6 +70,24 @@ def test_extreme_voxels_are_clipped_before_anything_else(clean, n, factor):
     same[where] = False
     assert np.array_equal(found[same], clean.data[same])
     assert found.max() < 3 * clean.data.max()
+
+
+def test_an_image_of_two_values_stays_as_it_is(clean):
+    flat = Volume((clean.data > 0).astype(np.float32), clean.grid)
+    assert winsorized(flat) is flat
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0])
+def test_masks_over_nothing_or_next_to_nothing_are_refused(clean, tmp_path, value):
+    data = clean.data.copy()
+    mask = np.zeros(data.shape, dtype=np.uint8)
+    where = (slice(0, 3),) * 3 if value else (slice(0, 30), slice(0, 10), slice(0, 30))
+    mask[where], data[where] = 1, value
+    path = tmp_path / "mask.nii.gz"
+    save_volume(path, mask, clean.grid)
+    scan = Scan(Volume(data, clean.grid), tmp_path / "sub-01_T1w.nii.gz")
+    with pytest.raises(DataError, match=r"at least 0.02 l" if value else "dark everywhere"):
+        strip(scan, None, Config(strip=StripConfig(mask=path)), tmp_path)
 
 
 def test_a_scan_without_extremes_is_not_copied(clean):

@@ -10,7 +10,7 @@ from nibabel import load
 
 from cadiff_cli.cli.reorient import command
 from cadiff_cli.config import Config
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, OutputError
 from cadiff_cli.io import templates
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Scan
@@ -99,6 +99,19 @@ def test_a_turned_scan_is_refused_with_how_it_is_turned(brain, atlas, tmp_path):
     assert "cadiff reorient sub-01_T1w.nii.gz" in caught.value.remedy
 
 
+def test_half_a_brain_is_doubted_not_refused(brain, atlas, stripped_of, phantom, monkeypatch):
+    """Its shape fits other rotations better; nothing says that its header is wrong."""
+    lies = Orientation(QUARTER_ABOUT_X, 1.3, 1.1, 1.1)
+    monkeypatch.setattr("cadiff_cli.stages.orientation.orientation", lambda *_: lies)
+    whole = stripped_of(phantom("RAS", 2.0))
+    half = whole.mask.data & (np.arange(whole.mask.data.shape[0]) < 80)[:, None, None]
+    scan = Scan(brain, Path("sub-01_T1w.nii.gz"))
+    checked = verified(scan, replace(whole, mask=Volume(half, whole.mask.grid)), atlas)
+    assert "cannot tell" in checked.warnings[-1]
+    with pytest.raises(DataError):
+        verified(scan, whole, atlas)
+
+
 @pytest.mark.parametrize(("score", "upright"), [(1.20, 1.19), (1.20, 1.20)])
 def test_where_rotations_fit_alike_the_scan_is_doubted_not_refused(
     brain, atlas, stripped_of, phantom, monkeypatch, score, upright
@@ -107,7 +120,7 @@ def test_where_rotations_fit_alike_the_scan_is_doubted_not_refused(
     monkeypatch.setattr("cadiff_cli.stages.orientation.orientation", lambda *_: lies)
     stripped = stripped_of(phantom("RAS", 2.0))
     checked = verified(Scan(brain, Path("sub-01_T1w.nii.gz")), stripped, atlas)
-    assert "cannot be seen" in checked.warnings[-1]
+    assert "cannot tell" in checked.warnings[-1]
 
 
 def test_reorient_mends_the_header_and_nothing_else(
@@ -117,14 +130,22 @@ def test_reorient_mends_the_header_and_nothing_else(
     monkeypatch.setattr(templates, "load_template", lambda name: atlas)
     wrong = turned(brain, QUARTER_ABOUT_X)
     path = write_image(brain.data, wrong.grid.affine)
+    inside = (brain.data > 0).astype(np.uint8)
+    mask = write_image(inside, wrong.grid.affine, "wrong_mask.nii.gz")
     out = tmp_path / "mended.nii.gz"
-    done = CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
+
+    def reorient(*arguments):
+        return CliRunner().invoke(command, [*map(str, arguments)], catch_exceptions=False)
+
+    done = reorient(path, "-o", out, "--mask", mask)
     assert done.exit_code == 0
     assert "left and right cannot be seen" in done.stderr
     mended = load(out)
     assert np.array_equal(np.asarray(mended.dataobj), brain.data)
     assert np.allclose(mended.affine, brain.grid.affine, atol=1e-3)
+    with pytest.raises(OutputError):
+        reorient(out, "-o", out, "--overwrite")
     again = tmp_path / "again.nii.gz"
-    done = CliRunner().invoke(command, [str(out), "-o", str(again)], catch_exceptions=False)
+    done = reorient(out, "-o", again, "--mask", write_image(inside, brain.grid.affine, "m.nii.gz"))
     assert "lies as its header says" in done.stderr
     assert not again.exists()

@@ -31,7 +31,7 @@ from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import collect, write_group
 from cadiff_cli.runner.job import Job, Outcome
-from cadiff_cli.runner.journal import failure
+from cadiff_cli.runner.journal import Journal, failure
 from cadiff_cli.runner.logs import warning
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
@@ -240,8 +240,10 @@ def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
         outcomes.append(outcome)
         _tell(console, outcome, f"[{len(outcomes)}/{len(jobs) + len(plan.failed)}]")
 
+    journal = Journal(request.out)
     for job, error in plan.failed:
-        add(failure(job, error))
+        with journal.claim(job.entities, wait=True):
+            add(failure(job, error))
         if _is_last(request, outcomes[-1]):
             return outcomes
     if request.work_dir:

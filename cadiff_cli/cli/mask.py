@@ -71,10 +71,10 @@ def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template |
     """What the scan is stripped by, if a template it is."""
     from cadiff_cli.io.releases import strip_weights_sha256
     from cadiff_cli.io.templates import PREFERRED, load_template
-    from cadiff_cli.stages.strip import stripped_brain
+    from cadiff_cli.stages.strip import stripped_brain, winsorized
 
     unaided = method.method == "auto" and (
-        strip_weights_sha256(method) or stripped_brain(scan.t1) is not None
+        strip_weights_sha256(method) or stripped_brain(winsorized(scan.t1)) is not None
     )
     if unaided or method.method not in ("auto", "template"):
         return None

@@ -10,8 +10,9 @@ import click
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="File to write (NIfTI)."
 )
+@click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-def command(t1: Path, out: Path, overwrite: bool) -> None:
+def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     """Mend a header that says wrongly how a scan lies.
 
     Compares the brain with a template in all 24 rotations, and writes a copy with the same voxels
@@ -23,20 +24,22 @@ def command(t1: Path, out: Path, overwrite: bool) -> None:
     """
     from tempfile import TemporaryDirectory
 
-    from cadiff_cli.config import Config
+    from cadiff_cli.config import Config, StripConfig
     from cadiff_cli.errors import DataError, OutputError, UsageError
-    from cadiff_cli.io.nifti import load_scan, save_volume
+    from cadiff_cli.io.nifti import check_writable, load_scan, load_volume, save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.stages.orientation import orientation, reoriented
     from cadiff_cli.stages.strip import strip
 
     if not out.name.endswith((".nii", ".nii.gz")):
         raise UsageError(f"{out.name} is no NIfTI name", "end it with .nii or .nii.gz")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists", "choose another name, or give --overwrite")
     scan, template = load_scan(t1), load_template(EMBEDDED)
-    with TemporaryDirectory(prefix="cadiff-") as work:
-        brain = strip(scan, template, Config(), Path(work)).t1
+    if out.exists() and (out.samefile(t1) or not overwrite):
+        raise OutputError(f"{out} exists", "choose another name, or give --overwrite")
+    check_writable(out.parent)
+    config = Config(strip=StripConfig(mask=mask))
+    with TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
+        brain = strip(scan, template, config, Path(work)).t1
     lies = orientation(brain, template.brain)
     grid = reoriented(scan.t1.grid, lies.rotation)
     if not lies.is_clear:
@@ -48,7 +51,7 @@ def command(t1: Path, out: Path, overwrite: bool) -> None:
     if lies.is_upright:
         click.echo(f"cadiff: {t1.name} lies as its header says ({grid.axes})", err=True)
         return
-    save_volume(out, scan.t1.data, grid)
+    save_volume(out, load_volume(t1).data, grid)
     click.echo(
         f"cadiff: turned by {lies.turn}, {scan.t1.grid.axes} -> {grid.axes};"
         " left and right cannot be seen: check them",

@@ -64,8 +64,8 @@ def command(
     import logging
     from dataclasses import replace
 
-    from cadiff_cli.config import from_toml
     from cadiff_cli.io.nifti import check_writable
+    from cadiff_cli.io.text import read_settings
     from cadiff_cli.io.weights import load_brain_model
     from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.heads import HeadConfig
@@ -77,7 +77,7 @@ def command(
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
     config = (
-        from_toml(config_file, HeadConfig) if config_file else HeadConfig(decay=800, steps=4000)
+        read_settings(config_file, HeadConfig) if config_file else HeadConfig(decay=800, steps=4000)
     )
     config = replace(config, **{key: value for key, value in options.items() if value is not None})
     model = load_brain_model(init) if init else None

@@ -24,7 +24,7 @@ from cadiff_cli.errors import (
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.nifti import load_scan, stem
 from cadiff_cli.io.selection import EVERYTHING, MAGNITUDE, TAKEN, UNIT1, Selection
-from cadiff_cli.io.text import read_text
+from cadiff_cli.io.text import read_json, read_text
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OLDEST_YEARS = 120
+"""Larger ages stand for a missing one, as 999."""
 LINK_KINDS = ("https://doi.org/", "urn:x-bids:")
 """How links to datasets begin that name them; others are relative paths, or the user's own."""
 
@@ -178,17 +180,25 @@ class Dataset:
 
     @cached_property
     def ages(self) -> dict[str, float]:
-        """Age in years by participant label, of those whose age ``participants.tsv`` tells."""
+        """Age in years by participant label, where ``participants.tsv`` tells one and only one.
+
+        BIDS counts in years unless the column's ``Units`` say otherwise; the oldest may be ``89+``.
+        """
+        told = (read_json(self.root / "participants.json") or {}).get("age", {})
+        units = told.get("Units", "years") if isinstance(told, dict) else "years"
+        if str(units).lower() not in ("year", "years", "yr", "y", "a"):
+            return {}
         try:
             lines = read_text(self.root / "participants.tsv").splitlines()
         except (OSError, ValueError):
             return {}
-        ages = {}
-        for line in csv.DictReader(lines, delimiter="\t"):
-            number = re.match(r"\d+(\.\d+)?", str(line.get("age")).strip())  # 89+ is old enough
-            if number:
-                ages[str(line.get("participant_id")).removeprefix("sub-")] = float(number[0])
-        return ages
+        found: dict[str, set[float]] = {}
+        for line in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+            number = re.fullmatch(r"(\d+(\.\d+)?)\+?", str(line.get("age")).strip())
+            if number and float(number[1]) <= OLDEST_YEARS:
+                label = str(line.get("participant_id")).removeprefix("sub-")
+                found.setdefault(label, set()).add(float(number[1]))
+        return {label: ages.pop() for label, ages in found.items() if len(ages) == 1}
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""

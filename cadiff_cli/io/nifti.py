@@ -290,8 +290,9 @@ def load_scan(path: Path) -> Scan:
             f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
             f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
         )
-    data = finite(volume.data)
-    bad = int(np.count_nonzero(~usable(volume.data)))
+    good = usable(volume.data)
+    data = np.where(good, volume.data, 0).astype(np.float32)
+    bad = data.size - int(np.count_nonzero(good))
     if bad == data.size:
         raise UnsuitableError(
             f"{name} holds only NaN, infinite or absurd values", "check how it was written"
@@ -327,7 +328,7 @@ def finite(data: np.ndarray) -> np.ndarray:
 
 def usable(data: np.ndarray) -> np.ndarray:
     """Where values are numbers that can be squared and summed (bool)."""
-    return np.asarray(abs(data.astype(np.float64, copy=False)) < LARGEST)
+    return np.asarray(np.isfinite(data) & (abs(data) < LARGEST))
 
 
 def _without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:

@@ -3,11 +3,20 @@
 import codecs
 import json
 import math
+import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.nifti import replacing
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,6 +36,31 @@ def read_text(path: Path) -> str:
     with path.open("rb") as stream:
         wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+
+
+def read_settings(path: Path, kind: type[S]) -> S:
+    """A settings object from a TOML file of its fields; what is absent keeps its default.
+
+    Raises ``UsageError`` for a file that is no TOML, an unknown key or a value of another type.
+    """
+    try:
+        values = tomllib.loads(read_text(path))
+    except OSError as error:
+        raise MissingInputError(f"cannot read {path} ({error.strerror})", "check it") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no TOML ({error})", "mend it") from error
+    defaults = {f.name: f.default for f in fields(kind)}
+    for key, value in values.items():
+        if key not in defaults:
+            near = get_close_matches(key, defaults, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{path} has an unknown key {key!r}{hint}", f"use {[*defaults]}")
+        wanted = type(defaults[key])
+        if wanted is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not wanted:
+            raise UsageError(f"{path}: {key} is {value!r}", f"give a value of {wanted.__name__}")
+    return kind(**values)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

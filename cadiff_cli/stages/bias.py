@@ -45,10 +45,10 @@ class Bias:
         """Reasons to look at the result."""
         if self.converged and self.ratio < STRONG:
             return ()
-        left = "" if self.converged else " and some of it is left"
+        left = "" if self.converged else ", though not wholly"
         return (
-            f"the brightness of the brain varies by a factor of {self.ratio:.1f} (receive bias):"
-            f" it was corrected{left}",
+            f"the brightness of the brain varies by a factor of {self.ratio:.1f} (receive bias),"
+            f" which is evened out before registration{left}",
         )
 
     def at(self, grid: Grid) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.errors import DataError, UnsuitableError
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -52,7 +52,7 @@ def normalise(image: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> tuple[float, float]:
-    """Litres of brain in a scan, and its share of what was ``found`` (bool), looked at at 4 mm."""
+    """Litres of brain in a scan, and its share of what was ``found`` (bool), examined at 4 mm."""
     head = network_image(t1)
     x = _padded(head.data, model.net)
     with autocast(x.device):
@@ -108,8 +108,8 @@ def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
 BOX_MARGIN_MM = 9.0
 """What the first network puts farther outside the brain than this is not looked at again."""
 DEEP_MM = 6.0
-LEAST_SEEN_LITRES = 0.12
-"""Less is no brain at all."""
+NO_BRAIN_LITRES = 0.12
+"""Less, deep inside, is no brain at all; more may be a newborn's."""
 LEAST_DEEP_LITRES = 0.3
 """A brain of half a litre has as much this deep inside; what is seen in noise (0.09 l) has not."""
 
@@ -121,18 +121,13 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
     """
     distance = brain_distance(t1, model)
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
-    if LEAST_SEEN_LITRES < deep.litres < LEAST_DEEP_LITRES:
-        raise UnsuitableError(
-            f"the brain is too small: {deep.litres:.2f} l of the image lie deep inside it,"
-            f" at least {LEAST_DEEP_LITRES} l should",
-            "newborns' brains cannot be segmented; if it is no newborn's, give --mask FILE",
-        )
     if deep.litres < LEAST_DEEP_LITRES:
+        found = "no brain found" if deep.litres < NO_BRAIN_LITRES else "the brain is too small"
         raise DataError(
-            f"no brain found: {deep.litres:.2f} l of the image lie deep inside one,"
+            f"{found}: {deep.litres:.2f} l of the image lie deep inside one,"
             f" at least {LEAST_DEEP_LITRES} l should",
-            "is this a T1-weighted head? Check the header's voxel sizes and axes (cadiff reorient),"
-            " or give --mask FILE",
+            "is this a T1-weighted head, and not a newborn's? Check the header's voxel sizes and"
+            " axes, or give --mask FILE",
         )
     # Linear interpolation reaches one voxel beyond what lies inside.
     near = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))

@@ -29,7 +29,7 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample, resample_labels
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.stages.register import joint_vote, register, settings, warp
-from cadiff_cli.stages.strip import foreground, stripped_brain
+from cadiff_cli.stages.strip import foreground, stripped_brain, winsorized
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def carry(
     scan, labels = load_labelled(atlas, table, mapping)
     grid = scan.t1.grid
     warnings = [*scan.warnings]
-    brain = stripped_brain(scan.t1)
+    brain = stripped_brain(winsorized(scan.t1))
     if brain is None:
         brain = foreground(scan.t1)
         warnings.append("does not look skull-stripped, as atlases have to be")

@@ -16,6 +16,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.masks import LEAST_SYMMETRY, judge_mask
 
 log = logging.getLogger(__name__)
 
@@ -182,20 +183,20 @@ def reoriented(grid: Grid, rotation: np.ndarray) -> Grid:
 def verified(scan: Scan, stripped: Stripped, template: Template) -> Stripped:
     """``stripped``, with a warning where it is unclear whether the brain lies as its header says.
 
-    Raises ``DataError`` where it clearly lies otherwise.
+    Raises ``DataError`` where a whole brain clearly lies otherwise.
     """
     name, grid = scan.path.name, scan.t1.grid
     lies = orientation(stripped.t1, template.brain)
     log.info("orientation: %s", lies)
-    if not lies.is_clear:
-        text = (
-            f"whether {name} lies as its header says (axes {grid.axes}) cannot be seen:"
-            " look at the page"
-        )
+    if lies.is_upright and lies.is_clear:
+        return stripped
+    # Half a brain, or a mask of something else, is no ground to refuse a scan.
+    seen = Volume(stripped.mask.data, reoriented(stripped.mask.grid, lies.rotation))
+    whole = judge_mask(seen).symmetry >= LEAST_SYMMETRY
+    if not (lies.is_clear and whole):
+        text = f"cadiff cannot tell whether {name} lies as its header says (axes {grid.axes})"
         log.warning(text)
         return replace(stripped, warnings=(*stripped.warnings, text))
-    if lies.is_upright:
-        return stripped
     raise DataError(
         f"{name} is turned by {lies.turn}: its header says {grid.axes}, its image looks like"
         f" {reoriented(grid, lies.rotation).axes} (left and right cannot be seen)",

@@ -37,13 +37,17 @@ MOST_FILLED = 0.75
 """Share of a field of view that a brain may fill, in a box that just holds it."""
 LEAST_SEEN_LITRES = 0.2
 """What the network takes for brain must be more than this to count."""
-MOST_OF_IT = 0.6
+LEAST_SHARE = 0.6
 """Share of what is not background that is brain: more in a stripped scan, less in a head."""
 DARKEST = 1.0
 """Percentile at which intensities begin where some are negative: a single wrapped or padded voxel
 must not press all others together."""
 EXTREME = 0.1
 """Percentile on either side beyond which an intensity may be extreme."""
+LEAST_LITRES = 0.02
+"""A smaller brain is no person's."""
+DARK = 1e-3
+"""Share of a scan's maximum that a brain exceeds somewhere; splines leave less in air of 0."""
 LEAST_SPREAD = 0.12
 """Standard deviation of a stripped brain's intensities, as a share of their mean."""
 SPECK = 0.01
@@ -93,8 +97,12 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     if specks := np.count_nonzero(mask.data & ~whole):
         log.info("%d voxels of the mask are specks, left out", specks)
     mask = Volume(whole, working)
-    if mask.litres == 0:
-        raise DataError("no brain found: the mask is empty", "check the input, or give --mask FILE")
+    if mask.litres < LEAST_LITRES:
+        raise DataError(
+            f"no brain found: the mask holds {mask.litres:.3g} l, at least {LEAST_LITRES} l are"
+            " needed",
+            "check the input, or give --mask FILE",
+        )
     if not PLAUSIBLE_LITRES[0] <= mask.litres <= PLAUSIBLE_LITRES[1]:
         warnings.append(
             f"the brain mask ({method}) holds {mask.litres:.2f} l, outside"
@@ -102,6 +110,8 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         )
     t1 = _cubic(lifted, working, bounding_box(mask.data))
     inside = Volume(np.where(mask.data, t1.data, 0).astype(np.float32), working)
+    if inside.data.max() < DARK * lifted.data.max():
+        raise DataError("the scan is dark everywhere inside the mask", "check --mask FILE")
     bias = find_bias(inside, mask)
     warnings.extend(bias.warnings)
     for text in warnings:
@@ -116,7 +126,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
 def winsorized(t1: Volume) -> Volume:
     """``t1`` without extreme voxels: a few of them would put all tissue into one histogram bin.
 
-    Nothing is changed within twice the range of the percentiles 0.1 and 99.9 of what is not
+    Nothing is changed within three times the range of the percentiles 0.1 and 99.9 of what is not
     background.
     """
     seen = t1.data[t1.data != border_value(t1.data)]
@@ -124,11 +134,12 @@ def winsorized(t1: Volume) -> Volume:
         return t1
     low, high = np.percentile(seen, [EXTREME, 100 - EXTREME])
     low, high = low - (high - low), high + (high - low)
-    if t1.data.min() >= low and t1.data.max() <= high:
+    if low == high or (t1.data.min() >= low and t1.data.max() <= high):
         return t1
     extreme = np.count_nonzero((t1.data < low) | (t1.data > high))
     log.info("%d extreme voxels are clipped to %.4g and %.4g", extreme, low, high)
-    return Volume(np.clip(t1.data, low, high), t1.grid)
+    air = border_value(t1.data)
+    return Volume(np.where(t1.data == air, air, np.clip(t1.data, low, high)), t1.grid)
 
 
 def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[str, list[str]]:
@@ -203,7 +214,7 @@ def stripped_brain(t1: Volume, model: "BrainModel | None" = None) -> Volume | No
         litres, share = share_of_brain(t1, found, model)
         log.info("%.2f l of brain, %.0f %% of what is not background", litres, 100 * share)
         if litres > LEAST_SEEN_LITRES:
-            return found if share > MOST_OF_IT else None
+            return found if share > LEAST_SHARE else None
     # A brain touches one or two faces of a field of view that just holds it, never most of them.
     touched = np.median([face.mean() for face in faces(found.data)])
     low, high = STRIPPED_LITRES

@@ -294,7 +294,9 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         image = _spin_echo(image, distance, generator)
     image = _artefacts(image, config, generator)
     if chance(config.stripped):
-        image = image * (distance > float(uniform(-3, 1, 1)))
+        # Programs strip more or less widely: the brain is what they leave.
+        distance = distance - float(uniform(-6, 1, 1))
+        image = image * (distance > 0)
     elif chance(config.zeroed_air):
         image = image * (image > float(uniform(0.02, 0.12, 1)))
     elif chance(config.noisy_air):
