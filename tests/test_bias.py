@@ -9,7 +9,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.bias import evened, find_bias
+from cadiff_cli.stages.bias import NATURAL, evened, find_bias
 from cadiff_cli.stages.strip import strip, winsorized
 
 
@@ -39,15 +39,21 @@ def corrected(volume):
 
 
 @pytest.mark.parametrize("k", [0.5, 1.5])
-def test_a_corrected_image_is_that_of_the_scan_without_bias(clean, k):
+def test_a_bias_is_removed_but_for_what_is_natural_or_a_quarter(clean, k):
     inside = clean.data > 0
-    wanted, _ = corrected(clean)
     found, bias = corrected(biased(clean, k))
-    ratio = np.log(found[inside] / wanted[inside])
+    left = np.percentile(np.log(found[inside] / clean.data[inside]), [5, 95])
     before = np.log(biased(clean, k).data[inside] / clean.data[inside])
-    assert ratio.std() < 0.2 * before.std()
     low, high = np.percentile(before, [5, 95])
+    assert high - low > np.log(NATURAL)
+    assert np.diff(left) < max(np.log(NATURAL), (high - low) / 4)
     assert np.log(bias.ratio) == pytest.approx(high - low, rel=0.25)
+
+
+def test_a_natural_bias_is_left_alone(clean):
+    found, bias = corrected(biased(clean, 0.1))
+    assert bias.ratio < NATURAL
+    assert np.array_equal(found, biased(clean, 0.1).data)
 
 
 def test_a_strong_bias_is_told(clean):

@@ -51,6 +51,15 @@ from cadiff_cli.training.mask import held_out_dice, prepare_heads, train_mask
 TINY = BrainConfig((8, 8), (8, 8))
 SPACING = np.array([2.0, 2.0, 2.0])
 
+ORDINARY = dict.fromkeys(
+    (
+        *("turned", "small", "bright_scalp", "strong_bias"),
+        *("stripped", "zeroed_air", "noisy_air"),
+    ),
+    0.0,
+)
+"""Heads as most scanners make them."""
+
 
 def ball(radius_mm, size=40, spacing=2.0, centre=None):
     ijk = np.indices((size,) * 3) * spacing
@@ -190,7 +199,7 @@ def test_distances_stay_within_the_reach_and_images_in_range(drawn_head, real_he
 
 def test_what_is_cut_off_is_not_brain(drawn_head):
     """A slab without any image holds no mask."""
-    config = HeadConfig(patch=64, cut=1.0, deface=0.0, off_centre_mm=0.0)
+    config = HeadConfig(patch=64, cut=1.0, deface=0.0, off_centre_mm=0.0, **ORDINARY)
     cuts = 0
     for index in range(8):
         patch = draw_head(drawn_head, config, seeded(index))
@@ -203,10 +212,10 @@ def test_what_is_cut_off_is_not_brain(drawn_head):
 
 
 def test_a_face_may_go_but_not_the_brain(drawn_head):
-    plain = HeadConfig(patch=64, cut=0.0, deface=0.0)
+    plain = HeadConfig(patch=64, cut=0.0, deface=0.0, **ORDINARY)
     gone = 0
     for index in range(6):
-        defaced = draw_head(drawn_head, HeadConfig(patch=64, cut=0.0, deface=1.0), seeded(index))
+        defaced = draw_head(drawn_head, replace(plain, deface=1.0), seeded(index))
         whole = draw_head(drawn_head, plain, seeded(index))
         inside = whole.distance > 0
         assert torch.equal(defaced.image[inside], whole.image[inside])
@@ -241,9 +250,36 @@ def test_a_brain_may_shrink_and_fluid_fills_the_gap():
         assert (came_from - 36).abs().max() < 2.0
 
 
+@pytest.mark.parametrize("index", range(3))
+def test_a_stripped_head_is_nothing_but_its_mask(real_head, index):
+    config = HeadConfig(patch=64, cut=0, deface=0, **ORDINARY | {"stripped": 1.0})
+    patch = draw_head(real_head, config, seeded(index))
+    assert (patch.image[patch.distance <= 0] == 0).all()
+    assert (patch.image[patch.distance > 0] > 0).float().mean() > 0.5
+
+
+def test_noisy_air_is_as_bright_as_brain_and_zeroed_air_is_dark(real_head):
+    dark = HeadConfig(patch=64, cut=0, deface=0, **ORDINARY | {"zeroed_air": 1.0})
+    noisy = replace(dark, zeroed_air=0.0, noisy_air=1.0)
+    for index in range(3):
+        air, noise = (draw_head(real_head, config, seeded(index)).image for config in (dark, noisy))
+        assert (air == 0).float().mean() > 0.05
+        assert noise.mean() > air.mean()
+
+
+def test_a_turned_head_is_the_head_turned(real_head):
+    config = HeadConfig(patch=64, cut=0, deface=0, off_centre_mm=0.0, **ORDINARY | {"turned": 1.0})
+    turned = draw_head(real_head, config, seeded(0)).distance
+    plain = draw_head(real_head, replace(config, turned=0.0), seeded(0)).distance
+    # The brain keeps its volume, whichever way it lies.
+    assert float((turned > 0).sum() / (plain > 0).sum()) == pytest.approx(1, abs=0.1)
+
+
 def test_a_shrunken_brain_swims_in_fluid(real_head):
     """No shell of skull shows where the border was: between the two borders all is dark."""
-    config = HeadConfig(patch=64, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0)
+    config = HeadConfig(
+        patch=64, cut=0, deface=0, tilted=0, shrunken=1.0, shrink_mm=12.0, **ORDINARY
+    )
     bare = replace(real_head, image=np.where(real_head.distance > 0, 120, 255).astype(np.uint8))
     # Ventricles, the darkest part of a brain, are what the fluid's brightness is taken from.
     bare.image[real_head.distance > 0.7 * float(real_head.distance.max())] = 20

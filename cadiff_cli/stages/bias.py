@@ -24,6 +24,9 @@ MOST_PASSES = 6
 """A field of ratio 8.5 takes five."""
 INSIDE = 0.9
 """Share of brain that makes a coarse voxel one of the brain."""
+NATURAL = 1.3
+"""A smaller ratio is left alone: a part of it is anatomy, and the network was trained with it.  One
+scan of MALC (1018, ratio 1.24) lost 0.006 Dice by the correction, at one step."""
 STRONG = 6.0
 """Ratio from which on a corrected image deserves a look: noise was made bright with the signal."""
 
@@ -32,8 +35,8 @@ STRONG = 6.0
 class Bias:
     """A multiplicative field: ``log`` is its natural logarithm on a coarse grid.
 
-    ``ratio`` is that of its 95th and 5th percentiles in the brain; ``converged`` is False where the
-    last pass still found something.
+    ``ratio`` is that of the 95th and 5th percentiles of what was found in the brain, ``converged``
+    False where the last pass still found something.
     """
 
     log: Volume
@@ -80,6 +83,8 @@ def find_bias(t1: Volume, mask: Volume) -> Bias:
     total = np.clip(total, total[inside].min(), total[inside].max())
     low, high = np.percentile(total[inside], [5, 95])
     ratio = round(float(np.exp(high - low)), 3)
+    if ratio < NATURAL:
+        total = np.zeros_like(total)
     return Bias(Volume(total, grid), ratio, size < CONVERGED)
 
 

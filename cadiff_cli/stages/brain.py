@@ -51,8 +51,8 @@ def normalise(image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> tuple[float, float]:
-    """Litres of brain in a scan, and its share of what was ``found`` (bool), examined at 4 mm."""
+def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> float:
+    """Share of what was ``found`` (bool) in a scan that is brain, examined at 4 mm."""
     head = network_image(t1)
     x = _padded(head.data, model.net)
     with autocast(x.device):
@@ -60,8 +60,7 @@ def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> tuple[float,
     object_ = torch.from_numpy(resample_mask(found, head.grid).data.astype(np.float32))
     pad = [n for size in reversed(object_.shape) for n in (0, -size % model.net.config.multiple)]
     inside = F.avg_pool3d(F.pad(object_, pad)[None, None], 2)[0, 0].to(x.device) > 0.5
-    litres = float(brain.sum()) * (2 * SPACING_MM) ** 3 / 1e6
-    return litres, float((brain & inside).sum() / inside.sum().clamp(min=1))
+    return float((brain & inside).sum() / inside.sum().clamp(min=1))
 
 
 @torch.no_grad()
