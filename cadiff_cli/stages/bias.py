@@ -78,8 +78,7 @@ def find_bias(t1: Volume, mask: Volume) -> Bias:
         log.info("N4: a correction of %.1f %%", 100 * size)
         if size < CONVERGED:
             break
-    # The brain keeps its mean; beyond it nothing holds the splines.
-    total += np.log((image / np.exp(total))[inside].mean() / image[inside].mean())
+    # Beyond the brain nothing holds the splines.
     total = np.clip(total, total[inside].min(), total[inside].max())
     low, high = np.percentile(total[inside], [5, 95])
     ratio = round(float(np.exp(high - low)), 3)
@@ -89,9 +88,12 @@ def find_bias(t1: Volume, mask: Volume) -> Bias:
 
 
 def evened(t1: Volume, bias: Bias) -> Volume:
-    """``t1`` divided by the field; what is 0 everywhere around costs nothing."""
+    """``t1`` (0 outside the brain) divided by the field, with the mean that it had."""
     box = bounding_box(t1.data != 0)
     part = t1.grid.crop(tuple(s.start for s in box), tuple(max(s.stop - s.start, 1) for s in box))
+    if not bias.log.data.any():
+        return t1
     data = t1.data.copy()
     data[box] = data[box] / bias.at(part)
+    data *= t1.data.sum(dtype=np.float64) / data.sum(dtype=np.float64)
     return Volume(data, t1.grid)
