@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 METHODS = ("auto", "net", "template", "none")
 STRIPPED_LITRES = (0.4, 2.3)
 """Volume of a stripped brain; most heads hold more, a child's in air that was set to 0 does not."""
-LARGE_LITRES = 1.75
+LARGE_LITRES = 1.7
 """Few brains are larger."""
 LEAST_TOUCHED = 0.01
 MOST_FILLED = 0.75
