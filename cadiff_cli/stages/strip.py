@@ -38,7 +38,7 @@ LARGE_LITRES = 1.7
 LEAST_TOUCHED = 0.01
 MOST_FILLED = 0.75
 """Share of a field of view that a brain may fill, in a box that just holds it."""
-LEAST_SHARE = 0.62
+LEAST_SHARE = 0.68
 """Share of a large object that is brain if it is a stripped scan.  It was 0.59 to 0.69 in MALC's
 scans, 0.52 to 0.61 in five heads in air of 0 that were cut at the neck to 2.1 to 2.3 l: near enough
 that a warning tells of it."""
@@ -117,6 +117,11 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         raise DataError("the scan is dark everywhere inside the mask", "check --mask FILE")
     bias = find_bias(inside, mask)
     warnings.extend(bias.warnings)
+    if config.strip.method == "auto" and method == "net" and stripped_brain(full):
+        warnings.append(
+            "the scan is taken for a whole head in air of 0: if it is a stripped brain, give"
+            " --skull-strip none"
+        )
     if method == "none" and brain and brain.litres > LARGE_LITRES:
         warnings.append(
             f"{brain.litres:.2f} l are taken for a stripped brain: if it is a whole head, give"
