@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 ACROSS = 9
 """Voxels along the edge of a cube of the brain's volume, which makes them 12 mm in an adult.  Bias
-is smooth: N4 at 4 mm leaves as much, and takes fifty times as long."""
+is smooth: of a ratio of 3.6 (MALC 1014) 2 % are left after three passes, 1.3 % after one at 4 mm."""
 CONVERGED = 0.02
 """Standard deviation of a correction's logarithm (2 %) from which on nothing is left to do."""
 MOST_PASSES = 6
@@ -89,10 +89,10 @@ def find_bias(t1: Volume, mask: Volume) -> Bias:
 
 def evened(t1: Volume, bias: Bias) -> Volume:
     """``t1`` (0 outside the brain) divided by the field, with the mean that it had."""
-    box = bounding_box(t1.data != 0)
-    part = t1.grid.crop(tuple(s.start for s in box), tuple(max(s.stop - s.start, 1) for s in box))
     if not bias.log.data.any():
         return t1
+    box = bounding_box(t1.data != 0)
+    part = t1.grid.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
     data = t1.data.copy()
     data[box] = data[box] / bias.at(part)
     data *= t1.data.sum(dtype=np.float64) / data.sum(dtype=np.float64)

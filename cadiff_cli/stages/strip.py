@@ -35,7 +35,7 @@ STRIPPED_LITRES = (0.4, 2.3)
 """Volume of a stripped brain; most heads hold more, a child's in air that was set to 0 does not."""
 LARGE_LITRES = 1.7
 """Few brains are larger."""
-LEAST_TOUCHED = 0.01
+MOST_TOUCHED = 0.01
 MOST_FILLED = 0.75
 """Share of a field of view that a brain may fill, in a box that just holds it."""
 LEAST_SHARE = 0.68
@@ -221,7 +221,7 @@ def stripped_brain(t1: Volume, model: "BrainModel | None" = None) -> Volume | No
     if found is None:
         return None
     # A brain touches one or two faces of a field of view that just holds it, never most of them.
-    apart = np.median([face.mean() for face in faces(found.data)]) < LEAST_TOUCHED
+    apart = np.median([face.mean() for face in faces(found.data)]) < MOST_TOUCHED
     low, high = STRIPPED_LITRES
     if model is None:
         return found if apart and low < found.litres < high else None
