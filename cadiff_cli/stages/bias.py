@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 ACROSS = 9
 """Voxels along the edge of a cube of the brain's volume, which makes them 12 mm in an adult.  Bias
-is smooth: of a ratio of 3.6 (MALC 1014) 2 % are left after three passes, 1.3 % after one at 4 mm."""
+is smooth: of a ratio of 3.6 (MALC 1014) 2 % are left after three passes; at 4 mm, 1.3 % after one.
+"""
 CONVERGED = 0.02
 """Standard deviation of a correction's logarithm (2 %) from which on nothing is left to do."""
 MOST_PASSES = 6
