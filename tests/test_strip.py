@@ -17,7 +17,6 @@ from cadiff_cli.nets.brain import BrainConfig
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box
 from cadiff_cli.stages.brain import share_of_brain
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.strip import (
@@ -65,7 +64,7 @@ def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
     assert not stripped_brain(head_of(air=0.0))
 
 
-@pytest.mark.parametrize(("share", "stripped"), [(0.9, True), (0.4, False)])
+@pytest.mark.parametrize(("share", "stripped"), [(0.2, True), (0.5, False)])
 def test_the_network_tells_a_large_brain_from_a_head(
     phantom, monkeypatch, tmp_path, share, stripped
 ):
@@ -78,20 +77,11 @@ def test_the_network_tells_a_large_brain_from_a_head(
 
 
 def test_a_large_brain_is_told(phantom, monkeypatch, tmp_path):
-    monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: 0.9)
+    monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: 0.2)
     scan = Scan(phantom("RAS", 3.0, scale=1.13).t1, tmp_path / "sub-01_T1w.nii.gz")
     assert any(
         "taken for a stripped brain" in x for x in strip(scan, None, Config(), tmp_path).warnings
     )
-
-
-def test_a_brain_in_its_own_box_is_recognised_by_the_network(phantom, monkeypatch):
-    t1 = phantom("RAS", 2.0).t1
-    box = bounding_box(t1.data > 0)
-    grid = t1.grid.crop([s.start for s in box], [s.stop - s.start for s in box])
-    cropped = Volume(t1.data[box], grid)
-    monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: 0.9)
-    assert stripped_brain(cropped, model=object())
 
 
 def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
