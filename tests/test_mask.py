@@ -16,12 +16,13 @@ from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputE
 from cadiff_cli.io import releases, templates
 from cadiff_cli.io.nifti import load_scan, load_volume, save_volume
 from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages import strip as stage
-from cadiff_cli.stages.strip import on_scan, strip, stripped_brain
+from cadiff_cli.stages.strip import LARGE_LITRES, on_scan, strip, stripped_brain
 from cadiff_cli.training.heads import signed_distance
 
 
@@ -235,6 +236,13 @@ def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_thr
     stripped = strip(scan, None, Config(StripConfig()), tmp_path)
     assert stripped.method == "net"
     assert overlap(on_scan(stripped, scan).data, brain.data) > 0.88
+
+
+def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):
+    """MNI152's brain holds 1.9 l, as many a child's whole head."""
+    found = stripped_brain(load_template(EMBEDDED).brain, stage._brain_model())
+    assert found
+    assert found.litres > LARGE_LITRES
 
 
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):
