@@ -14,9 +14,10 @@ import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids import source_entities
+from cadiff_cli.io.files import write_tsv
+from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
+from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.label_maps import load_classes, say_once
-from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_volume, stem
-from cadiff_cli.io.text import write_tsv
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice

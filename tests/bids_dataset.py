@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.images import save_volume
 
 QUICK = (
     *("--offline", "--atlas", "MNI152NLin2009aSym", "--registration", "affine"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import DEFAULT, weights_folder
 from cadiff_cli.io.weights import Model, save_model
 from cadiff_cli.labels import load_table

@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.bias import NATURAL, evened, find_bias

@@ -18,8 +18,8 @@ from cadiff_cli.errors import (
 )
 from cadiff_cli.io.bids import Dataset, labelled_scans, source_entities
 from cadiff_cli.io.dataset import refuse_other_source, save_dataset_files
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.layout import Derivatives
-from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.io.selection import Selection, labels, read_filters
 from cadiff_cli.spatial.grid import Grid
 

@@ -14,7 +14,7 @@ from synthetic_head import stored
 
 from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import BrainModel, load_brain_model, load_model
 from cadiff_cli.nets.brain import REACH_MM, BrainConfig, BrainNet
 from cadiff_cli.spatial.grid import Grid, Volume

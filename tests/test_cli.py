@@ -17,8 +17,8 @@ from conftest import ROOT
 from cadiff_cli import machine
 from cadiff_cli.cli import COMMANDS, cadiff, guarded
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
-from cadiff_cli.io.nifti import save_volume
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.labels import load_table
 from cadiff_cli.runner.journal import Journal
 

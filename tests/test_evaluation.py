@@ -24,8 +24,8 @@ from cadiff_cli.evaluation import (
     score_pair,
     summarise,
 )
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import say_once
-from cadiff_cli.io.nifti import save_volume
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import rigid
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cadiff_cli.errors import DataError, MissingInputError
-from cadiff_cli.io.nifti import check_there, load_scan, load_volume, save_volume
+from cadiff_cli.io.formats import check_there
+from cadiff_cli.io.images import load_scan, load_volume, save_volume
 
 SHAPE = (31, 32, 33)
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, 2.2, 0, -40], [0, 0, 2.4, -20], [0, 0, 0, 1]])

@@ -24,7 +24,7 @@ DOORS = {
     "pathspec": ("io/bids.py",),
     "templateflow": ("io/templates.py",),
     "nilearn": ("io/templates.py",),
-    "nibabel": ("io/nifti.py", "spatial/grid.py"),
+    "nibabel": ("io/images.py", "spatial/grid.py"),
     "safetensors": ("io/weights.py",),
     "distributed": ("runner/cluster.py",),
     "contourpy": ("report/figures.py",),

@@ -14,8 +14,8 @@ from cadiff_cli.cli.mask import command
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
 from cadiff_cli.io import releases, templates
-from cadiff_cli.io.nifti import load_scan, load_volume, save_volume
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.images import load_scan, load_volume, save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig, BrainNet

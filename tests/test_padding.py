@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import gaussian_filter, rotate
 
 from cadiff_cli.errors import UnsuitableError
-from cadiff_cli.io.nifti import load_scan, save_volume
+from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.spatial.grid import Grid, border_value
 from cadiff_cli.stages.strip import stripped_brain
 

@@ -12,7 +12,7 @@ import torch
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import UsageError
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.files import sha256
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.quality import KNOTS, Calibration, expected_dice, fit, load_calibration
 from cadiff_cli.products import Scan

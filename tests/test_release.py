@@ -5,7 +5,7 @@ import pytest
 
 from cadiff_cli.config import Config, SampleConfig
 from cadiff_cli.evaluation import score_pair, summarise
-from cadiff_cli.io.nifti import load_scan, save_volume
+from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, load_templates
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.labels import LabelTable

@@ -13,7 +13,7 @@ from test_cli import call
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.unet import shuffle, unshuffle

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.nifti import load_scan, save_volume
+from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig
 from cadiff_cli.pipeline import prepare

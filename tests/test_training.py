@@ -17,7 +17,7 @@ from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
 from cadiff_cli.io.bids import LabelledScan
-from cadiff_cli.io.nifti import save_volume
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import PRIOR_STEP, load_model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid

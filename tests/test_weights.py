@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cadiff_cli.errors import DataError, MissingInputError
-from cadiff_cli.io.releases import sha256, weights_folder
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.releases import weights_folder
 from cadiff_cli.io.weights import PRIOR_STEP, load_model, save_model
 
 

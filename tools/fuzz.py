@@ -347,7 +347,7 @@ KINDS = (
 def examine(seed: int, index: int, place: Path, *, apart: bool = False) -> list[str]:
     """What is wrong with what cadiff does with one input; everything happens below ``place``."""
     from cadiff_cli.cli import cadiff
-    from cadiff_cli.io.nifti import load_scan
+    from cadiff_cli.io.images import load_scan
 
     scratch = place / "tmp"
     scratch.mkdir()

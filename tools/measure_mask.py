@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from scipy import ndimage
 
 from cadiff_cli.errors import CadiffError
-from cadiff_cli.io.nifti import load_scan, load_volume
+from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.weights import BrainModel, load_brain_model
 from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume

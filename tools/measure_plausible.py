@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.io.bids import Dataset, labelled_scans
-from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.images import load_volume
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.ranges import measure
 

@@ -20,11 +20,11 @@ from cadiff_cli.config import Config
 from cadiff_cli.errors import DiskError, UsageError, in_a_line
 from cadiff_cli.io.bids import Dataset
 from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
+from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.selection import Selection
 from cadiff_cli.io.templates import load_template, load_templates
-from cadiff_cli.io.text import write_text
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.boilerplate import cite, write_citations
 from cadiff_cli.report.group import report_group, write_group_page

@@ -98,7 +98,7 @@ def tables(out: Path, name: str) -> list[Path]:
 def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
     """Make sure, before anything costly, that the tables can be written and nothing is lost."""
     from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.nifti import check_writable
+    from cadiff_cli.io.files import check_writable
 
     if out is None:
         return

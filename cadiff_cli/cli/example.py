@@ -11,7 +11,7 @@ def command(out: Path) -> None:
     """Write sub-MNI152_T1w.nii.gz, the MNI152 brain that nilearn carries in its package."""
     import numpy as np
 
-    from cadiff_cli.io.nifti import save_volume
+    from cadiff_cli.io.images import save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
 
     brain = load_template(EMBEDDED, offline=True).brain

@@ -72,8 +72,8 @@ def command(
 
     from cadiff_cli.config import Config, RegisterConfig, StripConfig
     from cadiff_cli.io.dataset import save_dataset_files
+    from cadiff_cli.io.images import load_scan
     from cadiff_cli.io.layout import Derivatives
-    from cadiff_cli.io.nifti import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.fuse import choose_atlases, fuse
@@ -98,7 +98,7 @@ def _claim(out: Path, path: Path, overwrite: bool) -> None:
     """Make sure before the long work that ``path`` can be written and nothing is lost by it."""
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.dataset import refuse_foreign
-    from cadiff_cli.io.nifti import check_writable
+    from cadiff_cli.io.files import check_writable
 
     refuse_foreign(out)
     if path.exists() and not overwrite:
@@ -110,9 +110,9 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
     """The label map, and last the sidecar that says what made it."""
     import cadiff_cli
     from cadiff_cli.config import as_dict
-    from cadiff_cli.io.nifti import save_volume
+    from cadiff_cli.io.files import write_json
+    from cadiff_cli.io.images import save_volume
     from cadiff_cli.io.provenance import software
-    from cadiff_cli.io.text import write_json
     from cadiff_cli.stages.fuse import BETA, RADIUS, SEARCH
 
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))

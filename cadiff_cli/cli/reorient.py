@@ -26,7 +26,8 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
 
     from cadiff_cli.config import Config, StripConfig
     from cadiff_cli.errors import DataError, OutputError, UsageError
-    from cadiff_cli.io.nifti import check_writable, load_scan, load_volume, save_volume
+    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.io.images import load_scan, load_volume, save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.stages.orientation import orientation, reoriented
     from cadiff_cli.stages.strip import strip

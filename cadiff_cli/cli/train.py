@@ -119,7 +119,7 @@ def command(
 
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io.bids import labelled_scans
-    from cadiff_cli.io.nifti import check_writable
+    from cadiff_cli.io.files import check_writable
     from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.segment import pick_device

@@ -64,8 +64,7 @@ def command(
     import logging
     from dataclasses import replace
 
-    from cadiff_cli.io.nifti import check_writable
-    from cadiff_cli.io.text import read_settings
+    from cadiff_cli.io.files import check_writable, read_settings
     from cadiff_cli.io.weights import load_brain_model
     from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.heads import HeadConfig

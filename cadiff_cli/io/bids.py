@@ -21,10 +21,11 @@ from cadiff_cli.errors import (
     MissingInputError,
     SelectionError,
 )
+from cadiff_cli.io.files import read_json, read_text
+from cadiff_cli.io.formats import stem
+from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
-from cadiff_cli.io.nifti import load_scan, stem
 from cadiff_cli.io.selection import EVERYTHING, MAGNITUDE, TAKEN, UNIT1, Selection
-from cadiff_cli.io.text import read_json, read_text
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid

@@ -12,6 +12,8 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.io.dataset import save_dataset_files
+from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.layout import (
     BRAIN,
     DSEG,
@@ -25,10 +27,7 @@ from cadiff_cli.io.layout import (
     standard_name,
     xfm_name,
 )
-from cadiff_cli.io.nifti import replacing, save_volume
 from cadiff_cli.io.provenance import mask_provenance, provenance
-from cadiff_cli.io.releases import sha256
-from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, calibration, volume_rows
 from cadiff_cli.labels import load_table
 from cadiff_cli.products import (

@@ -1,11 +1,16 @@
-"""What a file is by its first bytes, whatever its name says, and what makes an image of it."""
+"""Which file is an image: by its name, and by its first bytes; what makes an image of others."""
 
+import os
 import re
+from pathlib import Path
 from typing import NamedTuple
+
+from cadiff_cli.errors import MissingInputError
 
 HEAD_BYTES = 1024
 """As much of a file as tells what it is."""
 GZIP = b"\x1f\x8b"
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 
 _POINTERS = (
     (rb"[ -~]*/annex/objects/", "git-annex", "datalad get {name}, or git annex get {name}"),
@@ -112,3 +117,41 @@ def foreign(name: str, stem: str, head: bytes = b"") -> tuple[str, str] | None:
         known = f"{stem}{found.suffixes[0]}"  # tools go by names, and must not write over this one
         remedy = f"rename it to {known}, and {remedy}"
     return f"{name} is {found.what}", remedy.format(name=known, stem=stem)
+
+
+def stem(path: Path) -> str:
+    """File name without its image suffix: ``sub-01_T1w.nii.gz`` -> ``sub-01_T1w``."""
+    for suffix in IMAGE_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def check_there(path: Path) -> None:
+    """Raise ``MissingInputError`` unless ``path`` is a file that can be read."""
+    try:
+        if path.is_symlink() and not path.exists():
+            if said := pointer(path.name, os.fsencode(path.readlink())):
+                raise MissingInputError(*said)
+            raise MissingInputError(
+                f"{path} is a link to nothing ({path.readlink()})", "check where it leads"
+            )
+        if not path.exists():
+            raise MissingInputError(f"no such file: {path}", "check the path")
+        if path.is_dir():
+            raise MissingInputError(
+                f"{path} is a folder", "give one image file (dcm2niix makes one of DICOM slices)"
+            )
+        if not path.is_file():
+            raise MissingInputError(f"{path} is a pipe or a device", "give one image file")
+    except OSError as error:  # a folder above it that may not be entered, a name too long
+        raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
+    if not os.access(path, os.R_OK):
+        raise MissingInputError(f"cannot read {path}", "check its permissions")
+    try:
+        with path.open("rb") as stream:
+            said = pointer(path.name, stream.read(HEAD_BYTES))
+    except OSError as error:  # a mount that has gone, a lease of another machine
+        raise MissingInputError(f"cannot read {path} ({error.strerror})", "try again") from error
+    if said:
+        raise MissingInputError(*said)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.images import load_volume
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.spatial.grid import Volume
 

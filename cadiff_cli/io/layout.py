@@ -13,8 +13,7 @@ from typing import Any
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.dataset import refuse_foreign
-from cadiff_cli.io.nifti import check_writable
-from cadiff_cli.io.text import read_json
+from cadiff_cli.io.files import check_writable, read_json
 
 T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
 MAX_STEM_BYTES = 160

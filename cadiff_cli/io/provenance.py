@@ -9,7 +9,8 @@ from typing import Any
 import cadiff_cli
 from cadiff_cli import machine
 from cadiff_cli.config import Config, Recipe, StripConfig, fingerprint
-from cadiff_cli.io.releases import sha256, strip_weights_sha256
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.volumes import about_expected_dice, calibration
 from cadiff_cli.machine import ITK_THREADS

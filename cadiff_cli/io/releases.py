@@ -4,11 +4,11 @@ A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha2
 ``README.md``.  It is packed into the wheel, so that a run needs no network.
 """
 
-import hashlib
 from pathlib import Path
 
 from cadiff_cli.config import StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.io.files import sha256
 
 DEFAULT = "cadiff-malc"
 DEFAULT_BRAIN = "brain-mask"
@@ -58,9 +58,3 @@ def strip_weights_sha256(strip: StripConfig) -> str:
         return find_weights(DEFAULT_BRAIN)[2]
     except MissingInputError:
         return ""
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

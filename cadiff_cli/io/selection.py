@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import MissingInputError, UsageError
-from cadiff_cli.io.text import read_text
+from cadiff_cli.io.files import read_text
 
 SUFFIXES = T1W, UNIT1 = "T1w", "UNIT1"
 """Of what can be segmented; the second is the uniform image of an MP2RAGE."""

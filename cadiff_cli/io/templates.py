@@ -24,8 +24,8 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError, in_a_line
-from cadiff_cli.io.locks import locked
-from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.files import locked
+from cadiff_cli.io.images import load_volume
 from cadiff_cli.products import Template
 from cadiff_cli.spatial.grid import Grid, Volume
 

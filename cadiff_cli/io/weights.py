@@ -13,8 +13,8 @@ from torch import nn
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.nifti import replacing
-from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights, sha256
+from cadiff_cli.io.files import replacing, sha256
+from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.brain import BrainConfig, BrainNet

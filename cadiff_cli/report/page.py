@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 import cadiff_cli
 from cadiff_cli.errors import OutputError, in_a_line
+from cadiff_cli.io.files import write_text
 from cadiff_cli.io.layout import Derivatives, Finished, finished_result, page_path
-from cadiff_cli.io.text import write_text
 from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.report.boilerplate import methods

@@ -16,8 +16,8 @@ from cadiff_cli import machine
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import source_entities
 from cadiff_cli.io.derivatives import save_result
-from cadiff_cli.io.locks import locked
-from cadiff_cli.io.nifti import load_scan
+from cadiff_cli.io.files import locked
+from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template

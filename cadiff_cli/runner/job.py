@@ -6,8 +6,8 @@ from typing import Literal
 
 from cadiff_cli.config import Recipe
 from cadiff_cli.errors import OutputError
+from cadiff_cli.io.files import sha256
 from cadiff_cli.io.layout import Derivatives, Finished, finished_result, page_path
-from cadiff_cli.io.releases import sha256
 
 
 @dataclass(frozen=True)

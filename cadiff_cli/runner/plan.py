@@ -11,9 +11,9 @@ from pathlib import Path
 
 from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.bids import Dataset, source_entities
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.formats import stem
 from cadiff_cli.io.layout import finished
-from cadiff_cli.io.nifti import stem
-from cadiff_cli.io.releases import sha256
 from cadiff_cli.io.selection import Selection
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal

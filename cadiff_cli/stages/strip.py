@@ -11,7 +11,7 @@ import numpy as np
 
 from cadiff_cli.config import Config, RegisterConfig, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.nifti import load_volume
+from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces

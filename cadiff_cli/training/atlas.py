@@ -8,8 +8,9 @@ import numpy as np
 
 from cadiff_cli.config import fingerprint
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.nifti import IMAGE_SUFFIXES, load_scan, stem
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
+from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.templates import PREFERRED, load_template, registry
 from cadiff_cli.products import Template
 from cadiff_cli.spatial.grid import Volume

@@ -14,8 +14,9 @@ import numpy as np
 from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids import LabelledScan, load_labelled
-from cadiff_cli.io.nifti import check_there, replacing
-from cadiff_cli.io.releases import sha256, strip_weights_sha256
+from cadiff_cli.io.files import replacing, sha256
+from cadiff_cli.io.formats import check_there
+from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound

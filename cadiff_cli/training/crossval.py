@@ -13,7 +13,7 @@ import numpy as np
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import Score, score_classes
-from cadiff_cli.io.text import write_text
+from cadiff_cli.io.files import write_text
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.unet import NetConfig

@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.nifti import replacing
+from cadiff_cli.io.files import replacing
 from cadiff_cli.labels import load_table
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume

@@ -14,10 +14,10 @@ import torch
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.io.files import sha256, write_json, write_tsv
+from cadiff_cli.io.formats import check_there, stem
+from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
-from cadiff_cli.io.nifti import check_there, load_scan, load_volume, stem
-from cadiff_cli.io.releases import sha256
-from cadiff_cli.io.text import write_json, write_tsv
 from cadiff_cli.io.weights import BrainModel, save_brain_model, seen_by
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.spatial.grid import Volume

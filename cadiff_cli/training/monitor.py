@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.io.nifti import replacing
+from cadiff_cli.io.files import replacing
 from cadiff_cli.io.weights import Model
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.metrics.overlap import dice

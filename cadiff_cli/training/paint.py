@@ -12,9 +12,10 @@ from scipy import ndimage
 
 from cadiff_cli.errors import DataError, MissingInputError, OutputError
 from cadiff_cli.io.dataset import BIDS_VERSION, generated_by
+from cadiff_cli.io.files import check_writable, write_json
+from cadiff_cli.io.formats import stem
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import load_ids, say_once
-from cadiff_cli.io.nifti import check_writable, save_volume, stem
-from cadiff_cli.io.text import write_json
 from cadiff_cli.labels import load_table
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box

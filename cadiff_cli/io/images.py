@@ -1,15 +1,10 @@
 """Read scans and write images.  The only module that opens image files with nibabel."""
 
-import errno
-import glob
 import gzip
 import logging
-import os
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,15 +17,10 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
-from cadiff_cli.errors import (
-    DataError,
-    DiskError,
-    MissingInputError,
-    OutputError,
-    UnsuitableError,
-)
-from cadiff_cli.io.formats import GZIP, HEAD_BYTES, foreign, pointer
-from cadiff_cli.io.releases import sha256
+from cadiff_cli.errors import DataError, UnsuitableError
+from cadiff_cli.io.files import replacing, sha256
+from cadiff_cli.io.formats import GZIP, HEAD_BYTES, IMAGE_SUFFIXES, check_there, foreign, stem
+from cadiff_cli.io.intensities import LARGEST, is_ct, usable, without_padding
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
 
@@ -51,62 +41,8 @@ ROUNDING_OF_FLOAT = 1e-7
 """How much longer than 1 a quaternion may be that was rounded to what a header stores."""
 ROUNDING_OF_TEXT = 1e-3
 """The same for one that somebody wrote with three decimals."""
-LARGEST = 1e15
-"""No scanner writes larger intensities, and float32 cannot hold their squares' sum."""
 SAME_SIZE = 0.01
 """By how much (relative) a header's two statements of a voxel's size may differ."""
-AIR_HU = -500.0
-"""Hounsfield units below which there is air, or what lies outside the circle that was scanned."""
-LEAST_FAT = 0.03
-"""Share of a CT's voxels, air apart, that is fat; a head has three times as much."""
-LEAST_CORNERS = 4
-"""Of the eight corners of an image, how many its padding covers."""
-MIXED = 0.02
-"""Share of voxels at either end of an image's range that may be mixtures of padding and air."""
-FAR = 0.05
-"""How far from the range of an image its padding lies, as a share of it; nearer, it is harmless."""
-
-LEAST_FREE_BYTES = 50_000_000
-"""Less than one scan's results: it is better said before they are worked out."""
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
-
-
-def stem(path: Path) -> str:
-    """File name without its image suffix: ``sub-01_T1w.nii.gz`` -> ``sub-01_T1w``."""
-    for suffix in IMAGE_SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
-
-
-def check_there(path: Path) -> None:
-    """Raise ``MissingInputError`` unless ``path`` is a file that can be read."""
-    try:
-        if path.is_symlink() and not path.exists():
-            if said := pointer(path.name, os.fsencode(path.readlink())):
-                raise MissingInputError(*said)
-            raise MissingInputError(
-                f"{path} is a link to nothing ({path.readlink()})", "check where it leads"
-            )
-        if not path.exists():
-            raise MissingInputError(f"no such file: {path}", "check the path")
-        if path.is_dir():
-            raise MissingInputError(
-                f"{path} is a folder", "give one image file (dcm2niix makes one of DICOM slices)"
-            )
-        if not path.is_file():
-            raise MissingInputError(f"{path} is a pipe or a device", "give one image file")
-    except OSError as error:  # a folder above it that may not be entered, a name too long
-        raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
-    if not os.access(path, os.R_OK):
-        raise MissingInputError(f"cannot read {path}", "check its permissions")
-    try:
-        with path.open("rb") as stream:
-            said = pointer(path.name, stream.read(HEAD_BYTES))
-    except OSError as error:  # a mount that has gone, a lease of another machine
-        raise MissingInputError(f"cannot read {path} ({error.strerror})", "try again") from error
-    if said:
-        raise MissingInputError(*said)
 
 
 def load_volume(path: Path) -> Volume:
@@ -304,8 +240,8 @@ def load_scan(path: Path) -> Scan:
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise UnsuitableError(f"{name} is {kind}", "give a T1-weighted image")
-    plain, said = _without_padding(data, name)
-    if _is_ct(data, plain):
+    plain, said = without_padding(data, name)
+    if is_ct(data, plain):
         raise UnsuitableError(
             f"{name} looks like a CT in Hounsfield units ({border_value(data):.0f} at its faces)",
             "give a T1-weighted MR image",
@@ -319,56 +255,6 @@ def load_scan(path: Path) -> Scan:
         )
     warnings.extend(_frame_warnings(header, name))
     return Scan(Volume(data, grid), path, tuple(warnings), sha256(path))
-
-
-def finite(data: np.ndarray) -> np.ndarray:
-    """``data`` as float32, with 0 for what is not ``usable``."""
-    return np.where(usable(data), data, 0).astype(np.float32)
-
-
-def usable(data: np.ndarray) -> np.ndarray:
-    """Where values are numbers that can be squared and summed (bool)."""
-    return np.asarray(np.isfinite(data) & (abs(data) < LARGEST))
-
-
-def _without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
-    """``data`` with its own air where a constant far from all else pads it, and what was done.
-
-    Tools that turn or enlarge a field of view fill its corners, often with -1000.  Splines and
-    linear interpolation leave mixtures of pad and air between the two.
-    """
-    values, counts = np.unique(data[np.ix_([0, -1], [0, -1], [0, -1])], return_counts=True)
-    pad = float(values[counts.argmax()])
-    if pad == 0 or counts.max() < LEAST_CORNERS:  # 0 is everybody's air
-        return data, []
-    low, high = (float(v) for v in np.quantile(data[data != pad], [MIXED, 1 - MIXED]))
-    reach = FAR * (high - low)
-    air = low if low < -reach else 0.0  # splines ring a little below 0
-    if pad < min(low, 0) - reach:
-        # What has no values below 0 of its own has none but mixtures there.
-        padded = data < (-reach if air == 0 else (pad + low) / 2)
-    elif pad > max(high, 0) + reach:
-        padded = data > (pad + high) / 2
-    else:
-        return data, []
-    share = f"{np.mean(padded):.1%} of {name} is padding of {pad:g}"
-    return np.where(padded, np.float32(air), data), [f"{share}: it was set to {air:g}"]
-
-
-def _is_ct(data: np.ndarray, plain: np.ndarray) -> bool:
-    """Whether an image is a CT in Hounsfield units; ``plain`` is it ``_without_padding``.
-
-    Air has -1000, and what lies around the circle that was scanned less; fat has -100, and a bare
-    brain 0 to 60.  MR that was padded has nothing of that between pad and 0.
-    """
-    if not border_value(data) < AIR_HU < np.percentile(data, 99):
-        return False
-    if border_value(plain) < AIR_HU:
-        return True
-    tissue = data[data > AIR_HU]
-    first, last = np.percentile(tissue, [25, 75])
-    bare = 15 < (first + last) / 2 < 60 and last - first < 25
-    return bool(bare or np.mean((tissue > -200) & (tissue < -20)) > LEAST_FAT)
 
 
 def _frame_warnings(header: Any, name: str) -> list[str]:
@@ -399,69 +285,6 @@ def _frame_warnings(header: Any, name: str) -> list[str]:
             f" {np.round(used, 3).tolist()} mm by its sform, which is believed: volumes follow it"
         )
     return warnings
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends well.
-
-    An earlier file stays untouched until then; after an error nothing is left behind (a killed
-    process leaves ``.NAME.*``).  Raises ``OutputError`` or ``DiskError``.
-    """
-    suffix = "".join(path.suffixes[-2:])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        with suppress(OSError):  # CIFS, NTFS and FUSE may know no modes
-            temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise DiskError(
-                f"writing {path.name} failed ({error.strerror})",
-                "free some space (df -h) and run again",
-            ) from error
-        raise OutputError(
-            f"writing {path} failed ({error.strerror or error})", "check the folder and run again"
-        ) from error
-    finally:
-        with suppress(OSError):  # it has its new name; or a disk that has gone hides the error
-            temporary.unlink()
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
-    """What to say where no file can be made in ``folder``."""
-    if error.errno in _FULL:
-        return DiskError(f"no space left in {folder}", "free some and run again")
-    return OutputError(
-        f"cannot write to {folder} ({error.strerror})", "choose a folder you may write to"
-    )
-
-
-def remove_partial(path: Path) -> None:
-    """Remove what killed processes left of ``path`` (``replacing``); nobody may be writing it."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ``OutputError`` or ``DiskError`` unless files can be made in ``folder``, now made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Not a TemporaryFile: some mounts refuse to remove an open file.
-        handle, name = tempfile.mkstemp(prefix=".cadiff-", dir=folder)
-        os.close(handle)
-        Path(name).unlink()
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
-        raise DiskError(f"{folder} has {free / 1e6:.0f} MB of space left", "free some (df -h)")
 
 
 def save_volume(
@@ -502,13 +325,6 @@ def save_volume(
         nib.save(image, temporary)
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
-
-
-_FULL = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _STALE = [
     "intent_code",
     "intent_p1",

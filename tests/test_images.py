@@ -1,27 +1,16 @@
-"""Reading what people have, refusing what is no scan, and writing without losing anything."""
+"""Images of every kind are read, or refused with a remedy; what is saved is loaded."""
 
-import errno
 import gzip
 import hashlib
 import os
-import shutil
-import stat
-from collections import namedtuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from cadiff_cli.errors import (
-    CadiffError,
-    DataError,
-    DiskError,
-    MissingInputError,
-    OutputError,
-    UnsuitableError,
-)
-from cadiff_cli.io.nifti import check_writable, load_scan, load_volume, replacing, save_volume, stem
-from cadiff_cli.io.text import read_json, read_text, write_json
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UnsuitableError
+from cadiff_cli.io.formats import stem
+from cadiff_cli.io.images import load_scan, load_volume, save_volume
 
 SHAPE = (70, 72, 74)
 
@@ -280,72 +269,6 @@ def test_labels_on_an_mgz_scan_keep_its_affine(tmp_path, grid_of):
     np.testing.assert_allclose(nib.load(tmp_path / "x.nii.gz").affine, grid.affine, atol=1e-5)
 
 
-def test_replacing_puts_the_new_file_in_place(tmp_path):
-    path = tmp_path / "new" / "folder" / "x.txt"
-    with replacing(path) as temporary:
-        temporary.write_text("done")
-        assert not path.exists()
-    assert path.read_text() == "done"
-    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
-    assert stat.S_IMODE(path.stat().st_mode) & 0o400
-
-
-def test_replacing_keeps_the_old_file_after_an_error(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-
-    def fail():
-        with replacing(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def refusing(error):
-    def refuse(*_args, **_options):
-        raise OSError(error, os.strerror(error))
-
-    return refuse
-
-
-@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
-def test_a_mount_without_modes_loses_nothing(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(os, "chmod", refusing(error))
-    write_json(tmp_path / "a.json", {"a": 1})
-    assert read_json(tmp_path / "a.json") == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (errno.ENOSPC, DiskError),
-        (errno.EDQUOT, DiskError),
-        (errno.EIO, DiskError),
-        (errno.EACCES, OutputError),
-    ],
-)
-def test_a_disk_that_fails_is_told_from_a_folder_that_refuses(tmp_path, monkeypatch, error, kind):
-    monkeypatch.setattr(os, "replace", refusing(error))
-    monkeypatch.setattr(os, "unlink", refusing(errno.EROFS))  # must not hide the error before it
-    with pytest.raises(CadiffError) as caught:
-        write_json(tmp_path / "a.json", {})
-    assert type(caught.value) is kind
-    assert os.strerror(error) in caught.value.message
-
-
-def test_replacing_below_a_file_is_an_output_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError) as caught, replacing(tmp_path / "file" / "x.txt"):
-        pass
-    assert caught.value.exit_code == 73
-    assert caught.value.remedy
-
-
 @pytest.mark.parametrize(
     ("codes", "mirror", "word"),
     [((0, 0), False, "guess"), ((1, 1), True, "disagree"), ((1, 1), False, None)],
@@ -446,25 +369,6 @@ def test_an_open_image_does_not_change_with_its_file(tmp_path):
     np.testing.assert_array_equal(volume.data, before)
 
 
-def test_looking_whether_a_folder_can_be_written_changes_nothing_in_it(tmp_path):
-    mine = tmp_path / ".writable"
-    mine.write_text("mine")
-    check_writable(tmp_path)
-    assert list(tmp_path.iterdir()) == [mine]
-    assert mine.read_text() == "mine"
-    check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    with pytest.raises(OutputError, match="cannot write to"):
-        check_writable(mine / "c")
-
-
-def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
-    free = namedtuple("usage", "free")(1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(DiskError, match="1 MB of space left"):
-        check_writable(tmp_path)
-
-
 def test_a_name_that_no_file_system_takes_is_a_missing_input(tmp_path):
     with pytest.raises(MissingInputError):
         load_volume(tmp_path / f"{'x' * 300}.nii.gz")
@@ -484,18 +388,3 @@ def test_a_scan_knows_which_file_it_was(write_image):
     assert was == hashlib.sha256(path.read_bytes()).hexdigest()
     write_image(noise() + 1)
     assert load_scan(path).sha256 != was
-
-
-def test_names_that_are_no_text_can_be_written(tmp_path):
-    """Files of old archives: their bytes come back from JSON."""
-    name = os.fsdecode(b"M\xfcller_T1.nii.gz")
-    write_json(tmp_path / "a.json", {"Sources": [name, "Müller"]})
-    assert read_json(tmp_path / "a.json") == {"Sources": [name, "Müller"]}
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_text_from_windows_editors_is_read(tmp_path, encoding):
-    path = tmp_path / "a.json"
-    path.write_text('{"Name": "Müller"}', encoding=encoding)
-    assert read_text(path) == '{"Name": "Müller"}'
-    assert read_json(path) == {"Name": "Müller"}

@@ -1,0 +1,214 @@
+"""Files of any kind: replaced atomically, checked for room, read as text and tables, locked.
+
+Never touches an image.
+"""
+
+import codecs
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cadiff_cli.errors import DiskError, MissingInputError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+
+log = logging.getLogger(__name__)
+
+LEAST_FREE_BYTES = 50_000_000
+"""Less than one scan's results: it is better said before they are worked out."""
+
+_FULL = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems say that know no locks; the last two are one number on Linux alone."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name when the block ends well.
+
+    An earlier file stays untouched until then; after an error nothing is left behind (a killed
+    process leaves ``.NAME.*``).  Raises ``OutputError`` or ``DiskError``.
+    """
+    suffix = "".join(path.suffixes[-2:])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with suppress(OSError):  # CIFS, NTFS and FUSE may know no modes
+            temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskError(
+                f"writing {path.name} failed ({error.strerror})",
+                "free some space (df -h) and run again",
+            ) from error
+        raise OutputError(
+            f"writing {path} failed ({error.strerror or error})", "check the folder and run again"
+        ) from error
+    finally:
+        with suppress(OSError):  # it has its new name; or a disk that has gone hides the error
+            temporary.unlink()
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
+    """What to say where no file can be made in ``folder``."""
+    if error.errno in _FULL:
+        return DiskError(f"no space left in {folder}", "free some and run again")
+    return OutputError(
+        f"cannot write to {folder} ({error.strerror})", "choose a folder you may write to"
+    )
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what killed processes left of ``path`` (``replacing``); nobody may be writing it."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ``OutputError`` or ``DiskError`` unless files can be made in ``folder``, now made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not a TemporaryFile: some mounts refuse to remove an open file.
+        handle, name = tempfile.mkstemp(prefix=".cadiff-", dir=folder)
+        os.close(handle)
+        Path(name).unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
+        raise DiskError(f"{folder} has {free / 1e6:.0f} MB of space left", "free some (df -h)")
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text; the file has either its old content or the new one, never a part.
+
+    Bytes of file names that are no UTF-8 become escapes, which JSON reads back.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text of people's making; Windows' editors put a mark before it, or write UTF-16.
+
+    Raises ``OSError``, and ``ValueError`` for what is neither.
+    """
+    with path.open("rb") as stream:
+        wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """An indented JSON object."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None if the file is absent or holds none (another's half-written one)."""
+    try:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_tsv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table as BIDS wants it: tabs, a header, ``n/a`` where a value is missing."""
+    lines = [header, *rows]
+    write_text(path, "".join("\t".join(map(_cell, line)) + "\n" for line in lines))
+
+
+def _cell(value: object) -> str:
+    """BIDS knows no quoting: a cell holds neither tabs nor newlines."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "n/a"
+    return " ".join(str(value).split())
+
+
+def read_settings(path: Path, kind: type[S]) -> S:
+    """A settings object from a TOML file of its fields; what is absent keeps its default.
+
+    Raises ``UsageError`` for a file that is no TOML, an unknown key or a value of another type.
+    """
+    try:
+        values = tomllib.loads(read_text(path))
+    except OSError as error:
+        raise MissingInputError(f"cannot read {path} ({error.strerror})", "check it") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no TOML ({error})", "mend it") from error
+    defaults = {f.name: f.default for f in fields(kind)}
+    for key, value in values.items():
+        if key not in defaults:
+            near = get_close_matches(key, defaults, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{path} has an unknown key {key!r}{hint}", f"use {[*defaults]}")
+        wanted = type(defaults[key])
+        if wanted is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not wanted:
+            raise UsageError(f"{path}: {key} is {value!r}", f"give a value of {wanted.__name__}")
+    return kind(**values)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold an exclusive lock on ``path``; False if another process has it and we do not wait.
+
+    Where the file system knows no locks, every process gets it: no two may then be given the same
+    scan.
+    """
+    try:
+        stream = path.open("a", encoding="ascii")
+    except PermissionError:  # a colleague's file, in a folder that we share
+        stream = path.open(encoding="ascii")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        except OSError as error:
+            if error.errno == errno.EBADF:  # NFS locks only what one may write
+                raise OutputError(
+                    f"{path} belongs to somebody else", "ask for the right to write it (umask 002)"
+                ) from error
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.info("no locks on %s", path.parent)
+            mine = True
+        yield mine

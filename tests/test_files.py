@@ -1,0 +1,126 @@
+"""Writing without losing anything, and locks between processes."""
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections import namedtuple
+
+import pytest
+
+from cadiff_cli.errors import CadiffError, DiskError, OutputError
+from cadiff_cli.io.files import check_writable, locked, read_json, read_text, replacing, write_json
+
+
+def test_replacing_puts_the_new_file_in_place(tmp_path):
+    path = tmp_path / "new" / "folder" / "x.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("done")
+        assert not path.exists()
+    assert path.read_text() == "done"
+    assert [p.name for p in path.parent.iterdir()] == ["x.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+
+def test_replacing_keeps_the_old_file_after_an_error(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def refusing(error):
+    def refuse(*_args, **_options):
+        raise OSError(error, os.strerror(error))
+
+    return refuse
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_mount_without_modes_loses_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(os, "chmod", refusing(error))
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (errno.ENOSPC, DiskError),
+        (errno.EDQUOT, DiskError),
+        (errno.EIO, DiskError),
+        (errno.EACCES, OutputError),
+    ],
+)
+def test_a_disk_that_fails_is_told_from_a_folder_that_refuses(tmp_path, monkeypatch, error, kind):
+    monkeypatch.setattr(os, "replace", refusing(error))
+    monkeypatch.setattr(os, "unlink", refusing(errno.EROFS))  # must not hide the error before it
+    with pytest.raises(CadiffError) as caught:
+        write_json(tmp_path / "a.json", {})
+    assert type(caught.value) is kind
+    assert os.strerror(error) in caught.value.message
+
+
+def test_replacing_below_a_file_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError) as caught, replacing(tmp_path / "file" / "x.txt"):
+        pass
+    assert caught.value.exit_code == 73
+    assert caught.value.remedy
+
+
+def test_looking_whether_a_folder_can_be_written_changes_nothing_in_it(tmp_path):
+    mine = tmp_path / ".writable"
+    mine.write_text("mine")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == [mine]
+    assert mine.read_text() == "mine"
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(OutputError, match="cannot write to"):
+        check_writable(mine / "c")
+
+
+def test_a_full_disk_is_said_before_the_work(tmp_path, monkeypatch):
+    free = namedtuple("usage", "free")(1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(DiskError, match="1 MB of space left"):
+        check_writable(tmp_path)
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path):
+    """Files of old archives: their bytes come back from JSON."""
+    name = os.fsdecode(b"M\xfcller_T1.nii.gz")
+    write_json(tmp_path / "a.json", {"Sources": [name, "Müller"]})
+    assert read_json(tmp_path / "a.json") == {"Sources": [name, "Müller"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_from_windows_editors_is_read(tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text('{"Name": "Müller"}', encoding=encoding)
+    assert read_text(path) == '{"Name": "Müller"}'
+    assert read_json(path) == {"Name": "Müller"}
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EINVAL", "ENOTSUP", "EOPNOTSUPP"])
+def test_everybody_gets_a_lock_where_there_are_none(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(fcntl, "flock", refusing(getattr(errno, name)))
+    with locked(tmp_path / "x.lock", wait=False) as mine:
+        assert mine
+
+
+def test_another_failure_is_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path / "x", wait=True):
+        pass
