@@ -5,6 +5,8 @@ Exit codes follow the BIDS execution specification (16 invalid dataset, 17 unkno
 74 I/O error.
 """
 
+from collections.abc import Sequence
+
 
 class CadiffError(Exception):
     """An error with a remedy.  The command line prints both on one line, without a traceback."""
@@ -18,6 +20,11 @@ class CadiffError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}. {self.remedy}" if self.remedy else self.message
+
+
+def first_few(names: Sequence[str], most: int = 8) -> str:
+    """The first ``most`` names, with ``...`` if there are more: ``01, 02, ...``."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def in_a_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.bids import source_entities
+from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
 from cadiff_cli.io.images import load_volume

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cadiff_cli.cli.options import entity_labels, read_filters
 from cadiff_cli.errors import (
     DataError,
     InvalidDatasetError,
@@ -16,11 +17,13 @@ from cadiff_cli.errors import (
     SelectionError,
     UsageError,
 )
-from cadiff_cli.io.bids import Dataset, labelled_scans, source_entities
-from cadiff_cli.io.dataset import refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.description import refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.labelled import labelled_scans
+from cadiff_cli.io.bids.layout import Derivatives
+from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.raw import Dataset
+from cadiff_cli.io.bids.selection import Selection, select
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.layout import Derivatives
-from cadiff_cli.io.selection import Selection, labels, read_filters
 from cadiff_cli.spatial.grid import Grid
 
 NAMES = {
@@ -194,7 +197,7 @@ def names(found):
 
 
 def test_every_t1w_is_found_once(raw):
-    found = raw.select()
+    found = select(raw)
     assert names(found.images) == [
         *("sub-01_ses-a", "sub-01_ses-b_acq-mprage_run-1", "sub-01_ses-b_acq-mprage_run-2"),
         "sub-02",
@@ -220,16 +223,16 @@ def test_every_t1w_is_found_once(raw):
 def test_a_selection_narrows(raw, selection, expected):
     if expected is None:
         with pytest.raises(UsageError, match="filter-file"):
-            raw.select(Selection(**selection))
+            select(raw, Selection(**selection))
     else:
-        assert names(raw.select(Selection(**selection)).images) == expected
+        assert names(select(raw, Selection(**selection)).images) == expected
 
 
 def test_filters_ask_for_absence_and_presence(raw, tmp_path):
     """``null`` and ``"*"``, as fMRIPrep has it."""
     file = tmp_path / "filters.json"
     file.write_text('{"t1w": {"acquisition": null, "session": "*"}, "bold": {"task": "rest"}}')
-    assert names(raw.select(Selection(filters=read_filters(file))).images) == ["sub-01_ses-a"]
+    assert names(select(raw, Selection(filters=read_filters(file))).images) == ["sub-01_ses-a"]
     for text in ("[1]", "{", '{"t1w": 3}'):
         file.write_text(text)
         with pytest.raises(UsageError, match="not a filter file"):
@@ -241,9 +244,9 @@ def test_filters_ask_for_absence_and_presence(raw, tmp_path):
 
 def test_absent_participants_are_named(raw):
     with pytest.raises(SelectionError, match="sub-03, sub-77"):
-        raw.select(Selection(participants=("01", "77", "03")))
+        select(raw, Selection(participants=("01", "77", "03")))
     with pytest.raises(SelectionError, match="no T1w"):
-        raw.select(Selection(participants=("10",)))
+        select(raw, Selection(participants=("10",)))
 
 
 def test_files_that_are_no_raw_scans_are_named(raw):
@@ -251,16 +254,16 @@ def test_files_that_are_no_raw_scans_are_named(raw):
     anat.mkdir(parents=True, exist_ok=True)
     (anat / "sub-10_desc-brain_T1w.nii.gz").touch()
     with pytest.raises(SelectionError, match="sub-10_desc-brain_T1w") as caught:
-        raw.select(Selection(participants=("10",)))
+        select(raw, Selection(participants=("10",)))
     assert "cadiff-seg" in caught.value.remedy
 
 
 def test_the_index_can_be_kept(raw, tmp_path):
     """The second time it is read, whichever participants the first time asked for."""
     database = tmp_path / "database"
-    assert names(raw.select(Selection(participants=("02",)), database).images) == ["sub-02"]
+    assert names(select(raw, Selection(participants=("02",)), database).images) == ["sub-02"]
     assert list(database.iterdir())
-    assert len(raw.select(Selection(), database).images) == 4
+    assert len(select(raw, Selection(), database).images) == 4
 
 
 @pytest.mark.parametrize(
@@ -314,7 +317,7 @@ def test_a_list_of_nobody_does_not_ask_for_all(tmp_path, content):
     path = tmp_path / "labels.txt"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"labels\.txt"):
-        labels([str(path)], "sub-", ["01"])
+        entity_labels([str(path)], "sub-", ["01"])
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -328,46 +331,51 @@ def test_an_index_that_was_not_finished_is_not_believed(raw, tmp_path, monkeypat
     with monkeypatch.context() as broken:
         broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            raw.select(Selection(), database)
+            select(raw, Selection(), database)
     assert not [path for path in database.rglob("*") if path.is_file()]
-    wanted = raw.select().images
-    assert raw.select(Selection(), database).images == wanted
+    wanted = select(raw).images
+    assert select(raw, Selection(), database).images == wanted
     assert [path.name for path in database.iterdir()] == ["layout_index.sqlite"]
     with monkeypatch.context() as broken:
         broken.setattr(BIDSLayoutIndexer, "__call__", lambda *_: 1 / 0)
-        assert raw.select(Selection(), database).images == wanted
+        assert select(raw, Selection(), database).images == wanted
 
 
 def test_an_index_serves_one_dataset(raw, tmp_path):
     database, other = tmp_path / "index", tmp_path / "other"
-    raw.select(Selection(), database)
+    select(raw, Selection(), database)
     shutil.copytree(raw.root / "sub-01", other / "sub-01")
     shutil.copyfile(raw.root / "dataset_description.json", other / "dataset_description.json")
     with pytest.raises(DataError, match="is the index of"):
-        Dataset(other).select(Selection(), database)
+        select(Dataset(other), Selection(), database)
     link = tmp_path / "mount"
     link.symlink_to(raw.root)
-    found = Dataset(link).select(Selection(), database).images
+    found = select(Dataset(link), Selection(), database).images
     assert found
     assert all(path.is_relative_to(link) for path in found)
     (database / "layout_index.sqlite").write_bytes(b"something else")
     with pytest.raises(DataError, match="is not an index"):
-        raw.select(Selection(), database)
+        select(raw, Selection(), database)
 
 
 def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path, monkeypatch):
     file = tmp_path / "participants.txt"
     file.write_text("sub-03\n04\n")
-    assert labels(["sub-01", "02\r", "01", str(file)], "sub-", []) == ("01", "02", "03", "04")
+    assert entity_labels(["sub-01", "02\r", "01", str(file)], "sub-", []) == (
+        "01",
+        "02",
+        "03",
+        "04",
+    )
     table = tmp_path / "participants.tsv"
     table.write_text("\ufeffparticipant_id\tage\r\nsub-05\t23\r\nsub-06\t\r\n", encoding="utf-8")
-    assert labels([str(table)], "sub-", []) == ("05", "06")
+    assert entity_labels([str(table)], "sub-", []) == ("05", "06")
     # A list may be called todo, as in the manual; but a participant is never taken for a file.
     monkeypatch.chdir(tmp_path)
     for name in ("todo", "01", "sub-02"):
         (tmp_path / name).write_text("\ufeffsub-07\n", encoding="utf-8")
-    assert labels(["todo"], "sub-", ["01"]) == ("07",)
-    assert labels(["01", "sub-02"], "sub-", ["01", "02"]) == ("01", "02")
+    assert entity_labels(["todo"], "sub-", ["01"]) == ("07",)
+    assert entity_labels(["01", "sub-02"], "sub-", ["01", "02"]) == ("01", "02")
 
 
 ANATOMY = (
@@ -396,11 +404,11 @@ def test_folders_above_a_dataset_are_no_entities_of_its_images(varied, tmp_path,
     assert varied.description["Name"] == "x"
     database = tmp_path / "index" if kept else None
     for _ in range(2):
-        chosen = varied.select(Selection(participants=("03",)), database)
+        chosen = select(varied, Selection(participants=("03",)), database)
         assert names(chosen.images) == ["sub-03"]
-        chosen = varied.select(Selection(sessions=("1",)), database)
+        chosen = select(varied, Selection(sessions=("1",)), database)
         assert {path.name[:12] for path in chosen.images} == {"sub-01_ses-1"}
-        chosen = varied.select(Selection(filters={"datatype": "anat"}), database)
+        chosen = select(varied, Selection(filters={"datatype": "anat"}), database)
         assert len(chosen.images) == 4
 
 
@@ -422,10 +430,10 @@ def test_folders_above_a_dataset_are_no_entities_of_its_images(varied, tmp_path,
 )
 def test_a_filter_is_honoured(varied, filters, expected):
     if expected:
-        assert [p.name for p in varied.select(Selection(filters=filters)).images] == expected
+        assert [p.name for p in select(varied, Selection(filters=filters)).images] == expected
     else:
         with pytest.raises(SelectionError):
-            varied.select(Selection(filters=filters))
+            select(varied, Selection(filters=filters))
 
 
 @pytest.mark.parametrize(
@@ -444,13 +452,13 @@ def test_a_filter_is_honoured(varied, filters, expected):
 )
 def test_a_filter_that_cannot_be_honoured_is_refused(varied, filters, said):
     with pytest.raises(UsageError, match=said) as caught:
-        varied.select(Selection(filters=filters))
+        select(varied, Selection(filters=filters))
     assert "--bids-filter-file" in caught.value.message
     assert caught.value.remedy
 
 
 def test_what_is_left_out_or_may_surprise_is_told(varied):
-    assert varied.select().notes == (
+    assert select(varied).notes == (
         "sub-02 has no T1w image that fits",
         "1 T1w image left out as no magnitude: sub-01_ses-1_part-phase_T1w.nii.gz",
         "sub-02 has a UNIT1 (MP2RAGE) image: ask for it with a --bids-filter-file of"
@@ -459,12 +467,12 @@ def test_what_is_left_out_or_may_surprise_is_told(varied):
         " sub-01_ses-1_part-mag_T1w; all are segmented, choose with --bids-filter-file",
     )
     with pytest.raises(SelectionError, match=r"no T1w image .* sub-02 has a UNIT1 .*: ask for it"):
-        varied.select(Selection(participants=("02",)))
+        select(varied, Selection(participants=("02",)))
 
 
 def test_many_sessions_of_several_images_do_not_fill_the_screen(dataset):
     root = dataset(*(f"sub-{n}/anat/sub-{n}_run-{k}_T1w.nii" for n in range(9) for k in (1, 2)))
-    notes = Dataset(root).select().notes
+    notes = select(Dataset(root)).notes
     assert len(notes) == 6
     assert notes[-1] == "4 more sessions have several T1w images"
 
@@ -480,13 +488,13 @@ def test_many_sessions_of_several_images_do_not_fill_the_screen(dataset):
 )
 def test_bidsignore_is_honoured(varied, lines, left):
     """People who have withdrawn are not run."""
-    everything = varied.select().images
+    everything = select(varied).images
     (varied.root / ".bidsignore").write_text(lines, encoding="utf-8", newline="")
     if not left:
         with pytest.raises(SelectionError, match=r"5 T1w images left out by \.bidsignore: sub-01"):
-            varied.select()
+            select(varied)
         return
-    found = varied.select()
+    found = select(varied)
     assert {path.name[:6] for path in found.images} == left
     n = len(everything) - len(found.images)
     assert [f"{n} T1w image left out by .bidsignore" in note for note in found.notes].count(

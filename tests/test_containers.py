@@ -10,7 +10,7 @@ import pytest
 from bids_dataset import QUICK, command, environment, write_dataset
 from conftest import ROOT
 
-from cadiff_cli.io.layout import finished
+from cadiff_cli.io.bids.layout import finished
 
 SCRIPTS = {
     "slurm_array.sh": {"SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "1"},

@@ -13,7 +13,7 @@ from cadiff_cli.cli.crossval import command
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import score_classes
-from cadiff_cli.io.bids import LabelledScan
+from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
@@ -107,7 +107,7 @@ def test_options_of_the_command_reach_the_folds(toy_sample, table, tmp_path, mon
         return score_classes("sub-a", whole, whole, table, "malc27")
 
     prepared = []
-    monkeypatch.setattr("cadiff_cli.io.bids.labelled_scans", lambda _: people)
+    monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", lambda _: people)
     monkeypatch.setattr("cadiff_cli.training.run.prepare", lambda *a: prepared.append(a) or [])
     monkeypatch.setattr("cadiff_cli.training.crossval.cross_validate", fake_validate)
 

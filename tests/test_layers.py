@@ -20,8 +20,8 @@ RANKS = {
 }
 DOORS = {
     "ants": ("stages/register.py",),
-    "bids": ("io/bids.py",),
-    "pathspec": ("io/bids.py",),
+    "bids": ("io/bids/index.py",),
+    "pathspec": ("io/bids/selection.py",),
     "templateflow": ("io/templates.py",),
     "nilearn": ("io/templates.py",),
     "nibabel": ("io/images.py", "spatial/grid.py"),

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from cadiff_cli.cli.paint import command
 from cadiff_cli.errors import DataError, MissingInputError, OutputError
-from cadiff_cli.io.bids import labelled_scans, load_labelled
+from cadiff_cli.io.bids.labelled import labelled_scans, load_labelled
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.labels import label_mapping
 from cadiff_cli.spatial.grid import Volume

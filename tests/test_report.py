@@ -16,9 +16,10 @@ from bids_dataset import environment
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.derivatives import save_result
+from cadiff_cli.io.bids.derivatives import save_result
+from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.layout import Finished, finished, page_path
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.products import Prepared, Registered, Result, Scan, Segmentation

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from bids_dataset import QUICK, cadiff, write_dataset
 
+from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.layout import finished
 
 GOOD = ("sub-01_ses-a", "sub-01_ses-b_run-1", "sub-01_ses-b_run-2", "sub-02_acq-mprage")
 BROKEN = "sub-03"

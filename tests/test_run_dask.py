@@ -9,7 +9,7 @@ import time
 import pytest
 from bids_dataset import QUICK, cadiff, command, environment, write_dataset
 
-from cadiff_cli.io.layout import finished
+from cadiff_cli.io.bids.layout import finished
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow

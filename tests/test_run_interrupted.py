@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bids_dataset import QUICK, cadiff, command, environment, write_dataset
 
-from cadiff_cli.io.layout import finished
+from cadiff_cli.io.bids.layout import finished
 
 NAMES = ("sub-01", "sub-02")
 SECONDS = 120.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bids_dataset import cadiff
 
-from cadiff_cli.io.layout import finished
+from cadiff_cli.io.bids.layout import finished
 
 pytestmark = pytest.mark.slow
 

@@ -17,11 +17,11 @@ from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
 from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError, UnsuitableError
-from cadiff_cli.io.bids import Dataset
+from cadiff_cli.io.bids.layout import Derivatives, Finished
+from cadiff_cli.io.bids.raw import Dataset
+from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import locked, sha256, write_text, write_tsv
-from cadiff_cli.io.layout import Derivatives, Finished
 from cadiff_cli.io.provenance import make_recipe
-from cadiff_cli.io.selection import Selection
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor

@@ -9,7 +9,7 @@ import pytest
 
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.layout import Derivatives
+from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.stages import register as module
 from cadiff_cli.stages.register import joint_vote, plainly, register, rigid, warp
 

@@ -16,7 +16,7 @@ from conftest import NO_CHANGE, TINY, seeded
 from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
-from cadiff_cli.io.bids import LabelledScan
+from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import PRIOR_STEP, load_model
 from cadiff_cli.nets.unet import CADiffNet
@@ -639,7 +639,7 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
     def people_of(folder):
         return [LabelledScan(folder.name, folder.name, folder, folder)]
 
-    monkeypatch.setattr("cadiff_cli.io.bids.labelled_scans", people_of)
+    monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", people_of)
     monkeypatch.setattr("cadiff_cli.training.run.prepare", prepare)
     monkeypatch.setattr("cadiff_cli.training.run.train", fake_train)
     here = [str(tmp_path / name) for name in ("manual", "machine", "more")]

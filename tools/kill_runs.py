@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from cadiff_cli.io.layout import finished
+from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.weights import save_model
 from cadiff_cli.labels import load_table
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.io.bids import Dataset, labelled_scans
+from cadiff_cli.io.bids.labelled import labelled_scans
+from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.ranges import measure

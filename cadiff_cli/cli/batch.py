@@ -18,12 +18,12 @@ import cadiff_cli
 from cadiff_cli.cli.report import scan_pages
 from cadiff_cli.config import Config
 from cadiff_cli.errors import DiskError, UsageError, in_a_line
-from cadiff_cli.io.bids import Dataset
-from cadiff_cli.io.dataset import refuse_foreign, refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.raw import Dataset
+from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
-from cadiff_cli.io.selection import Selection
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.boilerplate import cite, write_citations

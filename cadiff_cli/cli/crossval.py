@@ -46,7 +46,7 @@ def command(
 
     from cadiff_cli.cli.evaluate import report
     from cadiff_cli.config import SampleConfig
-    from cadiff_cli.io.bids import labelled_scans
+    from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.segment import pick_device

@@ -71,9 +71,9 @@ def command(
     import tempfile
 
     from cadiff_cli.config import Config, RegisterConfig, StripConfig
-    from cadiff_cli.io.dataset import save_dataset_files
+    from cadiff_cli.io.bids.description import save_dataset_files
+    from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.images import load_scan
-    from cadiff_cli.io.layout import Derivatives
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.labels import label_mapping, load_table
     from cadiff_cli.stages.fuse import choose_atlases, fuse
@@ -97,7 +97,7 @@ def command(
 def _claim(out: Path, path: Path, overwrite: bool) -> None:
     """Make sure before the long work that ``path`` can be written and nothing is lost by it."""
     from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.dataset import refuse_foreign
+    from cadiff_cli.io.bids.description import refuse_foreign
     from cadiff_cli.io.files import check_writable
 
     refuse_foreign(out)

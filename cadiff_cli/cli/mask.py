@@ -29,9 +29,9 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
 
     from cadiff_cli.config import Config, StripConfig
     from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.derivatives import save_mask
+    from cadiff_cli.io.bids.derivatives import save_mask
+    from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.images import load_scan
-    from cadiff_cli.io.layout import Derivatives
     from cadiff_cli.runner.journal import Journal, alone
     from cadiff_cli.runner.logs import ON_SCREEN, warning
     from cadiff_cli.stages.strip import on_scan, strip

@@ -37,7 +37,7 @@ def command(out: Path, scans: Path | None) -> int:
 def scan_pages(out: Path, scans: Path | None, only: Collection[str] | None = None) -> int:
     """Pages of all finished results, or of ``only`` those with these entities; the exit code."""
     from cadiff_cli.errors import MissingInputError, in_a_line
-    from cadiff_cli.io.layout import finished
+    from cadiff_cli.io.bids.layout import finished
     from cadiff_cli.report.page import write_page
     from cadiff_cli.runner.journal import alone
     from cadiff_cli.runner.logs import warning

@@ -10,7 +10,15 @@ import click
 from click.core import ParameterSource
 
 from cadiff_cli import __version__
-from cadiff_cli.cli.options import CONFIG, Memory, Words, make_config, segmentation_options
+from cadiff_cli.cli.options import (
+    CONFIG,
+    Memory,
+    Words,
+    entity_labels,
+    make_config,
+    read_filters,
+    segmentation_options,
+)
 from cadiff_cli.errors import AnalysisLevelError, MissingInputError, UsageError
 
 LEVELS = ("participant", "group")
@@ -168,8 +176,8 @@ def command(
     if options["executor"] != "dask" and source is ParameterSource.COMMANDLINE:
         raise UsageError("--dask-address means nothing without Dask", "add --executor dask")
     from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
-    from cadiff_cli.io.bids import Dataset
-    from cadiff_cli.io.selection import Selection, labels, read_filters
+    from cadiff_cli.io.bids.raw import Dataset
+    from cadiff_cli.io.bids.selection import Selection
     from cadiff_cli.runner.executor import Executor
 
     o = SimpleNamespace(**options)
@@ -178,8 +186,8 @@ def command(
         dataset=dataset,
         out=output_dir.absolute(),
         selection=Selection(
-            labels(o.participant_label, "sub-", dataset.participants()),
-            labels(o.session_label, "ses-", dataset.sessions()),
+            entity_labels(o.participant_label, "sub-", dataset.participants()),
+            entity_labels(o.session_label, "ses-", dataset.sessions()),
             read_filters(o.bids_filter_file) if o.bids_filter_file else None,
         ),
         config=make_config(**{name: options[name] for name in CONFIG}),

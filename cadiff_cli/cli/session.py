@@ -10,8 +10,8 @@ from rich.markup import escape
 
 import cadiff_cli
 from cadiff_cli.config import Config
+from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.images import load_scan
-from cadiff_cli.io.layout import Derivatives
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_names
 from cadiff_cli.products import Result

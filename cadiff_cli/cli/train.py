@@ -118,7 +118,7 @@ def command(
     from collections import Counter
 
     from cadiff_cli.errors import UsageError
-    from cadiff_cli.io.bids import labelled_scans
+    from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels import label_mapping, load_table

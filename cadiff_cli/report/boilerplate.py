@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import MissingInputError, in_a_line
+from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import locked, write_text
-from cadiff_cli.io.layout import Finished, finished
 
 TITLE = "Methods and citations"
 NOTICE = (

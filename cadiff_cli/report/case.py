@@ -12,12 +12,13 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
-from cadiff_cli.io.dataset import links
+from cadiff_cli.io.bids.description import links
+from cadiff_cli.io.bids.layout import Finished
+from cadiff_cli.io.bids.names import MASK, T1W, UNCERTAINTY, xfm_name
 from cadiff_cli.io.files import read_json, sha256
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
-from cadiff_cli.io.layout import MASK, T1W, UNCERTAINTY, Finished, xfm_name
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import load_table
 from cadiff_cli.products import CoordinateField, Registered, sound

@@ -8,8 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from cadiff_cli.errors import OutputError, in_a_line
+from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.layout import page_path
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.page import claim, remove, render
 from cadiff_cli.report.qc import (

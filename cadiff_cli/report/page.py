@@ -15,8 +15,9 @@ from urllib.parse import quote
 
 import cadiff_cli
 from cadiff_cli.errors import OutputError, in_a_line
+from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
+from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.layout import Derivatives, Finished, finished_result, page_path
 from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.report.boilerplate import methods

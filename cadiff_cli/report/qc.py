@@ -6,7 +6,7 @@ from math import inf, log
 from statistics import mean, median
 from typing import Any
 
-from cadiff_cli.io.layout import Finished
+from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import Row
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, brain_mm3, pairs

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import cadiff_cli
 from cadiff_cli import machine
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.bids import source_entities
-from cadiff_cli.io.derivatives import save_result
+from cadiff_cli.io.bids.derivatives import save_result
+from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.templates import load_template, load_templates

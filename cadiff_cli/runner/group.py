@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import DataError, MissingInputError, in_a_line
+from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
-from cadiff_cli.io.layout import Finished, finished
-from cadiff_cli.io.selection import SUFFIXES
 from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import Row, mask_quality, read_rows

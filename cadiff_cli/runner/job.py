@@ -6,8 +6,9 @@ from typing import Literal
 
 from cadiff_cli.config import Recipe
 from cadiff_cli.errors import OutputError
+from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
+from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import sha256
-from cadiff_cli.io.layout import Derivatives, Finished, finished_result, page_path
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from cadiff_cli.errors import (
     UnsuitableError,
     in_a_line,
 )
+from cadiff_cli.io.bids.layout import Derivatives, finished_result
+from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import locked, read_json, remove_partial, write_json, write_text
-from cadiff_cli.io.layout import Derivatives, finished_result, page_path
 from cadiff_cli.runner.job import Job, Outcome
 
 log = logging.getLogger(__name__)

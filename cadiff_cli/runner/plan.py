@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cadiff_cli.errors import CadiffError, DataError
-from cadiff_cli.io.bids import Dataset, source_entities
+from cadiff_cli.io.bids.layout import finished
+from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.raw import Dataset
+from cadiff_cli.io.bids.selection import Selection, select
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import stem
-from cadiff_cli.io.layout import finished
-from cadiff_cli.io.selection import Selection
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal
 
@@ -62,7 +63,7 @@ def make_plan(
     refused, whichever scan they are of: a dataset is made one way.  If ``like`` may overwrite,
     those of the selected scans are made again.  What is wrong with one scan is that scan's.
     """
-    selected = dataset.select(selection, database)
+    selected = select(dataset, selection, database)
     if not like.overwrite:
         for result in finished(like.out):
             like.refuse(result.entities, like.recipe.differs(result.sidecar))
@@ -95,7 +96,7 @@ def make_plan(
 
 def scan_names(dataset: Dataset, selection: Selection, database: Path | None = None) -> list[str]:
     """Entities of the selected scans."""
-    return [*_by_name(dataset.select(selection, database).images)]
+    return [*_by_name(select(dataset, selection, database).images)]
 
 
 def _by_name(images: Iterable[Path]) -> dict[str, list[Path]]:

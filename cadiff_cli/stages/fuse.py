@@ -22,7 +22,8 @@ import numpy as np
 
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import CadiffError, UsageError
-from cadiff_cli.io.bids import LabelledScan, labelled_scans, load_labelled, source_entities
+from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
+from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Volume

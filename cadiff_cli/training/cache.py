@@ -13,7 +13,7 @@ import numpy as np
 
 from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.bids import LabelledScan, load_labelled
+from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.releases import strip_weights_sha256

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from cadiff_cli.errors import DataError, MissingInputError, OutputError
-from cadiff_cli.io.dataset import BIDS_VERSION, generated_by
+from cadiff_cli.io.bids.description import BIDS_VERSION, generated_by
 from cadiff_cli.io.files import check_writable, write_json
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.images import save_volume

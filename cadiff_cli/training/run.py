@@ -11,7 +11,7 @@ import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import DataError, UsageError
-from cadiff_cli.io.bids import LabelledScan
+from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.files import write_json
 from cadiff_cli.io.weights import Model, save_model, seen_by
 from cadiff_cli.labels import LabelTable, load_table

@@ -7,7 +7,7 @@ from typing import Any
 
 import cadiff_cli
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.bids import LINK_KINDS, Dataset
+from cadiff_cli.io.bids.raw import LINK_KINDS, Dataset
 from cadiff_cli.io.files import read_json, write_json, write_text, write_tsv
 from cadiff_cli.labels import LabelTable
 

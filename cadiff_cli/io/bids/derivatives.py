@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli import machine
-from cadiff_cli.io.dataset import save_dataset_files
-from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
-from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.layout import (
+from cadiff_cli.io.bids.description import save_dataset_files
+from cadiff_cli.io.bids.layout import Derivatives
+from cadiff_cli.io.bids.names import (
     BRAIN,
     DSEG,
     FIELD,
@@ -23,10 +22,11 @@ from cadiff_cli.io.layout import (
     PROBSEG,
     T1W,
     UNCERTAINTY,
-    Derivatives,
     standard_name,
     xfm_name,
 )
+from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
+from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import mask_provenance, provenance
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, calibration, volume_rows
 from cadiff_cli.labels import load_table

@@ -11,23 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.bids import source_entities
-from cadiff_cli.io.dataset import refuse_foreign
+from cadiff_cli.io.bids.description import refuse_foreign
+from cadiff_cli.io.bids.names import DSEG, MORPH, OURS, source_entities
 from cadiff_cli.io.files import check_writable, read_json
 
-T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
 MAX_STEM_BYTES = 160
 """Of a scan's name: file systems allow 255, results add entities, and temporary ones a mark."""
-BRAIN = "desc-brain_T1w"
-DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
-UNCERTAINTY = "seg-cadiff_desc-uncertainty_probseg"
-OURS = (
-    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, DSEG, PROBSEG, UNCERTAINTY, MORPH)),
-    *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
-    "space-*_seg-cadiff_res-*_dseg.*",
-    "from-*_mode-image_xfm.*",
-)
-"""What follows the source's entities in the names of the files that a run writes."""
 
 
 class Derivatives:
@@ -104,11 +93,6 @@ class Derivatives:
         return self.folder.glob(f"{begun}{glob.escape(self.stem)}_{name}")
 
 
-def page_path(out: Path, entities: str) -> Path:
-    """A scan's page, where BIDS apps put it."""
-    return out / f"{entities}.html"
-
-
 @dataclass(frozen=True)
 class Finished:
     """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``) and sidecar."""
@@ -145,22 +129,3 @@ def finished(out: Path) -> Iterator[Finished]:
         result = finished_result(Derivatives(out, Path(scan)))
         if result is not None and result.commit == path:
             yield result
-
-
-def standard_name(name: str, template: str, resolution: str = "") -> str:
-    """``name`` in a template's space, with entities in BIDS' order.
-
-    >>> standard_name("seg-cadiff_dseg", "MNIColin27", "2")
-    'space-MNIColin27_seg-cadiff_res-2_dseg'
-    >>> standard_name("desc-brain_mask", "MNIColin27", "2")
-    'space-MNIColin27_res-2_desc-brain_mask'
-    """
-    entity, suffix = name.split("_")
-    res = [f"res-{resolution}"] if resolution else []
-    middle = [entity, *res] if entity.startswith("seg-") else [*res, entity]
-    return "_".join([f"space-{template}", *middle, suffix])
-
-
-def xfm_name(start: str, end: str) -> str:
-    """What a transform that resamples ``start`` images onto ``end`` is called."""
-    return f"from-{start}_to-{end}_mode-image_xfm.h5"

@@ -1,0 +1,1 @@
+"""BIDS: names, raw datasets, labelled scans, and the derivatives that cadiff writes."""

@@ -1,0 +1,95 @@
+"""Labelled scans: T1w images with their manual segmentations."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.io.bids.index import entities_of
+from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.images import load_scan
+from cadiff_cli.io.label_maps import load_classes
+from cadiff_cli.products import Scan
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import check_same_grid
+
+if TYPE_CHECKING:
+    from cadiff_cli.labels import LabelTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabelledScan:
+    """A T1w image, its manual segmentation and whose brain it is."""
+
+    name: str
+    subject: str
+    t1: Path
+    dseg: Path
+
+
+def labelled_scans(dataset: Path) -> list[LabelledScan]:
+    """Every T1w of a BIDS-like folder that has a dseg of the same sub, ses, acq and run.
+
+    Ignores images with a ``space-``; logs those without a partner.  Raises ``MissingInputError`` if
+    there is no such folder, ``DataError`` if it holds no pairs, or two images of one scan.
+    """
+    if not dataset.is_dir():
+        raise MissingInputError(
+            f"no dataset at {dataset}", "give a BIDS-like folder of T1w and dseg"
+        )
+    images, segmentations = _by_scan(dataset, "T1w"), _by_scan(dataset, "dseg")
+    pairs = [
+        LabelledScan(source_entities(path), key[0], path, segmentations[key])
+        for key, path in images.items()
+        if key in segmentations
+    ]
+    if not pairs:
+        raise DataError(
+            f"{dataset} has {len(images)} T1w and {len(segmentations)} dseg images, no pairs",
+            "name them sub-X[_ses-Y]_T1w.nii.gz and sub-X[_ses-Y]_dseg.nii.gz",
+        )
+    for one, other, suffix in ((images, segmentations, "dseg"), (segmentations, images, "T1w")):
+        if alone := [path.name for key, path in one.items() if key not in other]:
+            log.warning(
+                "left out, having no %s of the same sub, ses, acq and run: %s",
+                suffix,
+                ", ".join(alone),
+            )
+    return pairs
+
+
+def _by_scan(dataset: Path, suffix: str) -> dict[tuple[str, ...], Path]:
+    """Images with this suffix on the scan's own grid, by subject, session, acquisition and run."""
+    images: dict[tuple[str, ...], Path] = {}
+    for path in sorted(dataset.glob(f"sub-*/**/[!.]*_{suffix}.nii*")):
+        entities = entities_of(path, dataset, derived=True)
+        if "space" in entities:
+            continue
+        scan = ("subject", "session", "acquisition")
+        run = str(entities.get("run", ""))
+        key = (*(str(entities.get(k, "")) for k in scan), str(int(run)) if run else "")
+        if key in images:
+            both = f"{images[key].name}, {path.name}"
+            raise DataError(
+                f"{dataset} has two {suffix} images of one scan: {both}",
+                "leave one of them, or link those to learn from into a folder of their own",
+            )
+        images[key] = path
+    return images
+
+
+def load_labelled(
+    scan: LabelledScan, table: "LabelTable", mapping: Mapping[int, int]
+) -> tuple[Scan, Volume]:
+    """A scan and its labels as classes (X, Y, Z) uint8, on one grid.
+
+    Raises ``DataError`` where the grids differ, and what ``load_classes`` raises.
+    """
+    loaded = load_scan(scan.t1)
+    classes, grid = load_classes(scan.dseg, table, mapping, option="--labels"), loaded.t1.grid
+    check_same_grid(scan.dseg.name, classes.grid, scan.t1.name, grid)
+    return loaded, Volume(classes.data, grid)

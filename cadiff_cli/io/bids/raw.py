@@ -1,0 +1,159 @@
+"""A raw dataset: what it says of itself, who is in it, and whether it is valid."""
+
+import csv
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cadiff_cli.errors import InvalidDatasetError, MissingInputError, SelectionError, first_few
+from cadiff_cli.io.files import read_json, read_text
+
+log = logging.getLogger(__name__)
+
+OLDEST_YEARS = 120
+"""Larger ages stand for a missing one, as 999."""
+LINK_KINDS = ("https://doi.org/", "urn:x-bids:")
+"""How links to datasets begin that name them; others are relative paths, or the user's own."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A raw BIDS dataset."""
+
+    root: Path
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """``dataset_description.json``; raises ``InvalidDatasetError`` unless it is one."""
+        if not self.root.is_dir():
+            raise MissingInputError(
+                f"no dataset at {self.root}",
+                "check the path; in a container, bind the folder that holds it",
+            )
+        path = self.root / "dataset_description.json"
+        if not path.is_file():
+            raise InvalidDatasetError(
+                f"{self.root} has no dataset_description.json", "give the root of a BIDS dataset"
+            )
+        try:
+            found = json.loads(read_text(path))
+        except (ValueError, OSError) as error:
+            raise InvalidDatasetError(
+                f"{path} is not readable JSON ({error})", "mend it"
+            ) from error
+        missing = {"Name", "BIDSVersion"} - set(found if isinstance(found, dict) else ())
+        if missing:
+            raise InvalidDatasetError(f"{path} lacks {', '.join(sorted(missing))}", "add it")
+        return dict(found)
+
+    def participants(self) -> list[str]:
+        """Labels of the ``sub-`` folders."""
+        found = (path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
+        return sorted(found)
+
+    @cached_property
+    def ages(self) -> dict[str, float]:
+        """Age in years by participant label, where ``participants.tsv`` tells one and only one.
+
+        BIDS counts in years unless the column's ``Units`` say otherwise; the oldest may be ``89+``.
+        """
+        told = (read_json(self.root / "participants.json") or {}).get("age", {})
+        units = told.get("Units", "years") if isinstance(told, dict) else "years"
+        if str(units).lower() not in ("year", "years", "yr", "y", "a"):
+            return {}
+        try:
+            lines = read_text(self.root / "participants.tsv").splitlines()
+        except (OSError, ValueError):
+            return {}
+        found: dict[str, set[float]] = {}
+        for line in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+            number = re.fullmatch(r"(\d+(\.\d+)?)\+?", str(line.get("age")).strip())
+            if number and float(number[1]) <= OLDEST_YEARS:
+                label = str(line.get("participant_id")).removeprefix("sub-")
+                found.setdefault(label, set()).add(float(number[1]))
+        return {label: ages.pop() for label, ages in found.items() if len(ages) == 1}
+
+    def sessions(self) -> list[str]:
+        """Labels of the ``ses-`` folders of all participants."""
+        return sorted({path.name[4:] for path in self.root.glob("sub-*/ses-*") if path.is_dir()})
+
+    def require(self, participants: Sequence[str], sessions: Sequence[str] = ()) -> None:
+        """Raise ``SelectionError`` for participants or sessions that the dataset does not have."""
+        present = self.participants()
+        if absent := sorted(set(participants) - set(present)):
+            raise SelectionError(
+                f"{self.root} has no {', '.join(f'sub-{label}' for label in absent)}",
+                f"its {len(present)} participants are {first_few(present)}; in a container, is the"
+                " folder bound?",
+            )
+        present = self.sessions()
+        if absent := sorted(set(sessions) - set(present)):
+            raise SelectionError(
+                f"{self.root} has no {', '.join(f'ses-{label}' for label in absent)}",
+                f"its sessions are {first_few(present)}" if present else "it has none",
+            )
+
+    def uri(self, path: Path) -> str:
+        """The BIDS URI of one of the dataset's files, as derivatives cite it."""
+        return f"bids:raw:{path.relative_to(self.root).as_posix()}"
+
+    def violations(self) -> list[str]:
+        """What the official validator calls errors, one line each; empty where it is not installed.
+
+        Errors of ``dataset_description.json`` raise ``InvalidDatasetError``.  Those of other files
+        are the caller's to report: files with wrong names are never selected, and a damaged scan
+        must not stop the others.
+        """
+        beside = Path(sys.executable).with_name("bids-validator-deno")
+        program = str(beside) if beside.exists() else shutil.which("bids-validator-deno")
+        if program is None:
+            log.info("bids-validator-deno is not installed: the dataset is not validated")
+            return []
+        options = ["--format", "json", "--ignoreWarnings", "--ignoreNiftiHeaders"]
+        done = subprocess.run(
+            [program, *options, str(self.root)], capture_output=True, text=True, check=False
+        )
+        try:
+            issues = json.loads(done.stdout)["issues"]["issues"]
+        except (ValueError, KeyError, TypeError):
+            log.warning("bids-validator-deno failed: %s", done.stderr.strip()[-300:])
+            return []
+        lines = []
+        for issue in issues:
+            if issue.get("severity") != "error":
+                continue
+            place = str(issue.get("location", ""))
+            said = (place, issue["code"], issue.get("subCode"), issue.get("issueMessage"))
+            line = " ".join(" ".join(filter(None, said)).split())
+            if place == "/dataset_description.json":
+                raise InvalidDatasetError(f"invalid dataset: {line}", "mend the file")
+            lines.append(line)
+        return lines
+
+    def link(self, out: Path) -> str:
+        """How a derivative dataset at ``out`` may call this one without telling where you live.
+
+        A relative path where the two lie beside or in one another, else the dataset's DOI, else its
+        name as a URN.
+        """
+        root, out = self.root.resolve(), out.resolve()
+        if out.is_relative_to(root.parent):
+            return Path(os.path.relpath(root, out)).as_posix()
+        doi = self.doi
+        by_doi, by_name = LINK_KINDS
+        return f"{by_doi}{doi}" if doi else f"{by_name}{root.name}"
+
+    @property
+    def doi(self) -> str | None:
+        """The dataset's bare DOI (``10...``), if it has one."""
+        found = re.search(r"10\.\d+/\S+", str(self.description.get("DatasetDOI", "")))
+        return found.group() if found else None

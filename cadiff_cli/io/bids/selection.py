@@ -1,0 +1,221 @@
+"""Which images of a raw dataset are wanted: Selection says it, select finds them."""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from cadiff_cli.errors import DataError, SelectionError, UsageError, first_few
+from cadiff_cli.io.bids.index import known_entities, named_images
+from cadiff_cli.io.bids.raw import Dataset
+from cadiff_cli.io.files import read_text
+from cadiff_cli.io.formats import stem
+
+SUFFIXES = T1W, UNIT1 = "T1w", "UNIT1"
+"""Of what can be segmented; the second is the uniform image of an MP2RAGE."""
+MAGNITUDE = ("mag", None)
+"""Values of ``part``: phase, real and imaginary images show no anatomy."""
+TAKEN: Mapping[str, tuple[str | None, ...]] = {
+    "suffix": SUFFIXES,
+    "extension": (".nii", ".nii.gz"),
+    "datatype": ("anat",),
+    "part": MAGNITUDE,
+}
+"""Entities of which a filter may ask for these values only."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images of a dataset are wanted; empty means all T1w images.
+
+    ``filters`` maps entities, as pybids calls them, to a value or a list of values; None asks for
+    the entity's absence, ``"*"`` for any value of it.
+    """
+
+    participants: tuple[str, ...] = ()
+    sessions: tuple[str, ...] = ()
+    filters: Mapping[str, Any] | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What is looked for."""
+        return tuple(x for x in SUFFIXES if _is_one_of(x, self._wanted["suffix"]))
+
+    def check(self, known: Collection[str]) -> None:
+        """Raise ``UsageError`` for filters that cannot be honoured; ``known`` are all entities."""
+        for name, wanted in self._wanted.items():
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise UsageError(
+                    f"--bids-filter-file: {name!r} is no entity of BIDS",
+                    f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}",
+                )
+            for value in _values(wanted) or [wanted]:
+                if value is not None and type(value) not in (str, int):
+                    raise UsageError(
+                        f"--bids-filter-file: {name} is {json.dumps(value)}",
+                        'give a value or a list of values; null is its absence, "*" any value',
+                    )
+                if name in TAKEN and value != "*" and not _is_one_of(value, TAKEN[name]):
+                    allowed = ", ".join(json.dumps(x) for x in TAKEN[name])
+                    raise UsageError(
+                        f"--bids-filter-file asks for {name} {json.dumps(value)}",
+                        f"cadiff segments {name} {allowed} only",
+                    )
+
+    def fits(self, entities: Mapping[str, Any]) -> bool:
+        """Whether an image with these entities is wanted."""
+        wanted = [*self._wanted.items()]
+        if self.participants:
+            wanted.append(("subject", self.participants))
+        if self.sessions:
+            wanted.append(("session", self.sessions))
+        return all(_is_one_of(entities.get(name), values) for name, values in wanted)
+
+    def of(self, suffix: str) -> "Selection":
+        """The same of images with another suffix."""
+        return replace(self, filters={**(self.filters or {}), "suffix": suffix})
+
+    @property
+    def _wanted(self) -> dict[str, Any]:
+        found = {"suffix": T1W, **(self.filters or {})}
+        if "extension" in found:  # with or without its dot
+            found["extension"] = [
+                f".{x.lstrip('.')}" if isinstance(x, str) and x != "*" else x
+                for x in _values(found["extension"])
+            ]
+        return found
+
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The chosen images of a dataset, sorted, and notes on the choice for the user."""
+
+    images: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def select(
+    dataset: Dataset, selection: Selection = EVERYTHING, database: Path | None = None
+) -> Selected:
+    """The images that are wanted, and notes on what is left out or may surprise.
+
+    Leaves out images that are no magnitude (``part``) or that ``.bidsignore`` names.  ``database``
+    is a folder for pybids' index, written once and then believed.  Raises ``SelectionError`` for
+    participants or sessions that are not there, and if no image fits.
+    """
+    root = dataset.root
+    dataset.require(selection.participants, selection.sessions)
+    selection.check([*known_entities()])
+    chosen = selection.participants or dataset.participants()
+    named = named_images(root, chosen, TAKEN["suffix"], TAKEN["extension"], database)
+    is_ignored = _ignored(root)
+
+    fitting = [path for path, entities in named.items() if selection.fits(entities)]
+    ignored = [path for path in fitting if is_ignored(path)]
+    others = [path for path in fitting if named[path].get("part") not in MAGNITUDE]
+    images = {p: named[p] for p in fitting if p not in {*ignored, *others}}
+    odd = [
+        path
+        for label in chosen
+        for path in sorted((root / f"sub-{label}").glob("**/anat/[!.]*.nii*"))
+        if any(x in path.name for x in selection.suffixes)
+        if path not in named and not is_ignored(path)
+    ]
+    lacking = set(chosen) - {entities["subject"] for entities in images.values()}
+    unit1 = selection.of(UNIT1)
+    instead = {
+        entities["subject"]
+        for path, entities in named.items()
+        if unit1.fits(entities) and entities["subject"] in lacking and not is_ignored(path)
+    }
+
+    suffix = " or ".join(selection.suffixes)
+    why = "has no BIDS name" + (f", or {database} is older" if database else "")
+    unnamed = [f"{path.relative_to(root).as_posix()} {why}: ignored" for path in odd]
+    left_out = [
+        *_left_out(suffix, ignored, "by .bidsignore"),
+        *_left_out(suffix, others, "as no magnitude"),
+        *_unit1(instead),
+    ]
+    if not images:
+        raise SelectionError(
+            "; ".join((f"no {suffix} image of {root} fits", *left_out, *unnamed[:1])),
+            "check --participant-label, --session-label and --bids-filter-file; segment other"
+            " files one by one with cadiff-seg",
+        )
+    absent = [f"sub-{label} has no {suffix} image that fits" for label in sorted(lacking)]
+    notes = (*unnamed, *absent, *left_out, *_several(images, suffix))
+    return Selected(tuple(sorted(images)), notes)
+
+
+def _ignored(root: Path) -> Callable[[Path], bool]:
+    """Whether ``.bidsignore``, which is written as a ``.gitignore``, names an image."""
+    from pathspec import GitIgnoreSpec
+
+    path = root / ".bidsignore"
+    try:
+        lines = read_text(path).splitlines() if path.is_file() else []
+        spec = GitIgnoreSpec.from_lines(lines)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error})", "mend or remove it") from error
+    return lambda image: spec.match_file(image.relative_to(root).as_posix())
+
+
+def _left_out(suffix: str, paths: Collection[Path], why: str) -> list[str]:
+    """One note on all images that are left out for one reason, if there are any."""
+    plural = "" if len(paths) == 1 else "s"
+    names = first_few(sorted(path.name for path in paths))
+    return [f"{len(paths)} {suffix} image{plural} left out {why}: {names}"] if paths else []
+
+
+def _unit1(participants: Collection[str]) -> list[str]:
+    """A note on participants who have another image than the one that is wanted, if any have."""
+    if not participants:
+        return []
+    have = "has" if len(participants) == 1 else "have"
+    return [
+        f"{first_few(sorted(f'sub-{label}' for label in participants))} {have} a UNIT1 (MP2RAGE)"
+        ' image: ask for it with a --bids-filter-file of {"t1w": {"suffix": "UNIT1"}}'
+    ]
+
+
+def _several(
+    images: Mapping[Path, Mapping[str, Any]], suffix: str, max_notes: int = 5
+) -> list[str]:
+    """Notes on sessions of which more than one image is segmented."""
+    by_session: dict[str, set[str]] = {}
+    for path, entities in images.items():
+        session = f" ses-{entities['session']}" if "session" in entities else ""
+        by_session.setdefault(f"sub-{entities['subject']}{session}", set()).add(stem(path))
+    notes = [
+        f"{session} has {len(names)} {suffix} images: {first_few(sorted(names))}; all are"
+        " segmented, choose with --bids-filter-file"
+        for session, names in by_session.items()
+        if len(names) > 1
+    ]
+    if (more := len(notes) - max_notes) < 1:
+        return notes
+    return [*notes[:max_notes], f"{more} more sessions have several {suffix} images"]
+
+
+def _values(wanted: Any) -> Sequence[Any]:
+    return wanted if isinstance(wanted, list | tuple) else (wanted,)
+
+
+def _is_one_of(found: Any, wanted: Any) -> bool:
+    return any(_is(found, value) for value in _values(wanted))
+
+
+def _is(found: Any, value: Any) -> bool:
+    """A number in a filter is that of an entity, however many zeros are before it."""
+    if found is None or value is None:
+        return found is value
+    if isinstance(value, int):
+        return str(found).isdecimal() and int(found) == value
+    return value in ("*", str(found))
