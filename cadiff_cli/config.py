@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,25 +100,6 @@ class Recipe:
         """Twelve hex digits that change when any of the settings changes."""
         return fingerprint(self.settings())
 
-    def differs(self, sidecar: Mapping[str, Any]) -> str:
-        """How a result's settings differ from these, as ``sample.steps 5 -> 1``; empty if not.
-
-        One that was made with a mask of somebody's own, and else alike, does not, even if it was
-        not carried into standard spaces.
-        """
-        if sidecar.get("Fingerprint") == self.fingerprint():
-            return ""
-        made, wanted = dict(sidecar.get("Settings", {})), self.settings()
-        if sidecar.get("SkullStripping") == "mask file" and self.config.strip.mask is None:
-            # A mask that somebody mended by hand is no other way of making the dataset.
-            made |= {key: wanted[key] for key in ("strip", "strip_sha256", "output_spaces")}
-            if made == wanted:
-                return ""
-            changes = [*_differences(made, wanted)[:3], "a mask of somebody's own would be lost"]
-        else:
-            changes = _differences(made, wanted)[:3]
-        return "; ".join(changes) or "other settings"
-
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a settings object, fit for JSON."""
@@ -131,19 +111,3 @@ def fingerprint(values: Any) -> str:
     """Twelve hex digits that change when any of these plain values changes."""
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _differences(made: object, wanted: object, name: str = "") -> list[str]:
-    """The leaves in which two nested dictionaries differ."""
-    if isinstance(made, dict) and isinstance(wanted, dict):
-        return [
-            text
-            for key in {**wanted, **made}
-            for text in _differences(made.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if made == wanted else [f"{name} {_short(made)} -> {_short(wanted)}"]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}..."

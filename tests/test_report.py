@@ -20,6 +20,7 @@ from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.images import save_volume
+from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.products import Prepared, Registered, Result, Scan, Segmentation
@@ -38,12 +39,7 @@ from cadiff_cli.stages.volumes import volumes_mm3
 
 NO_RANGES = Ranges("", {}, {})
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
-SIDECAR = {
-    "Templates": [
-        {"Name": "x", "Registration": "fast", "Source": "y", "Score": 1.2, "InField": True}
-    ],
-    "Warnings": [],
-}
+MADE = Provenance("0" * 12, templates=(UsedTemplate("x", "fast", "y", 1.2),))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +120,7 @@ def judged(table, ranges=NO_RANGES, dice=None, usual=None, **mm3):
         for a in [s.abbreviation]
     ]
     rows.append(Row(None, "Brain-Mask", mm3.get("mask", 1.4e6)))
-    return judge(Finished("sub-01", Path(), SIDECAR), rows, {}, table, ranges)
+    return judge(Finished("sub-01", Path(), MADE), rows, {}, table, ranges)
 
 
 def enclosed(path):
@@ -220,25 +216,18 @@ def test_what_is_suspicious_is_said(table):
     assert missing.missing == ("Left-Hippocampus",)
     assert "Left-Hippocampus" in " ".join(missing.reasons)
     assert "2.90 l" in " ".join(judged(table, mask=2.9e6).reasons)
-    poor = {"Templates": [{**SIDECAR["Templates"][0], "Score": 1.01}], "Warnings": ["the FOV cuts"]}
+    poor = replace(
+        MADE, templates=(replace(MADE.templates[0], score=1.01),), warnings=("the FOV cuts",)
+    )
     rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
     said = judge(Finished("sub-01", Path(), poor), rows, {}, table, NO_RANGES).reasons
     assert any("1.010" in text for text in said)
     assert "the FOV cuts" in said
     # A score is told once; one that is not that of the labels' registration has no other place.
     score = "the score 1.010 of the registration to"
-    said = judge(
-        Finished(
-            "sub-01",
-            Path(),
-            {
-                **poor,
-                "Warnings": [f"{x} is low" for x in (f"{score} x", f"{score} y")]
-                + [f"skull stripping: {score} x is low"],
-            },
-        ),
-        *(rows, {}, table, NO_RANGES),
-    ).reasons
+    scores = (f"{score} x", f"{score} y", f"skull stripping: {score} x")
+    told = replace(poor, warnings=tuple(f"{text} is low" for text in scores))
+    said = judge(Finished("sub-01", Path(), told), rows, {}, table, NO_RANGES).reasons
     assert f"{score} x is low" not in said
     assert f"{score} y is low" in said
     assert f"skull stripping: {score} x is low" in said
@@ -271,7 +260,7 @@ def test_samples_that_disagree_are_said(table):
     def said(sd_mm3):
         rows = [Row(s.code, s.name, 1000.0, sd_mm3=10.0) for s in table.structures]
         rows[3] = replace(rows[3], sd_mm3=sd_mm3)
-        return judge(Finished("x", Path(), SIDECAR), rows, {}, table, NO_RANGES), rows[3].name
+        return judge(Finished("x", Path(), MADE), rows, {}, table, NO_RANGES), rows[3].name
 
     calm, name = said(20.0)
     assert columns(calm)["largest_spread"] == f"{name} 2.0"
@@ -313,7 +302,7 @@ def test_ranges_hold_the_people_they_were_measured_on(table):
 def test_adults_ranges_are_not_everybodys(table, age, fine, compared_with):
     ranges = Ranges("tests", {}, {}, (18.0, 90.0))
     rows = [Row(s.code, s.name, 1.0) for s in table.structures] + [Row(None, "Brain-Mask", 1.4e6)]
-    result = Finished("sub-01", Path(), SIDECAR | {"AgeYears": age})
+    result = Finished("sub-01", Path(), replace(MADE, age_years=age))
     said = judge(result, rows, {}, table, ranges)
     assert said.fine is fine
     assert said.compared_with == compared_with
@@ -445,8 +434,9 @@ def test_what_is_not_in_the_field_is_told_and_not_shown(write_result, tmp_path, 
             for way in (f"from-{name}_to-T1w", f"from-T1w_to-{name}"):
                 assert (folder / f"sub-01_{way}_mode-image_xfm.h5").is_file()
         field = json.loads((folder / "sub-01_desc-distance_field.json").read_text())
-        for told in (result.sidecar["Templates"], field["Templates"]):
-            assert {t["Name"]: t["InField"] for t in told} == {x: x in in_field for x in names}
+        shares = {x: x in in_field for x in names}
+        assert {t["Name"]: t["InField"] for t in field["Templates"]} == shares
+        assert {used.name: used.in_field for used in result.provenance.templates} == shares
         (said,) = (text for text in describe([result]) if "distance field" in text)
         assert f"registered to {' and '.join(in_field)} [" in said
         page = write_page(out, result).read_text()
@@ -692,8 +682,8 @@ def test_names_are_words_and_nothing_more(pages, visit, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pages, out)
     results = list(finished(out))
-    sidecar = {**results[1].sidecar, "SpatialReference": EVIL}
-    write_page(out, replace(results[1], sidecar=sidecar))
+    made = replace(results[1].provenance, source=EVIL)
+    write_page(out, replace(results[1], provenance=made))
     page = visit(out / "sub-02.html")
     viewer_ready(page)
     assert page.title() == "sub-02 \u2013 cadiff"

@@ -65,7 +65,7 @@ def test_a_bad_scan_is_recorded_and_the_rest_goes_on(batch):
     assert "Traceback" not in done.stderr
     # Another one holds what should be looked at in results that are there.
     doubts = done.stderr[done.stderr.index("to look at\n") :]
-    warned = {r.entities for r in finished(out) if r.sidecar["Warnings"]}
+    warned = {r.entities for r in finished(out) if r.provenance.warnings}
     assert warned
     assert all(entities in doubts for entities in warned)
 
@@ -257,7 +257,7 @@ def test_overwrite_makes_selected_scans_again(batch, tmp_path):
         *("--bids-filter-file", _filters(tmp_path, run=2)),
     )
     assert done.returncode == 0, done.stderr
-    steps = {result.entities: result.sidecar["Steps"] for result in finished(out)}
+    steps = {result.entities: result.provenance.steps for result in finished(out)}
     assert steps == dict.fromkeys(GOOD, 1) | {"sub-01_ses-b_run-2": 0}
     left = {p.name for p in (copy / "derivatives").rglob("*run-*probseg.nii.gz")}
     assert left == {

@@ -21,7 +21,7 @@ from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import locked, sha256, write_text, write_tsv
-from cadiff_cli.io.provenance import make_recipe
+from cadiff_cli.io.provenance import Provenance, UsedTemplate, make_recipe
 from cadiff_cli.metrics.quality import Calibration
 from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
@@ -76,22 +76,25 @@ def test_settings_hold_no_paths():
 
 
 def test_differences_are_named():
-    sidecar = {"Fingerprint": "old", "Settings": recipe_of(steps=5).settings()}
-    assert recipe_of(steps=1).differs(sidecar) == "sample.steps 5 -> 1"
-    assert recipe_of().differs({"Fingerprint": recipe_of().fingerprint()}) == ""
-    assert recipe_of().differs({}) != ""
+    made = Provenance("old", recipe_of(steps=5).settings())
+    assert made.differs(recipe_of(steps=1)) == "sample.steps 5 -> 1"
+    assert Provenance(recipe_of().fingerprint()).differs(recipe_of()) == ""
+    assert Provenance("old").differs(recipe_of()) != ""
+    assert made.differs(recipe_of()) == "other settings"
 
 
 def test_a_mask_mended_by_hand_is_no_other_way_of_making_a_dataset():
-    def told(method, **sample):
+    def changes(method, **sample):
         config = Config(strip=StripConfig(mask=Path("m.nii.gz")), sample=SampleConfig(**sample))
-        made = replace(recipe_of(), config=config)
-        return {"Settings": made.settings(), "SkullStripping": method, "Fingerprint": "x"}
+        settings = replace(recipe_of(), config=config).settings()
+        return Provenance("x", settings, skull_stripping=method).differs(recipe_of())
 
-    assert recipe_of().differs(told("mask file")) == ""
-    assert recipe_of().differs(told("net")) != ""
-    said = recipe_of().differs(told("mask file", steps=1))
-    assert said == "sample.steps 1 -> 5; a mask of somebody's own would be lost"
+    assert changes("mask file") == ""
+    assert changes("net") != ""
+    assert (
+        changes("mask file", steps=1)
+        == "sample.steps 1 -> 5; a mask of somebody's own would be lost"
+    )
 
 
 def test_a_result_is_current_until_settings_or_input_change(tmp_path):
@@ -369,47 +372,39 @@ def test_another_image_of_the_same_name_is_not_called_changed(tmp_path):
     unit1 = replace(job, t1=job.t1.with_name("sub-01_ses-a_UNIT1.nii.gz"))
     unit1.t1.write_text("image")
     assert unit1.entities == job.entities
-    made = {
-        "Fingerprint": job.recipe.fingerprint(),
-        "SpatialReference": f"bids:raw:x/{job.t1.name}",
-    }
-    said = unit1.outdated(Finished(job.entities, Path(), {**made, "SourceSHA256": "0" * 64}))
-    assert said == "of sub-01_ses-a_T1w.nii.gz, not of sub-01_ses-a_UNIT1.nii.gz"
+    source = f"bids:raw:x/{job.t1.name}"
+    made = Provenance(job.recipe.fingerprint(), source=source, source_sha256="0" * 64)
+    assert (
+        unit1.outdated(Finished(job.entities, Path(), made))
+        == "of sub-01_ses-a_T1w.nii.gz, not of sub-01_ses-a_UNIT1.nii.gz"
+    )
 
 
 def test_boilerplate_counts_what_differs():
-    def sidecar(steps, *templates):
-        return {
-            "GeneratedBy": [{"Name": "cadiff", "Version": "1"}],
-            "Packages": {"torch": "2", "antspyx": "3"},
-            "SkullStripping": "none",
-            "Templates": [
-                {
-                    "Name": name,
-                    "Registration": kind,
-                    "Source": "templateflow",
-                    "InField": True,
-                    **told,
-                }
-                for name, kind, told in templates
-            ],
-            "Model": {"Name": "m", "WeightsSHA256": "0" * 64},
-            "Steps": steps,
-            "Seed": 0,
-            "Settings": {"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
-        }
+    def made(steps, *templates):
+        return Provenance(
+            fingerprint="x",
+            settings={"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
+            version="1",
+            packages={"torch": "2", "antspyx": "3"},
+            model="m",
+            weights_sha256="0" * 64,
+            steps=steps,
+            templates=templates,
+            skull_stripping="none",
+        )
 
-    def text_of(*sidecars):
-        return " ".join(describe([Finished(f"sub-{k}", Path(), s) for k, s in enumerate(sidecars)]))
+    def text_of(*several):
+        return " ".join(describe([Finished(f"sub-{k}", Path(), x) for k, x in enumerate(several)]))
 
     def colin(kind, **told):
-        return "MNIColin27", kind, told
+        return UsedTemplate("MNIColin27", kind, "templateflow", **told)
 
     def mni(kind, **told):
-        return "MNI152NLin2009aSym", kind, told
+        return UsedTemplate("MNI152NLin2009aSym", kind, "templateflow", **told)
 
     kinds = ((5, "fast"), (5, "fast"), (0, "affine"))
-    text = text_of(*(sidecar(steps, colin(kind)) for steps, kind in kinds))
+    text = text_of(*(made(steps, colin(kind)) for steps, kind in kinds))
     assert "3 T1-weighted scans of 3 participants" in text
     assert "SyN [@syn] registration at 2 mm (n = 2), or affine registration (n = 1)" in text
     assert "5 deterministic denoising steps" in text
@@ -420,16 +415,16 @@ def test_boilerplate_counts_what_differs():
         assert key in citations()
     # Only what shares in the field is told, and each kind of registration.
     text = text_of(
-        sidecar(5, colin("fast"), mni("fast")),
-        sidecar(5, colin("fast"), mni("affine", InField=False)),
+        made(5, colin("fast"), mni("fast")),
+        made(5, colin("fast"), mni("affine", in_field=False)),
     )
     assert "MNIColin27 and MNI152NLin2009aSym (n = 1), or MNIColin27 (n = 1)" in text
     assert "affine registration" not in text
     assert "The template's, or the mean of several templates', coordinates" in text
-    text = text_of(sidecar(5, colin("fine"), mni("affine")))
+    text = text_of(made(5, colin("fine"), mni("affine")))
     assert "iterations at 2 mm (to MNIColin27) and affine registration (to MNI152" in text
     assert "The mean of the templates' coordinates" in text
-    text = text_of(sidecar(5, colin("none", InField=False)))
+    text = text_of(made(5, colin("none", in_field=False)))
     assert "The network found the distance field together with the labels" in text
     assert "@templateflow" not in text
 

@@ -1,14 +1,16 @@
-"""What made a result: the recipe that decides whether it must be made again, and the software."""
+"""What made a result: its provenance, as the sidecar of the label map holds it."""
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 import cadiff_cli
 from cadiff_cli import machine
 from cadiff_cli.config import Config, Recipe, StripConfig, fingerprint
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
@@ -39,48 +41,294 @@ def make_recipe(
     )
 
 
-def provenance(result: Result, field: bool = False) -> dict[str, Any]:
-    """What made this segmentation: enough to make it again, and to know that it need not be."""
-    registrations = result.prepared.registrations
-    to_scan = [r.from_template for r in registrations]
-    recipe = make_recipe(
-        result.config,
-        [r.template for r in registrations],
-        result.model.name,
-        result.model.sha256,
-        [space.name for space in result.spaces],
-        field,
-    )
-    return {
-        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
-        "Packages": software(),
-        "Model": {"Name": result.model.name, "WeightsSHA256": result.model.sha256},
-        "Steps": result.segmentation.steps,
-        "Seed": result.segmentation.seed,
-        "Tile": result.segmentation.tile,
-        "Device": result.segmentation.device,
-        "Precision": result.segmentation.precision,
-        "RegistrationThreads": registration_threads() if any(to_scan) else None,
-        "Templates": [
-            {
-                "Name": r.template.name,
-                "Source": r.template.source,
-                "Registration": r.kind,
-                "Score": r.score,
-                "InField": r.from_template is not None and r in sound(registrations),
-            }
-            for r in registrations
-        ],
-        "SkullStripping": result.prepared.stripped.method,
-        "BiasRatio": result.prepared.stripped.bias_ratio,
-        "AgeYears": result.prepared.scan.age_years,
-        "Settings": recipe.settings(),
-        "Fingerprint": recipe.fingerprint(),
-        "SourceSHA256": result.prepared.scan.sha256 or sha256(result.prepared.scan.path),
-        "Seconds": dict(result.seconds),
-        "ExpectedDice": about_expected_dice(result),
-        "Warnings": [machine.without_home(text) for text in result.warnings],
-    }
+@dataclass(frozen=True)
+class UsedTemplate:
+    """A template of a result: how the scan was registered to it, and whether it is in the field.
+
+    ``registration`` is the kind (``fast``, ``affine``...); ``none`` if the network found the field.
+    """
+
+    name: str
+    registration: str
+    source: str = ""
+    score: float | None = None
+    in_field: bool = True
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made a segmentation: enough to make it again, and to know that it need not be.
+
+    Written to and read from the sidecar of the label map.  ``settings`` are those of the recipe.
+    ``source`` is the scan's BIDS URI or file name, ``source_sha256`` its checksum.  ``seconds`` are
+    by stage.  ``gaps`` names the sidecar's keys that could not be read.
+    """
+
+    fingerprint: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    weights_sha256: str = ""
+    steps: int = 0
+    seed: int = 0
+    tile: int | None = None
+    device: str = ""
+    precision: str = ""
+    registration_threads: int | None = None
+    templates: tuple[UsedTemplate, ...] = ()
+    skull_stripping: str = ""
+    bias_ratio: float | None = None
+    age_years: float | None = None
+    source: str = ""
+    source_sha256: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    expected_dice: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    run_id: str = ""
+    gaps: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, result: Result, source: str, *, field: bool = False, run_id: str = ""
+    ) -> "Provenance":
+        """The provenance of a result that this process has made.
+
+        ``field`` tells whether its distance field is written too.
+        """
+        prepared, segmentation = result.prepared, result.segmentation
+        registrations = prepared.registrations
+        recipe = make_recipe(
+            result.config,
+            [r.template for r in registrations],
+            result.model.name,
+            result.model.sha256,
+            [space.name for space in result.spaces],
+            field,
+        )
+        is_registered = any(r.from_template for r in registrations)
+        return cls(
+            fingerprint=recipe.fingerprint(),
+            settings=recipe.settings(),
+            version=cadiff_cli.__version__,
+            packages=software(),
+            model=result.model.name,
+            weights_sha256=result.model.sha256,
+            steps=segmentation.steps,
+            seed=segmentation.seed,
+            tile=segmentation.tile,
+            device=segmentation.device,
+            precision=segmentation.precision,
+            registration_threads=registration_threads() if is_registered else None,
+            templates=tuple(
+                UsedTemplate(
+                    r.template.name,
+                    r.kind,
+                    r.template.source,
+                    r.score,
+                    r.from_template is not None and r in sound(registrations),
+                )
+                for r in registrations
+            ),
+            skull_stripping=prepared.stripped.method,
+            bias_ratio=prepared.stripped.bias_ratio,
+            age_years=prepared.scan.age_years,
+            source=source,
+            source_sha256=prepared.scan.sha256 or sha256(prepared.scan.path),
+            seconds=dict(result.seconds),
+            expected_dice=about_expected_dice(result),
+            warnings=tuple(machine.without_home(text) for text in result.warnings),
+            run_id=run_id,
+        )
+
+    @classmethod
+    def read(cls, sidecar: Mapping[str, Any]) -> "Provenance | None":
+        """The provenance that a sidecar tells; None if it has no fingerprint, so is not cadiff's.
+
+        A value that is absent, or of another type, is empty and one of the ``gaps``: people edit
+        sidecars by hand.
+        """
+        top = _Reader(sidecar)
+        if not (fingerprint := top.optional("Fingerprint", str)):
+            return None
+        model = top.inner("Model")
+        maker = next(iter(top.objects("GeneratedBy")), top.inner("GeneratedBy"))
+        seconds = top.required("Seconds", dict).items()
+        templates = tuple(
+            UsedTemplate(
+                told.required("Name", str),
+                told.required("Registration", str),
+                told.required("Source", str),
+                told.optional("Score", float),
+                told.required("InField", bool),
+            )
+            for told in top.objects("Templates")
+        )
+        return cls(
+            fingerprint=fingerprint,
+            settings=top.required("Settings", dict),
+            version=maker.required("Version", str),
+            packages=top.required("Packages", dict),
+            model=model.required("Name", str),
+            weights_sha256=model.required("WeightsSHA256", str),
+            steps=top.required("Steps", int),
+            seed=top.required("Seed", int),
+            tile=top.optional("Tile", int),
+            device=top.optional("Device", str) or "",
+            precision=top.optional("Precision", str) or "",
+            registration_threads=top.optional("RegistrationThreads", int),
+            templates=templates,
+            skull_stripping=top.required("SkullStripping", str),
+            bias_ratio=top.optional("BiasRatio", float),
+            age_years=top.optional("AgeYears", float),
+            source=top.optional("SpatialReference", str) or "",
+            source_sha256=top.optional("SourceSHA256", str) or "",
+            seconds={stage: s for stage, s in seconds if isinstance(s, int | float)},
+            expected_dice=top.optional("ExpectedDice", dict) or {},
+            warnings=tuple(map(str, top.optional("Warnings", list) or ())),
+            run_id=top.optional("RunId", str) or "",
+            gaps=tuple(dict.fromkeys(top.gaps)),
+        )
+
+    def sidecar(self) -> dict[str, Any]:
+        """The entries of the label map's sidecar; ``read`` gives the same provenance back."""
+        return {
+            "GeneratedBy": [{"Name": "cadiff", "Version": self.version}],
+            "Packages": dict(self.packages),
+            "Model": {"Name": self.model, "WeightsSHA256": self.weights_sha256},
+            "Steps": self.steps,
+            "Seed": self.seed,
+            "Tile": self.tile,
+            "Device": self.device,
+            "Precision": self.precision,
+            "RegistrationThreads": self.registration_threads,
+            "Templates": [
+                {
+                    "Name": used.name,
+                    "Source": used.source,
+                    "Registration": used.registration,
+                    "Score": used.score,
+                    "InField": used.in_field,
+                }
+                for used in self.templates
+            ],
+            "SkullStripping": self.skull_stripping,
+            "BiasRatio": self.bias_ratio,
+            "AgeYears": self.age_years,
+            "Settings": dict(self.settings),
+            "Fingerprint": self.fingerprint,
+            "SourceSHA256": self.source_sha256,
+            "Seconds": dict(self.seconds),
+            "ExpectedDice": dict(self.expected_dice),
+            "Warnings": list(self.warnings),
+            **({"RunId": self.run_id} if self.run_id else {}),
+            "SpatialReference": self.source,
+        }
+
+    def check(self) -> None:
+        """Raise ``DataError`` if the sidecar had gaps: do not state values that nobody knows."""
+        if self.gaps:
+            raise DataError(
+                f"the sidecar of the label map lacks {', '.join(self.gaps)}",
+                "restore it, or segment the scan again with --overwrite",
+            )
+
+    def differs(self, recipe: Recipe) -> str:
+        """The settings in which ``recipe`` differs, as ``sample.steps 5 -> 1``; empty if none does.
+
+        A result made with the user's own mask counts as the same if nothing but the mask and the
+        standard spaces differs: a mask that was corrected by hand must not be lost.
+        """
+        if self.fingerprint == recipe.fingerprint():
+            return ""
+        made, wanted = dict(self.settings), recipe.settings()
+        if not (self.has_own_mask and recipe.config.strip.mask is None):
+            return "; ".join(_differences(made, wanted)[:3]) or "other settings"
+        made |= {key: wanted[key] for key in ("strip", "strip_sha256", "output_spaces")}
+        if made == wanted:
+            return ""
+        changes = [*_differences(made, wanted)[:3], "a mask of somebody's own would be lost"]
+        return "; ".join(changes)
+
+    @property
+    def has_own_mask(self) -> bool:
+        """Whether the user gave the brain mask."""
+        return self.skull_stripping == "mask file"
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the field comes from registrations, not from the network."""
+        return any(used.registration != "none" for used in self.templates)
+
+    @property
+    def registration_score(self) -> float | None:
+        """The lowest score of the registrations; None without any."""
+        return min((x.score for x in self.templates if x.score is not None), default=None)
+
+    @property
+    def flip(self) -> bool:
+        """Whether the last step was averaged with that of the mirrored brain."""
+        return bool(_Reader(self.settings).inner("sample").optional("flip", bool))
+
+    @property
+    def samples(self) -> int:
+        """Number of predictions that were averaged."""
+        return _Reader(self.settings).inner("sample").optional("samples", int) or 1
+
+    @property
+    def output_spaces(self) -> tuple[str, ...]:
+        """Standard spaces that the result was resampled to."""
+        return tuple(map(str, _Reader(self.settings).optional("output_spaces", list) or ()))
+
+
+T = TypeVar("T")
+
+
+class _Reader:
+    """Values of a JSON object by type; ``gaps`` collects the required ones that it lacks."""
+
+    def __init__(self, values: object, within: str = "", gaps: list[str] | None = None) -> None:
+        self.values = values if isinstance(values, Mapping) else {}
+        self.within = within
+        self.gaps = [] if gaps is None else gaps
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        """A value of this type; None if there is none."""
+        value = self.values.get(key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        return value if isinstance(value, kind) else None
+
+    def required(self, key: str, kind: type[T]) -> T:
+        """A value of this type; an empty one, and a gap, if there is none."""
+        if (value := self.optional(key, kind)) is not None:
+            return value
+        self.gaps.append(f"{self.within}{key}")
+        return kind()
+
+    def inner(self, key: str) -> "_Reader":
+        """The object under ``key``."""
+        return _Reader(self.values.get(key), f"{self.within}{key}.", self.gaps)
+
+    def objects(self, key: str) -> list["_Reader"]:
+        """The objects of the list under ``key``."""
+        return [_Reader(x, f"{key}.", self.gaps) for x in self.required(key, list)]
+
+
+def _differences(made: object, wanted: object, name: str = "") -> list[str]:
+    """The leaves in which two nested dictionaries differ."""
+    if isinstance(made, dict) and isinstance(wanted, dict):
+        return [
+            text
+            for key in {**wanted, **made}
+            for text in _differences(made.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if made == wanted else [f"{name} {_short(made)} -> {_short(wanted)}"]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
 
 
 def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:

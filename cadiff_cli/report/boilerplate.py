@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from cadiff_cli.errors import MissingInputError, in_a_line
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import locked, write_text
+from cadiff_cli.io.provenance import Provenance, UsedTemplate
 
 TITLE = "Methods and citations"
 NOTICE = (
@@ -133,20 +134,20 @@ STRIPPING = {
 }
 
 
-def _in_field(sidecar: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _in_field(made: Provenance) -> list[UsedTemplate]:
     """The templates whose registrations share in the field."""
-    return [t for t in sidecar["Templates"] if t["InField"]]
+    return [used for used in made.templates if used.in_field]
 
 
-def _names(sidecar: Mapping[str, Any]) -> str:
-    return " and ".join(t["Name"] for t in _in_field(sidecar))
+def _names(made: Provenance) -> str:
+    return " and ".join(used.name for used in _in_field(made))
 
 
-def _kinds(sidecar: Mapping[str, Any]) -> str:
+def _kinds(made: Provenance) -> str:
     """How the templates of the field were registered, and which one how if that differs."""
     how = {
-        t["Name"]: KINDS.get(t["Registration"], f"registration '{t['Registration']}'")
-        for t in _in_field(sidecar) or sidecar["Templates"]
+        used.name: KINDS.get(used.registration, f"registration '{used.registration}'")
+        for used in _in_field(made) or made.templates
     }
     if len(set(how.values())) == 1:
         return next(iter(how.values()))
@@ -155,53 +156,55 @@ def _kinds(sidecar: Mapping[str, Any]) -> str:
 
 def describe(results: Sequence[Finished]) -> list[str]:
     """Paragraphs of a methods section; ``[@key]`` cites."""
-    sidecars = [result.sidecar for result in results]
+    made = [result.provenance for result in results]
+    for each in made:
+        each.check()
     people = {result.entities.split("_")[0] for result in results}
-    spaces = _output_spaces(sidecars)
+    spaces = _output_spaces(made)
     return [
-        _scans(sidecars, len(people)),
-        f"Scans were {_counted(map(_stripping, sidecars))}. {_distance_field(sidecars, spaces)}",
-        _labels(sidecars),
+        _scans(made, len(people)),
+        f"Scans were {_counted(map(_stripping, made))}. {_distance_field(made, spaces)}",
+        _labels(made),
         *([f"Results were also resampled to {', '.join(spaces)}."] if spaces else []),
     ]
 
 
-def _scans(sidecars: Sequence[Mapping[str, Any]], people: int) -> str:
+def _scans(made: Sequence[Provenance], people: int) -> str:
     """How many scans of how many people were segmented, and by which software."""
-    versions = _counted(s["GeneratedBy"][0]["Version"] for s in sidecars)
+    versions = _counted(x.version for x in made)
     libraries = _counted(
-        f"ANTsPy {s['Packages']['antspyx']} [@ants] and PyTorch {s['Packages']['torch']} [@pytorch]"
-        for s in sidecars
+        f"ANTsPy {x.packages.get('antspyx', 'unknown')} [@ants]"
+        f" and PyTorch {x.packages.get('torch', 'unknown')} [@pytorch]"
+        for x in made
     )
-    dataset = any(str(s.get("SpatialReference")).startswith("bids:") for s in sidecars)
+    dataset = any(x.source.startswith("bids:") for x in made)
     return (
-        f"{_number(len(sidecars), 'T1-weighted scan')} of {_number(people, 'participant')}"
+        f"{_number(len(made), 'T1-weighted scan')} of {_number(people, 'participant')}"
         f"{', organised as a BIDS dataset [@bids; @pybids],' if dataset else ''}"
-        f" {'was' if len(sidecars) == 1 else 'were'} segmented"
+        f" {'was' if len(made) == 1 else 'were'} segmented"
         f" with cadiff {versions}, an implementation of collaborative anatomy diffusion [@cadiff],"
         f" with {libraries}."
     )
 
 
-def _stripping(sidecar: Mapping[str, Any]) -> str:
-    method = sidecar["SkullStripping"]
+def _stripping(made: Provenance) -> str:
+    method = made.skull_stripping
     return STRIPPING.get(method, f"skull-stripped by method '{method}'")
 
 
-def _output_spaces(sidecars: Sequence[Mapping[str, Any]]) -> list[str]:
-    given = (space for s in sidecars for space in s["Settings"].get("output_spaces", ()))
-    return list(dict.fromkeys(given))
+def _output_spaces(made: Sequence[Provenance]) -> list[str]:
+    return list(dict.fromkeys(space for x in made for space in x.output_spaces))
 
 
-def _distance_field(sidecars: Sequence[Mapping[str, Any]], spaces: Sequence[str]) -> str:
+def _distance_field(made: Sequence[Provenance], spaces: Sequence[str]) -> str:
     """Where the field came from; templates that only lend their ``spaces`` are cited too."""
-    registered = [s for s in sidecars if _in_field(s)]
+    registered = [x for x in made if _in_field(x)]
     if not registered:
         return "The network found the distance field together with the labels."
-    used = [t for s in registered for t in _in_field(s)]
-    names = dict.fromkeys((*(t["Name"] for t in used), *spaces))
+    used = [template for x in registered for template in _in_field(x)]
+    names = dict.fromkeys((*(template.name for template in used), *spaces))
     atlases = dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in names)
-    several = [len(_in_field(s)) > 1 for s in registered]
+    several = [len(_in_field(x)) > 1 for x in registered]
     whose = "The mean of the templates'" if all(several) else "The template's"
     if any(several) and not all(several):
         whose = "The template's, or the mean of several templates',"
@@ -212,43 +215,38 @@ def _distance_field(sidecars: Sequence[Mapping[str, Any]], spaces: Sequence[str]
     )
 
 
-def _origins(used: Iterable[Mapping[str, Any]]) -> str:
+def _origins(used: Iterable[UsedTemplate]) -> str:
     """Which template came from where, in brackets; nothing of those from elsewhere."""
     found = dict[str, list[str]]()
-    for name, source in dict.fromkeys((t["Name"], t["Source"]) for t in used):
+    for name, source in dict.fromkeys((x.name, x.source) for x in used):
         if source in ORIGINS:
             found.setdefault(source, []).append(name)
     said = [f"{' and '.join(names)} from {ORIGINS[source]}" for source, names in found.items()]
     return f" ({', '.join(said)})" if said else ""
 
 
-def _labels(sidecars: Sequence[Mapping[str, Any]]) -> str:
+def _labels(made: Sequence[Provenance]) -> str:
     """How labels were drawn, with which weights, and what a volume is."""
-    model = _counted(
-        f"{s['Model']['Name']}, SHA-256 {s['Model']['WeightsSHA256'][:12]}" for s in sidecars
-    )
+    model = _counted(f"{x.model}, SHA-256 {x.weights_sha256[:12]}" for x in made)
     return (
-        f"Labels on each scan's own grid are {_counted(map(_sampling, sidecars))}"
+        f"Labels on each scan's own grid are {_counted(map(_sampling, made))}"
         f" (weights {model})."
         " Structures follow FreeSurfer's codes where one exists [@freesurfer]; a volume is the"
         " number of voxels of a label times the voxel's volume."
     )
 
 
-def _sampling(sidecar: Mapping[str, Any]) -> str:
-    steps = sidecar["Steps"]
-    if not steps:
+def _sampling(made: Provenance) -> str:
+    if not made.steps:
         return "the most probable ones of the registered label prior, without the network"
-    flip = sidecar["Settings"]["sample"]["flip"]
-    samples = sidecar["Settings"]["sample"].get("samples", 1)
-    first = sidecar["Seed"]
+    first, samples = made.seed, made.samples
     last = first + samples - 1
     seeds = f"seed {first}" if samples == 1 else f"the seeds {first} to {last} (mean of {samples})"
     return (
         "the most probable ones that the network, conditioned on scan and field, gave after"
-        f" {steps} deterministic denoising step{'s' * (steps > 1)} [@ddim] from"
+        f" {made.steps} deterministic denoising step{'s' * (made.steps > 1)} [@ddim] from"
         f" noise of {seeds}"
-        f"{', the last step averaged with that of the mirrored brain' if flip else ''}"
+        f"{', the last step averaged with that of the mirrored brain' if made.flip else ''}"
     )
 
 

@@ -19,6 +19,7 @@ from cadiff_cli.io.files import read_json, sha256
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
+from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.labels import load_table
 from cadiff_cli.products import CoordinateField, Registered, sound
@@ -155,7 +156,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
 
 def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | None:
     """The scan that ``result`` was made from, known by its SHA-256; None if it is not there."""
-    named = str(result.sidecar.get("SpatialReference", ""))
+    named = result.provenance.source
     inner = named.removeprefix("bids:raw:")
     raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
     places = [scans] if scans is not None and scans.is_file() else []
@@ -165,7 +166,7 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
         places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
     if inner != named:
         places.append(out / raw / inner)
-    wanted = result.sidecar.get("SourceSHA256")
+    wanted = result.provenance.source_sha256
     for place in places:
         if place.is_file() and sha256(place) == wanted:
             return place
@@ -185,12 +186,12 @@ def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
 
 def _registration(case: Case) -> dict[str, Any]:
     """What a case holds of its registrations; nothing if there was none."""
-    if case.result.sidecar["Templates"][0]["Registration"] == "none":
+    if not case.result.provenance.is_registered:
         return {}
     from cadiff_cli.stages.field import mean_field
     from cadiff_cli.stages.register import warp
 
-    made = [_registered(case.result, told) for told in case.result.sidecar["Templates"]]
+    made = [_registered(case.result, used) for used in case.result.provenance.templates]
     coarse = mean_field(made, case.near.coarsen(FIELD_COARSER))
     channels = [resample(Volume(x, coarse.grid), case.near, fill=np.nan).data for x in coarse.data]
     first = sound(made)[0]
@@ -201,15 +202,15 @@ def _registration(case: Case) -> dict[str, Any]:
     }
 
 
-def _registered(result: Finished, told: Mapping[str, Any]) -> Registered:
+def _registered(result: Finished, used: UsedTemplate) -> Registered:
     """A registration from its stored transform and what the sidecar tells of it."""
-    template = load_template(str(told["Name"]), offline=True)
+    template = load_template(used.name, offline=True)
     path = _beside(result, xfm_name(template.name, "T1w"))
     sidecar = read_json(_beside(result, xfm_name(template.name, "T1w").replace(".h5", ".json")))
     if not path.is_file():
         raise DataError(f"{path.name} is not there", "segment the scan again")
     warnings = tuple((sidecar or {}).get("Warnings", ()))
-    return Registered(template, path, None, str(told["Registration"]), told["Score"], warnings)
+    return Registered(template, path, None, used.registration, used.score, warnings)
 
 
 def _beside(result: Finished, suffix: str) -> Path:

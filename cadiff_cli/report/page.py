@@ -77,6 +77,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     begun = time.perf_counter()
     path, table = page_path(out, result.entities), load_table()
     claim(path)
+    result.provenance.check()
     case = read_case(out, result, scans)
     ranges = fitting(load_ranges(), case.rows)
     judgement = judge(result, case.rows, case.quality, table, ranges)
@@ -86,7 +87,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         title=result.entities,
         case=case,
         judgement=judgement,
-        sidecar=result.sidecar,
+        made=result.provenance,
         groups=[
             figures.structures(case, table),
             figures.head(case),
@@ -101,7 +102,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
             if row.name in AGGREGATES and row.mm3 is not None
         ],
         measured_on=ranges.people,
-        settings=plain(result.sidecar.get("Settings", {})),
+        settings=plain(result.provenance.settings),
         viewer=viewer_data(case, table),
         paragraphs=paragraphs,
         references=references,

@@ -7,6 +7,7 @@ from statistics import mean, median
 from typing import Any
 
 from cadiff_cli.io.bids.layout import Finished
+from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import Row
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, brain_mm3, pairs
@@ -141,7 +142,7 @@ def judge(
     ranges: Ranges,
 ) -> Judgement:
     """Compare a result with what is plausible, and expected with usual Dice."""
-    ranges = fitting(ranges, rows)
+    ranges, made = fitting(ranges, rows), result.provenance
     volumes = {row.name: row.mm3 for row in rows if row.mm3 is not None}
     unknown = {row.name for row in rows if row.mm3 is None}
     tissue = [s.name for s in table.structures if s.is_tissue and s.name not in unknown]
@@ -150,7 +151,7 @@ def judge(
     found = Judgement(
         mask_litres=volumes.get("Brain-Mask", 0.0) / 1e6,
         mask_quality=mask_quality,
-        registration_score=registration_score(result.sidecar),
+        registration_score=made.registration_score,
         missing=tuple(name for name in tissue if not volumes.get(name)),
         sides=tuple(_sides(volumes, table, ranges)),
         percent_brain={n: 100 * volumes.get(n, 0.0) / brain if brain else 0.0 for n in tissue},
@@ -163,9 +164,9 @@ def judge(
     found = replace(found, implausible=dict(_implausible(found, ranges)))
     return replace(
         found,
-        reasons=tuple(_reasons(found, ranges, result.sidecar)),
-        age_years=result.sidecar.get("AgeYears"),
-        compared_with=ranges.of_ages if result.sidecar.get("AgeYears") is None else "",
+        reasons=tuple(_reasons(found, ranges, made)),
+        age_years=made.age_years,
+        compared_with=ranges.of_ages if made.age_years is None else "",
     )
 
 
@@ -205,9 +206,9 @@ def _doubtful(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
             yield row.name, f"{row.expected_dice:.2f}, {row.usual_dice:.2f} is usual"
 
 
-def _reasons(found: Judgement, ranges: Ranges, sidecar: Mapping[str, Any]) -> Iterator[str]:
+def _reasons(found: Judgement, ranges: Ranges, made: Provenance) -> Iterator[str]:
     """Everything that is suspicious, in words; the result's own warnings last."""
-    age = sidecar.get("AgeYears")
+    age = made.age_years
     if ranges.ages and age is not None and not ranges.ages[0] <= age <= ranges.ages[1]:
         yield f"age {age:g}: the ranges, and what the network has learnt, are of {ranges.of_ages}"
     low, high = PLAUSIBLE_LITRES
@@ -233,17 +234,11 @@ def _reasons(found: Judgement, ranges: Ranges, sidecar: Mapping[str, Any]) -> It
                 f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
             )
     # Those that are not about the result, or were said above in other words.
-    scored = [told["Name"] for told in sidecar["Templates"] if told["Score"] is not None]
+    scored = [used.name for used in made.templates if used.score is not None]
     known = ("serves alone", " l, outside ", *(f"the registration to {x} " for x in scored))
-    for text in map(str, sidecar.get("Warnings", ())):
+    for text in made.warnings:
         if text.startswith("skull stripping:") or not any(part in text for part in known):
             yield text
-
-
-def registration_score(sidecar: Mapping[str, Any]) -> float | None:
-    """The lowest score of a result's registrations; None without any."""
-    scores = [told["Score"] for told in sidecar["Templates"] if told["Score"] is not None]
-    return min(scores, default=None)
 
 
 def columns(judgement: Judgement) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cadiff_cli.io.volumes import AGGREGATES
 from cadiff_cli.labels import LabelTable
 from cadiff_cli.report.case import Row, mask_quality, read_rows
 from cadiff_cli.report.group import outliers
-from cadiff_cli.report.qc import COLUMNS, Judgement, columns, judge, registration_score
+from cadiff_cli.report.qc import COLUMNS, Judgement, columns, judge
 from cadiff_cli.report.ranges import load_ranges
 from cadiff_cli.runner.job import Outcome
 from cadiff_cli.runner.journal import Journal
@@ -104,9 +104,9 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
         if why := journal.failed_since(result.entities, result.commit):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
     recipes = {
-        result.sidecar["Fingerprint"]
+        result.provenance.fingerprint
         for result in sound
-        if result.sidecar["SkullStripping"] != "mask file"  # a mended mask is no other way
+        if not result.provenance.has_own_mask  # a mended mask is no other way
     }
     if len(recipes) > 1:
         notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
@@ -155,7 +155,7 @@ def _lacking(out: Path) -> set[str]:
 def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, Any]:
     """A scan with its volume table's ``lines`` as column -> value; None where there is none.
 
-    Raises ``DataError`` if its volume table lacks a structure.
+    Raises ``DataError`` if its volume table lacks a structure, or its sidecar a value.
     """
     parts = dict(part.split("-", 1) for part in result.entities.split("_"))
     # BIDS tables give these two with their prefix.
@@ -164,8 +164,9 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
         for name, key in (("participant_id", "sub"), ("session_id", "ses"))
         if key in parts
     }
-    sidecar = result.sidecar
-    source = stem(Path(str(sidecar.get("SpatialReference", ""))))
+    made = result.provenance
+    made.check()
+    source = stem(Path(made.source))
     names = {*(s.name for s in table.structures), *AGGREGATES}
     if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
@@ -177,16 +178,14 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
         "suffix": next((x for x in SUFFIXES if source.endswith(f"_{x}")), None),
         **{column(x.name): None if x.mm3 is None else f"{x.mm3:.3f}" for x in lines},
-        "registration_score": registration_score(sidecar),
-        "registration": "+".join(
-            dict.fromkeys(told["Registration"] for told in sidecar["Templates"])
-        ),
-        "template": "+".join(told["Name"] for told in sidecar["Templates"]),
-        "skull_stripping": sidecar["SkullStripping"],
-        "n_warnings": len(sidecar["Warnings"]),
-        "seconds": round(sum(sidecar["Seconds"].values()), 1),
-        "version": sidecar["GeneratedBy"][0]["Version"],
-        "fingerprint": sidecar["Fingerprint"],
+        "registration_score": made.registration_score,
+        "registration": "+".join(dict.fromkeys(used.registration for used in made.templates)),
+        "template": "+".join(used.name for used in made.templates),
+        "skull_stripping": made.skull_stripping,
+        "n_warnings": len(made.warnings),
+        "seconds": round(sum(made.seconds.values()), 1),
+        "version": made.version,
+        "fingerprint": made.fingerprint,
     }
 
 

@@ -56,11 +56,12 @@ class Job:
 
     def outdated(self, result: Finished) -> str:
         """Why ``result`` is not what this job would make; empty if it is."""
-        if changed := self.recipe.differs(result.sidecar):
+        made = result.provenance
+        if changed := made.differs(self.recipe):
             return changed
-        if not self.has_changed(str(result.sidecar.get("SourceSHA256"))):
+        if not self.has_changed(made.source_sha256):
             return ""
-        before = Path(str(result.sidecar.get("SpatialReference", ""))).name
+        before = Path(made.source).name
         if before not in ("", self.t1.name):
             return f"of {before}, not of {self.t1.name}"
         return f"{self.t1.name} has changed since"

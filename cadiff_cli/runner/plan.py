@@ -66,7 +66,7 @@ def make_plan(
     selected = select(dataset, selection, database)
     if not like.overwrite:
         for result in finished(like.out):
-            like.refuse(result.entities, like.recipe.differs(result.sidecar))
+            like.refuse(result.entities, result.provenance.differs(like.recipe))
     journal, notes = Journal(like.out), [*selected.notes]
     jobs, pages, done = list[Job](), list[Job](), list[str]()
     failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()

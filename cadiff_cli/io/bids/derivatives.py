@@ -27,7 +27,7 @@ from cadiff_cli.io.bids.names import (
 )
 from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.provenance import mask_provenance, provenance
+from cadiff_cli.io.provenance import Provenance, mask_provenance
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, calibration, volume_rows
 from cadiff_cli.labels import load_table
 from cadiff_cli.products import (
@@ -100,6 +100,7 @@ def save_result(
                 for r in registrations
             ],
         )
+    made = Provenance.of(result, write.raw, field=field is not None, run_id=run_id or "")
     segmented_from = [write.raw, t1w, mask, *to_scan]
     if segmentation.posteriors is not None:
         write.image(PROBSEG, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)
@@ -129,8 +130,7 @@ def save_result(
         segmented_from,
         Description="Brain structures; codes in dseg.tsv",
         Manual=False,
-        **provenance(result, field is not None),
-        **({"RunId": run_id} if run_id else {}),
+        **made.sidecar(),
     )
     return sorted(write.written)
 

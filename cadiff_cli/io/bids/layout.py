@@ -8,12 +8,12 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.description import refuse_foreign
 from cadiff_cli.io.bids.names import DSEG, MORPH, OURS, source_entities
 from cadiff_cli.io.files import check_writable, read_json
+from cadiff_cli.io.provenance import Provenance
 
 MAX_STEM_BYTES = 160
 """Of a scan's name: file systems allow 255, results add entities, and temporary ones a mark."""
@@ -95,11 +95,14 @@ class Derivatives:
 
 @dataclass(frozen=True)
 class Finished:
-    """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``) and sidecar."""
+    """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``), what made it.
+
+    ``commit`` is the sidecar that holds the ``provenance``.
+    """
 
     entities: str
     commit: Path
-    sidecar: dict[str, Any]
+    provenance: Provenance
 
     @property
     def morph(self) -> Path:
@@ -113,13 +116,13 @@ def finished_result(place: Derivatives) -> Finished | None:
     Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
     since make it incomplete.
     """
-    sidecar = read_json(place.commit)
+    provenance = Provenance.read(read_json(place.commit) or {})
     # A link to nothing is a file that git-annex has dropped, not one that was deleted.
     made = (place.path(name) for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
     there = all(path.exists() or path.is_symlink() for path in made)
-    if not there or not sidecar or "Fingerprint" not in sidecar:
+    if not there or provenance is None:
         return None
-    return Finished(place.stem, place.commit, sidecar)
+    return Finished(place.stem, place.commit, provenance)
 
 
 def finished(out: Path) -> Iterator[Finished]:
