@@ -10,7 +10,7 @@ RANKS = {
     **dict.fromkeys(("errors", "labels", "config", "machine", "__init__"), 0),
     "spatial": 1,
     "products": 2,
-    **dict.fromkeys(("io", "diffusion", "nets", "metrics"), 3),
+    **dict.fromkeys(("device", "io", "diffusion", "nets", "metrics"), 3),
     "stages": 4,
     "pipeline": 5,
     **dict.fromkeys(("training", "evaluation"), 6),

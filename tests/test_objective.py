@@ -7,8 +7,8 @@ import torch
 from conftest import NO_CHANGE, TINY, awake, seeded
 from torch.nn.functional import one_hot
 
+from cadiff_cli.device import autocast
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.stages.segment import autocast
 from cadiff_cli.training.augment import Patch, draw_patch, stack
 from cadiff_cli.training.losses import Losses
 from cadiff_cli.training.objective import METHODS, Objective, Times

@@ -17,8 +17,9 @@ from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.quality import KNOTS, Calibration, expected_dice, fit, load_calibration
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages import segment as stage
-from cadiff_cli.stages.segment import class_probabilities, most_probable, segment, uncertainty
+from cadiff_cli.spatial.probabilities import most_probable, uncertainty
+from cadiff_cli.stages.sampling import class_probabilities, denoise
+from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
 QUICK = SampleConfig(steps=1, flip=False)
@@ -114,7 +115,7 @@ def test_one_sample_is_one_denoising(tiny_model, small_conditions):
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     noise, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
-    one = stage.denoise(tiny_model.net, image, field, 1, noise, cpu)
+    one = denoise(tiny_model.net, image, field, 1, noise, cpu)
     assert torch.equal(class_probabilities(small_conditions, tiny_model, QUICK)[0], one)
 
 

@@ -12,22 +12,15 @@ from test_cli import call
 
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.errors import UsageError
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.unet import shuffle, unshuffle
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.segment import (
-    TILE,
-    add_unmirrored,
-    class_probabilities,
-    enough_memory,
-    mirrored,
-    segment,
-    usable_device,
-)
+from cadiff_cli.stages.sampling import TILE, add_unmirrored, class_probabilities, mirrored
+from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
 SPACINGS = {
@@ -150,25 +143,17 @@ def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monke
             raise error
         return torch.ones(41, 2, 2, 2)
 
-    monkeypatch.setattr("cadiff_cli.stages.segment.denoise", denoise)
+    monkeypatch.setattr("cadiff_cli.stages.sampling.denoise", denoise)
     _, tile = class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
     assert tiles == [None, TILE]
     assert tile == TILE
-
-
-def test_what_does_not_fit_in_tiles_either_has_a_remedy():
-    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")):
-        with pytest.raises(CadiffError, match="--device cpu"), enough_memory():
-            raise error
-    with pytest.raises(RuntimeError, match="mat1"), enough_memory():
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(tiny_model, small_conditions, monkeypatch):
     def denoise(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("cadiff_cli.stages.segment.denoise", denoise)
+    monkeypatch.setattr("cadiff_cli.stages.sampling.denoise", denoise)
     with pytest.raises(RuntimeError, match="mat1"):
         class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
 
@@ -311,20 +296,6 @@ def test_senseless_requests_are_usage_errors(small_head, small_conditions, tiny_
     with pytest.raises(UsageError) as caught:
         labels_of(small_head, tiny_model, small_conditions, config)
     assert caught.value.remedy
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that works")
-def test_a_gpu_that_cannot_compute_is_not_chosen(monkeypatch, caplog):
-    """Visible, but without kernels for it: this torch's own refusal serves as one."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    device, why = usable_device("auto")
-    assert device.type == "cpu"
-    assert "cannot be used" in why
-    assert "cannot be used" in caplog.text
-    with pytest.raises(UsageError, match="cannot be used"):
-        usable_device("cuda")
-    assert usable_device("cpu") == (torch.device("cpu"), "")
 
 
 @pytest.fixture(scope="module")

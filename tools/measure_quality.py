@@ -28,8 +28,9 @@ from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.quality import expected_dice, fit
 from cadiff_cli.products import CoordinateField
 from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.condition import normalise
-from cadiff_cli.stages.segment import class_probabilities, most_probable
+from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.cache import load
 from cadiff_cli.training.monitor import sample_conditions
 

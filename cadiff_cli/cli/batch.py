@@ -182,7 +182,7 @@ def _validate(dataset: Dataset, console: Console, shown: int = 5) -> None:
 
 def _any_job(request: Request) -> Job:
     """A job for no scan in particular; what all need is looked for, and downloaded, now."""
-    from cadiff_cli.stages.segment import pick_device
+    from cadiff_cli.device import pick_device
     from cadiff_cli.stages.space import parse_space
 
     if request.executor.kind == "local" and not request.dry_run:

@@ -46,10 +46,10 @@ def command(
 
     from cadiff_cli.cli.evaluate import report
     from cadiff_cli.config import SampleConfig
+    from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels import label_mapping, load_table
-    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
     from cadiff_cli.training.crossval import folds as split
     from cadiff_cli.training.recipe import recipe

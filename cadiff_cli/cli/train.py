@@ -117,12 +117,12 @@ def command(
     import logging
     from collections import Counter
 
+    from cadiff_cli.device import pick_device
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels import label_mapping, load_table
-    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.recipe import recipe
     from cadiff_cli.training.run import check_people, prepare, train
 

@@ -64,9 +64,9 @@ def command(
     import logging
     from dataclasses import replace
 
+    from cadiff_cli.device import pick_device
     from cadiff_cli.io.files import check_writable, read_settings
     from cadiff_cli.io.weights import load_brain_model
-    from cadiff_cli.stages.segment import pick_device
     from cadiff_cli.training.heads import HeadConfig
     from cadiff_cli.training.mask import check_sources, prepare_heads, train_mask
 

@@ -96,7 +96,7 @@ def prepare_torch(threads: int | None, device: str) -> "torch.device":
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
-    from cadiff_cli.stages.segment import pick_device
+    from cadiff_cli.device import pick_device
 
     if threads:
         torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.device import autocast
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
@@ -16,7 +17,6 @@ from cadiff_cli.spatial.resample import (
     resample_mask,
 )
 from cadiff_cli.stages.masks import tidy
-from cadiff_cli.stages.segment import autocast
 
 
 def brain_distance(t1: Volume, model: BrainModel) -> Volume:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
+from cadiff_cli.device import autocast, enough_memory
 from cadiff_cli.errors import CadiffError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.stages.segment import autocast, enough_memory
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import as_dict, fingerprint
+from cadiff_cli.device import usable_device
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.files import sha256, write_json, write_tsv
 from cadiff_cli.io.formats import check_there, stem
@@ -23,7 +24,6 @@ from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
 from cadiff_cli.stages.brain import predict_distance
-from cadiff_cli.stages.segment import usable_device
 from cadiff_cli.training.heads import (
     Head,
     HeadConfig,

@@ -19,7 +19,8 @@ from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.segment import class_probabilities, most_probable
+from cadiff_cli.spatial.probabilities import most_probable
+from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.cache import Sample, mean_field
 from cadiff_cli.training.loop import Interval, State
 

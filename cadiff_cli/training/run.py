@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
+from cadiff_cli.device import usable_device
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.files import write_json
 from cadiff_cli.io.weights import Model, save_model, seen_by
 from cadiff_cli.labels import LabelTable, load_table
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
-from cadiff_cli.stages.segment import usable_device
 from cadiff_cli.training import cache
 from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.loop import fit, load_checkpoint, new_state, refuse_other_run

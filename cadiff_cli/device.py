@@ -1,0 +1,93 @@
+"""Where torch computes: which device, in which precision, with how much memory."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cadiff_cli import machine
+from cadiff_cli.errors import CadiffError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one; asking for an absent one is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("no CUDA device is available", "use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}", "use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported", "use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
+    return device
+
+
+def usable_device(name: str) -> tuple[torch.device, str]:
+    """``pick_device``, but for ``auto`` the CPU where the GPU cannot compute; and why, if so.
+
+    It may be older than torch's kernels, or taken by another process.  Only whoever is to use the
+    GPU should ask: looking takes a share of its memory.
+    """
+    device = pick_device(name)
+    if device.type == "cpu":
+        return device, ""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        trouble = f"{device} cannot be used: {str(error).strip().splitlines()[0]}"
+        if name != "auto":
+            raise UsageError(trouble, "use --device cpu") from error
+        log.warning("%s; the CPU works in its place", trouble)
+        return torch.device("cpu"), trouble
+    return device, ""
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor computes with it; float32 elsewhere."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Matrix products and convolutions in the device's ``precision``."""
+    enabled = precision(device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had now: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        # What torch keeps for later is its own to use, though the driver counts it as taken.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return machine.free_memory_bytes()
+
+
+@contextmanager
+def enough_memory(remedy: str = "use a smaller --tile, or --device cpu") -> Iterator[None]:
+    """Raise a ``CadiffError`` with the remedy where torch cannot allocate."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_short_of_memory(error):
+            raise
+        raise CadiffError(
+            "out of memory",
+            f"close other programs, {remedy}",
+        ) from error
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    """Torch raises a ``RuntimeError`` when it cannot allocate."""
+    said = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
