@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -16,10 +17,9 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
-from cadiff_cli.nets.unet import shuffle, unshuffle
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.sampling import TILE, add_unmirrored, class_probabilities, mirrored
+from cadiff_cli.stages.sampling import TILE, State, add_unmirrored, by_tiles, class_probabilities
 from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -137,7 +137,7 @@ def test_no_steps_need_a_field(tiny_model, small_conditions):
 def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monkeypatch, error):
     tiles = []
 
-    def denoise(net, image, field, steps, generator, device, tile=None, flip=None):
+    def denoise(net, image, field, steps, generator, device, tile=None, mirror=None):
         tiles.append(tile)
         if tile is None:
             raise error
@@ -183,30 +183,54 @@ def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_condit
     assert torch.equal(*answers)
 
 
-def unmirrored(p, table):
-    return add_unmirrored(torch.zeros_like(p), p, table)
+def unmirrored(p, mirror):
+    return add_unmirrored(torch.zeros_like(p), p, mirror)
 
 
-def test_mirroring_is_an_involution(table):
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 1, 8, 6, 4, generator=generator)
-    state = torch.randn(1, 3 + table.n_classes, 4, 3, 2, generator=generator)
-    x = torch.cat([unshuffle(image), state], dim=1)
-    flipped = mirrored(x, table)
-    torch.testing.assert_close(mirrored(flipped, table), x, rtol=0, atol=0)
-    torch.testing.assert_close(shuffle(flipped[:, :8]), image.flip(2), rtol=0, atol=0)
-    p = torch.rand(41, 8, 6, 4, generator=generator)
-    torch.testing.assert_close(unmirrored(unmirrored(p, table), table), p, rtol=0, atol=0)
+@pytest.fixture
+def state(table):
+    """Any state of a brain of 8 x 6 x 4 voxels."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    return State(draw(1, 1, 8, 6, 4), draw(1, 3, 4, 3, 2), draw(1, table.n_classes, 4, 3, 2))
 
 
-def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, small_conditions, table):
+def parts(state):
+    return state.image, state.field, state.labels
+
+
+def test_mirroring_is_an_involution(state, mirror):
+    flipped = state.mirrored(mirror)
+    assert torch.equal(flipped.image, state.image.flip(2))
+    for there_and_back, part in zip(parts(flipped.mirrored(mirror)), parts(state), strict=True):
+        assert torch.equal(there_and_back, part)
+    p = state.labels[0].softmax(dim=0)
+    assert torch.equal(unmirrored(unmirrored(p, mirror), mirror), p)
+
+
+def test_a_packed_state_is_unpacked_into_its_parts(state):
+    for unpacked, part in zip(parts(State.unpacked(state.packed())), parts(state), strict=True):
+        assert torch.equal(unpacked, part)
+
+
+def test_tiles_keep_every_part_in_its_place(state):
+    """Blended tiles of an answer that does not depend on the tile are the whole answer."""
+    for tile in (4, 6):
+        tiled = by_tiles(lambda part: (part.field.clone(), part.labels.clone()), state, tile)
+        for blended, part in zip(tiled, (state.field, state.labels), strict=True):
+            torch.testing.assert_close(blended, part)
+        torch.testing.assert_close(
+            by_tiles(lambda part: part.image.clone(), state, tile), state.image
+        )
+
+
+def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, small_conditions, mirror):
     """``mirrored`` and ``add_unmirrored`` undo each other through the network's own prior."""
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
-    labels = torch.zeros(1, table.n_classes, *field.shape[2:])
-    x = torch.cat([unshuffle(image), 2 * field - 1, labels], dim=1)
-    straight = tiny_net.prior(x[:, 8:11])[0]
-    back = unmirrored(tiny_net.prior(mirrored(x, table)[:, 8:11])[0], table)
+    labels = torch.zeros(1, len(mirror), *field.shape[2:])
+    state = State(image, 2 * field - 1, labels)
+    straight = tiny_net.prior(state.field)[0]
+    back = unmirrored(tiny_net.prior(state.mirrored(mirror).field)[0], mirror)
     torch.testing.assert_close(back, straight, rtol=0, atol=1e-3)
 
 

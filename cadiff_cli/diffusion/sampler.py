@@ -1,31 +1,32 @@
-"""Deterministic DDIM (Song et al., 2021, eq. 12 with eta = 0) for a network that predicts x_0.
+"""From noise to a clean state, for a network that estimates the clean state.
 
 The sampler is a generator: progress, early stop and inspection need no callbacks.
 """
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from cadiff_cli.diffusion.process import levels
+S = TypeVar("S")
 
 
-def times(steps: int) -> list[float]:
-    """``steps`` equally spaced times from 1 down; the implied last one is 0."""
+def spaced_times(steps: int) -> list[float]:
+    """``steps`` equally spaced times from 1 down; the next one would be 0."""
     return [1 - k / steps for k in range(steps)]
 
 
 def sample(
-    denoise: Callable[[Tensor, float], Tensor], x_t: Tensor, schedule: list[float]
-) -> Iterator[Tensor]:
-    """States on the way from ``x_t`` at ``schedule[0]`` to 0; ``denoise(x_t, t)`` estimates x_0."""
-    for t, t_next in pairwise([*schedule, 0.0]):
-        x_0 = denoise(x_t, t)
-        (alpha, alpha_next), (sigma, sigma_next) = levels(
-            torch.tensor([t, t_next], dtype=torch.float64)
-        )
-        noise = (x_t - float(alpha) * x_0) / float(sigma)
-        x_t = float(alpha_next) * x_0 + float(sigma_next) * noise
-        yield x_t
+    step: Callable[[S, S, float, float], S],
+    denoise: Callable[[S, float], S],
+    state: S,
+    times: list[float],
+) -> Iterator[S]:
+    """Yield the state at each of the falling ``times``, beginning with ``state`` at the first.
+
+    ``denoise(state, t)`` estimates the clean state; ``step`` is a ``Process``'s, or applies it to
+    the parts of a state.  At the last time nothing is estimated any more.
+    """
+    yield state
+    for t, t_next in pairwise(times):
+        state = step(state, denoise(state, t), t, t_next)
+        yield state

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.diffusion.process import expand, levels
+from cadiff_cli.diffusion.process import DEFAULT, PROCESSES
+from cadiff_cli.errors import DataError
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
@@ -38,6 +39,8 @@ class NetConfig:
     diffusion); without ``reads_coordinates`` it sees only the label prior there (a label-like
     condition); without ``reads_labels`` nothing is denoised (with neither: a plain U-Net).  Without
     ``attention`` skip connections are concatenated as they are, not weighted by TACA.
+
+    ``process`` names the noise process (``diffusion.process.PROCESSES``) of the states.
     """
 
     n_classes: int = 41
@@ -52,6 +55,7 @@ class NetConfig:
     reads_coordinates: bool = True
     reads_labels: bool = True
     attention: bool = True
+    process: str = DEFAULT
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
@@ -99,7 +103,12 @@ class CADiffNet(nn.Module):
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
-        self.config = config
+        if config.process not in PROCESSES:
+            raise DataError(
+                f"the network's noise process is {config.process!r}, not one of {list(PROCESSES)}",
+                "use the version of cadiff that it was trained with",
+            )
+        self.config, self.process = config, PROCESSES[config.process]
         c, e, k = config.channels, config.time_channels, config.n_classes
         self.time_field, self.time_label = TimeEmbedding(e), TimeEmbedding(e)
         self.prior = LabelPrior(k, config.prior_shape)
@@ -141,11 +150,8 @@ class CADiffNet(nn.Module):
         if not self.config.reads_labels:
             m_t, t_m = torch.zeros_like(m_t), torch.ones_like(t_m)
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
-        # The best guess of the field from its noisy version alone (a Wiener filter): exactly the
-        # field at t_d = 0, its mean at t_d = 1, so the prior never sees more than d_t tells.
-        alpha, sigma = (expand(level, d_t) for level in levels(t_d))
-        power = (alpha * FIELD_STD) ** 2 + sigma**2
-        guess = alpha * FIELD_STD**2 / power * d_t
+        # What the noisy field alone tells: the prior must not see more.
+        guess, deviation = self.process.guess(d_t, t_d, FIELD_STD)
         prior = self.prior(guess)
         x = torch.cat(
             [
@@ -156,6 +162,14 @@ class CADiffNet(nn.Module):
             ],
             dim=1,
         )
+        x = self._unet(x, e_d, e_m)
+        field = guess + deviation * self.to_field(x).float()
+        if self.config.reads_field and (t_d > 0).any():
+            prior = self.prior(field.detach())
+        return Coarse(x, field, prior + self.to_label(x).float())
+
+    def _unet(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
+        """Features (B, C, x, y, z) of what the trunk is shown, and of the embedded times."""
         x = self.stem(last(x))
         skips = []
         for level, blocks in enumerate(self.encoder):
@@ -168,13 +182,7 @@ class CADiffNet(nn.Module):
             x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest")
             x = self.taca[level](skips[level], x, e_d, e_m)
             x = self.decoder[level](x, e_d, e_m)
-        x = F.silu(self.out_norm(x))
-        correction = self.to_field(x).float()
-        field = guess + sigma * FIELD_STD / power.sqrt() * correction
-        if self.config.reads_field and (t_d > 0).any():
-            prior = self.prior(field.detach())
-        logits = prior + self.to_label(x).float()
-        return Coarse(x, field, logits)
+        return F.silu(self.out_norm(x))
 
     def refine(self, image: Tensor, coarse: Coarse, t_d: Tensor, t_m: Tensor) -> Tensor:
         """1 mm logits (B, classes, 2x, 2y, 2z) from the trunk's answer and the image."""
@@ -201,6 +209,7 @@ class CADiffNet(nn.Module):
         return coarse, self.refine(image, coarse, t_d, t_m)
 
 
+# MONAI's pixelunshuffle and pixelshuffle give the same, but importing them takes 1.3 s a run.
 def unshuffle(image: Tensor) -> Tensor:
     """(B, 1, 2x, 2y, 2z) -> (B, 8, x, y, z): nothing is lost, unlike pooling."""
     b, _, x, y, z = image.shape

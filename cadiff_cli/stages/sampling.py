@@ -7,8 +7,10 @@ tiled inference run the same code: tiling only changes how the network is applie
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +18,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, pick_device
-from cadiff_cli.diffusion.sampler import sample, times
+from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.weights import Model
-from cadiff_cli.labels import LabelTable
 from cadiff_cli.nets.unet import STRIDE, CADiffNet, shuffle, unshuffle
 from cadiff_cli.products import Conditions
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BYTES_PER_VOXEL = 700
 """Peak memory of whole-volume inference per 1 mm voxel, measured; decides about tiling."""
@@ -48,8 +50,8 @@ def class_probabilities(
 
     def predict(seed: int, tile: int | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        flip = model.table if config.flip else None
-        return denoise(net, image, field, config.steps, generator, device, tile, flip)
+        mirror = torch.from_numpy(model.table.mirror_classes) if config.flip else None
+        return denoise(net, image, field, config.steps, generator, device, tile, mirror)
 
     def predict_somehow(seed: int, tile: int | None) -> tuple[Tensor, int | None]:
         """Whole if memory allows, unless an earlier sample, or somebody, wanted tiles."""
@@ -75,6 +77,83 @@ def class_probabilities(
     return p if config.samples == 1 else p.div_(config.samples), tile
 
 
+@dataclass(frozen=True, eq=False)
+class State:
+    """A brain on its way from noise to labels.
+
+    ``image`` (1, 1, 2x, 2y, 2z) in [0, 1]; ``field`` (1, 3, x, y, z) and ``labels``
+    (1, classes, x, y, z) at one time of the process each, in [-1, 1] where they are clean.
+    """
+
+    image: Tensor
+    field: Tensor
+    labels: Tensor
+
+    def packed(self) -> Tensor:
+        """All of it as one tensor at 2 mm, which MONAI cuts into tiles."""
+        return torch.cat([unshuffle(self.image), self.field, self.labels], dim=1)
+
+    @staticmethod
+    def unpacked(x: Tensor) -> "State":
+        """The inverse of ``packed``, for a tile too."""
+        blocks = STRIDE**3
+        image, field, labels = torch.split(x, [blocks, 3, x.shape[1] - blocks - 3], dim=1)
+        return State(shuffle(image), field, labels)
+
+    def mirrored(self, mirror: Tensor) -> "State":
+        """The left-right mirrored brain; ``mirror`` (classes,) is the other side of each class.
+
+        The first axis points from left to right, so D_x -> -D_x.
+        """
+        sign = torch.tensor([-1.0, 1.0, 1.0]).reshape(3, 1, 1, 1)
+        return State(self.image.flip(2), sign * self.field.flip(2), self.labels.flip(2)[:, mirror])
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A network, asked about states on ``device``, whole or in tiles of ``tile`` 1 mm voxels.
+
+    A ``known`` field stays as it is at t_d = 0; an unknown one has the time of the labels.
+    """
+
+    net: CADiffNet
+    known: bool
+    device: torch.device
+    tile: int | None = None
+
+    def estimate(self, state: State, t: float) -> State:
+        """The network's estimate of the clean state."""
+
+        def clean(part: State) -> tuple[Tensor, Tensor]:
+            field, p = self._ask(part, t, fine=False)
+            return field.cpu(), p.mul_(2).sub_(1).cpu()
+
+        field, labels = by_tiles(clean, state, self.tile)
+        return State(state.image, state.field if self.known else field, labels)
+
+    def step(self, state: State, estimate: State, t: float, t_next: float) -> State:
+        """The state at ``t_next``, as the network's noise process makes it."""
+        step = self.net.process.step
+        labels = step(state.labels, estimate.labels, t, t_next)
+        if self.known:
+            return State(state.image, state.field, labels)
+        return State(state.image, step(state.field, estimate.field, t, t_next), labels)
+
+    def probabilities(self, state: State, t: float) -> Tensor:
+        """The network's answer at 1 mm, (classes, 2x, 2y, 2z) on the CPU."""
+        return by_tiles(lambda part: self._ask(part, t, fine=True)[1].cpu(), state, self.tile)[0]
+
+    def _ask(self, state: State, t: float, fine: bool) -> tuple[Tensor, Tensor]:
+        """The field at 2 mm, and probabilities at 2 mm or, if ``fine``, at 1 mm."""
+        image, d_t, m_t = (x.to(self.device) for x in (state.image, state.field, state.labels))
+        t_m = torch.full((1,), t, device=self.device)
+        t_d = torch.zeros_like(t_m) if self.known else t_m
+        with autocast(self.device):
+            coarse = self.net.trunk(image, d_t, m_t, t_d, t_m)
+            logits = self.net.refine(image, coarse, t_d, t_m) if fine else coarse.logits
+        return coarse.field, softmax(logits)
+
+
 @torch.no_grad()
 def denoise(
     net: CADiffNet,
@@ -84,105 +163,72 @@ def denoise(
     generator: torch.Generator,
     device: torch.device,
     tile: int | None = None,
-    flip: LabelTable | None = None,
+    mirror: Tensor | None = None,
 ) -> Tensor:
     """Sample labels for one brain: (classes, X, Y, Z) float32 probabilities on the CPU.
 
     ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1], or None to
-    denoise it with the labels.  No steps at all give the label prior at the field: what
-    registration alone knows.  With ``flip``, which tells left from right, the last step is the mean
-    of what the network says of the brain and of its mirror image.
+    denoise it with the labels.  Zero steps give the label prior at the field: the answer of the
+    registration alone.  With ``mirror`` (see ``State.mirrored``) the last step is the mean over
+    the brain and its mirror image.
     """
     if steps == 0:
         if field is None:
             raise UsageError("no steps and no registration", "ask for one of them")
         prior = net.prior((2 * field - 1).to(device)).cpu()
         return F.interpolate(prior, scale_factor=STRIDE, mode="trilinear")[0].softmax(dim=0)
-    known = unshuffle(image)
-    if field is not None:
-        known = torch.cat([known, 2 * field - 1], dim=1)
-    channels = 8 + 3 + net.config.n_classes
-    noise = torch.randn(1, channels - known.shape[1], *known.shape[2:], generator=generator)
+    space = [n // STRIDE for n in image.shape[2:]]
 
-    def network(x: Tensor, t: float, fine: bool) -> Tensor:
-        """(1, 8 + 3 + classes, ...) at 2 mm -> the estimated state there.
+    def noise(channels: int) -> Tensor:
+        return net.process.start(torch.randn(1, channels, *space, generator=generator))
 
-        That of the labels, below that of the field if it is not known; or, if ``fine``, the
-        probabilities at 1 mm.
-        """
-        x = x.to(device)
-        part, d_t, m_t = shuffle(x[:, :8]), x[:, 8:11], x[:, 11:]
-        t_m = torch.full((1,), t, device=device)
-        t_d = torch.zeros_like(t_m) if field is not None else t_m
-        with autocast(device):
-            coarse = net.trunk(part, d_t, m_t, t_d, t_m)
-            logits = net.refine(part, coarse, t_d, t_m) if fine else coarse.logits
-        # Slab by slab: a float32 copy of all logits would be the peak of the memory.
-        p = torch.empty(logits.shape, dtype=torch.float32, device=device)
-        for out, slab in zip(
-            torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True
-        ):
-            out.copy_(slab.float().softmax(dim=1))
-        if fine:
-            return p
-        labels = p.mul_(2).sub_(1)
-        return labels if field is not None else torch.cat([coarse.field, labels], dim=1)
-
-    def estimate(x: Tensor, t: float, fine: bool = False) -> Tensor:
-        if tile is None:
-            return network(x, t, fine).cpu()
-        from monai.inferers import sliding_window_inference
-
-        # Tiles are put together where ``x`` is, on the CPU: a GPU that needs them has no room.
-        answer: Tensor = sliding_window_inference(
-            x,
-            tile // STRIDE,
-            1,
-            lambda part: network(part, t, fine).cpu(),
-            overlap=0.5,
-            mode="gaussian",
-        )
-        return answer
-
-    schedule = times(steps if net.config.reads_labels else 1)
-    x_t = noise
-
-    # The sampler is lazy: its last step, which only the fine pass needs, is never evaluated.
-    def clean(x_t: Tensor, t: float) -> Tensor:
-        return estimate(torch.cat([known, x_t], dim=1), t)
-
-    for state in islice(sample(clean, noise, schedule), len(schedule) - 1):
-        x_t = state
-    x = torch.cat([known, x_t], dim=1)
-    p = estimate(x, schedule[-1], fine=True)[0]
-    if flip is None:
+    d_1 = noise(3) if field is None else 2 * field - 1
+    start = State(image, d_1, noise(net.config.n_classes))
+    denoiser = Denoiser(net, field is not None, device, tile)
+    times = spaced_times(steps if net.config.reads_labels else 1)
+    (state,) = deque(sample(denoiser.step, denoiser.estimate, start, times), maxlen=1)
+    p = denoiser.probabilities(state, times[-1])
+    if mirror is None:
         return p
-    return add_unmirrored(p, estimate(mirrored(x, flip), schedule[-1], fine=True)[0], flip).div_(2)
+    q = denoiser.probabilities(state.mirrored(mirror), times[-1])
+    return add_unmirrored(p, q, mirror).div_(2)
 
 
-def mirrored(x: Tensor, table: LabelTable) -> Tensor:
-    """Image, field and labels (1, 8 + 3 + classes, X, Y, Z) of the left-right mirrored brain.
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities (B, classes, X, Y, Z) in float32."""
+    p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    # Slab by slab: a float32 copy of all logits would be the peak of the memory.
+    for out, slab in zip(torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True):
+        out.copy_(slab.float().softmax(dim=1))
+    return p
 
-    x is the first axis; the field's states are in [-1, 1], so D_x -> -D_x; left and right labels
-    change places.
+
+def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> T:
+    """``function(state)``, at once or in overlapping tiles of ``tile`` 1 mm voxels, blended.
+
+    ``function`` returns a new tensor, or several, on the CPU; blending scales them in place.
     """
-    image, field, labels = x[:, :8], x[:, 8:11].flip(2), x[:, 11:].flip(2)
-    return torch.cat(
-        [
-            unshuffle(shuffle(image).flip(2)),
-            -field[:, :1],
-            field[:, 1:],
-            labels[:, torch.from_numpy(table.mirror_classes)],
-        ],
-        dim=1,
+    if tile is None:
+        return function(state)
+    from monai.inferers import sliding_window_inference
+
+    # Tiles are put together where the state is, on the CPU: a GPU that needs them has no room.
+    blended: T = sliding_window_inference(
+        state.packed(),
+        tile // STRIDE,
+        1,
+        lambda x: function(State.unpacked(x)),
+        overlap=0.5,
+        mode="gaussian",
     )
+    return blended
 
 
-def add_unmirrored(p: Tensor, q: Tensor, table: LabelTable) -> Tensor:
+def add_unmirrored(p: Tensor, q: Tensor, mirror: Tensor) -> Tensor:
     """Add to ``p``, in place, the probabilities ``q`` of the mirrored brain, brought back.
 
     (classes, X, Y, Z).  Class by class: a second copy of all of them would double the peak memory.
     """
-    for k, mirror in enumerate(table.mirror_classes):
-        p[k].add_(q[mirror].flip(0))
+    for k, other in enumerate(mirror.tolist()):
+        p[k].add_(q[other].flip(0))
     return p

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cadiff_cli.diffusion.process import corrupt, expand
+from cadiff_cli.diffusion.process import expand
 from cadiff_cli.nets.unet import FIELD_STD, STRIDE, CADiffNet, NetConfig
 from cadiff_cli.training.augment import AugmentConfig, Patch
 from cadiff_cli.training.losses import (
@@ -85,8 +85,8 @@ class Objective:
         recycled = torch.rand(1, generator=generator, device=device) < self.recycle
         if net.config.reads_labels and bool(recycled & (t_m < 1).any()):
             field_0, label_0 = self._recycle(net, patch, field_0, label_0, t_d, noise)
-        d_t = corrupt(field_0, t_d, noise(field_0))
-        m_t = corrupt(label_0, t_m, noise(label_0))
+        d_t = net.process.corrupt(field_0, t_d, noise(field_0))
+        m_t = net.process.corrupt(label_0, t_m, noise(label_0))
 
         coarse = net.trunk(patch.image, d_t, m_t, t_d, t_m)
         fine = min(self.fine, patch.image.shape[-1]) // STRIDE * STRIDE
@@ -142,8 +142,9 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """What the network makes of pure noise: labels, and the field where it is not known."""
         lost = (t_d > 0).to(t_d.dtype)
-        d_t = corrupt(field_0, lost, noise(field_0))
-        first = net.trunk(patch.image, d_t, noise(label_0), lost, torch.ones_like(t_d))
+        d_t = net.process.corrupt(field_0, lost, noise(field_0))
+        m_t = net.process.start(noise(label_0))
+        first = net.trunk(patch.image, d_t, m_t, lost, torch.ones_like(t_d))
         field_1 = torch.where(expand(lost, field_0) > 0, first.field, field_0)
         return field_1, 2 * first.logits.softmax(dim=1) - 1
 
