@@ -17,7 +17,6 @@ from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.fuse import SEARCH, carry, choose_atlases, fuse, joint, majority
 
 SMALL = 0.35
 """Scale of the heads here; the smallest that a scan may be is 60 mm."""

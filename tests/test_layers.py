@@ -12,7 +12,7 @@ RANKS = {
     "products": 2,
     **dict.fromkeys(("device", "io", "diffusion", "nets", "metrics"), 3),
     "stages": 4,
-    "pipeline": 5,
+    **dict.fromkeys(("pipeline", "fusion"), 5),
     **dict.fromkeys(("training", "evaluation"), 6),
     "report": 7,
     "runner": 8,

@@ -7,8 +7,8 @@ import click
 
 if TYPE_CHECKING:
     from cadiff_cli.config import Config
+    from cadiff_cli.fusion import Fused
     from cadiff_cli.products import Stripped
-    from cadiff_cli.stages.fuse import Fused
 
 SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
 """The entity ``seg-`` of a vote's label map."""
@@ -76,7 +76,6 @@ def command(
     from cadiff_cli.io.images import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.labels import label_mapping, load_table
-    from cadiff_cli.stages.fuse import choose_atlases, fuse
     from cadiff_cli.stages.strip import strip
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -110,10 +109,10 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
     """The label map, and last the sidecar that says what made it."""
     import cadiff_cli
     from cadiff_cli.config import as_dict
+    from cadiff_cli.fusion import BETA, RADIUS, SEARCH
     from cadiff_cli.io.files import write_json
     from cadiff_cli.io.images import save_volume
     from cadiff_cli.io.provenance import software
-    from cadiff_cli.stages.fuse import BETA, RADIUS, SEARCH
 
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
     sidecar.unlink(missing_ok=True)
