@@ -13,6 +13,7 @@ from scipy import ndimage
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.fusion import SEARCH, carry, choose_atlases, fuse, joint, majority
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.products import Stripped

@@ -466,7 +466,7 @@ def serve() -> None:
     """A worker: seed, index and whether to try it apart on standard input, findings as JSON out."""
     import torch
 
-    import cadiff_cli.cli.batch  # noqa: F401  what takes long to import
+    import cadiff_cli.runner.participants  # noqa: F401  what takes long to import
 
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

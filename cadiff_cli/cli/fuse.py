@@ -71,6 +71,7 @@ def command(
     import tempfile
 
     from cadiff_cli.config import Config, RegisterConfig, StripConfig
+    from cadiff_cli.fusion import choose_atlases, fuse
     from cadiff_cli.io.bids.description import save_dataset_files
     from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.images import load_scan

@@ -175,10 +175,16 @@ def command(
     source = click.get_current_context().get_parameter_source("dask_address")
     if options["executor"] != "dask" and source is ParameterSource.COMMANDLINE:
         raise UsageError("--dask-address means nothing without Dask", "add --executor dask")
-    from cadiff_cli.cli.batch import Request, group_level, participant_level, rebuild_reports
+    from cadiff_cli.cli.console import RunConsole, show_log
     from cadiff_cli.io.bids.raw import Dataset
     from cadiff_cli.io.bids.selection import Selection
     from cadiff_cli.runner.executor import Executor
+    from cadiff_cli.runner.participants import (
+        Request,
+        group_level,
+        participant_level,
+        rebuild_reports,
+    )
 
     o = SimpleNamespace(**options)
     dataset = Dataset(bids_dir.absolute())
@@ -206,14 +212,15 @@ def command(
         overwrite=o.overwrite,
         dry_run=o.dry_run,
         stop_on_first_crash=o.stop_on_first_crash,
-        verbosity=o.verbose,
     )
+    console = RunConsole()
     if o.reports_only or o.boilerplate_only:
-        return rebuild_reports(request, levels, pages=o.reports_only)
-    code = participant_level(request) if "participant" in levels else 0
+        return rebuild_reports(request, levels, console, pages=o.reports_only)
+    show_log(o.verbose)
+    code = participant_level(request, console) if "participant" in levels else 0
     if "group" in levels and not (o.dry_run and "participant" in levels):
         try:
-            code = group_level(request) or code
+            code = group_level(request, console) or code
         except MissingInputError:
             if not code:
                 raise  # else the scans' own failures, which were told, are the reason

@@ -1,24 +1,21 @@
-"""One run of ``cadiff run`` as a person sees it: checks, a line per scan, a table of failures."""
+"""The two levels of a BIDS app: segment the selected scans, collect the group.
+
+Nothing here prints: a ``Listener`` hears of every event, and an exit code comes back.
+"""
 
 import json
-import logging
 import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import click
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from typing import Any, Protocol
 
 import cadiff_cli
-from cadiff_cli.cli.report import scan_pages
 from cadiff_cli.config import Config
-from cadiff_cli.errors import DiskError, UsageError, in_a_line
+from cadiff_cli.errors import DiskError, MissingInputError, UsageError, in_a_line
 from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
@@ -28,17 +25,17 @@ from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.labels import load_table
 from cadiff_cli.report.boilerplate import cite, write_citations
 from cadiff_cli.report.group import report_group, write_group_page
+from cadiff_cli.report.page import write_page
 from cadiff_cli.runner.executor import Executor
-from cadiff_cli.runner.group import collect, write_group
+from cadiff_cli.runner.group import Group, collect, write_group
 from cadiff_cli.runner.job import Job, Outcome
-from cadiff_cli.runner.journal import Journal, failure
-from cadiff_cli.runner.logs import warning
+from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for.  ``options`` are kept in the logs for ``--config-file``."""
+    """The user's request.  ``options`` are kept in the logs for ``--config-file``."""
 
     dataset: Dataset
     out: Path
@@ -59,61 +56,110 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     stop_on_first_crash: bool = False
-    verbosity: int = 0
 
 
-def participant_level(request: Request) -> int:
+@dataclass(frozen=True)
+class Summary:
+    """The outcomes of a participant level; ``plan`` holds the scans that were finished before."""
+
+    out: Path
+    plan: Plan
+    outcomes: tuple[Outcome, ...] = ()
+
+    def of(self, status: str) -> tuple[Outcome, ...]:
+        """The outcomes of this run that have the ``status``."""
+        return tuple(outcome for outcome in self.outcomes if outcome.status == status)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of scans by how they ended; zeros too."""
+        planned = len(self.plan.jobs) + len(self.plan.pages) + len(self.plan.failed)
+        return {
+            "done": len(self.of("done")),
+            "done before": len(self.plan.done),
+            "failed": len(self.of("failed")),
+            "unsuitable": len(self.of("unsuitable")) + len(self.plan.unsuitable),
+            "not tried": planned - len(self.outcomes),
+        }
+
+    @property
+    def exit_code(self) -> int:
+        """0 if no scan failed.  Unsuitable scans are no failures: another run would not help."""
+        failed = self.of("failed")
+        if any(outcome.exit_code == DiskError.exit_code for outcome in failed):
+            return DiskError.exit_code
+        return 1 if failed else 0
+
+
+class Listener(Protocol):
+    """Hears of events as they happen."""
+
+    def warn(self, text: str) -> None:
+        """One line that the user should read."""
+
+    def line(self, text: str) -> None:
+        """One line of the command's output: a file that was written, or a scan of a dry run."""
+
+    def outcome(self, outcome: Outcome, number: int, total: int) -> None:
+        """The ``number``-th of ``total`` scans has ended."""
+
+    def summary(self, summary: Summary) -> None:
+        """The participant level has ended."""
+
+    def group(self, group: Group, expected: int) -> None:
+        """The group table is written; it should hold ``expected`` scans."""
+
+
+def participant_level(request: Request, listener: Listener) -> int:
     """Segment the selected scans; returns the exit code."""
-    console = make_console(request.verbosity)
     check_folders(request)
     if request.validate:
-        _validate(request.dataset, console)
+        _validate(request.dataset, listener)
     job = _any_job(request)
     plan = make_plan(request.dataset, request.selection, job, request.database)
     for note in (*job.notes, *plan.notes):
-        warn(console, note)
+        listener.warn(note)
     if request.dry_run:
         for job, error in plan.failed:
-            warn(console, f"{job.entities}: {in_a_line(error)}")
+            listener.warn(f"{job.entities}: {in_a_line(error)}")
         for entities, status in plan.status.items():
-            click.echo(f"{entities}\t{status}")
+            listener.line(f"{entities}\t{status}")
         return 0
     save_dataset_files(request.out, load_table(), request.dataset, request.link)
     _keep_options(request, job)
-    outcomes = _execute(request, plan, console)
-    code = _sum_up(request.out, plan, outcomes, console)
-    if plan.done or any(outcome.status == "done" for outcome in outcomes):
-        _cite(request.out, console)
-    return code
+    summary = Summary(request.out, plan, tuple(_execute(request, plan, listener)))
+    listener.summary(summary)
+    if plan.done or summary.of("done"):
+        _cite(request.out, listener)
+    return summary.exit_code
 
 
-def _cite(out: Path, console: Console) -> None:
+def _cite(out: Path, listener: Listener) -> None:
     if why := cite(out):
-        warn(console, why)
+        listener.warn(why)
 
 
-def group_level(request: Request) -> int:
+def group_level(request: Request, listener: Listener) -> int:
     """Collect finished scans in one table; returns the exit code.
 
-    The group is the dataset, but for what a filter file leaves out: a table of the participants and
-    sessions that one task was given would replace that of all.
+    The group is the dataset, but for scans that a filter file leaves out: a table of the
+    participants and sessions that one task was given would replace that of all.
     """
-    console = make_console(request.verbosity)
     check_folders(request)
     request.dataset.require(request.selection.participants)
     expected = _everybody(request)
     if request.dry_run:
-        click.echo("\n".join(expected))
+        listener.line("\n".join(expected))
         return 0
     group = write_group(request.out, expected, load_table())
-    _cite(request.out, console)
+    _cite(request.out, listener)
     if why := report_group(request.out, group, load_table(), wanted=request.report):
-        warn(console, why)
+        listener.warn(why)
     for note in group.notes:
-        warn(console, note)
+        listener.warn(note)
     for entities, reason in group.missing.items():
-        warn(console, f"{entities} is not in the table: {reason}")
-    console.print(f"{len(group.scans)} of {len(expected)} scans: {escape(str(group.path))}")
+        listener.warn(f"{entities} is not in the table: {reason}")
+    listener.group(group, len(expected))
     return 0
 
 
@@ -123,36 +169,39 @@ def _everybody(request: Request) -> list[str]:
     return scan_names(request.dataset, selection, request.database)
 
 
-def rebuild_reports(request: Request, levels: Collection[str], *, pages: bool) -> int:
-    """Write again what is derived from finished results: citations, and pages of the ``levels``."""
+def rebuild_reports(
+    request: Request, levels: Collection[str], listener: Listener, *, pages: bool
+) -> int:
+    """Write citations, and pages of the ``levels``, again from finished results; the exit code."""
     check_folders(request)
     write_citations(request.out)
     code = 0
     if pages and "participant" in levels:
         chosen = scan_names(request.dataset, request.selection, request.database)
-        code = scan_pages(request.out, request.dataset.root, chosen)
+        code = scan_pages(request.out, request.dataset.root, listener, chosen)
     if pages and "group" in levels:
         group = collect(request.out, _everybody(request), table := load_table())
-        click.echo(write_group_page(request.out, group, table))
+        listener.line(str(write_group_page(request.out, group, table)))
     return code
 
 
-def make_console(verbosity: int) -> Console:
-    """Messages go to stderr, the package's log with ``-v``; files are not folded at 80 columns."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200
-    logger = logging.getLogger("cadiff_cli")
-    logger.propagate = False
-    if not logger.handlers:  # one level of several has added it
-        logger.addHandler(logging.StreamHandler() if verbosity else logging.NullHandler())
-    logger.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
-    return console
-
-
-def warn(console: Console, text: str) -> None:
-    """One line, as ``cadiff-seg`` says it."""
-    console.print(escape(warning(" ".join(text.split()))))
+def scan_pages(
+    out: Path, scans: Path | None, listener: Listener, only: Collection[str] | None = None
+) -> int:
+    """Pages of all finished results, or of ``only`` those with these entities; the exit code."""
+    results = [r for r in finished(out) if only is None or r.entities in only]
+    if not results:
+        whose = "" if only is None else " of the scans that were named"
+        raise MissingInputError(f"{out} holds no finished result{whose}", "segment a scan first")
+    code = 0
+    for result in results:
+        try:
+            with alone(out, result.entities):
+                listener.line(str(write_page(out, result, scans)))
+        except Exception as error:  # whatever is wrong with one result, the others have pages
+            listener.warn(f"{result.entities}: {in_a_line(error)}")
+            code = 1
+    return code
 
 
 def check_folders(request: Request) -> None:
@@ -172,12 +221,12 @@ def check_folders(request: Request) -> None:
     refuse_other_source(request.out, request.dataset, request.link)
 
 
-def _validate(dataset: Dataset, console: Console, shown: int = 5) -> None:
+def _validate(dataset: Dataset, listener: Listener, shown: int = 5) -> None:
     errors = dataset.violations()
     for line in errors[:shown]:
-        warn(console, f"BIDS validator: {line}")
+        listener.warn(f"BIDS validator: {line}")
     if len(errors) > shown:
-        warn(console, f"BIDS validator: and {len(errors) - shown} more errors")
+        listener.warn(f"BIDS validator: and {len(errors) - shown} more errors")
 
 
 def _any_job(request: Request) -> Job:
@@ -230,15 +279,15 @@ def _anywhere(value: object) -> object:
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
-def _execute(request: Request, plan: Plan, console: Console) -> list[Outcome]:
-    """Every job once; those that another process was at, when the others are done."""
+def _execute(request: Request, plan: Plan, listener: Listener) -> list[Outcome]:
+    """Execute every job once; those that another process was at, when the others are done."""
     jobs = (*plan.jobs, *plan.pages)
     by_entities = {job.entities: job for job in jobs}
     outcomes: list[Outcome] = []
 
     def add(outcome: Outcome) -> None:
         outcomes.append(outcome)
-        _tell(console, outcome, f"[{len(outcomes)}/{len(jobs) + len(plan.failed)}]")
+        listener.outcome(outcome, len(outcomes), len(jobs) + len(plan.failed))
 
     journal = Journal(request.out)
     for job, error in plan.failed:
@@ -277,47 +326,3 @@ def _is_last(request: Request, outcome: Outcome) -> bool:
     """A full disk is no scan's fault: the others would fail as well."""
     failed = outcome.status == "failed"
     return failed and (request.stop_on_first_crash or outcome.exit_code == DiskError.exit_code)
-
-
-def _tell(console: Console, outcome: Outcome, count: str) -> None:
-    said = f"{count} {outcome.entities}  {outcome.status}  {outcome.seconds:.0f} s"
-    console.print(escape(f"{said}  {outcome.message}".rstrip()))
-    for text in outcome.warnings:
-        warn(console, f"{outcome.entities}: {text}")
-
-
-def _sum_up(out: Path, plan: Plan, outcomes: list[Outcome], console: Console) -> int:
-    """A table of what failed, and one line of counts; returns the exit code.
-
-    Unsuitable scans are told of, but ask for no other run.
-    """
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if failed:
-        table = Table("scan", "error", "crash file", title="failed")
-        for outcome in failed:
-            table.add_row(*map(escape, (outcome.entities, outcome.message, outcome.crash_file)))
-        console.print(table)
-    unsuitable = [outcome for outcome in outcomes if outcome.status == "unsuitable"]
-    if unsuitable or plan.unsuitable:
-        table = Table("scan", "why", title="unsuitable")
-        for outcome in (*plan.unsuitable, *unsuitable):
-            table.add_row(escape(outcome.entities), escape(outcome.message))
-        console.print(table)
-    if doubts := [(outcome.entities, text) for outcome in outcomes for text in outcome.warnings]:
-        table = Table("scan", "warning", title="to look at")
-        for doubt in doubts:
-            table.add_row(*map(escape, doubt))
-        console.print(table)
-    untried = len(plan.jobs) + len(plan.pages) + len(plan.failed) - len(outcomes)
-    counts = {
-        "done": len(outcomes) - len(failed) - len(unsuitable),
-        "done before": len(plan.done),
-        "failed": len(failed),
-        "unsuitable": len(unsuitable) + len(plan.unsuitable),
-        "not tried": untried,
-    }
-    said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-    console.print(f"{said or 'nothing to do'}: {escape(str(out))}")
-    if any(outcome.exit_code == DiskError.exit_code for outcome in failed):
-        return DiskError.exit_code
-    return 1 if failed else 0

@@ -1,0 +1,70 @@
+"""A person's view of a run: lines as scans end, tables when all have ended."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cadiff_cli.runner.group import Group
+from cadiff_cli.runner.job import Outcome
+from cadiff_cli.runner.logs import warning
+from cadiff_cli.runner.participants import Summary
+
+
+class RunConsole:
+    """A ``Listener``: messages go to stderr, output lines to stdout."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 200  # files are not folded at 80 columns
+
+    def warn(self, text: str) -> None:
+        """Print one line, as ``cadiff-seg`` does."""
+        self.console.print(escape(warning(" ".join(text.split()))))
+
+    def line(self, text: str) -> None:
+        """Print a line of output."""
+        click.echo(text)
+
+    def outcome(self, outcome: Outcome, number: int, total: int) -> None:
+        """Print a scan's line and its warnings."""
+        head = f"[{number}/{total}] {outcome.entities}  {outcome.status}  {outcome.seconds:.0f} s"
+        self.console.print(escape(f"{head}  {outcome.message}".rstrip()))
+        for text in outcome.warnings:
+            self.warn(f"{outcome.entities}: {text}")
+
+    def summary(self, summary: Summary) -> None:
+        """Print tables of the failed, the unsuitable and the doubtful scans, and the counts."""
+        if failed := summary.of("failed"):
+            crashes = [(o.entities, o.message, o.crash_file) for o in failed]
+            self._table("failed", ("scan", "error", "crash file"), crashes)
+        if unsuitable := (*summary.plan.unsuitable, *summary.of("unsuitable")):
+            reasons = [(o.entities, o.message) for o in unsuitable]
+            self._table("unsuitable", ("scan", "why"), reasons)
+        if doubts := [(o.entities, text) for o in summary.outcomes for text in o.warnings]:
+            self._table("to look at", ("scan", "warning"), doubts)
+        counts = ", ".join(f"{n} {status}" for status, n in summary.counts.items() if n)
+        self.console.print(f"{counts or 'nothing to do'}: {escape(str(summary.out))}")
+
+    def group(self, group: Group, expected: int) -> None:
+        """Print where the table is, and how many of the ``expected`` scans it holds."""
+        self.console.print(f"{len(group.scans)} of {expected} scans: {escape(str(group.path))}")
+
+    def _table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.console.print(table)
+
+
+def show_log(verbosity: int) -> None:
+    """Show the package's log on stderr with ``-v``, hide it without."""
+    logger = logging.getLogger("cadiff_cli")
+    logger.propagate = False
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler() if verbosity else logging.NullHandler())
+    logger.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
