@@ -94,3 +94,17 @@ def test_the_core_does_not_know_brains():
             not name.startswith("cadiff_cli.") or name.startswith("cadiff_cli.diffusion.")
             for name, _ in imported(path)
         )
+
+
+def test_a_work_folder_that_cannot_be_removed_fails_no_scan():
+    """Network file systems keep files that are open; results are written before it is removed."""
+    calls = [
+        node
+        for path in MODULES
+        if path.relative_to(PACKAGE).parts[0] in ("cli", "runner")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and "TemporaryDirectory" in ast.unparse(node.func)
+    ]
+    assert calls
+    for call in calls:
+        assert "ignore_cleanup_errors=True" in ast.unparse(call)

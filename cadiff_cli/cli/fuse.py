@@ -86,7 +86,7 @@ def command(
     path = Derivatives(out, t1).path(f"seg-{SEGMENTATIONS[vote]}_dseg.nii.gz")
     _claim(out, path, overwrite)
     config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
-    with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+    with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
         stripped = strip(scan, load_template(EMBEDDED), config, Path(work))
     fused = fuse(scan, stripped, people, table, mapping, config.register, vote, jobs)
     save_dataset_files(out, table)

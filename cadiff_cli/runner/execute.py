@@ -70,7 +70,9 @@ def _segment(job: Job) -> Result:
     scan = replace(load_scan(job.t1), age_years=job.age_years)
     for text in scan.warnings:
         LOGGER.warning(text)
-    with tempfile.TemporaryDirectory(prefix=f"{job.entities}-", dir=job.work_dir) as work:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
+    ) as work:
         return segment_scan(
             scan,
             _templates(job.recipe.template, job.notes),

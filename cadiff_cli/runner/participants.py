@@ -297,7 +297,9 @@ def _execute(request: Request, plan: Plan, listener: Listener) -> list[Outcome]:
             return outcomes
     if request.work_dir:
         request.work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="cadiff-", dir=request.work_dir) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix="cadiff-", dir=request.work_dir, ignore_cleanup_errors=True
+    ) as scratch:
         # Another machine sees the work folder that was given, but not this one's /tmp.
         here = Path(scratch) if request.executor.kind == "local" else request.work_dir
         waiting = [replace(job, work_dir=here) for job in jobs]
