@@ -58,6 +58,14 @@ def copy(tiny_weights, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_record_without_a_checksum_is_named(copy, text):
+    path = copy()
+    path.with_suffix(".sha256").write_text(text)
+    with pytest.raises(DataError, match=r"copy\.sha256 is empty"):
+        load_model(str(path))
+
+
 def test_one_flipped_bit_is_noticed(copy):
     path = copy()
     load_model(str(path))

@@ -25,7 +25,7 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
     """A released model by name, or a ``.safetensors`` file by path: (path, label, SHA-256).
 
     Raises ``MissingInputError`` if it is not there, ``DataError`` if its checksum is not the one on
-    record.
+    record, or the record is empty.
     """
     given = Path(name)
     is_file = given.suffix == ".safetensors"
@@ -39,7 +39,9 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
     got = sha256(path)
     record = path.with_suffix(".sha256")
     if record.is_file():
-        want = record.read_text(encoding="utf-8-sig").split()[0]
+        want = next(iter(record.read_text(encoding="utf-8-sig").split()), "")
+        if not want:
+            raise DataError(f"{record} is empty", "reinstall cadiff, or remove this file")
         if got != want:
             raise DataError(
                 f"{path} has checksum {got[:12]}, its record says {want[:12]}",
