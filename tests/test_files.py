@@ -5,6 +5,8 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -69,6 +71,12 @@ def test_a_disk_that_fails_is_told_from_a_folder_that_refuses(tmp_path, monkeypa
         write_json(tmp_path / "a.json", {})
     assert type(caught.value) is kind
     assert os.strerror(error) in caught.value.message
+
+
+def test_a_platform_without_quotas_has_no_number_for_them():
+    code = "import errno; del errno.EDQUOT; import cadiff_cli.runner.journal"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_replacing_below_a_file_is_an_output_error(tmp_path):

@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 LEAST_FREE_BYTES = 50_000_000
 """Less than one scan's results: it is better said before they are worked out."""
 
-_FULL = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+NO_SPACE = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
+"""Numbers of the errors of a full disk or quota; not every platform has quotas."""
+_FULL = {*NO_SPACE, errno.EIO}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What file systems say that know no locks; the last two are one number on Linux alone."""
 

@@ -5,7 +5,6 @@ on it; the kernel unlocks it when that process ends, however it ends.  ``SCAN.be
 while results are written, and where that was cut short.
 """
 
-import errno
 import json
 import logging
 import traceback
@@ -24,7 +23,7 @@ from cadiff_cli.errors import (
 )
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.bids.names import page_path
-from cadiff_cli.io.files import locked, read_json, remove_partial, write_json, write_text
+from cadiff_cli.io.files import NO_SPACE, locked, read_json, remove_partial, write_json, write_text
 from cadiff_cli.runner.job import Job, Outcome
 
 log = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ def alone(out: Path, entities: str) -> Iterator[None]:
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
     """Record a job that failed, or whose scan can never be segmented."""
     told = error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         # A library's, raised as it is.
         told = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
     code = told.exit_code if isinstance(told, CadiffError) else 1
