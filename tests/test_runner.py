@@ -222,9 +222,10 @@ def test_the_first_version_of_control_groups_counts_too(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told_apart_whoever_meets_it(tmp_path):
-    outcome = failure(job_of(tmp_path), OSError(errno.ENOSPC, "No space left on device"))
-    assert outcome.exit_code == DiskError.exit_code
-    assert "No space left on device" in (tmp_path / outcome.crash_file).read_text()
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        outcome = failure(job_of(tmp_path), OSError(number, "No space left on device"))
+        assert outcome.exit_code == DiskError.exit_code
+        assert "No space left on device" in (tmp_path / outcome.crash_file).read_text()
     eio = failure(job_of(tmp_path), OSError(errno.EIO, "Input/output error"))
     assert eio.exit_code == 1  # a bad sector under one scan is no reason to end the run
 
@@ -365,6 +366,14 @@ def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
     # But a dataset is made one way.
     with pytest.raises(OutputError, match="sub-F, made otherwise"):
         make_plan(raw, Selection(("E",)), replace(like, recipe=recipe_of(steps=1)))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_two_files_of_one_image_are_told_by_content(dataset, tmp_path, pack):
+    """Whichever of the two is compressed, and whatever their names say."""
+    raw = dataset(A={"T1w.nii": gzip.compress(b"image", mtime=1), "T1w.nii.gz": pack(b"image")})
+    plan = make_plan(raw, Selection(), job_of(tmp_path / "out"))
+    assert plan.status == {"sub-A": "todo"}
 
 
 def test_another_image_of_the_same_name_is_not_called_changed(tmp_path):

@@ -1,7 +1,11 @@
 """Which file is an image: by its name, and by its first bytes; what makes an image of others."""
 
+import gzip
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +14,7 @@ from cadiff_cli.errors import MissingInputError
 HEAD_BYTES = 1024
 """As much of a file as tells what it is."""
 GZIP = b"\x1f\x8b"
+Stream = gzip.GzipFile | BufferedReader
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
 
 _POINTERS = (
@@ -125,6 +130,15 @@ def stem(path: Path) -> str:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.stem
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[Stream]:
+    """The bytes of a file, decompressed if they begin as gzip does: names often lie about it."""
+    with path.open("rb") as file:
+        is_packed = file.read(len(GZIP)) == GZIP
+        file.seek(0)
+        yield gzip.GzipFile(fileobj=file) if is_packed else file
 
 
 def check_there(path: Path) -> None:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +19,16 @@ from nibabel.spatialimages import HeaderDataError
 
 from cadiff_cli.errors import DataError, UnsuitableError
 from cadiff_cli.io.files import replacing, sha256
-from cadiff_cli.io.formats import GZIP, HEAD_BYTES, IMAGE_SUFFIXES, check_there, foreign, stem
+from cadiff_cli.io.formats import (
+    GZIP,
+    HEAD_BYTES,
+    IMAGE_SUFFIXES,
+    Stream,
+    check_there,
+    foreign,
+    stem,
+    unpacked,
+)
 from cadiff_cli.io.intensities import LARGEST, is_ct, usable, without_padding
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
@@ -90,21 +99,17 @@ def _read(path: Path) -> _Read:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, IO[bytes], list[str]]]:
+def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[str]]]:
     """The header of an image, its bytes, and doubts about the header.
 
-    What the file holds is told by its first bytes: names often lie about gzip.  What goes wrong
-    while it is read becomes ``DataError``.
+    What goes wrong while it is read becomes ``DataError``.
     """
     check_there(path)
     name = path.name
     # nibabel describes header oddities on stderr; what matters is said here.
     imageglobals.logger.setLevel(logging.CRITICAL)
     try:
-        with path.open("rb") as file:
-            gzipped = file.read(len(GZIP)) == GZIP
-            file.seek(0)
-            stream: Any = gzip.GzipFile(fileobj=file) if gzipped else file
+        with unpacked(path) as stream:
             head = stream.read(HEAD_BYTES)
             stream.seek(0)
             header = _header_class(path, head).from_fileobj(stream)

@@ -1,6 +1,5 @@
 """Which scans of a dataset are to be done, and which are done already."""
 
-import gzip
 import hashlib
 import time
 import uuid
@@ -14,8 +13,7 @@ from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection, select
-from cadiff_cli.io.files import sha256
-from cadiff_cli.io.formats import stem
+from cadiff_cli.io.formats import stem, unpacked
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal
 
@@ -119,7 +117,7 @@ def _one_of(namesakes: Sequence[Path]) -> Path:
             'choose with a --bids-filter-file of {"t1w": {"suffix": "T1w"}}, or "UNIT1"',
         )
     plain, packed = sorted(namesakes)
-    if not _is_packed(plain, packed):
+    if not _is_same(plain, packed):
         raise DataError(
             f"{names} are not the same image",
             'remove one, or choose with a --bids-filter-file of {"t1w": {"extension": ".nii.gz"}}',
@@ -127,10 +125,11 @@ def _one_of(namesakes: Sequence[Path]) -> Path:
     return packed
 
 
-def _is_packed(plain: Path, packed: Path) -> bool:
-    """Whether a file is another one, compressed."""
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes when they are unpacked."""
     try:
-        with gzip.open(packed) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == sha256(plain)
+        with unpacked(one) as first, unpacked(other) as second:
+            digests = (hashlib.file_digest(stream, "sha256").digest() for stream in (first, second))
+            return len({*digests}) == 1
     except (OSError, EOFError, zlib.error):  # one of them is damaged
         return False
