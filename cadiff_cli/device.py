@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one; asking for an absent one is an error."""
+    """A device by name; ``auto`` is the GPU if there is one.  Absent ones raise ``UsageError``."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -30,10 +30,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def usable_device(name: str) -> tuple[torch.device, str]:
-    """``pick_device``, but for ``auto`` the CPU where the GPU cannot compute; and why, if so.
+    """A device that computes, and the reason if ``auto`` falls back to the CPU, else an empty text.
 
-    It may be older than torch's kernels, or taken by another process.  Only whoever is to use the
-    GPU should ask: looking takes a share of its memory.
+    A GPU may be too old for torch's kernels, or another process may own it.  The check takes a
+    share of the GPU's memory: call this only before using it.  Raises ``UsageError`` if the device
+    that was asked for does not work.
     """
     device = pick_device(name)
     if device.type == "cpu":
@@ -44,17 +45,17 @@ def usable_device(name: str) -> tuple[torch.device, str]:
         trouble = f"{device} cannot be used: {str(error).strip().splitlines()[0]}"
         if name != "auto":
             raise UsageError(trouble, "use --device cpu") from error
-        log.warning("%s; the CPU works in its place", trouble)
+        log.warning("%s; the CPU is used instead", trouble)
         return torch.device("cpu"), trouble
     return device, ""
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor computes with it; float32 elsewhere."""
+    """bfloat16 if the processor supports it in hardware, else float32."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        fast = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        features = torch.cpu.get_capabilities()
+        fast = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -65,29 +66,26 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had now: of the GPU, or of the machine."""
+    """Free memory of the GPU, or of the machine."""
     if device.type == "cuda":
-        # What torch keeps for later is its own to use, though the driver counts it as taken.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        # Torch can reuse its cache, which the driver counts as taken.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return machine.free_memory_bytes()
 
 
 @contextmanager
 def enough_memory(remedy: str = "use a smaller --tile, or --device cpu") -> Iterator[None]:
-    """Raise a ``CadiffError`` with the remedy where torch cannot allocate."""
+    """Raise a ``CadiffError`` with the remedy if torch cannot allocate memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_short_of_memory(error):
             raise
-        raise CadiffError(
-            "out of memory",
-            f"close other programs, {remedy}",
-        ) from error
+        raise CadiffError("out of memory", f"close other programs, {remedy}") from error
 
 
 def is_short_of_memory(error: Exception) -> bool:
-    """Torch raises a ``RuntimeError`` when it cannot allocate."""
-    said = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
+    """Whether memory ran out: torch then raises a ``RuntimeError``, and only its text tells."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -1,7 +1,6 @@
-"""Expected Dice and uncertainty are what probability theory says, and survive the way to a page."""
+"""Expected Dice is what probability theory says, and survives the way to a page."""
 
 import json
-import math
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_probabilities import random_p
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import UsageError
@@ -17,18 +17,12 @@ from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.quality import KNOTS, Calibration, expected_dice, fit, load_calibration
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.probabilities import most_probable, uncertainty
+from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.sampling import class_probabilities, denoise
 from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
 QUICK = SampleConfig(steps=1, flip=False)
-
-
-def random_p(shape, sharpness=1.0, seed=0):
-    """Probabilities of 4 classes that are smooth enough to be sure in places."""
-    generator = torch.Generator().manual_seed(seed)
-    return (sharpness * torch.randn(4, *shape, generator=generator)).softmax(dim=0)
 
 
 def test_who_is_certain_expects_one():
@@ -58,21 +52,6 @@ def test_it_is_the_mean_dice_of_truths_drawn_from_the_probabilities():
     truths = [flat.sample().reshape(p.shape[1:]).numpy().astype(np.uint8) for _ in range(40)]
     mean = np.mean([dice(drawn, truth, (1, 2, 3)) for truth in truths], axis=0)
     np.testing.assert_allclose(expected_dice(p.numpy(), drawn), mean, atol=0.003)
-
-
-def test_the_most_probable_is_the_argmax():
-    p = random_p((9, 8, 7))
-    np.testing.assert_array_equal(most_probable(p), p.argmax(dim=0).numpy())
-
-
-def test_uncertainty_is_0_for_certainty_and_1_for_ignorance():
-    certain = torch.zeros(41, 2, 3, 4)
-    certain[7] = 1
-    assert (uncertainty(certain) == 0).all()
-    np.testing.assert_allclose(uncertainty(torch.full((41, 2, 3, 4), 1 / 41)), 1, atol=1e-5)
-    torn = torch.zeros(41, 2, 3, 4)
-    torn[3:5] = 0.5
-    np.testing.assert_allclose(uncertainty(torn), math.log(2) / math.log(41), atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Class probabilities (classes, X, Y, Z): the best class, their entropy, and on another grid."""
+"""Class probabilities (classes, X, Y, Z) float32: most probable class, entropy, other grids."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from cadiff_cli.spatial.grid import Grid
 def most_probable(p: Tensor) -> np.ndarray:
     """(X, Y, Z) uint8: the class with the highest of (classes, X, Y, Z) probabilities.
 
-    Class by class, which is twice as fast as ``argmax`` over an axis so far apart in memory.
+    Class by class: twice as fast as ``argmax`` along the axis with the largest stride.
     """
     highest, best = p[0].clone(), torch.zeros(p.shape[1:], dtype=torch.uint8)
     for k in range(1, len(p)):
@@ -24,7 +24,7 @@ def most_probable(p: Tensor) -> np.ndarray:
 
 
 def uncertainty(p: Tensor) -> np.ndarray:
-    """(X, Y, Z) float32 entropy of (classes, X, Y, Z) probabilities: 1 if all are equal.
+    """(X, Y, Z) float32 entropy of (classes, X, Y, Z) probabilities: 0 to 1, 1 if all are equal.
 
     Class by class: ``p`` is too large to copy.
     """

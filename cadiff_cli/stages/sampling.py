@@ -1,9 +1,8 @@
-"""Denoise labels from noise, conditioned on the image and the clean field (t_d = 0).
+"""Sample labels from noise, conditioned on the image and the known field (t_d = 0).
 
-Without a registration the field is noise too, and is denoised together with the labels (t_d = t_m).
-
-The network's trunk runs at 2 mm for every step; the last step adds the 1 mm head.  Whole-volume and
-tiled inference run the same code: tiling only changes how the network is applied to a tensor.
+Without a registration the field is sampled together with the labels (t_d = t_m).  Every step runs
+the network's trunk at 2 mm; the last step adds the 1 mm head.  Whole-volume and tiled inference
+run the same code.
 """
 
 import logging
@@ -40,7 +39,7 @@ def class_probabilities(
 ) -> tuple[Tensor, int | None]:
     """(classes, X, Y, Z) float32 on the crop's 1 mm grid, and the edge of the tiles if any.
 
-    They are the mean over samples, each of which is shown to ``each`` before.
+    They are the mean over the samples; ``each`` is called with every sample.
     """
     device = pick_device(config.device)
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
@@ -53,8 +52,8 @@ def class_probabilities(
         mirror = torch.from_numpy(model.table.mirror_classes) if config.flip else None
         return denoise(net, image, field, config.steps, generator, device, tile, mirror)
 
-    def predict_somehow(seed: int, tile: int | None) -> tuple[Tensor, int | None]:
-        """Whole if memory allows, unless an earlier sample, or somebody, wanted tiles."""
+    def predict_or_tile(seed: int, tile: int | None) -> tuple[Tensor, int | None]:
+        """In tiles if they are asked for or memory is short, else the whole volume."""
         if tile is not None:
             return predict(seed, tile), tile
         if image.numel() * BYTES_PER_VOXEL < free_bytes(device):
@@ -66,11 +65,11 @@ def class_probabilities(
         log.warning("not enough memory for the whole volume: using tiles of %d voxels", TILE)
         return predict(seed, TILE), TILE
 
-    p, tile = predict_somehow(config.seed, config.tile)
+    p, tile = predict_or_tile(config.seed, config.tile)
     if each:
         each(p)
     for seed in range(config.seed + 1, config.seed + config.samples):
-        another, tile = predict_somehow(seed, tile)
+        another, tile = predict_or_tile(seed, tile)
         if each:
             each(another)
         p.add_(another)
@@ -101,7 +100,7 @@ class State:
         return State(shuffle(image), field, labels)
 
     def mirrored(self, mirror: Tensor) -> "State":
-        """The left-right mirrored brain; ``mirror`` (classes,) is the other side of each class.
+        """The left-right mirrored brain; ``mirror`` (classes,) maps a class to the other side's.
 
         The first axis points from left to right, so D_x -> -D_x.
         """
@@ -225,9 +224,9 @@ def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> 
 
 
 def add_unmirrored(p: Tensor, q: Tensor, mirror: Tensor) -> Tensor:
-    """Add to ``p``, in place, the probabilities ``q`` of the mirrored brain, brought back.
+    """Add to ``p``, in place, the probabilities ``q`` of the mirrored brain, mirrored back.
 
-    (classes, X, Y, Z).  Class by class: a second copy of all of them would double the peak memory.
+    Both are (classes, X, Y, Z).  Class by class: a copy of all would double the peak memory.
     """
     for k, other in enumerate(mirror.tolist()):
         p[k].add_(q[other].flip(0))
