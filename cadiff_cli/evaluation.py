@@ -18,7 +18,7 @@ from cadiff_cli.io.files import write_tsv
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.label_maps import load_classes, say_once
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -102,7 +102,7 @@ class Pairs:
 def score_pair(
     prediction: Path,
     reference: Path,
-    table: LabelTable,
+    parcellation: Parcellation,
     subset: str,
     reference_mapping: Mapping[int, int],
     tolerance_mm: float = 1.0,
@@ -113,11 +113,13 @@ def score_pair(
     ``DataError`` for unknown codes in the prediction, a reference without any known id, or grids
     that differ.
     """
-    p = load_classes(prediction, table, table.identity_mapping())
-    r = load_classes(reference, table, reference_mapping, option="--reference-labels")
+    p = load_classes(prediction, parcellation, parcellation.class_of)
+    r = load_classes(reference, parcellation, reference_mapping, option="--reference-labels")
     check_same_grid(prediction.name, p.grid, reference.name, r.grid)
-    scores = score_classes(scan_of(reference), p, r, table, subset, tolerance_mm, reference.name)
-    known = {table.structures[k - 1].name for k in table.reached(reference_mapping)}
+    scores = score_classes(
+        scan_of(reference), p, r, parcellation, subset, tolerance_mm, reference.name
+    )
+    known = {parcellation.structures[k - 1].name for k in parcellation.reached(reference_mapping)}
     if not any(s.structure in known for s in scores):
         raise DataError(
             f"no id of the references means one of the structures of --labels {subset}",
@@ -132,13 +134,13 @@ def score_classes(
     scan: str,
     prediction: Volume,
     reference: Volume,
-    table: LabelTable,
+    parcellation: Parcellation,
     subset: str,
     tolerance_mm: float = 1.0,
     reference_name: str = "",
 ) -> list[Score]:
     """Score one class map (uint8) against another on the same grid."""
-    p, r, classes = prediction.data, reference.data, table.subset(subset)
+    p, r, classes = prediction.data, reference.data, parcellation.subset(subset)
     spacing_mm = reference.grid.spacing_mm.tolist()
     numbers = zip(
         dice(p, r, classes),
@@ -149,24 +151,26 @@ def score_classes(
         strict=True,
     )
     return [
-        Score(scan, reference_name, table.structures[k - 1].name, *map(float, row))
+        Score(scan, reference_name, parcellation.structures[k - 1].name, *map(float, row))
         for k, row in zip(classes, numbers, strict=True)
     ]
 
 
 def retest_pair(
-    first: Path, later: Path, table: LabelTable, subset: str, tolerance_mm: float = 1.0
+    first: Path, later: Path, parcellation: Parcellation, subset: str, tolerance_mm: float = 1.0
 ) -> list[Score]:
     """Compare the label maps of two scans of one person, both written by cadiff.
 
     The later brain (``desc-preproc_T1w``) is registered rigidly to the first and its labels are
     carried along.  Volumes are those on the scans' own grids.
     """
-    r, p = (load_classes(path, table, table.identity_mapping()) for path in (first, later))
+    r, p = (load_classes(path, parcellation, parcellation.class_of) for path in (first, later))
     motion = rigid(load_volume(_preprocessed(first)), load_volume(_preprocessed(later)))
     moved = Volume(carry(p, motion, r.grid), r.grid)
-    scores = score_classes(scan_of(later), moved, r, table, subset, tolerance_mm, scan_of(first))
-    volumes = _volumes_mm3(p, table.subset(subset)).tolist()
+    scores = score_classes(
+        scan_of(later), moved, r, parcellation, subset, tolerance_mm, scan_of(first)
+    )
+    volumes = _volumes_mm3(p, parcellation.subset(subset)).tolist()
     return [replace(s, volume_mm3=mm3) for s, mm3 in zip(scores, volumes, strict=True)]
 
 

@@ -24,7 +24,7 @@ from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.bids.names import source_entities
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample, resample_labels
@@ -96,7 +96,7 @@ def fuse(
     scan: Scan,
     stripped: Stripped,
     atlases: Sequence[LabelledScan],
-    table: LabelTable,
+    parcellation: Parcellation,
     mapping: Mapping[int, int],
     config: RegisterConfig,
     vote: str = "joint",
@@ -121,7 +121,9 @@ def fuse(
     begun = time.perf_counter()
     with _processes(jobs) as each:
         carried: list[Carried] = []
-        task = partial(carry, target=target, table=table, mapping=mapping, config=config)
+        task = partial(
+            carry, target=target, parcellation=parcellation, mapping=mapping, config=config
+        )
         for person in each(task, atlases):
             carried.append(person)
             log.info("%d of %d atlases registered: %s", len(carried), len(atlases), person.name)
@@ -135,7 +137,7 @@ def fuse(
     ended = time.perf_counter()
     native = resample_labels(Volume(classes, grid), scan.t1.grid)
     return Fused(
-        Volume(table.codes[native.data], native.grid),
+        Volume(parcellation.codes[native.data], native.grid),
         vote,
         {person.name: (person.kind, person.score) for person in carried},
         {"register": round(registered - begun, 3), "fuse": round(ended - registered, 3)},
@@ -150,12 +152,12 @@ def fuse(
 def carry(
     atlas: LabelledScan,
     target: Stripped,
-    table: LabelTable,
+    parcellation: Parcellation,
     mapping: Mapping[int, int],
     config: RegisterConfig,
 ) -> Carried:
     """Register a labelled, skull-stripped person (0 outside the brain) to ``target``'s grid."""
-    scan, labels = load_labelled(atlas, table, mapping)
+    scan, labels = load_labelled(atlas, parcellation, mapping)
     grid = scan.t1.grid
     warnings = [*scan.warnings]
     brain = stripped_brain(winsorized(scan.t1))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cadiff_cli.config import Config
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.spatial.grid import Grid, Volume
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Segmentation:
     """
 
     labels: Volume
-    table: LabelTable
+    parcellation: Parcellation
     steps: int
     seed: int
     device: str = "cpu"

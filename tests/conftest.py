@@ -15,7 +15,7 @@ import torch
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import DEFAULT, weights_folder
 from cadiff_cli.io.weights import Model, save_model
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.products import (
@@ -177,14 +177,14 @@ def all_threads():
 
 
 @pytest.fixture(scope="session")
-def table():
-    return load_table()
+def parcellation():
+    return load_parcellation(BASE)
 
 
 @pytest.fixture(scope="session")
-def mirror(table):
+def mirror(parcellation):
     """(n_classes,): the class that each class becomes when left and right swap."""
-    return torch.from_numpy(table.mirror_classes)
+    return torch.from_numpy(parcellation.mirror_classes)
 
 
 @pytest.fixture(scope="session")
@@ -219,7 +219,7 @@ def small_head():
 
 
 @pytest.fixture(scope="session")
-def toy_sample(small_head, table):
+def toy_sample(small_head, parcellation):
     """``small_head`` as a training sample, registered to two templates."""
     conditions = make_conditions(small_head)
     codes = resample(Volume(small_head.codes, small_head.t1.grid), conditions.image.grid, order=0)
@@ -228,7 +228,7 @@ def toy_sample(small_head, table):
         "toy",
         np.round(conditions.image.data * 255).astype(np.uint8),
         conditions.mask.data.copy(),
-        table.encode(codes.data, table.identity_mapping()),
+        parcellation.encode(codes.data, parcellation.class_of),
         {
             "toy": pool(conditions.field.data, 2).astype(np.float16),
             # A registration that errs by half a millimetre.
@@ -284,26 +284,26 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
-def tiny_net(toy_sample, table):
+def tiny_net(toy_sample, parcellation):
     """A network that starts from the phantom's prior, with every layer awake.
 
     Noise, times and image must all matter, or a test of seeds or tiles could not fail.
     """
     net = awake(TINY)
-    net.prior.logits.copy_(count_prior([toy_sample], table, TINY.prior_shape))
+    net.prior.logits.copy_(count_prior([toy_sample], parcellation, TINY.prior_shape))
     return channels_last(net).requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_net, table):
-    return Model(tiny_net, table, "tiny", "0" * 64, {})
+def tiny_model(tiny_net, parcellation):
+    return Model(tiny_net, parcellation, "tiny", "0" * 64, {})
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tiny_net, table, tmp_path_factory):
+def tiny_weights(tiny_net, parcellation, tmp_path_factory):
     """The same network as a file, fit for ``--model``."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_model(path, tiny_net, table, {})
+    save_model(path, tiny_net, parcellation, {})
     return path
 
 

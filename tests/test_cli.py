@@ -19,7 +19,7 @@ from cadiff_cli.cli import COMMANDS, cadiff, guarded
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.runner.journal import Journal
 
 HEAVY = {
@@ -339,8 +339,8 @@ def test_volumes_are_label_counts_times_the_voxel(segmented):
     with anat(out, "desc-volumetric_morph.tsv").open() as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     volumes = {row["index"]: float(row["volume-mm3"]) for row in rows if row["index"] != "n/a"}
-    table = load_table()
-    assert set(volumes) == {str(s.code) for s in table.structures}
+    parcellation = load_parcellation(BASE)
+    assert set(volumes) == {str(s.code) for s in parcellation.structures}
     for code, mm3 in volumes.items():
         expected = np.count_nonzero(labels == int(code)) * voxel
         assert mm3 == pytest.approx(expected, abs=2e-3, rel=1e-6)
@@ -408,7 +408,7 @@ def test_posteriors_and_field_are_what_they_say(segmented):
     np.testing.assert_allclose(p.sum(-1), 1, atol=5e-3)
     labels = np.asarray(nib.load(anat(out, "seg-cadiff_dseg.nii.gz")).dataobj)
     # Ties in half precision may fall either way.
-    assert (load_table().codes[p.argmax(-1)] == labels).mean() > 0.999
+    assert (load_parcellation(BASE).codes[p.argmax(-1)] == labels).mean() > 0.999
     field = np.asarray(nib.load(anat(out, "desc-distance_field.nii.gz")).dataobj)
     left, right = (field[..., 0][labels == code] for code in (3, 42))
     assert np.median(left) < 0.5 < np.median(right)

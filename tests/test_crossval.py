@@ -63,7 +63,7 @@ def test_a_shortened_run_keeps_the_shape_of_its_schedule():
 
 
 def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
-    toy_sample, tiny_config, table, tmp_path
+    toy_sample, tiny_config, parcellation, tmp_path
 ):
     other = replace(toy_sample, name="sub-other", subject="other")
     settings = {
@@ -72,7 +72,7 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
         "sampling": SampleConfig(steps=1, flip=False, device="cpu"),
     }
     scores = cross_validate([toy_sample, other], tmp_path, QUICK, **settings)
-    structures = [table.structures[k - 1].name for k in table.subset("malc27")]
+    structures = [parcellation.structures[k - 1].name for k in parcellation.subset("malc27")]
     assert [(s.scan, s.structure) for s in scores] == [
         (name, structure)
         for (subject,) in folds(["toy", "other"], 2)
@@ -96,7 +96,7 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     assert torch.load(weights, weights_only=True)["seconds"] == before
 
 
-def test_options_of_the_command_reach_the_folds(toy_sample, table, tmp_path, monkeypatch):
+def test_options_of_the_command_reach_the_folds(toy_sample, parcellation, tmp_path, monkeypatch):
     """And with --fold each has tables of its own."""
     people = [LabelledScan(name, name, tmp_path, tmp_path) for name in "abc"]
     seen = []
@@ -104,7 +104,7 @@ def test_options_of_the_command_reach_the_folds(toy_sample, table, tmp_path, mon
     def fake_validate(samples, run, config, **options):
         seen.append((config, options))
         whole = Volume(toy_sample.classes, Grid(toy_sample.classes.shape, np.eye(4)))
-        return score_classes("sub-a", whole, whole, table, "malc27")
+        return score_classes("sub-a", whole, whole, parcellation, "malc27")
 
     prepared = []
     monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", lambda _: people)

@@ -162,7 +162,7 @@ def test_times_start_at_one_and_are_equally_spaced(steps):
 
 
 def test_a_second_process_needs_its_class_and_a_name(
-    monkeypatch, tiny_config, toy_sample, mirror, table, tmp_path
+    monkeypatch, tiny_config, toy_sample, mirror, parcellation, tmp_path
 ):
     """It is trained with, stored, loaded and sampled; nobody asks the first one."""
     path = tmp_path / "flow.safetensors"
@@ -182,7 +182,7 @@ def test_a_second_process_needs_its_class_and_a_name(
             loss.backward()
             optimizer.step()
         assert not torch.equal(net.stem.weight, before)
-        save_model(path, net, table, {})
+        save_model(path, net, parcellation, {})
         loaded = load_model(str(path)).net
         assert loaded.process == Flow()
         run = partial(denoise, image=patch.image, field=None, steps=2, device=torch.device("cpu"))

@@ -26,6 +26,7 @@ from cadiff_cli.evaluation import (
 )
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import say_once
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import rigid
 
@@ -48,9 +49,9 @@ def theirs(data):
     return sum((data == ours) * foreign for ours, foreign in THEIRS.items()).astype(np.int16)
 
 
-def score(prediction, reference, table, **options):
-    mapping = table.neuromorphometrics_mapping()
-    scores = score_pair(prediction, reference, table, "malc27", mapping, **options)
+def score(prediction, reference, parcellation, **options):
+    mapping = load_scheme("neuromorphometrics", parcellation)
+    scores = score_pair(prediction, reference, parcellation, "malc27", mapping, **options)
     return {s.structure: s for s in scores}
 
 
@@ -85,10 +86,10 @@ def cli(*arguments):
     return guarded(lambda: cadiff.main([*map(str, arguments)], standalone_mode=False))
 
 
-def test_files_are_scored_in_their_own_ids(write, table):
+def test_files_are_scored_in_their_own_ids(write, parcellation):
     grid = np.diag([2.0, 1.0, 1.0, 1.0])
     ours = write("sub-1_seg-cadiff_dseg.nii.gz", cubes(2, 0), grid)
-    scores = score(ours, write("sub-1_dseg.nii.gz", theirs(cubes(0, 0)), grid), table)
+    scores = score(ours, write("sub-1_dseg.nii.gz", theirs(cubes(0, 0)), grid), parcellation)
     assert len(scores) == 27
     left, right, putamen = (scores[n] for n in ("Left-Thalamus", "Right-Thalamus", "Left-Putamen"))
     assert (left.scan, left.reference) == ("sub-1", "sub-1_dseg.nii.gz")
@@ -102,19 +103,21 @@ def test_files_are_scored_in_their_own_ids(write, table):
     assert math.isnan(putamen.volume_error_percent)
 
 
-def test_the_tolerance_is_in_millimetres(write, table):
+def test_the_tolerance_is_in_millimetres(write, parcellation):
     grid = np.diag([2.0, 1.0, 1.0, 1.0])
     pair = (write("a_dseg.nii.gz", cubes(2), grid), write("b.nii.gz", theirs(cubes(0)), grid))
-    near, far = (score(*pair, table, tolerance_mm=mm)["Left-Thalamus"].nsd for mm in (3.9, 4.1))
+    near, far = (
+        score(*pair, parcellation, tolerance_mm=mm)["Left-Thalamus"].nsd for mm in (3.9, 4.1)
+    )
     assert near < 0.9
     assert far == pytest.approx(1)
 
 
-def test_a_missing_structure_counts_zero_and_is_counted(write, table):
+def test_a_missing_structure_counts_zero_and_is_counted(write, parcellation):
     """Whichever side lacks it; its distance is infinite and left out of the mean."""
     a, b = cubes(1, 0), cubes(0)
     missing, spurious = (
-        score(write("x_dseg.nii", p), write("y_dseg.nii", theirs(r)), table)
+        score(write("x_dseg.nii", p), write("y_dseg.nii", theirs(r)), parcellation)
         for p, r in ((b, a), (a, b))
     )
     for scores in (missing, spurious):
@@ -154,10 +157,10 @@ def test_means_are_over_structures_then_scans():
 
 
 @pytest.mark.parametrize("axes", ["LAS", "SRA", "PIL"])
-def test_orientation_of_both_files_does_not_matter(write, table, axes):
+def test_orientation_of_both_files_does_not_matter(write, parcellation, axes):
     affine = np.diag([2.0, 1.0, 1.5, 1.0])
     p, r = cubes(1, -2), theirs(cubes(0, 0))
-    expected = score(write("p_dseg.nii", p, affine), write("r_dseg.nii", r, affine), table)
+    expected = score(write("p_dseg.nii", p, affine), write("r_dseg.nii", r, affine), parcellation)
     turned = []
     for name, data in (("p", p), ("r", r)):
         image = nib.Nifti1Image(data, affine)
@@ -166,7 +169,7 @@ def test_orientation_of_both_files_does_not_matter(write, table, axes):
             nib.orientations.ornt_transform(nib.io_orientation(affine), there)
         )
         turned.append(write(f"{axes}{name}_dseg.nii", np.asarray(image.dataobj), image.affine))
-    for name, s in score(*turned, table).items():
+    for name, s in score(*turned, parcellation).items():
         e = expected[name]
         np.testing.assert_allclose(
             [s.dice, s.nsd, s.hd95_mm, s.volume_mm3, s.reference_mm3],
@@ -175,7 +178,7 @@ def test_orientation_of_both_files_does_not_matter(write, table, axes):
         )
 
 
-def test_grids_must_agree_but_for_rounding(write, table):
+def test_grids_must_agree_but_for_rounding(write, parcellation):
     reference = write("r_dseg.nii", theirs(cubes(0)))
 
     def shifted(mm):
@@ -183,49 +186,51 @@ def test_grids_must_agree_but_for_rounding(write, table):
         affine[0, 3] = mm
         return write("p_dseg.nii", cubes(0), affine)
 
-    assert score(shifted(0.05), reference, table)["Left-Thalamus"].dice == 1
+    assert score(shifted(0.05), reference, parcellation)["Left-Thalamus"].dice == 1
     with pytest.raises(DataError, match=r"p_dseg.nii lies on .*0\.5.* r_dseg.nii on .*40x38x36"):
-        score(shifted(0.5), reference, table)
+        score(shifted(0.5), reference, parcellation)
     # A small turn moves the far corner much.
     for affine in (rotation(1), np.diag([1.02, 1, 1, 1]), np.diag([-1, 1, 1, 1])):
         with pytest.raises(DataError, match="lies on"):
-            score(write("p_dseg.nii", cubes(0), affine), reference, table)
+            score(write("p_dseg.nii", cubes(0), affine), reference, parcellation)
     with pytest.raises(DataError, match="39x38x36"):
-        score(write("p_dseg.nii", cubes(0)[1:]), reference, table)
+        score(write("p_dseg.nii", cubes(0)[1:]), reference, parcellation)
 
 
-def test_ids_must_make_sense(write, table):
+def test_ids_must_make_sense(write, parcellation):
     good, reference = write("p_dseg.nii", cubes(0)), write("r_dseg.nii", theirs(cubes(0)))
     with pytest.raises(DataError, match="1999"):
-        score(write("x_dseg.nii", cubes(0) + 1999), reference, table)
+        score(write("x_dseg.nii", cubes(0) + 1999), reference, parcellation)
     with pytest.raises(DataError, match=r"0\.5"):
-        score(write("x_dseg.nii", cubes(0) + np.float32(0.5)), reference, table)
+        score(write("x_dseg.nii", cubes(0) + np.float32(0.5)), reference, parcellation)
     with pytest.raises(DataError, match="nan"):
-        score(good, write("x_dseg.nii", cubes(0) * np.float32(np.nan)), table)
+        score(good, write("x_dseg.nii", cubes(0) * np.float32(np.nan)), parcellation)
     # Ids of other structures are the reference's business, unless it knows nothing of ours.
     foreign = theirs(cubes(0))
     foreign[0, 0, 0] = 1
-    assert score(good, write("x_dseg.nii", foreign), table)["Left-Thalamus"].dice == 1
+    assert score(good, write("x_dseg.nii", foreign), parcellation)["Left-Thalamus"].dice == 1
     for nothing in (0 * foreign, 0 * foreign + 1):
         with pytest.raises(DataError, match="no known label id") as caught:
-            score(good, write("x_dseg.nii", nothing), table)
+            score(good, write("x_dseg.nii", nothing), parcellation)
         assert "--reference-labels" in caught.value.remedy
 
 
-def test_what_references_cannot_hold_is_not_scored(write, table, caplog):
+def test_what_references_cannot_hold_is_not_scored(write, parcellation, caplog):
     """A rater who drew one structure says nothing of the others."""
     say_once.cache_clear()
     drawn = cubes(0)
     path, reference = write("p_dseg.nii", drawn), write("r_dseg.nii", theirs(drawn))
     ids = theirs(drawn)
     (one,) = {int(i) for i in ids[drawn == drawn.max()]}
-    mapping = {one: table.neuromorphometrics_mapping()[one]}
-    (score,) = score_pair(path, reference, table, "malc27", mapping)
+    mapping = {one: load_scheme("neuromorphometrics", parcellation)[one]}
+    (score,) = score_pair(path, reference, parcellation, "malc27", mapping)
     assert score.dice == 1
     assert "not scored" in caplog.text
-    vermis = next(k for k in range(1, table.n_classes) if k not in table.subset("malc27"))
+    vermis = next(
+        k for k in range(1, parcellation.n_classes) if k not in parcellation.subset("malc27")
+    )
     with pytest.raises(DataError, match="malc27"):
-        score_pair(path, reference, table, "malc27", {one: vermis})
+        score_pair(path, reference, parcellation, "malc27", {one: vermis})
 
 
 @pytest.mark.parametrize(
@@ -396,30 +401,30 @@ def test_evaluate_says_what_is_wrong_in_one_line(folders, write, tmp_path, capsy
         assert captured.out == ""
 
 
-def test_nothing_moves_nothing(phantom, table):
+def test_nothing_moves_nothing(phantom, parcellation):
     head = phantom(spacing=4.0)
-    classes = Volume(table.encode(head.codes, table.identity_mapping()), head.t1.grid)
+    classes = Volume(parcellation.encode(head.codes, parcellation.class_of), head.t1.grid)
     np.testing.assert_array_equal(carry(classes, np.eye(4), classes.grid), classes.data)
 
 
 @pytest.mark.parametrize("spacing", [3.0, (2.0, 3.0, 4.0)], ids=str)
-def test_labels_are_carried_by_a_motion(phantom, orientation, spacing, table):
+def test_labels_are_carried_by_a_motion(phantom, orientation, spacing, parcellation):
     """A head that moved on its own grid is found again; carried the wrong way, it is not."""
     head, motion = phantom(spacing=3.0), rotation(8, (10, -6, 4))
-    classes = table.encode(head.codes, table.identity_mapping())
+    classes = parcellation.encode(head.codes, parcellation.class_of)
     moved = Volume(classes, Grid(classes.shape, motion @ head.t1.grid.affine))
     # The very voxels come back ...
     np.testing.assert_array_equal(carry(moved, motion, head.t1.grid), classes)
     # ... and on any other grid the same head.
     other = phantom(orientation, spacing)
-    truth = table.encode(other.codes, table.identity_mapping())
+    truth = parcellation.encode(other.codes, parcellation.class_of)
     found, lost = (carry(moved, m, other.t1.grid) for m in (motion, np.linalg.inv(motion)))
     assert (found == truth)[truth > 0].mean() > 0.9
     assert (lost == truth)[truth > 0].mean() < 0.8
     assert np.count_nonzero(found) == pytest.approx(np.count_nonzero(truth), rel=0.02)
 
 
-def test_labels_that_leave_the_field_of_view(table):
+def test_labels_that_leave_the_field_of_view(parcellation):
     labels = Volume(np.full((6, 6, 6), 3, dtype=np.uint8), Grid((6, 6, 6), np.eye(4)))
     for shift, left in ((3.0, 3 * 36), (50.0, 0), (-50.0, 0)):
         there = carry(labels, rotation(0, (shift, 0, 0)), labels.grid)
@@ -449,10 +454,10 @@ def test_a_known_motion_is_found(sessions, phantom):
     np.testing.assert_allclose(found[:3, :3] @ found[:3, :3].T, np.eye(3), atol=1e-5)
 
 
-def test_retest_of_a_scan_with_itself(sessions, table):
+def test_retest_of_a_scan_with_itself(sessions, parcellation):
     out, _ = sessions
     ((first, _),) = retest_pairs(out)
-    for s in retest_pair(first, first, table, "all"):
+    for s in retest_pair(first, first, parcellation, "all"):
         if not s.absent:
             assert (s.dice, s.nsd, s.hd95_mm, s.volume_difference_percent) == (1, 1, 0, 0)
 

@@ -153,26 +153,26 @@ def target(dataset):
     return scan, Stripped(scan.t1, Volume(scan.t1.data > 0, scan.t1.grid), "none")
 
 
-def test_labels_must_be_known_and_on_the_image(dataset, target, table, tmp_path):
+def test_labels_must_be_known_and_on_the_image(dataset, target, parcellation, tmp_path):
     _, stripped = target
     (atlas, *_) = choose_atlases(dataset, image_of(dataset, "sub-1_ses-1", "T1w"))
     with pytest.raises(DataError, match="no known label id") as caught:
-        carry(atlas, stripped, table, {1000: 1}, RegisterConfig("affine"))
+        carry(atlas, stripped, parcellation, {1000: 1}, RegisterConfig("affine"))
     assert "--labels" in caught.value.remedy
     other = tmp_path / "other_dseg.nii.gz"
     save_volume(other, np.ones((5, 5, 5), np.uint8), Grid((5, 5, 5), np.eye(4)))
     with pytest.raises(DataError, match="other_dseg"):
-        carry(replace(atlas, dseg=other), stripped, table, {1: 1}, RegisterConfig("affine"))
+        carry(replace(atlas, dseg=other), stripped, parcellation, {1: 1}, RegisterConfig("affine"))
 
 
-def test_one_person_cannot_vote_jointly(dataset, target, table):
+def test_one_person_cannot_vote_jointly(dataset, target, parcellation):
     scan, stripped = target
     (atlas, *_) = choose_atlases(dataset, scan.path)
     with pytest.raises(UsageError, match="two people"):
-        fuse(scan, stripped, [atlas], table, table.identity_mapping(), RegisterConfig())
+        fuse(scan, stripped, [atlas], parcellation, parcellation.class_of, RegisterConfig())
     with pytest.raises(UsageError, match="unknown registration"):
         fuse(
-            *(scan, stripped, [atlas], table, table.identity_mapping()),
+            *(scan, stripped, [atlas], parcellation, parcellation.class_of),
             *(RegisterConfig("magic"), "majority"),
         )
 
@@ -200,7 +200,7 @@ def run(dataset, tmp_path_factory):
     return out, image_of(out, "sub-1_ses-1", "seg-jlf_dseg")
 
 
-def test_the_labels_lie_on_the_scan_and_beat_one_atlas(dataset, run, target, table):
+def test_the_labels_lie_on_the_scan_and_beat_one_atlas(dataset, run, target, parcellation):
     _, path = run
     reference = image_of(dataset, "sub-1_ses-1", "dseg")
     image, truth = nib.load(path), nib.load(reference)
@@ -209,14 +209,18 @@ def test_the_labels_lie_on_the_scan_and_beat_one_atlas(dataset, run, target, tab
     assert codes.dtype == np.int16
     assert codes.shape == expected.shape
     _, stripped = target
-    mapping = table.identity_mapping()
-    truth_classes = table.encode(expected, mapping)
+    mapping = parcellation.class_of
+    truth_classes = parcellation.encode(expected, mapping)
     drawn = tuple(int(k) for k in np.unique(truth_classes) if k)
     singles = []
     for atlas in choose_atlases(dataset, reference, ["3"]):
-        carried = carry(atlas, stripped, table, mapping, RegisterConfig("affine"))
+        carried = carry(atlas, stripped, parcellation, mapping, RegisterConfig("affine"))
         singles.append(mean_dice(carried.classes, truth_classes, drawn))
-    assert mean_dice(table.encode(codes, mapping), truth_classes, drawn) > np.mean(singles) > 0.8
+    assert (
+        mean_dice(parcellation.encode(codes, mapping), truth_classes, drawn)
+        > np.mean(singles)
+        > 0.8
+    )
 
 
 def test_evaluate_reads_the_results(dataset, run, capsys, monkeypatch):

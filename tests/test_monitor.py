@@ -26,8 +26,8 @@ def state(tiny_net, tiny_config):
 
 
 @pytest.fixture(scope="module")
-def drawn(tiny_net, toy_sample, table):
-    return segment_sample(tiny_net, toy_sample, table, ONE_STEP)
+def drawn(tiny_net, toy_sample, parcellation):
+    return segment_sample(tiny_net, toy_sample, parcellation, ONE_STEP)
 
 
 @pytest.fixture
@@ -41,21 +41,21 @@ def rows(folder):
     return [line.split("\t") for line in lines]
 
 
-def test_a_cached_scan_is_segmented_in_its_own_space(tiny_net, toy_sample, table, drawn):
+def test_a_cached_scan_is_segmented_in_its_own_space(tiny_net, toy_sample, parcellation, drawn):
     """By the field alone, too: the stored one lies where the brain does."""
-    prior = segment_sample(tiny_net, toy_sample, table, replace(ONE_STEP, steps=0))
+    prior = segment_sample(tiny_net, toy_sample, parcellation, replace(ONE_STEP, steps=0))
     for classes in (drawn, prior):
         assert classes.shape == toy_sample.classes.shape
         assert classes.dtype == np.uint8
         assert not classes[~toy_sample.mask].any()
-    large = [int(np.flatnonzero(table.codes == code)[0]) for code in LARGE]
+    large = [int(np.flatnonzero(parcellation.codes == code)[0]) for code in LARGE]
     assert dice(prior, toy_sample.classes, large).min() > 0.85
     assert not np.array_equal(prior, drawn)
 
 
-def test_held_out_scans_take_turns(tmp_path, state, people, table):
+def test_held_out_scans_take_turns(tmp_path, state, people, parcellation):
     """The averaged network is scored, and a perfect match is 1."""
-    monitor = RunMonitor(tmp_path, people, table, sampling=ONE_STEP)
+    monitor = RunMonitor(tmp_path, people, parcellation, sampling=ONE_STEP)
     scores = [monitor.validate(state) for _ in range(3)]
     monitor.close()
     assert scores[0] == scores[2] < scores[1] == 1
@@ -68,7 +68,7 @@ def test_held_out_scans_take_turns(tmp_path, state, people, table):
     assert pictures == ["000040_sub-known.png", "000040_sub-toy.png"]
     assert (tmp_path / "validation" / pictures[0]).read_bytes().startswith(b"\x89PNG")
     # A run that goes on adds to its table.
-    again = RunMonitor(tmp_path, people, table, sampling=ONE_STEP)
+    again = RunMonitor(tmp_path, people, parcellation, sampling=ONE_STEP)
     again.validate(state)
     again.close()
     assert rows(tmp_path)[:4] == [header, *found]
@@ -78,8 +78,10 @@ def test_held_out_scans_take_turns(tmp_path, state, people, table):
 @pytest.mark.parametrize(
     ("minutes", "held_out", "times"), [(0, 2, 2), (1e9, 2, 0), (0, 0, 0)], ids=str
 )
-def test_validation_waits_for_its_time(tmp_path, state, people, table, minutes, held_out, times):
-    monitor = RunMonitor(tmp_path, people[:held_out], table, minutes, ONE_STEP)
+def test_validation_waits_for_its_time(
+    tmp_path, state, people, parcellation, minutes, held_out, times
+):
+    monitor = RunMonitor(tmp_path, people[:held_out], parcellation, minutes, ONE_STEP)
     for _ in range(2):
         monitor.step_done(state)
     monitor.close()
@@ -87,9 +89,9 @@ def test_validation_waits_for_its_time(tmp_path, state, people, table, minutes, 
     assert (tmp_path / "validation.tsv").exists() == bool(times)
 
 
-def test_curves_and_picture_are_written_for_tensorboard(tmp_path, state, people, table):
+def test_curves_and_picture_are_written_for_tensorboard(tmp_path, state, people, parcellation):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monitor = RunMonitor(tmp_path, people[1:], table, sampling=ONE_STEP)
+    monitor = RunMonitor(tmp_path, people[1:], parcellation, sampling=ONE_STEP)
     monitor.interval(20, REPORT)
     monitor.interval(40, REPORT)
     monitor.validate(state)
@@ -102,13 +104,15 @@ def test_curves_and_picture_are_written_for_tensorboard(tmp_path, state, people,
     (score,) = board.Scalars("dice/sub-known")
     assert (score.step, score.value) == (40, 1)
     (picture,) = board.Images("held_out")
-    assert (picture.height, picture.width) == overlay(people[1], people[1].classes, table).shape[:2]
+    assert (picture.height, picture.width) == overlay(
+        people[1], people[1].classes, parcellation
+    ).shape[:2]
 
 
-def test_tensorboard_is_optional(tmp_path, state, people, table, monkeypatch, caplog):
+def test_tensorboard_is_optional(tmp_path, state, people, parcellation, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with caplog.at_level("INFO", logger="cadiff_cli"):
-        monitor = RunMonitor(tmp_path, people, table, sampling=ONE_STEP)
+        monitor = RunMonitor(tmp_path, people, parcellation, sampling=ONE_STEP)
     assert "pip install tensorboard" in caplog.text
     monitor.interval(20, REPORT)
     monitor.validate(state)
@@ -116,10 +120,10 @@ def test_tensorboard_is_optional(tmp_path, state, people, table, monkeypatch, ca
     assert {p.name for p in tmp_path.iterdir()} == {"validation.tsv", "validation"}
 
 
-def test_the_picture_shows_image_prediction_and_truth(toy_sample, drawn, table):
+def test_the_picture_shows_image_prediction_and_truth(toy_sample, drawn, parcellation):
     """Three rows of three planes: grey, and inked only where there are labels."""
     x, y, z = toy_sample.image.shape
-    picture = overlay(toy_sample, drawn, table)
+    picture = overlay(toy_sample, drawn, parcellation)
     height = max(y, z)
     assert picture.shape == (3 * height, y + x + x, 3)
     assert picture.dtype == np.uint8
@@ -133,7 +137,7 @@ def test_the_picture_shows_image_prediction_and_truth(toy_sample, drawn, table):
         (truth[:z, :y] != grey[:z, :y]).any(axis=2) & (labels == 0), False
     )
     assert (truth[:z, :y] != grey[:z, :y]).any(axis=2)[labels > 0].mean() > 0.95
-    same = overlay(toy_sample, toy_sample.classes, table).reshape(3, height, -1, 3)
+    same = overlay(toy_sample, toy_sample.classes, parcellation).reshape(3, height, -1, 3)
     np.testing.assert_array_equal(same[1], same[2])
-    blank = overlay(toy_sample, np.zeros_like(drawn), table).reshape(3, height, -1, 3)
+    blank = overlay(toy_sample, np.zeros_like(drawn), parcellation).reshape(3, height, -1, 3)
     np.testing.assert_array_equal(blank[1], blank[0])

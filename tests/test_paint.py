@@ -9,7 +9,7 @@ from cadiff_cli.cli.paint import command
 from cadiff_cli.errors import DataError, MissingInputError, OutputError
 from cadiff_cli.io.bids.labelled import labelled_scans, load_labelled
 from cadiff_cli.io.images import load_scan, save_volume
-from cadiff_cli.labels import label_mapping
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.strip import stripped_brain
 from cadiff_cli.training import paint
@@ -80,10 +80,10 @@ def test_tissues_are_as_bright_as_in_a_t1(label_map):
         assert mean == pytest.approx(1000 * T1_BRIGHTNESS[tissue[code]], abs=80), code
 
 
-def test_left_and_right_are_painted_alike(label_map, table, monkeypatch):
+def test_left_and_right_are_painted_alike(label_map, parcellation, monkeypatch):
     monkeypatch.setattr(paint, "BETWEEN_PEOPLE", 0.2)  # sides of their own could not be missed
     found = inner_means(*paint_t1(label_map, drawn()))
-    pairs = [(s.code, s.mirror) for s in table.structures if s.code < s.mirror]
+    pairs = [(s.code, s.mirror) for s in parcellation.structures if s.code < s.mirror]
     pairs = [(a, b) for a, b in pairs if a in found and b in found]
     assert len(pairs) > 3
     for a, b in pairs:
@@ -102,15 +102,15 @@ def test_texture_does_not_depend_on_the_voxels(phantom):
     assert spread(1.5) == pytest.approx(spread(2.5), rel=0.35)
 
 
-def test_every_code_that_training_knows_is_painted_as_its_structure(table):
+def test_every_code_that_training_knows_is_painted_as_its_structure(parcellation):
     """But those that are named, and alike on both sides."""
-    tissue, mapping = tissues(), table.synthseg_mapping()
+    tissue, mapping = tissues(), load_scheme("synthseg", parcellation)
     assert set(mapping) <= set(tissue)
     assert set(tissue.values()) <= set(T1_BRIGHTNESS)
     for code, k in mapping.items():
-        structure = int(table.codes[abs(k)])
+        structure = int(parcellation.codes[abs(k)])
         if code not in UNLIKE_THEIR_STRUCTURE:
-            assert tissue[code] == min(structure, table.structures[abs(k) - 1].mirror)
+            assert tissue[code] == min(structure, parcellation.structures[abs(k) - 1].mirror)
     assert tissue[1001] == tissue[2035] == tissue[3]
     assert tissue[5001] == tissue[251] == tissue[2]
 
@@ -127,7 +127,7 @@ def test_what_is_no_brain_of_freesurfers_is_refused(label_map, codes, said):
         paint_t1(Volume(codes(label_map.data), label_map.grid), drawn())
 
 
-def test_painted_scans_are_pairs_to_train_on(label_map, table, tmp_path):
+def test_painted_scans_are_pairs_to_train_on(label_map, parcellation, tmp_path):
     maps, out = tmp_path / "maps", tmp_path / "out"
     for name, kind in (("seg_01", np.float32), ("seg_02", np.int16)):
         save_volume(maps / f"{name}.nii.gz", label_map.data.astype(kind), label_map.grid)
@@ -136,8 +136,8 @@ def test_painted_scans_are_pairs_to_train_on(label_map, table, tmp_path):
     scans = labelled_scans(out)
     assert done.output.splitlines() == [str(scan.t1) for scan in scans]
     assert [scan.subject for scan in scans] == ["seg01", "seg02"]
-    loaded, classes = load_labelled(scans[0], table, label_mapping("synthseg", table))
-    assert set(table.codes[np.unique(classes.data)]) >= {0, 2, 3, 4, 41, 42, 43}
+    loaded, classes = load_labelled(scans[0], parcellation, load_scheme("synthseg", parcellation))
+    assert set(parcellation.codes[np.unique(classes.data)]) >= {0, 2, 3, 4, 41, 42, 43}
     assert loaded.t1.grid.shape == classes.grid.shape
     first, second = (load_scan(scan.t1).t1.data for scan in scans)
     assert not np.array_equal(first, second)  # two people, though of one shape
@@ -167,12 +167,12 @@ def test_what_cannot_be_painted_is_said_before_anything_is_written(label_map, tm
     refused(DataError, "seg_2.nii: 0.000 l")
 
 
-def test_synthseg_codes_join_the_structures_that_they_lie_in(table):
-    mapping = label_mapping("synthseg", table)
-    freesurfer = label_mapping("freesurfer", table)
+def test_synthseg_codes_join_the_structures_that_they_lie_in(parcellation):
+    mapping = load_scheme("synthseg", parcellation)
+    freesurfer = load_scheme("freesurfer", parcellation)
     assert {code: mapping[code] for code in freesurfer} == freesurfer
     within = {25: 2, 57: 41, 136: 4, 163: 43, 137: 5, 164: 44}
-    assert {code: int(table.codes[mapping[code]]) for code in within} == within
+    assert {code: int(parcellation.codes[mapping[code]]) for code in within} == within
 
 
 def test_every_patch_of_synth_gets_a_new_contrast():

@@ -98,10 +98,10 @@ def test_one_sample_is_one_denoising(tiny_model, small_conditions):
     assert torch.equal(class_probabilities(small_conditions, tiny_model, QUICK)[0], one)
 
 
-def test_volumes_vary_as_those_of_the_samples_do(segmented, table):
+def test_volumes_vary_as_those_of_the_samples_do(segmented, parcellation):
     together = segmented(replace(QUICK, samples=3))
     each = [volumes_mm3(segmented(replace(QUICK, seed=seed))) for seed in range(3)]
-    assert set(together.volume_sd_mm3) == {s.code for s in table.structures}
+    assert set(together.volume_sd_mm3) == {s.code for s in parcellation.structures}
     for code, sd in together.volume_sd_mm3.items():
         assert sd == pytest.approx(np.std([one[code] for one in each], ddof=1))
     assert segmented(QUICK).volume_sd_mm3 == {}
@@ -181,13 +181,13 @@ def test_a_map_is_for_its_weights_alone():
     assert load_calibration("0" * 64) is None
 
 
-def test_the_released_map_is_of_the_released_weights(released, table):
+def test_the_released_map_is_of_the_released_weights(released, parcellation):
     if not files("cadiff_cli").joinpath("data/quality.json").is_file():
         pytest.skip("this version has no calibration")
     calibrate = load_calibration(sha256(released))
     assert calibrate is not None, "measure again: tools/measure_quality.py"
     assert calibrate.people
-    names = {s.name for s in table.structures}
+    names = {s.name for s in parcellation.structures}
     assert set(calibrate.offsets) <= set(calibrate.usual) <= names
     assert list(calibrate.raw) == sorted(calibrate.raw)
     assert list(calibrate.dice) == sorted(calibrate.dice)

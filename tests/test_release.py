@@ -8,7 +8,7 @@ from cadiff_cli.evaluation import score_pair, summarise
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, load_templates
 from cadiff_cli.io.weights import load_model
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.pipeline import run
 
 pytestmark = [
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, table):
+def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, parcellation):
     template = load_template(EMBEDDED, offline=True)
     path = tmp_path / "sub-mni_T1w.nii.gz"
     save_volume(path, template.brain.data, template.brain.grid)
@@ -26,7 +26,7 @@ def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, table):
     result = run(load_scan(path), [template], load_model(), config, tmp_path)
 
     volumes = result.volumes_mm3
-    wanted = [table.structures[k - 1] for k in table.subset("malc27")]
+    wanted = [parcellation.structures[k - 1] for k in parcellation.subset("malc27")]
     assert all(volumes[s.code] > 0 for s in wanted), [s.name for s in wanted if not volumes[s.code]]
     for s in wanted:
         assert volumes[s.code] == pytest.approx(volumes[s.mirror], rel=0.25), s.name
@@ -41,16 +41,16 @@ def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, table):
 @pytest.mark.parametrize(
     ("model", "folder", "ids", "least"),
     [
-        ("cadiff-malc", "malc/sub-1122/ses-1", LabelTable.neuromorphometrics_mapping, 0.86),
+        ("cadiff-malc", "malc/sub-1122/ses-1", "neuromorphometrics", 0.86),
         # Another scanner, a whole head at 2 mm, never trained on, and a machine's labels.
-        ("cadiff-malc", "heads/nichart/sub-Subj18", LabelTable.dlmuse_mapping, 0.75),
+        ("cadiff-malc", "heads/nichart/sub-Subj18", "dlmuse", 0.75),
         # A network that has seen no image of anybody.
-        ("cadiff-synth", "malc/sub-1122/ses-1", LabelTable.neuromorphometrics_mapping, 0.72),
+        ("cadiff-synth", "malc/sub-1122/ses-1", "neuromorphometrics", 0.72),
     ],
     ids=["trained on", "another scanner", "painted brains"],
 )
 def test_a_labelled_person_is_segmented(
-    released, shared, tmp_path, all_threads, monkeypatch, table, model, folder, ids, least
+    released, shared, tmp_path, all_threads, monkeypatch, parcellation, model, folder, ids, least
 ):
     (t1,) = sorted(shared(folder).rglob("*_T1w.nii.gz"))
     (dseg,) = sorted(shared(folder).rglob("*_dseg.nii.gz"))
@@ -61,6 +61,6 @@ def test_a_labelled_person_is_segmented(
     labels = result.segmentation.labels
     path = tmp_path / "sub-01_seg-cadiff_dseg.nii.gz"
     save_volume(path, labels.data, labels.grid, like=t1)
-    scores = score_pair(path, dseg, table, "malc27", ids(table))
+    scores = score_pair(path, dseg, parcellation, "malc27", load_scheme(ids, parcellation))
     (scan,) = summarise(scores, "scan", ["dice"])
     assert scan.mean["dice"] > least

@@ -169,10 +169,10 @@ def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
     assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
 
 
-def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_conditions, table):
+def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_conditions, parcellation):
     """More steps of a plain U-Net are the same step again, so they are not taken."""
     net = awake(replace(tiny_config, reads_field=False, reads_labels=False))
-    model = Model(net.requires_grad_(False), table, "plain", "0" * 64, {})
+    model = Model(net.requires_grad_(False), parcellation, "plain", "0" * 64, {})
     answers = [
         class_probabilities(conditions, model, SampleConfig(steps=steps, seed=seed, flip=False))[0]
         for conditions, steps, seed in (
@@ -188,10 +188,10 @@ def unmirrored(p, mirror):
 
 
 @pytest.fixture
-def state(table):
+def state(parcellation):
     """Any state of a brain of 8 x 6 x 4 voxels."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    return State(draw(1, 1, 8, 6, 4), draw(1, 3, 4, 3, 2), draw(1, table.n_classes, 4, 3, 2))
+    return State(draw(1, 1, 8, 6, 4), draw(1, 3, 4, 3, 2), draw(1, parcellation.n_classes, 4, 3, 2))
 
 
 def parts(state):
@@ -248,16 +248,16 @@ def prior_labels(phantom, conditions_of, tiny_model):
     return get
 
 
-def test_labels_lie_on_the_scan_in_any_orientation(prior_labels, orientation, table):
+def test_labels_lie_on_the_scan_in_any_orientation(prior_labels, orientation, parcellation):
     """With the true field the prior draws the phantom it was counted on; left stays left."""
     head, segmentation = prior_labels(orientation)
     assert segmentation.labels.grid is head.t1.grid
     assert segmentation.labels.data.dtype == np.int16
     drawn, truth = (
-        table.encode(codes, table.identity_mapping())
+        parcellation.encode(codes, parcellation.class_of)
         for codes in (segmentation.labels.data, head.codes)
     )
-    large = [int(np.flatnonzero(table.codes == code)[0]) for code in LARGE]
+    large = [int(np.flatnonzero(parcellation.codes == code)[0]) for code in LARGE]
     assert dice(drawn, truth, large).min() > 0.85
     assert (segmentation.labels.data[head.codes == 0] == 0).all()
 
@@ -270,10 +270,10 @@ def test_orientation_does_not_change_volumes(prior_labels, orientation):
         assert volumes[left] + volumes[right] == pytest.approx(expected, rel=0.03)
 
 
-def test_volumes_are_counts_times_the_voxel(prior_labels, orientation, table):
+def test_volumes_are_counts_times_the_voxel(prior_labels, orientation, parcellation):
     head, segmentation = prior_labels(orientation)
     volumes = volumes_mm3(segmentation)
-    assert set(volumes) == {s.code for s in table.structures}
+    assert set(volumes) == {s.code for s in parcellation.structures}
     voxel = np.prod(SPACINGS[orientation] * np.ones(3))
     for code, mm3 in volumes.items():
         assert mm3 == pytest.approx(np.count_nonzero(segmentation.labels.data == code) * voxel)
@@ -282,7 +282,7 @@ def test_volumes_are_counts_times_the_voxel(prior_labels, orientation, table):
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_posteriors_are_probabilities_whose_best_is_the_label(
-    phantom, conditions_of, tiny_model, table, steps
+    phantom, conditions_of, tiny_model, parcellation, steps
 ):
     head = phantom("oblique", (2.0, 2.0, 2.5), scale=0.5)
     config = SampleConfig(steps=steps, flip=False, posteriors=True)
@@ -293,7 +293,7 @@ def test_posteriors_are_probabilities_whose_best_is_the_label(
     outside = head.codes == 0
     assert (posteriors[0, outside] == 1).all()
     # Half precision makes ties of what was nearly one: the label is among the best.
-    classes = table.encode(segmentation.labels.data, table.identity_mapping())[None]
+    classes = parcellation.encode(segmentation.labels.data, parcellation.class_of)[None]
     chosen = np.take_along_axis(posteriors, classes.astype(np.intp), axis=0)[0]
     np.testing.assert_array_equal(chosen[~outside], posteriors.max(axis=0)[~outside])
     plain = labels_of(head, tiny_model, conditions_of(head), SampleConfig(steps=steps, flip=False))

@@ -13,14 +13,14 @@ from cadiff_cli.stages.space import parse_space, standard_grid, to_space
 
 
 @pytest.fixture
-def result_of(scan_of, stripped_of, conditions_of, table, tiny_model):
+def result_of(scan_of, stripped_of, conditions_of, parcellation, tiny_model):
     """What a perfect run on a phantom gives, with a registration of our own."""
 
     def make(head, registered):
         scan = scan_of(head)
         prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
         mask = Volume(head.codes > 0, head.t1.grid)
-        labels = Segmentation(Volume(head.codes, head.t1.grid), table, 1, 0)
+        labels = Segmentation(Volume(head.codes, head.t1.grid), parcellation, 1, 0)
         return Result(prepared, mask, labels, {}, tiny_model, Config())
 
     return make

@@ -19,6 +19,7 @@ from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputErr
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.weights import PRIOR_STEP, load_model
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.training import cache, loop
@@ -61,8 +62,8 @@ class Recorder:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_prior_is_symmetric_and_normalised(toy_sample, table, mirror):
-    prior = count_prior([toy_sample], table, (12, 14, 12))
+def test_the_prior_is_symmetric_and_normalised(toy_sample, parcellation, mirror):
+    prior = count_prior([toy_sample], parcellation, (12, 14, 12))
     assert prior.shape == (1, 41, 12, 14, 12)
     total = prior.logsumexp(dim=1)
     torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-4)
@@ -91,9 +92,9 @@ def test_senseless_settings_are_usage_errors(wrong):
 
 
 @pytest.fixture(scope="module")
-def start(toy_sample, table):
+def start(toy_sample, parcellation):
     """A factory of equal fresh states."""
-    prior = count_prior([toy_sample], table, TINY.prior_shape)
+    prior = count_prior([toy_sample], parcellation, TINY.prior_shape)
 
     def make(config=QUICK):
         torch.manual_seed(0)
@@ -333,17 +334,17 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(start, tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_structures_that_nobody_drew_are_not_scored(toy_sample, table):
-    chosen = table.subset("malc27")
+def test_structures_that_nobody_drew_are_not_scored(toy_sample, parcellation):
+    chosen = parcellation.subset("malc27")
     assert toy_sample.scored(chosen) == chosen
     mapping = {7: 1, 8: 2, 9: 0, 10: -3}
-    drawn = tuple(sorted(table.reached(mapping)))
-    assert set(drawn) == {1, 2, 3, int(table.mirror_classes[3])}
+    drawn = tuple(sorted(parcellation.reached(mapping)))
+    assert set(drawn) == {1, 2, 3, int(parcellation.mirror_classes[3])}
     assert replace(toy_sample, drawn=drawn).scored((1, 5, 9)) == (1,)
 
 
 def test_a_sample_is_built_as_inference_would(
-    phantom, toy_template, identity, table, monkeypatch, tmp_path
+    phantom, toy_template, identity, parcellation, monkeypatch, tmp_path
 ):
     """From files to a sample; registration alone is taken on trust."""
     head = phantom("LPS", 1.0, scale=0.8)
@@ -355,7 +356,7 @@ def test_a_sample_is_built_as_inference_would(
     monkeypatch.setattr(pipeline, "register", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = cache.load(
-        cache.build(scan, ["toy"], table, table.identity_mapping(), tmp_path / "cache")
+        cache.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
     )
     relabelled = cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
     assert relabelled.name != cache.cached_path(scan, ["toy"], {10: 2}, tmp_path).name
@@ -363,7 +364,7 @@ def test_a_sample_is_built_as_inference_would(
         patched.setattr(cache, "strip_weights_sha256", lambda _: "another")
         assert relabelled != cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
     for code in (2, 41, 3, 42, 10):
-        k = int(np.flatnonzero(table.codes == code)[0])
+        k = int(np.flatnonzero(parcellation.codes == code)[0])
         assert np.count_nonzero(sample.classes == k) == np.count_nonzero(head.codes == code)
     left = np.argwhere(np.isin(sample.classes, [1, 2]))
     cells = sample.fields["toy"][0][tuple((left // 4).T)]
@@ -379,7 +380,7 @@ def test_a_sample_is_built_as_inference_would(
     ids=["another grid", "unknown ids"],
 )
 def test_labels_that_do_not_fit_their_image_are_refused(
-    phantom, table, tmp_path, affine, code, said
+    phantom, parcellation, tmp_path, affine, code, said
 ):
     """Before hours of learning that everything is background."""
     head = phantom("LPS", 2.0, scale=0.8)
@@ -389,14 +390,14 @@ def test_labels_that_do_not_fit_their_image_are_refused(
     save_volume(paths[1], np.where(head.codes > 0, code, 0).astype(np.int16), grid)
     scan = LabelledScan("sub-1", "1", *paths)
     with pytest.raises(DataError, match=said):
-        cache.build(scan, ["toy"], table, table.identity_mapping(), tmp_path / "cache")
+        cache.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
     ("poor", "kept"), [((), "ab"), (("a",), "b"), (("a", "b"), "ab")], ids=["none", "one", "all"]
 )
 def test_a_sample_holds_the_fields_that_inference_would_use(
-    phantom, toy_template, identity, table, monkeypatch, tmp_path, poor, kept
+    phantom, toy_template, identity, parcellation, monkeypatch, tmp_path, poor, kept
 ):
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
     head = phantom("RAS", 2.0, scale=0.8)
@@ -409,8 +410,8 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
         "register",
         lambda s, t, c, w: replace(identity(t), warnings=("poor",) * (t.name in poor)),
     )
-    scan, mapping = LabelledScan("sub-1", "1", *paths), table.identity_mapping()
-    sample = cache.load(cache.build(scan, ["a", "b"], table, mapping, tmp_path))
+    scan, mapping = LabelledScan("sub-1", "1", *paths), parcellation.class_of
+    sample = cache.load(cache.build(scan, ["a", "b"], parcellation, mapping, tmp_path))
     assert set(sample.fields) == set(kept)
 
 
@@ -531,7 +532,7 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
     described = model.metadata["training"]
     assert described["trained_on"] == ["toy"]
     present = set(np.unique(toy_sample.classes).tolist()) - {0}
-    assert model.structures == {int(model.table.codes[k]) for k in present}
+    assert model.structures == {int(model.parcellation.codes[k]) for k in present}
     assert described["held_out"] == ["other"]
     header, *rows = (tmp_path / "validation.tsv").read_text().splitlines()
     assert header.split("\t") == ["step", "hours", "scan", "dice"]
@@ -559,7 +560,7 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
 
 
 def test_scans_trusted_less_are_trained_on_but_do_not_vote(
-    toy_sample, table, tmp_path, tiny_config
+    toy_sample, parcellation, tmp_path, tiny_config
 ):
     flat = replace(toy_sample, subject="flat", classes=np.minimum(toy_sample.classes, 1))
     far = replace(toy_sample, name="sub-far", subject="far")
@@ -576,7 +577,7 @@ def test_scans_trusted_less_are_trained_on_but_do_not_vote(
     model = load_model(str(path))
     described = model.metadata["training"]
     assert (described["trained_on"], described["also_on"]) == (["toy"], ["flat"])
-    counted = count_prior([toy_sample], table, tiny_config.prior_shape)
+    counted = count_prior([toy_sample], parcellation, tiny_config.prior_shape)
     assert torch.allclose(model.net.prior.logits, counted, atol=0.1)
     rows = (tmp_path / "validation.tsv").read_text().splitlines()[1:]
     assert {row.split("\t")[2] for row in rows} == {"sub-far"}
@@ -594,7 +595,7 @@ def test_scans_trusted_less_are_trained_on_but_do_not_vote(
         train([toy_sample], tmp_path / "new", config, also=[toy_sample])
 
 
-def test_a_run_begins_with_the_weights_it_is_given(toy_sample, table, tmp_path, tiny_config):
+def test_a_run_begins_with_the_weights_it_is_given(toy_sample, parcellation, tmp_path, tiny_config):
     """Network, weights and prior are theirs; after no steps they come out as they went in."""
     flat = replace(toy_sample, classes=np.minimum(toy_sample.classes, 1))
     first = train([toy_sample], tmp_path / "a", replace(QUICK, steps=2), net_config=tiny_config)
@@ -607,12 +608,12 @@ def test_a_run_begins_with_the_weights_it_is_given(toy_sample, table, tmp_path, 
     assert now.metadata["training"]["init"] == was.sha256
     assert now.metadata["training"]["seen_by_init"] == ["toy"]
     # What the first network was taught to draw, the second may draw still.
-    assert now.structures == was.structures > {int(table.codes[1])}
+    assert now.structures == was.structures > {int(parcellation.codes[1])}
     with pytest.raises(UsageError, match="init"):
         train([flat], tmp_path / "b", QUICK, net_config=tiny_config)
     new = train([flat], tmp_path / "e", QUICK, init=was, recount_prior=True, max_minutes=0)
     mine = load_model(str(new)).net.state_dict()
-    counted = count_prior([flat], table, tiny_config.prior_shape)
+    counted = count_prior([flat], parcellation, tiny_config.prior_shape)
     torch.testing.assert_close(mine["prior.logits"], counted, atol=PRIOR_STEP, rtol=0)
     assert not torch.equal(mine["prior.logits"], was.net.state_dict()["prior.logits"])
     for key, value in was.net.state_dict().items():
@@ -624,7 +625,7 @@ def test_a_run_begins_with_the_weights_it_is_given(toy_sample, table, tmp_path, 
         train([other], tmp_path / "d", QUICK, init=was, net_config=METHODS["unet"].net)
 
 
-def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_sample):
+def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellation, toy_sample):
     """Datasets, their labels and the share; what is wrong is said before anything is prepared."""
     prepared, trained = [], {}
 
@@ -652,9 +653,9 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
     assert call(*also, "--steps", "7", "--hold-out", "sub-more").exception is None
     assert trained["hold_out"] == ("more",)
     assert prepared == [
-        (["manual"], table.neuromorphometrics_mapping()),
-        (["machine"], table.dlmuse_mapping()),
-        (["more"], table.freesurfer_mapping()),
+        (["manual"], load_scheme("neuromorphometrics", parcellation)),
+        (["machine"], load_scheme("dlmuse", parcellation)),
+        (["more"], load_scheme("freesurfer", parcellation)),
     ]
     assert [s.subject for s in trained["samples"]] == ["manual"]
     assert [s.subject for s in trained["also"]] == ["machine", "more"]
@@ -677,7 +678,7 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, table, toy_
 
 @pytest.mark.parametrize("voters", [None, 0, 1])
 def test_the_prior_is_counted_over_the_wanted_scans(
-    toy_sample, table, tmp_path, tiny_config, voters
+    toy_sample, parcellation, tmp_path, tiny_config, voters
 ):
     """All of them, nobody, or as many as the seed draws: one person's labels in the field."""
     flat = replace(toy_sample, subject="flat", classes=np.minimum(toy_sample.classes, 1))
@@ -689,7 +690,7 @@ def test_the_prior_is_counted_over_the_wanted_scans(
         assert not prior.any()
         return
     counted = {
-        name: count_prior(chosen, table, tiny_config.prior_shape)
+        name: count_prior(chosen, parcellation, tiny_config.prior_shape)
         for name, chosen in (("both", people), ("toy", people[:1]), ("flat", people[1:]))
     }
     same = {k for k, v in counted.items() if torch.allclose(v, prior, atol=0.1)}

@@ -32,15 +32,15 @@ def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):
 def test_saving_what_was_loaded_changes_nothing(tiny_weights, tmp_path):
     model = load_model(str(tiny_weights))
     again = tmp_path / "again.safetensors"
-    assert save_model(again, model.net, model.table, {}) == sha256(again)
+    assert save_model(again, model.net, model.parcellation, {}) == sha256(again)
     first, second = load_file(tiny_weights), load_file(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_checksum_is_a_function_of_the_weights(tiny_net, table, tmp_path):
+def test_the_checksum_is_a_function_of_the_weights(tiny_net, parcellation, tmp_path):
     """Two exports of one network are one file: provenance names it by its checksum."""
-    digests = {save_model(tmp_path / "x.safetensors", tiny_net, table, {}) for _ in range(8)}
+    digests = {save_model(tmp_path / "x.safetensors", tiny_net, parcellation, {}) for _ in range(8)}
     assert len(digests) == 1
 
 
@@ -119,5 +119,5 @@ def test_the_release_is_what_its_record_says(released, name):
 def test_a_network_draws_what_it_was_taught():
     """FreeSurfer's label maps hold neither vermis nor basal forebrain."""
     malc, synth = load_model("cadiff-malc"), load_model("cadiff-synth")
-    assert malc.structures == set(malc.table.codes[1:].tolist())
+    assert malc.structures == set(malc.parcellation.codes[1:].tolist())
     assert malc.structures - synth.structures == {91, 92, 630, 631, 632}

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.weights import save_model
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from bids_dataset import QUICK, command, environment, write_dataset
@@ -61,9 +61,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return found
 
 
-def without_seconds(table: bytes) -> bytes:
+def without_seconds(parcellation: bytes) -> bytes:
     """A table without its column of times, which no two runs share."""
-    rows = [line.split(b"\t") for line in table.splitlines()]
+    rows = [line.split(b"\t") for line in parcellation.splitlines()]
     kept = [k for k, name in enumerate(rows[0]) if name != b"seconds"] if rows else []
     return b"\n".join(b"\t".join(row[k] for k in kept if k < len(row)) for row in rows)
 
@@ -278,7 +278,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         place = Path(folder)
         weights = place / "tiny.safetensors"
-        save_model(weights, awake(TINY), load_table(), {})
+        save_model(weights, awake(TINY), load_parcellation(BASE), {})
         quick = tuple(option for option in QUICK if option != "--no-report")
         arguments = (*quick, "--model", weights, "--nprocs", 2)
         trial = Trial(phantoms(place / "bids"), arguments, place, wanted.seed)

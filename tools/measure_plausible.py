@@ -16,24 +16,27 @@ import numpy as np
 from cadiff_cli.io.bids.labelled import labelled_scans
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.images import load_volume
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.report.ranges import measure
 
 
-def volumes(path, table):
+def volumes(path, parcellation):
     """mm^3 by name of a Neuromorphometrics label map."""
     labels = load_volume(path)
-    classes = table.encode(np.asarray(labels.data), table.neuromorphometrics_mapping())
-    counts = np.bincount(classes.ravel(), minlength=table.n_classes)[1:]
+    classes = parcellation.encode(
+        np.asarray(labels.data), load_scheme("neuromorphometrics", parcellation)
+    )
+    counts = np.bincount(classes.ravel(), minlength=parcellation.n_classes)[1:]
     mm3 = counts * labels.grid.voxel_volume_mm3
-    return {s.name: float(v) for s, v in zip(table.structures, mm3, strict=True)}
+    return {s.name: float(v) for s, v in zip(parcellation.structures, mm3, strict=True)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--leave-out", nargs="*", default=[])
-    wanted, table = parser.parse_args(), load_table()
+    wanted, parcellation = parser.parse_args(), load_parcellation(BASE)
     first = {}
     for scan in labelled_scans(wanted.dataset):
         if scan.subject not in wanted.leave_out:
@@ -41,8 +44,8 @@ def main():
     people = f"{len(first)} people of {wanted.dataset.name}, manual labels"
     ages = Dataset(wanted.dataset).ages
     found = measure(
-        (volumes(path, table) for path in first.values()),
-        table,
+        (volumes(path, parcellation) for path in first.values()),
+        parcellation,
         people,
         [ages[subject] for subject in first if subject in ages],
     )

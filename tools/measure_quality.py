@@ -136,8 +136,8 @@ def measure(path, name, model, config):
     p, _ = class_probabilities(conditions, model, config)
     drawn = most_probable(p) * conditions.mask.data
     raw = expected_dice(p.numpy(), drawn)
-    true = dice(drawn, sample.classes, range(1, model.table.n_classes))
-    for s, *values in zip(model.table.structures, raw, true, strict=True):
+    true = dice(drawn, sample.classes, range(1, model.parcellation.n_classes))
+    for s, *values in zip(model.parcellation.structures, raw, true, strict=True):
         if s.is_tissue and np.isfinite(values).all():
             known = made_with(model, config), sample.subject, sample.name
             yield (*known, name, s.name, *(f"{v:.4f}" for v in values))
@@ -159,8 +159,8 @@ class Measured:
         return Measured(*(getattr(self, name)[rows] for name in (*WORDS, *NUMBERS)))
 
 
-def read(table):
-    with table.open(encoding="utf-8") as stream:
+def read(parcellation):
+    with parcellation.open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     words = [np.array([row[name] for row in rows]) for name in WORDS]
     return Measured(*words, *(np.array([float(r[name]) for r in rows]) for name in NUMBERS))
@@ -252,14 +252,14 @@ def main():
         parser.error("two people at least: each is predicted from the others")
     model = load_model(wanted.model)
     config = SampleConfig(steps=wanted.steps, flip=wanted.flip)
-    new = not wanted.table.exists()
-    known = read(wanted.table) if not new else None
+    new = not wanted.parcellation.exists()
+    known = read(wanted.parcellation) if not new else None
     if known and set(known.made_with) != {made_with(model, config)}:
         parser.error(
             f"{wanted.table} was made with {', '.join(set(known.made_with))}: give another"
         )
     done = set(zip(known.scan, known.degradation, strict=True)) if known else set()
-    with wanted.table.open("a", newline="", encoding="utf-8") as stream:
+    with wanted.parcellation.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         if new:
             writer.writerow((*WORDS, *NUMBERS))
@@ -270,7 +270,7 @@ def main():
                     if (scan, name) not in done:
                         writer.writerows(measure(path, name, model, config))
                         stream.flush()
-    measured = read(wanted.table)
+    measured = read(wanted.parcellation)
     measured = measured.where(~np.isin(measured.structure, wanted.without))
     helps = report(measured)
     if wanted.write:

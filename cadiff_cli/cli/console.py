@@ -55,10 +55,10 @@ class RunConsole:
         self.console.print(f"{len(group.scans)} of {expected} scans: {escape(str(group.path))}")
 
     def _table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        table = Table(*columns, title=title)
+        parcellation = Table(*columns, title=title)
         for row in rows:
-            table.add_row(*map(escape, row))
-        self.console.print(table)
+            parcellation.add_row(*map(escape, row))
+        self.console.print(parcellation)
 
 
 def show_log(verbosity: int) -> None:

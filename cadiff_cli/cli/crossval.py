@@ -49,7 +49,8 @@ def command(
     from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
-    from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
     from cadiff_cli.training.crossval import folds as split
     from cadiff_cli.training.recipe import recipe
@@ -58,7 +59,7 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
-    mapping, scans = label_mapping(labels, load_table()), labelled_scans(dataset)
+    mapping, scans = load_scheme(labels, load_parcellation(BASE)), labelled_scans(dataset)
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)

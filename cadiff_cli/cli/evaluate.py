@@ -66,12 +66,13 @@ def command(
     import logging
 
     from cadiff_cli.evaluation import listed, pair_up, score_pair
-    from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.runner.logs import ON_SCREEN, warning
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
-    table = load_table()
-    mapping = label_mapping(reference_labels, table)
+    parcellation = load_parcellation(BASE)
+    mapping = load_scheme(reference_labels, parcellation)
     pairs = pair_up(prediction, reference)
     for names, place in (
         (pairs.without_reference, reference),
@@ -85,7 +86,7 @@ def command(
     scores = [
         score
         for p, r in progress(pairs.files)
-        for score in score_pair(p, r, table, labels, mapping, tolerance)
+        for score in score_pair(p, r, parcellation, labels, mapping, tolerance)
     ]
     report(scores, out, tolerance_mm=tolerance)
 

@@ -76,20 +76,21 @@ def command(
     from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.images import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
-    from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.stages.strip import strip
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    scan, table = load_scan(t1), load_table()
-    mapping = label_mapping(labels, table)
+    scan, parcellation = load_scan(t1), load_parcellation(BASE)
+    mapping = load_scheme(labels, parcellation)
     people = choose_atlases(atlases, t1, exclude)
     path = Derivatives(out, t1).path(f"seg-{SEGMENTATIONS[vote]}_dseg.nii.gz")
     _claim(out, path, overwrite)
     config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
     with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
         stripped = strip(scan, load_template(EMBEDDED), config, Path(work))
-    fused = fuse(scan, stripped, people, table, mapping, config.register, vote, jobs)
-    save_dataset_files(out, table)
+    fused = fuse(scan, stripped, people, parcellation, mapping, config.register, vote, jobs)
+    save_dataset_files(out, parcellation)
     _save(path, t1, fused, stripped, config)
     click.echo(path)
 

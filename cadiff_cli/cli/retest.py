@@ -45,14 +45,14 @@ def command(
     """
     from cadiff_cli.cli.evaluate import claim, progress, report
     from cadiff_cli.evaluation import retest_pair, retest_pairs
-    from cadiff_cli.labels import load_table
+    from cadiff_cli.labels.parcellation import BASE, load_parcellation
 
-    table = load_table()
+    parcellation = load_parcellation(BASE)
     pairs = retest_pairs(derivatives)
     claim(out, "retest", overwrite=overwrite)
     scores = [
         score
         for first, later in progress(pairs)
-        for score in retest_pair(first, later, table, labels, tolerance)
+        for score in retest_pair(first, later, parcellation, labels, tolerance)
     ]
     report(scores, out, name="retest", columns=COLUMNS, tolerance_mm=tolerance)

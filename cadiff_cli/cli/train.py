@@ -122,7 +122,8 @@ def command(
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.io.weights import load_model
-    from cadiff_cli.labels import label_mapping, load_table
+    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.training.recipe import recipe
     from cadiff_cli.training.run import check_people, prepare, train
 
@@ -138,7 +139,7 @@ def command(
     model = load_model(init) if init else None
     pick_device(device)
     sources = [
-        (labelled_scans(path), label_mapping(name, load_table()))
+        (labelled_scans(path), load_scheme(name, load_parcellation(BASE)))
         for path, name in ((dataset, labels), *also)
     ]
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)

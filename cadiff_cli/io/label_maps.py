@@ -9,7 +9,7 @@ import numpy as np
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.images import load_volume
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.spatial.grid import Volume
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ ROUNDING = 1e-3
 
 
 def load_classes(
-    path: Path, table: LabelTable, mapping: Mapping[int, int], *, option: str | None = None
+    path: Path, parcellation: Parcellation, mapping: Mapping[int, int], *, option: str | None = None
 ) -> Volume:
     """Read a label map and turn its ids into classes (uint8).
 
@@ -42,7 +42,7 @@ def load_classes(
         )
     if unknown:
         say_once(f"ids {unknown} are in no row of the mapping ({option}): background")
-    return Volume(table.encode(np.asarray(volume.data), mapping), volume.grid)
+    return Volume(parcellation.encode(np.asarray(volume.data), mapping), volume.grid)
 
 
 def load_ids(path: Path) -> tuple[Volume, set[int]]:

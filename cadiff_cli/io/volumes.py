@@ -23,17 +23,17 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     draws.
     """
     made, volumes = result.segmentation, result.volumes_mm3
-    table, calibrate = made.table, calibration(result.config, result.model.sha256)
+    parcellation, calibrate = made.parcellation, calibration(result.config, result.model.sha256)
     taught = result.model.structures
-    brain = sum(volumes[s.code] for s in table.structures if s.is_tissue)
-    csf = sum(volumes[s.code] for s in table.structures if s.is_csf)
+    brain = sum(volumes[s.code] for s in parcellation.structures if s.is_tissue)
+    csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
 
     def row(name: str, mm3: float, **values: object) -> dict[str, object]:
         share = f"{100 * mm3 / brain:.3f}" if brain else None
         return {"name": name, "volume-mm3": f"{mm3:.3f}", "percent-brain": share, **values}
 
-    for s in table.structures:
+    for s in parcellation.structures:
         if s.code not in taught and not volumes[s.code]:
             yield {"name": s.name, "index": s.code, "abbreviation": s.abbreviation}
             continue

@@ -15,7 +15,7 @@ from cadiff_cli.config import as_dict
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
-from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
@@ -33,7 +33,7 @@ class Model:
     """A network ready to run, and where it came from."""
 
     net: CADiffNet
-    table: LabelTable
+    parcellation: Parcellation
     name: str
     sha256: str
     metadata: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Model:
     def structures(self) -> frozenset[int]:
         """Codes that its training labels held; it was taught never to draw the others."""
         training = self.metadata.get("training", {})
-        return frozenset(training.get("structures") or self.table.codes[1:].tolist())
+        return frozenset(training.get("structures") or self.parcellation.codes[1:].tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,8 @@ def load_model(name: str = DEFAULT) -> Model:
     Raises ``MissingInputError`` if it is not there, ``DataError`` if it is not what it should be.
     """
     stored = _read(name, FORMAT)
-    table = load_table()
-    if stored.metadata["codes"] != table.codes.tolist():
+    parcellation = load_parcellation(BASE)
+    if stored.metadata["codes"] != parcellation.codes.tolist():
         raise DataError(
             f"{stored.path} was trained on another label table", "use weights that fit this version"
         )
@@ -81,7 +81,7 @@ def load_model(name: str = DEFAULT) -> Model:
     tensors = dict(stored.tensors)
     tensors["prior.logits"] = tensors["prior.logits"].float() * PRIOR_STEP
     _fill(net, tensors)
-    return Model(net, table, stored.label, stored.sha256, stored.metadata)
+    return Model(net, parcellation, stored.label, stored.sha256, stored.metadata)
 
 
 def load_brain_model(name: str = DEFAULT_BRAIN) -> BrainModel:
@@ -123,7 +123,9 @@ def _read(name: str, wanted: str) -> _Stored:
     return _Stored(path, label, got, metadata, tensors)
 
 
-def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str, Any]) -> str:
+def save_model(
+    path: Path, net: CADiffNet, parcellation: Parcellation, training: dict[str, Any]
+) -> str:
     """Write half-precision weights with their description and checksum; returns the sha256."""
     tensors = {
         key: value.detach().half().contiguous()
@@ -135,7 +137,7 @@ def save_model(path: Path, net: CADiffNet, table: LabelTable, training: dict[str
     described = {
         "format": FORMAT,
         "net": as_dict(net.config),
-        "codes": table.codes.tolist(),
+        "codes": parcellation.codes.tolist(),
         "training": training,
     }
     return _write(path, tensors, described)

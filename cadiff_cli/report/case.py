@@ -21,7 +21,7 @@ from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
@@ -120,8 +120,8 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels,
     mask or volumes cannot be read; what else is missing becomes a note.
     """
-    table = load_table()
-    labels = load_classes(result.commit.with_suffix(".nii.gz"), table, table.identity_mapping())
+    parcellation = load_parcellation(BASE)
+    labels = load_classes(result.commit.with_suffix(".nii.gz"), parcellation, parcellation.class_of)
     mask = load_volume(_beside(result, f"{MASK}.nii.gz"))
     working = labels.grid.working()
     notes = []
@@ -133,7 +133,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         t1 = load_volume(scan)
     shown = resample(Volume(finite(t1.data), t1.grid), working)
     inside = resample_mask(Volume(mask.data > 0, mask.grid), working)
-    codes = Volume(table.codes[resample_labels(labels, working).data], working)
+    codes = Volume(parcellation.codes[resample_labels(labels, working).data], working)
     case = Case(
         result,
         read_rows(result),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from cadiff_cli.labels import LabelTable, Structure
+from cadiff_cli.labels.parcellation import Parcellation, Structure
 from cadiff_cli.report.case import Case, around
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
@@ -142,13 +142,13 @@ def positions(inside: np.ndarray, axis: int, n: int) -> list[int]:
     return [round(float(x)) for x in np.quantile(there, shares)]
 
 
-def structures(case: Case, table: LabelTable, n: int = SLICES) -> list[Plane]:
+def structures(case: Case, parcellation: Parcellation, n: int = SLICES) -> list[Plane]:
     """Outlines of all structures over the scan."""
     t1, labels = resample(case.t1, case.near), resample(case.labels, case.near, order=0).data
     brain = near_mask(case)
     image = grey(t1, brain)
     shown = labels > 0 if labels.any() else brain
-    by_code = {s.code: s for s in table.structures}
+    by_code = {s.code: s for s in parcellation.structures}
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
         codes = cut(labels, axis, index)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cadiff_cli.errors import OutputError, in_a_line
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.report.page import claim, remove, render
 from cadiff_cli.report.qc import (
     FAR,
@@ -83,10 +83,12 @@ def _shares(judged: Mapping[str, Judgement], name: str) -> dict[str, float]:
     return {scan: j.percent_brain[name] for scan, j in judged.items() if name in j.percent_brain}
 
 
-def strips(judged: Mapping[str, Judgement], table: LabelTable, ranges: Ranges) -> list[Strip]:
+def strips(
+    judged: Mapping[str, Judgement], parcellation: Parcellation, ranges: Ranges
+) -> list[Strip]:
     """Distribution of every structure but vessels."""
     found = []
-    for s in table.structures:
+    for s in parcellation.structures:
         values = _shares(judged, s.name) if s.is_tissue else {}
         if not values:
             continue
@@ -105,7 +107,9 @@ def strips(judged: Mapping[str, Judgement], table: LabelTable, ranges: Ranges) -
     return found
 
 
-def report_group(out: Path, group: "Group", table: LabelTable, *, wanted: bool = True) -> str:
+def report_group(
+    out: Path, group: "Group", parcellation: Parcellation, *, wanted: bool = True
+) -> str:
     """``group.html`` of what the group table holds; returns what went wrong, if anything.
 
     It is for looking at: whatever happens to it, the table stands.  If none is ``wanted``, an
@@ -113,7 +117,7 @@ def report_group(out: Path, group: "Group", table: LabelTable, *, wanted: bool =
     """
     try:
         if wanted:
-            write_group_page(out, group, table)
+            write_group_page(out, group, parcellation)
         else:
             remove(out / PATH)
         return ""
@@ -123,7 +127,7 @@ def report_group(out: Path, group: "Group", table: LabelTable, *, wanted: bool =
         return f"no group page was written ({in_a_line(error)})"
 
 
-def write_group_page(out: Path, group: "Group", table: LabelTable) -> Path:
+def write_group_page(out: Path, group: "Group", parcellation: Parcellation) -> Path:
     """``group.html``: rows of the group table, and missing scans with their errors."""
     path = out / PATH
     claim(path)
@@ -144,7 +148,7 @@ def write_group_page(out: Path, group: "Group", table: LabelTable) -> Path:
             }
             for row in group.rows
         ],
-        strips=strips(judged, table, ranges),
+        strips=strips(judged, parcellation, ranges),
         missing=group.missing,
         enough=len(judged) >= FEWEST,
         fewest=FEWEST,

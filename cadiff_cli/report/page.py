@@ -19,7 +19,7 @@ from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import AGGREGATES
-from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.report.boilerplate import methods
 from cadiff_cli.report.case import Case, Row, read_case
 from cadiff_cli.report.qc import Judgement, fitting, judge
@@ -75,12 +75,12 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     from cadiff_cli.report.viewer import viewer_data
 
     begun = time.perf_counter()
-    path, table = page_path(out, result.entities), load_table()
+    path, parcellation = page_path(out, result.entities), load_parcellation(BASE)
     claim(path)
     result.provenance.check()
     case = read_case(out, result, scans)
     ranges = fitting(load_ranges(), case.rows)
-    judgement = judge(result, case.rows, case.quality, table, ranges)
+    judgement = judge(result, case.rows, case.quality, parcellation, ranges)
     paragraphs, references = methods([result])
     text = render(
         "scan.html.j2",
@@ -89,13 +89,13 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         judgement=judgement,
         made=result.provenance,
         groups=[
-            figures.structures(case, table),
+            figures.structures(case, parcellation),
             figures.head(case),
             figures.registration(case),
             figures.coordinates(case),
             figures.uncertainty(case),
         ],
-        volumes=volume_table(case, judgement, table, ranges),
+        volumes=volume_table(case, judgement, parcellation, ranges),
         aggregates=[
             (row.name, row.mm3 / 1000)
             for row in case.rows
@@ -103,7 +103,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         ],
         measured_on=ranges.people,
         settings=plain(result.provenance.settings),
-        viewer=viewer_data(case, table),
+        viewer=viewer_data(case, parcellation),
         paragraphs=paragraphs,
         references=references,
     )
@@ -130,14 +130,14 @@ def render(template: str, **values: Any) -> str:
 
 
 def volume_table(
-    case: Case, judgement: Judgement, table: LabelTable, ranges: Ranges
+    case: Case, judgement: Judgement, parcellation: Parcellation, ranges: Ranges
 ) -> list[dict[str, Any]]:
     """A line for each structure, left and right together."""
     rows = {row.name: row for row in case.rows}
-    names = {s.code: s for s in table.structures}
+    names = {s.code: s for s in parcellation.structures}
     sides = {side.left: side for side in judgement.sides}
     lines = []
-    for s in table.structures:
+    for s in parcellation.structures:
         if s.code > s.mirror:
             continue
         other = names[s.mirror]

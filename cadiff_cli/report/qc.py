@@ -8,7 +8,7 @@ from typing import Any
 
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.report.case import Row
 from cadiff_cli.report.ranges import Range, Ranges, asymmetry, brain_mm3, pairs
 from cadiff_cli.stages.register import POOR_SCORE
@@ -138,22 +138,22 @@ def judge(
     result: Finished,
     rows: Sequence[Row],
     mask_quality: Mapping[str, float],
-    table: LabelTable,
+    parcellation: Parcellation,
     ranges: Ranges,
 ) -> Judgement:
     """Compare a result with what is plausible, and expected with usual Dice."""
     ranges, made = fitting(ranges, rows), result.provenance
     volumes = {row.name: row.mm3 for row in rows if row.mm3 is not None}
     unknown = {row.name for row in rows if row.mm3 is None}
-    tissue = [s.name for s in table.structures if s.is_tissue and s.name not in unknown]
+    tissue = [s.name for s in parcellation.structures if s.is_tissue and s.name not in unknown]
     of_tissue = [row for row in rows if row.name in tissue]
-    brain = brain_mm3(volumes, table)
+    brain = brain_mm3(volumes, parcellation)
     found = Judgement(
         mask_litres=volumes.get("Brain-Mask", 0.0) / 1e6,
         mask_quality=mask_quality,
         registration_score=made.registration_score,
         missing=tuple(name for name in tissue if not volumes.get(name)),
-        sides=tuple(_sides(volumes, table, ranges)),
+        sides=tuple(_sides(volumes, parcellation, ranges)),
         percent_brain={n: 100 * volumes.get(n, 0.0) / brain if brain else 0.0 for n in tissue},
         expected_dice={r.name: r.expected_dice for r in of_tissue if r.expected_dice is not None},
         doubtful=dict(_doubtful(of_tissue)),
@@ -170,9 +170,11 @@ def judge(
     )
 
 
-def _sides(volumes: Mapping[str, float], table: LabelTable, ranges: Ranges) -> Iterator[Side]:
+def _sides(
+    volumes: Mapping[str, float], parcellation: Parcellation, ranges: Ranges
+) -> Iterator[Side]:
     """Every pair of which at least one was found."""
-    for left, right in pairs(table):
+    for left, right in pairs(parcellation):
         percent = asymmetry(volumes.get(left, 0.0), volumes.get(right, 0.0))
         if percent is not None:
             span = ranges.asymmetry_percent.get(left, ANYTHING)

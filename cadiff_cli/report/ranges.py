@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from statistics import mean, stdev
 
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 
 ADULT_YEARS = 18
 WIDE = 3.5
@@ -74,9 +74,9 @@ class Ranges:
         return max((span.log_sd for span in self.percent_brain.values()), default=UNKNOWN_LOG_SD)
 
 
-def brain_mm3(volumes: Mapping[str, float], table: LabelTable) -> float:
+def brain_mm3(volumes: Mapping[str, float], parcellation: Parcellation) -> float:
     """Sum of all structures but vessels."""
-    return sum(volumes.get(s.name, 0.0) for s in table.structures if s.is_tissue)
+    return sum(volumes.get(s.name, 0.0) for s in parcellation.structures if s.is_tissue)
 
 
 def asymmetry(left: float, right: float) -> float | None:
@@ -88,10 +88,10 @@ def asymmetry(left: float, right: float) -> float | None:
     return 200 * (left - right) / (left + right) if left + right else None
 
 
-def pairs(table: LabelTable) -> list[tuple[str, str]]:
+def pairs(parcellation: Parcellation) -> list[tuple[str, str]]:
     """Names of left and right partners."""
-    names = {s.code: s.name for s in table.structures}
-    return [(s.name, names[s.mirror]) for s in table.structures if s.code < s.mirror]
+    names = {s.code: s.name for s in parcellation.structures}
+    return [(s.name, names[s.mirror]) for s in parcellation.structures if s.code < s.mirror]
 
 
 @cache
@@ -109,7 +109,7 @@ def load_ranges() -> Ranges:
 
 def measure(
     scans: Iterable[Mapping[str, float]],
-    table: LabelTable,
+    parcellation: Parcellation,
     people: str,
     ages: Sequence[float] = (),
 ) -> dict[str, object]:
@@ -119,16 +119,18 @@ def measure(
     on a linear one.  A structure that somebody lacks gets no range.
     """
     volumes = list(scans)
-    shares = [{n: 100 * v / brain_mm3(one, table) for n, v in one.items()} for one in volumes]
+    shares = [
+        {n: 100 * v / brain_mm3(one, parcellation) for n, v in one.items()} for one in volumes
+    ]
     sizes, sides = dict[str, list[float]](), dict[str, list[float]]()
-    for s in table.structures:
+    for s in parcellation.structures:
         values = [one.get(s.name, 0.0) for one in shares]
         tissue = s.is_tissue
         if tissue and len(values) >= FEWEST and min(values) > 0:
             logs = [math.log(value) for value in values]
             centre, reach = mean(logs), WIDE * stdev(logs)
             sizes[s.name] = [_short(math.exp(centre + k * reach)) for k in (-1, 0, 1)]
-    for left, right in pairs(table):
+    for left, right in pairs(parcellation):
         if left in sizes and right in sizes:
             found = [asymmetry(one[left], one[right]) or 0.0 for one in volumes]
             centre, reach = mean(found), WIDE * stdev(found)

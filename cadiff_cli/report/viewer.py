@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.report.case import Case
 from cadiff_cli.report.figures import grey, near_mask
 from cadiff_cli.spatial.resample import resample
@@ -17,7 +17,7 @@ SHADES = 64
 """Shades of grey that are kept: more cannot be told apart beneath an overlay, and cost bytes."""
 
 
-def viewer_data(case: Case, table: LabelTable) -> dict[str, Any]:
+def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
     """What the script needs: sizes, affine, structures, and two gzipped uint8 volumes.
 
     Volumes are in C order with x last (an image's row); labels are indices into ``names``.
@@ -27,7 +27,7 @@ def viewer_data(case: Case, table: LabelTable) -> dict[str, Any]:
         grid = grid.coarsen(2)
     t1 = grey(resample(case.t1, grid), near_mask(case, grid))
     labels = resample(case.labels, grid, order=0)
-    classes = table.encode(labels.data, table.identity_mapping())
+    classes = parcellation.encode(labels.data, parcellation.class_of)
     order = np.argsort(classes, axis=None, kind="stable")
     found, first, count = np.unique(classes.ravel()[order], return_index=True, return_counts=True)
     middles = np.stack(np.unravel_index(order[first + count // 2], classes.shape), axis=-1)
@@ -35,9 +35,9 @@ def viewer_data(case: Case, table: LabelTable) -> dict[str, Any]:
     return {
         "shape": list(grid.shape),
         "affine": np.round(grid.affine, 4).tolist(),
-        "names": ["", *(s.name for s in table.structures)],
-        "colors": ["", *(s.color for s in table.structures)],
-        "codes": table.codes.tolist(),
+        "names": ["", *(s.name for s in parcellation.structures)],
+        "colors": ["", *(s.color for s in parcellation.structures)],
+        "codes": parcellation.codes.tolist(),
         "centres": centres,
         "t1": pack(t1 // (256 // SHADES) * (256 // SHADES)),
         "labels": pack(classes),

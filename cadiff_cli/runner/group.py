@@ -11,7 +11,7 @@ from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.volumes import AGGREGATES
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.report.case import Row, mask_quality, read_rows
 from cadiff_cli.report.group import outliers
 from cadiff_cli.report.qc import COLUMNS, Judgement, columns, judge
@@ -70,7 +70,7 @@ def column(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
+def collect(out: Path, expected: Sequence[str], parcellation: Parcellation) -> Group:
     """Rows of the expected scans that are finished, and why the others are not.
 
     Raises ``MissingInputError`` if no expected scan is finished.
@@ -88,8 +88,8 @@ def collect(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
     for result in results:
         try:
             lines = read_rows(result)
-            found = judge(result, lines, mask_quality(result), table, ranges)
-            rows.append(row(result, lines, table) | columns(found))
+            found = judge(result, lines, mask_quality(result), parcellation, ranges)
+            rows.append(row(result, lines, parcellation) | columns(found))
             judged[result.entities] = found
             sound.append(result)
         except Exception as error:  # whatever is wrong with one result, the others have a table
@@ -122,13 +122,13 @@ def _why_missing(last: Outcome | None) -> str:
     return f"unsuitable: {last.message}" if last.status == "unsuitable" else last.message
 
 
-def write_group(out: Path, expected: Sequence[str], table: LabelTable) -> Group:
+def write_group(out: Path, expected: Sequence[str], parcellation: Parcellation) -> Group:
     """``group_morph.tsv`` with its JSON; expected scans that lack go to ``group_missing.tsv``."""
-    group = collect(out, expected, table)
-    volumes = [column(s.name) for s in table.structures] + [column(n) for n in AGGREGATES]
+    group = collect(out, expected, parcellation)
+    volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in AGGREGATES]
     header = ("scan", *ENTITIES, *SUFFIX, *volumes, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
-    write_json(group.path.with_suffix(".json"), _columns(table))
+    write_json(group.path.with_suffix(".json"), _columns(parcellation))
     lacking = out / MISSING
     if group.missing:
         write_tsv(lacking, ("scan", "reason"), group.missing.items())
@@ -152,7 +152,7 @@ def _lacking(out: Path) -> set[str]:
     return {line.split("\t")[0] for line in lines if line}
 
 
-def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, Any]:
+def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> dict[str, Any]:
     """A scan with its volume table's ``lines`` as column -> value; None where there is none.
 
     Raises ``DataError`` if its volume table lacks a structure, or its sidecar a value.
@@ -167,7 +167,7 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
     made = result.provenance
     made.check()
     source = stem(Path(made.source))
-    names = {*(s.name for s in table.structures), *AGGREGATES}
+    names = {*(s.name for s in parcellation.structures), *AGGREGATES}
     if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
             f"{result.morph.name} lacks {', '.join(lacking[:3])}",
@@ -189,7 +189,7 @@ def row(result: Finished, lines: Sequence[Row], table: LabelTable) -> dict[str, 
     }
 
 
-def _columns(table: LabelTable) -> dict[str, dict[str, Any]]:
+def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:
     """What every column means."""
     return {
         "scan": {"Description": "Entities of the scan; its files begin with them"},
@@ -201,7 +201,7 @@ def _columns(table: LabelTable) -> dict[str, dict[str, Any]]:
                 "Description": f"Volume of label {s.code} ({s.abbreviation})",
                 "Units": "mm3",
             }
-            for s in table.structures
+            for s in parcellation.structures
         },
         **{
             column(name): {"LongName": name, "Description": text, "Units": "mm3"}

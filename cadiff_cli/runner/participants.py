@@ -22,7 +22,7 @@ from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import load_template, load_templates
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.report.boilerplate import cite, write_citations
 from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.report.page import write_page
@@ -125,7 +125,7 @@ def participant_level(request: Request, listener: Listener) -> int:
         for entities, status in plan.status.items():
             listener.line(f"{entities}\t{status}")
         return 0
-    save_dataset_files(request.out, load_table(), request.dataset, request.link)
+    save_dataset_files(request.out, load_parcellation(BASE), request.dataset, request.link)
     _keep_options(request, job)
     summary = Summary(request.out, plan, tuple(_execute(request, plan, listener)))
     listener.summary(summary)
@@ -151,9 +151,9 @@ def group_level(request: Request, listener: Listener) -> int:
     if request.dry_run:
         listener.line("\n".join(expected))
         return 0
-    group = write_group(request.out, expected, load_table())
+    group = write_group(request.out, expected, load_parcellation(BASE))
     _cite(request.out, listener)
-    if why := report_group(request.out, group, load_table(), wanted=request.report):
+    if why := report_group(request.out, group, load_parcellation(BASE), wanted=request.report):
         listener.warn(why)
     for note in group.notes:
         listener.warn(note)
@@ -180,8 +180,8 @@ def rebuild_reports(
         chosen = scan_names(request.dataset, request.selection, request.database)
         code = scan_pages(request.out, request.dataset.root, listener, chosen)
     if pages and "group" in levels:
-        group = collect(request.out, _everybody(request), table := load_table())
-        listener.line(str(write_group_page(request.out, group, table)))
+        group = collect(request.out, _everybody(request), parcellation := load_parcellation(BASE))
+        listener.line(str(write_group_page(request.out, group, parcellation)))
     return code
 
 

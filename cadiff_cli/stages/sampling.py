@@ -49,7 +49,7 @@ def class_probabilities(
 
     def predict(seed: int, tile: int | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        mirror = torch.from_numpy(model.table.mirror_classes) if config.flip else None
+        mirror = torch.from_numpy(model.parcellation.mirror_classes) if config.flip else None
         return denoise(net, image, field, config.steps, generator, device, tile, mirror)
 
     def predict_or_tile(seed: int, tile: int | None) -> tuple[Tensor, int | None]:

@@ -9,7 +9,7 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import enough_memory, precision, usable_device
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.weights import Model
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.metrics.quality import expected_dice
 from cadiff_cli.products import Conditions, Scan, Segmentation
 from cadiff_cli.spatial.grid import Volume
@@ -31,12 +31,12 @@ def segment(
         raise UsageError(f"--steps is {config.steps}", "use 5 (the default), or 0 for the prior")
     if config.samples < 1:
         raise UsageError(f"--samples is {config.samples}", "use 1 (the default) or more")
-    table, inside = model.table, conditions.mask.data
+    parcellation, inside = model.parcellation, conditions.mask.data
     grid, native = conditions.image.grid, scan.t1.grid
     volumes: list[np.ndarray] = []
 
     def count(p: Tensor) -> None:
-        counts = np.bincount(most_probable(p)[inside], minlength=table.n_classes)
+        counts = np.bincount(most_probable(p)[inside], minlength=parcellation.n_classes)
         volumes.append(counts * grid.voxel_volume_mm3)
 
     several = config.samples > 1
@@ -63,8 +63,8 @@ def segment(
     if tile is not None and tile != config.tile:
         warnings += (f"memory was short: the volume was segmented in tiles of {tile} voxels",)
     return Segmentation(
-        Volume(np.where(mask.data, table.codes[classes], 0).astype(np.int16), native),
-        table,
+        Volume(np.where(mask.data, parcellation.codes[classes], 0).astype(np.int16), native),
+        parcellation,
         steps=config.steps,
         seed=config.seed,
         device=str(device),
@@ -72,15 +72,15 @@ def segment(
         tile=tile,
         posteriors=posteriors,
         warnings=warnings,
-        expected_dice=by_code(table, of_drawn(expected_dice(p.numpy(), drawn), drawn)),
-        volume_sd_mm3=by_code(table, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
+        expected_dice=by_code(parcellation, of_drawn(expected_dice(p.numpy(), drawn), drawn)),
+        volume_sd_mm3=by_code(parcellation, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
         uncertainty=entropy,
     )
 
 
-def by_code(table: LabelTable, values: np.ndarray) -> dict[int, float]:
+def by_code(parcellation: Parcellation, values: np.ndarray) -> dict[int, float]:
     """Code -> value of (classes - 1,) values; NaN are left out."""
-    pairs = zip(table.structures, values, strict=True)
+    pairs = zip(parcellation.structures, values, strict=True)
     return {s.code: float(value) for s, value in pairs if np.isfinite(value)}
 
 

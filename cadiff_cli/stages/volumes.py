@@ -8,10 +8,10 @@ from cadiff_cli.products import Segmentation
 def volumes_mm3(segmentation: Segmentation) -> dict[int, float]:
     """Code -> mm^3 for every structure of the table (0.0 where it was not found)."""
     labels = segmentation.labels
-    size = int(segmentation.table.codes.max()) + 1
+    size = int(segmentation.parcellation.codes.max()) + 1
     # Slice by slice: bincount makes integers of 8 bytes.
     counts = np.zeros(size, dtype=np.int64)
     for part in labels.data:
         counts += np.bincount(part.ravel(), minlength=size)
     voxel = labels.grid.voxel_volume_mm3
-    return {s.code: float(counts[s.code] * voxel) for s in segmentation.table.structures}
+    return {s.code: float(counts[s.code] * voxel) for s in segmentation.parcellation.structures}

@@ -17,7 +17,7 @@ from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.releases import strip_weights_sha256
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
 from cadiff_cli.spatial.resample import resample_labels
@@ -75,7 +75,7 @@ def cached_path(
 def build(
     scan: LabelledScan,
     templates: Sequence[str],
-    table: LabelTable,
+    parcellation: Parcellation,
     mapping: dict[int, int],
     folder: Path,
 ) -> Path:
@@ -87,7 +87,7 @@ def build(
     path = cached_path(scan, templates, mapping, folder)
     if path.exists():
         return path
-    loaded, classes = load_labelled(scan, table, mapping)
+    loaded, classes = load_labelled(scan, parcellation, mapping)
     arrays: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as work:
         atlases = [load_atlas(name) for name in templates]
@@ -111,7 +111,7 @@ def build(
             name=scan.name,
             subject=scan.subject,
             labels=fingerprint(sorted(mapping.items())),
-            drawn=np.array(sorted(table.reached(mapping)), dtype=np.uint8),
+            drawn=np.array(sorted(parcellation.reached(mapping)), dtype=np.uint8),
             key=fingerprint([sha256(path) for path in (scan.t1, scan.dseg)]),
             **arrays,  # type: ignore[arg-type]
         )

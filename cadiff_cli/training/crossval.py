@@ -15,7 +15,7 @@ from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import Score, score_classes
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.weights import load_model
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.cache import Sample
@@ -70,11 +70,11 @@ def cross_validate(
     runs some of them.  Scores are taken on the 1 mm crop that the network sees.  A fold that runs
     out of ``max_minutes``, or is interrupted, ends it all with a ``CadiffError``.
     """
-    table, sampling = load_table(), sampling or SampleConfig()
+    parcellation, sampling = load_parcellation(BASE), sampling or SampleConfig()
     until = time.monotonic() + 60 * max_minutes
     check_folds(only or (), n_folds)
     split = folds([s.subject for s in samples], n_folds, config.seed)
-    if blank := [s.name for s in samples if not s.scored(table.subset(subset))]:
+    if blank := [s.name for s in samples if not s.scored(parcellation.subset(subset))]:
         raise UsageError(
             f"the labels of {blank[0]} mean none of the structures of {subset}",
             "there is nothing to score",
@@ -104,10 +104,13 @@ def cross_validate(
         for sample in (s for s in samples if s.subject in held_out):
             shape = sample.classes.shape
             grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-            predicted = Volume(segment_sample(model.net, sample, table, sampling), grid)
+            predicted = Volume(segment_sample(model.net, sample, parcellation, sampling), grid)
             reference = Volume(sample.classes, grid)
-            known = {table.structures[k - 1].name for k in sample.scored(table.subset(subset))}
-            found = score_classes(sample.name, predicted, reference, table, subset)
+            known = {
+                parcellation.structures[k - 1].name
+                for k in sample.scored(parcellation.subset(subset))
+            }
+            found = score_classes(sample.name, predicted, reference, parcellation, subset)
             scores += [score for score in found if score.structure in known]
     write_text(run / "folds.json", json.dumps(split, indent=2) + "\n")
     return scores

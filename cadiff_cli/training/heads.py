@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import replacing
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels
@@ -188,7 +188,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     brain = is_brain(codes)
     distance = _distance(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
     # Left and right share their intensities, so they share a label.
-    left = load_table().left_codes
+    left = load_parcellation(BASE).left_codes
     known, compact = np.unique(codes, return_inverse=True)
     _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
     if paired.max() > 255:

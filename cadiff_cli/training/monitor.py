@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.io.files import replacing
 from cadiff_cli.io.weights import Model
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
@@ -39,11 +39,11 @@ class RunMonitor:
         self,
         folder: Path,
         held_out: Sequence[Sample],
-        table: LabelTable,
+        parcellation: Parcellation,
         minutes: float = 15.0,
         sampling: SampleConfig | None = None,
     ) -> None:
-        self.folder, self.held_out, self.table = folder, held_out, table
+        self.folder, self.held_out, self.parcellation = folder, held_out, parcellation
         self.minutes = minutes
         self.sampling = sampling or SampleConfig(flip=False)
         self.last = time.monotonic()
@@ -68,12 +68,12 @@ class RunMonitor:
         """Score the next held-out scan; returns its mean foreground Dice (27 structures)."""
         sample = self.held_out[self.turn % len(self.held_out)]
         self.turn += 1
-        predicted = segment_sample(state.ema, sample, self.table, self.sampling)
-        classes = sample.scored(self.table.subset("malc27")) or sample.drawn
+        predicted = segment_sample(state.ema, sample, self.parcellation, self.sampling)
+        classes = sample.scored(self.parcellation.subset("malc27")) or sample.drawn
         score = float(np.nanmean(dice(predicted, sample.classes, classes)))
         log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
         self._record(state, sample.name, score)
-        picture = overlay(sample, predicted, self.table)
+        picture = overlay(sample, predicted, self.parcellation)
         _save_picture(self.folder / "validation" / f"{state.step:06d}_{sample.name}.png", picture)
         if self.board:
             self.board.add_scalar(f"dice/{sample.name}", score, state.step)
@@ -97,11 +97,11 @@ class RunMonitor:
 
 
 def segment_sample(
-    net: CADiffNet, sample: Sample, table: LabelTable, config: SampleConfig
+    net: CADiffNet, sample: Sample, parcellation: Parcellation, config: SampleConfig
 ) -> np.ndarray:
     """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code of inference."""
     conditions = sample_conditions(sample)
-    p, _ = class_probabilities(conditions, Model(net, table, "training", "", {}), config)
+    p, _ = class_probabilities(conditions, Model(net, parcellation, "training", "", {}), config)
     return np.asarray(most_probable(p) * sample.mask)
 
 
@@ -118,10 +118,10 @@ def sample_conditions(sample: Sample) -> Conditions:
     )
 
 
-def overlay(sample: Sample, predicted: np.ndarray, table: LabelTable) -> np.ndarray:
+def overlay(sample: Sample, predicted: np.ndarray, parcellation: Parcellation) -> np.ndarray:
     """Image, prediction and manual labels in the middle slice of each plane: (H, W, 3) uint8."""
     colours = np.array(
-        [(0, 0, 0), *(_rgb(s.color) for s in table.structures)],
+        [(0, 0, 0), *(_rgb(s.color) for s in parcellation.structures)],
         dtype=np.float64,
     )
     rows = []

@@ -16,7 +16,8 @@ from cadiff_cli.io.files import check_writable, write_json
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import load_ids, say_once
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box
 from cadiff_cli.training.heads import LEAST_LITRES, closed, is_brain
@@ -69,10 +70,10 @@ def tissues() -> dict[int, int]:
 
     Left and right, and all parcels of a structure, are one tissue.
     """
-    table = load_table()
+    parcellation = load_parcellation(BASE)
     structure = {
-        code: table.left_codes[int(table.codes[abs(k)])]
-        for code, k in table.synthseg_mapping().items()
+        code: parcellation.left_codes[int(parcellation.codes[abs(k)])]
+        for code, k in load_scheme("synthseg", parcellation).items()
     }
     return structure | dict(UNLIKE_THEIR_STRUCTURE)
 

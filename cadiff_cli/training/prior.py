@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.training.cache import Sample, mean_field
 
 SMOOTHING_CELLS = 0.6
@@ -16,7 +16,7 @@ PSEUDO_COUNT = 0.02
 
 
 def count_prior(
-    samples: Iterable[Sample], table: LabelTable, shape: tuple[int, int, int]
+    samples: Iterable[Sample], parcellation: Parcellation, shape: tuple[int, int, int]
 ) -> Tensor:
     """Log-probability of each class per field cell, (1, classes, *shape) float32.
 
@@ -24,7 +24,7 @@ def count_prior(
     centred like ``grid_sample`` with ``align_corners``); mirrored brains vote too, so the prior is
     symmetric.  Cells without votes say background.
     """
-    counts = np.zeros((table.n_classes, *shape))
+    counts = np.zeros((parcellation.n_classes, *shape))
     top = np.array(shape) - 1
     for sample in samples:
         classes = sample.classes.ravel().astype(np.int64)
@@ -34,7 +34,7 @@ def count_prior(
         cell = [np.rint(fine[a].ravel() * top[a]).astype(np.int64) for a in range(3)]
         flat = np.ravel_multi_index((classes, *cell), counts.shape)
         counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
-    counts += counts[table.mirror_classes][:, ::-1]
+    counts += counts[parcellation.mirror_classes][:, ::-1]
     smooth = np.stack([ndimage.gaussian_filter(c, SMOOTHING_CELLS) for c in counts])
     smooth[0] += 1e-3
     p = smooth / smooth.sum(axis=0)

@@ -15,7 +15,7 @@ from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.files import write_json
 from cadiff_cli.io.weights import Model, save_model, seen_by
-from cadiff_cli.labels import LabelTable, load_table
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.training import cache
 from cadiff_cli.training.atlas import load_atlas
@@ -45,7 +45,7 @@ def prepare(
     scans: Sequence[LabelledScan], mapping: dict[int, int], templates: Sequence[str], folder: Path
 ) -> list[cache.Sample]:
     """Prepare every scan once (kept in ``folder``) and load them all."""
-    table = load_table()
+    parcellation = load_parcellation(BASE)
     for name in templates:  # whatever is wrong with one is said before the first scan
         load_atlas(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def prepare(
     for index, scan in enumerate(scans, start=1):
         log.info("preparing %s, %d of %d", scan.name, index, len(scans))
         try:
-            samples.append(cache.load(cache.build(scan, templates, table, mapping, folder)))
+            samples.append(cache.load(cache.build(scan, templates, parcellation, mapping, folder)))
         except DataError as error:
             raise DataError(f"{scan.name}: {error.message}", error.remedy) from error
     return samples
@@ -83,7 +83,7 @@ def train(
     ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
-    table = load_table()
+    parcellation = load_parcellation(BASE)
     people, others = ({s.subject for s in group} for group in (samples, also))
     check_people(people, others, hold_out, init, net_config)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
@@ -111,7 +111,8 @@ def train(
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
         "structures": sorted(
-            structures((*chosen, *trusted_less), table) | (init.structures if init else set())
+            structures((*chosen, *trusted_less), parcellation)
+            | (init.structures if init else set())
         ),
         "also_labels": sorted({s.labels for s in also}),
         "scan_files": fingerprint(sorted(s.key for s in chosen)),
@@ -124,14 +125,14 @@ def train(
     elif net.config.reads_field and (recount_prior or not init):
         order = np.random.default_rng(config.seed).permutation(len(chosen))
         if voters := [chosen[i] for i in order[: config.prior_scans]]:
-            prior = count_prior(voters, table, net.config.prior_shape)
+            prior = count_prior(voters, parcellation, net.config.prior_shape)
             for model in (state.net, state.ema):
                 model.prior.logits.copy_(prior)
     write_json(run / "config.json", described)
-    mirror = torch.from_numpy(table.mirror_classes)
+    mirror = torch.from_numpy(parcellation.mirror_classes)
     held_out = [s for s in (*samples, *also) if s.subject in set(hold_out)]
     sampling = SampleConfig(flip=False, device=device)
-    monitor = RunMonitor(run, held_out, table, validate_minutes, sampling)
+    monitor = RunMonitor(run, held_out, parcellation, validate_minutes, sampling)
     patches = patch_loader(chosen, mirror, config, state.step, workers, state.device, trusted_less)
     fit(
         state,
@@ -147,17 +148,17 @@ def train(
         log.warning("stopped at step %d of %d: the same command goes on", state.step, config.steps)
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
-    save_model(path, state.ema, table, described)
+    save_model(path, state.ema, parcellation, described)
     log.info("wrote %s after %d steps", path, state.step)
     return path
 
 
-def structures(samples: Sequence[cache.Sample], table: LabelTable) -> set[int]:
+def structures(samples: Sequence[cache.Sample], parcellation: Parcellation) -> set[int]:
     """Codes that the samples' labels hold: of others a network learns that they are nowhere."""
-    present = np.zeros(table.n_classes, dtype=bool)
+    present = np.zeros(parcellation.n_classes, dtype=bool)
     for sample in samples:
-        present |= np.bincount(sample.classes.ravel(), minlength=table.n_classes) > 0
-    return set(table.codes[1:][present[1:]].tolist())
+        present |= np.bincount(sample.classes.ravel(), minlength=parcellation.n_classes) > 0
+    return set(parcellation.codes[1:][present[1:]].tolist())
 
 
 def check_people(

@@ -29,7 +29,7 @@ from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, calibration, volume_rows
-from cadiff_cli.labels import load_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import (
     CoordinateField,
     InSpace,
@@ -57,7 +57,7 @@ def save_result(
     """
     prepared, segmentation = result.prepared, result.segmentation
     path, native = prepared.scan.path, prepared.scan.t1.grid
-    registrations, table = prepared.registrations, segmentation.table
+    registrations, parcellation = prepared.registrations, segmentation.parcellation
     write = _Writer(Derivatives(out, path), source or path.name)
     mask, t1w, dseg = (write.uri(name) for name in (MASK, T1W, DSEG))
     to_scan = [
@@ -65,7 +65,7 @@ def save_result(
         for r in registrations
         if r.from_template is not None  # else the network found the field
     ]
-    save_dataset_files(out, table)
+    save_dataset_files(out, parcellation)
     write.place.commit.unlink(missing_ok=True)
 
     write.image(T1W, prepared.stripped.t1.data, prepared.stripped.t1.grid)
@@ -108,7 +108,7 @@ def save_result(
             PROBSEG,
             segmented_from,
             Description="Probability of each structure, background first",
-            LabelMap=["BG", *(s.abbreviation for s in table.structures)],
+            LabelMap=["BG", *(s.abbreviation for s in parcellation.structures)],
             Manual=False,
         )
     if segmentation.uncertainty is not None:
@@ -139,7 +139,7 @@ def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
     """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path."""
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
     said = [machine.without_home(text) for text in (*scan.warnings, *stripped.warnings)]
-    save_dataset_files(out, load_table())
+    save_dataset_files(out, load_parcellation(BASE))
     brain = np.where(mask.data, scan.t1.data, 0).astype(np.float32)
     write.image(BRAIN, brain, mask.grid, like=scan.path)
     write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)

@@ -9,7 +9,7 @@ import cadiff_cli
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.raw import LINK_KINDS, Dataset
 from cadiff_cli.io.files import read_json, write_json, write_text, write_tsv
-from cadiff_cli.labels import LabelTable
+from cadiff_cli.labels.parcellation import Parcellation
 
 VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 """What OpenNeuro adds to a dataset's DOI."""
@@ -41,7 +41,7 @@ def generated_by() -> dict[str, Any]:
 
 
 def save_dataset_files(
-    out: Path, table: LabelTable, raw: Dataset | None = None, link: str | None = None
+    out: Path, parcellation: Parcellation, raw: Dataset | None = None, link: str | None = None
 ) -> None:
     """``dataset_description.json``, ``.bidsignore``, ``dseg.tsv``, ``README.md``.
 
@@ -76,7 +76,9 @@ def save_dataset_files(
         write_text(out / "README.md", README)
     if not (out / "dseg.tsv").exists():
         header = ("index", "name", "abbreviation", "color", "mapping")
-        rows = [(s.code, s.name, s.abbreviation, s.color, s.mapping) for s in table.structures]
+        rows = [
+            (s.code, s.name, s.abbreviation, s.color, s.tissue) for s in parcellation.structures
+        ]
         write_tsv(out / "dseg.tsv", header, [(0, "Background", "BG", "#000000", 0), *rows])
 
 

@@ -16,7 +16,7 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
 
 if TYPE_CHECKING:
-    from cadiff_cli.labels import LabelTable
+    from cadiff_cli.labels.parcellation import Parcellation
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,16 @@ def _by_scan(dataset: Path, suffix: str) -> dict[tuple[str, ...], Path]:
 
 
 def load_labelled(
-    scan: LabelledScan, table: "LabelTable", mapping: Mapping[int, int]
+    scan: LabelledScan, parcellation: "Parcellation", mapping: Mapping[int, int]
 ) -> tuple[Scan, Volume]:
     """A scan and its labels as classes (X, Y, Z) uint8, on one grid.
 
     Raises ``DataError`` where the grids differ, and what ``load_classes`` raises.
     """
     loaded = load_scan(scan.t1)
-    classes, grid = load_classes(scan.dseg, table, mapping, option="--labels"), loaded.t1.grid
+    classes, grid = (
+        load_classes(scan.dseg, parcellation, mapping, option="--labels"),
+        loaded.t1.grid,
+    )
     check_same_grid(scan.dseg.name, classes.grid, scan.t1.name, grid)
     return loaded, Volume(classes.data, grid)

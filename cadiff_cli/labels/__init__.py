@@ -1,0 +1,1 @@
+"""Parcellations by name, and the label ids of other software."""

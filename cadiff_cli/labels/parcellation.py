@@ -1,0 +1,233 @@
+"""Parcellations: ordered lists of the structures that a network draws.
+
+Networks work with *classes* (0 is background, 1..n in the order of the list); files hold *codes*
+(FreeSurfer aseg codes where one exists; 91/92 and 630-632 are Mindboggle's codes for the basal
+forebrain and the vermal lobules).  ``Parcellation`` is the only place where the two meet.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial import KDTree
+
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+
+BASE = "cadiff40"
+"""The parcellation of networks that name none; finer ones name its codes in ``parent``."""
+CSF_TISSUE, NON_BRAIN_TISSUE = 3, 6
+"""BIDS' standard tissue classes, column ``mapping`` of a table."""
+COLUMNS = ("index", "name", "abbreviation", "color", "mapping", "mirror")
+"""Columns that a table must have; ``parent`` and ``subsets`` may follow."""
+LEAST_CODE, GREATEST_CODE = 1, 32767
+"""Label maps are stored as int16."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One row of a parcellation's table.
+
+    ``tissue`` is BIDS' tissue class.  ``mirror`` is the code of the partner in the other
+    hemisphere, its own in the middle.  ``parent`` is the code of the structure of ``BASE`` that
+    this one is a part of; None in ``BASE`` itself, and where there is none.  ``subsets`` are
+    names of selections that the structure belongs to.
+    """
+
+    code: int
+    name: str
+    abbreviation: str
+    color: str
+    tissue: int
+    mirror: int
+    parent: int | None = None
+    subsets: tuple[str, ...] = ()
+
+    @property
+    def is_tissue(self) -> bool:
+        """Part of the brain or of its fluid; vessels are not."""
+        return self.tissue != NON_BRAIN_TISSUE
+
+    @property
+    def is_csf(self) -> bool:
+        """Ventricles and the fluid around the brain."""
+        return self.tissue == CSF_TISSUE
+
+
+@dataclass(frozen=True)
+class Parcellation:
+    """An ordered list of structures; class ``k`` (1-based) is ``structures[k - 1]``."""
+
+    name: str
+    structures: tuple[Structure, ...]
+
+    def __len__(self) -> int:
+        return len(self.structures)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes with background."""
+        return len(self.structures) + 1
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest type that holds every class."""
+        return np.min_scalar_type(len(self.structures))
+
+    @cached_property
+    def codes(self) -> np.ndarray:
+        """(n_classes,) int16: the code written for each class."""
+        return np.array([0, *(s.code for s in self.structures)], dtype=np.int16)
+
+    @cached_property
+    def class_of(self) -> Mapping[int, int]:
+        """Code -> class, without background."""
+        return {s.code: k for k, s in enumerate(self.structures, start=1)}
+
+    @cached_property
+    def mirror_classes(self) -> np.ndarray:
+        """(n_classes,) int64: the class that each class becomes when left and right swap."""
+        return np.array([0, *(self.class_of[s.mirror] for s in self.structures)])
+
+    @cached_property
+    def left_codes(self) -> dict[int, int]:
+        """Code -> that of the pair's left structure; its own in the middle."""
+        return {s.code: min(s.code, s.mirror) for s in self.structures}
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """Names that ``subset`` knows."""
+        return ("all", *dict.fromkeys(name for s in self.structures for name in s.subsets))
+
+    def subset(self, name: str) -> tuple[int, ...]:
+        """Classes of a named subset: ``"all"``, or a name from the table.
+
+        ``cadiff40`` has ``"malc27"``, the CA-Diff paper's 27.  Raises ``UsageError`` for others.
+        """
+        if name not in self.subsets:
+            raise UsageError(
+                f"unknown label subset {name!r} of {self.name}", f"use {_either(self.subsets)}"
+            )
+        return tuple(self.class_of[s.code] for s in self.structures if name in ("all", *s.subsets))
+
+    def encode(self, ids: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
+        """Turn a foreign label map (X, Y, Z) into classes (``dtype``); unmapped ids become 0.
+
+        A negative class stands for itself or its mirror image, whichever is nearer (in voxels): the
+        callosum of FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
+        """
+        if not np.isfinite(ids).all():
+            raise DataError("label map holds NaN or infinite values", "labels are whole numbers")
+        ids = np.rint(ids).astype(np.int64)
+        top = int(ids.max(initial=0))
+        if ids.min(initial=0) < 0:
+            raise DataError(f"label map holds {int(ids.min())}", "labels must not be negative")
+        lut = np.zeros(top + 1, dtype=np.int32)
+        for source, target in mapping.items():
+            if source <= top:
+                lut[source] = target
+        classes = lut[ids]
+        for either in sorted({k for k in mapping.values() if k < 0}):
+            unsided = classes == either
+            sided = np.isin(classes, (-either, self.mirror_classes[-either]))
+            classes[unsided] = -either
+            if unsided.any() and sided.any():
+                _, nearest = KDTree(np.argwhere(sided)).query(np.argwhere(unsided))
+                classes[unsided] = classes[sided][nearest]
+        return np.asarray(classes.astype(self.dtype))
+
+    def reached(self, mapping: Mapping[int, int]) -> set[int]:
+        """Classes that a mapping from foreign ids can give."""
+        either = {abs(k) for k in mapping.values()} - {0}
+        mirrored = {int(self.mirror_classes[-k]) for k in mapping.values() if k < 0}
+        return either | mirrored
+
+
+@cache
+def load_parcellation(name: str | Path) -> Parcellation:
+    """Read a parcellation that ships with the package, or a table (TSV) of your own by its path.
+
+    A table has the columns ``COLUMNS`` of BIDS' ``dseg.tsv`` and ours, and perhaps ``parent`` and
+    ``subsets`` (names, separated by spaces); the file's name names the parcellation.  Raises
+    ``MissingInputError`` if there is none, ``DataError`` if it is not a table.
+    """
+    shipped = files("cadiff_cli").joinpath(f"data/labels/{name}.tsv")
+    if name in shipped_names():
+        return parse(str(name), shipped.read_text(encoding="utf-8"))
+    path = Path(name)
+    if not path.is_file():
+        raise MissingInputError(
+            f"no parcellation {str(name)!r}", f"use {', '.join(shipped_names())}, or a TSV"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Excel's begins with a mark
+    except ValueError as error:
+        raise DataError(f"{path} is not a table ({error})", "save it as TSV in UTF-8") from error
+    return parse(path.stem, text)
+
+
+def shipped_names() -> list[str]:
+    """Parcellations that ship with the package."""
+    folder = files("cadiff_cli").joinpath("data/labels")
+    names = (Path(each.name) for each in folder.iterdir())
+    return sorted(path.stem for path in names if path.suffix == ".tsv")
+
+
+def parse(name: str, text: str) -> Parcellation:
+    """A parcellation from the text of its table, checked; raises ``DataError``."""
+    lines = csv.DictReader(text.splitlines(), delimiter="\t")
+    try:
+        structures = tuple(
+            Structure(
+                code=int(line["index"]),
+                name=line["name"],
+                abbreviation=line["abbreviation"],
+                color=line["color"],
+                tissue=int(line["mapping"]),
+                mirror=int(line["mirror"]),
+                parent=int(line["parent"]) if line.get("parent") else None,
+                subsets=tuple((line.get("subsets") or "").split()),
+            )
+            for line in lines
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the table of {name} cannot be read ({error})",
+            f"columns {', '.join(COLUMNS)}; index, mapping and mirror are whole numbers",
+        ) from error
+    parcellation = Parcellation(name, structures)
+    for trouble in _troubles(parcellation):
+        raise DataError(f"parcellation {name}: {trouble}", "correct its table")
+    return parcellation
+
+
+def _troubles(parcellation: Parcellation) -> Iterable[str]:
+    """Why a table makes no parcellation."""
+    name, structures = parcellation.name, parcellation.structures
+    if not (name.isascii() and name.isalnum()):
+        yield "its name, which becomes a part of file names, must be letters and digits"
+    if not structures:
+        yield "the table has no rows"
+    for attribute in ("code", "name", "abbreviation"):
+        values = [getattr(s, attribute) for s in structures]
+        if several := sorted({value for value in values if values.count(value) > 1}):
+            yield f"{attribute} {several[0]} is given to several structures"
+    mirror = {s.code: s.mirror for s in structures}
+    for s in structures:
+        if not LEAST_CODE <= s.code <= GREATEST_CODE:
+            yield f"index is {s.code}, not {LEAST_CODE} to {GREATEST_CODE}"
+        if mirror.get(s.mirror) != s.code:
+            yield f"{s.name} mirrors {s.mirror}, which does not mirror {s.code}"
+    parents = {s.code: s.parent for s in structures if s.parent is not None}
+    if parents:
+        base = load_parcellation(BASE)
+        for s in structures:
+            if s.parent is not None and s.parent not in base.class_of:
+                yield f"parent of {s.name} is {s.parent}, which is no code of {BASE}"
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))

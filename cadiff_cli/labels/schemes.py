@@ -1,0 +1,81 @@
+"""Label ids of other software: tables from their ids to the codes of a parcellation.
+
+``data/labels/schemes/PARCELLATION/SCHEME.tsv`` has columns ``source`` (an id), ``last`` (the last
+id, where all from ``source`` on mean the same; may be empty or absent) and ``index`` (the code that
+they mean; 0 is background, and a negative code means it or its mirror image, whichever is nearer).
+"""
+
+import csv
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.labels.parcellation import Parcellation
+
+OWN = "cadiff"
+"""The scheme of label maps that cadiff wrote: the parcellation's own codes, so it has no table."""
+
+
+def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
+    """Id -> class of ``parcellation``: a scheme by name (``scheme_names``), or your table by path.
+
+    A class is negative where the side is to be found (``Parcellation.encode``).  Raises
+    ``MissingInputError`` if there is no such scheme, ``DataError`` if it is not one.
+    """
+    if name == OWN:
+        return dict(parcellation.class_of)
+    if name in scheme_names(parcellation):
+        text = _folder(parcellation).joinpath(f"{name}.tsv").read_text(encoding="utf-8")
+        return parse(name, text, parcellation)
+    path = Path(name)
+    if not path.is_file():
+        raise MissingInputError(
+            f"no scheme {name!r} of label ids for {parcellation.name}",
+            f"use {', '.join(scheme_names(parcellation))}, or a TSV with source and index",
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Excel's begins with a mark
+    except ValueError as error:
+        raise DataError(f"{name} is not a mapping ({error})", "save it as TSV in UTF-8") from error
+    return parse(name, text, parcellation)
+
+
+def scheme_names(parcellation: Parcellation) -> list[str]:
+    """Schemes that ship with the package for a parcellation."""
+    folder = _folder(parcellation)
+    paths = [Path(each.name) for each in folder.iterdir()] if folder.is_dir() else []
+    return sorted([OWN, *(path.stem for path in paths if path.suffix == ".tsv")])
+
+
+def parse(name: str, text: str, parcellation: Parcellation) -> dict[int, int]:
+    """Id -> class from the text of a scheme's table, checked; raises ``DataError``."""
+    try:
+        lines = list(csv.DictReader(text.splitlines(), delimiter="\t"))
+        rows = [
+            (int(line["source"]), int(line.get("last") or line["source"]), int(line["index"]))
+            for line in lines
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
+        ) from error
+    if backward := [(first, last) for first, last, _ in rows if last < first]:
+        raise DataError(
+            f"{name} has a row of ids {backward[0][0]} to {backward[0][1]}",
+            "last is source or greater",
+        )
+    pairs = [(id_, code) for first, last, code in rows for id_ in range(first, last + 1)]
+    if negative := sorted({id_ for id_, _ in pairs if id_ < 0}):
+        raise DataError(f"{name} maps ids {negative}", "label maps hold no negative ids")
+    code_of = dict(pairs)
+    if several := sorted({id_ for id_, code in pairs if code_of[id_] != code}):
+        raise DataError(f"{name} maps ids {several} to several codes", "give each id one row")
+    classes = {0: 0, **parcellation.class_of}
+    if unknown := sorted({code for code in code_of.values() if abs(code) not in classes}):
+        raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
+    return {id_: classes[abs(code)] * (-1 if code < 0 else 1) for id_, code in code_of.items()}
+
+
+def _folder(parcellation: Parcellation) -> Traversable:
+    return files("cadiff_cli").joinpath(f"data/labels/schemes/{parcellation.name}")
