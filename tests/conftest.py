@@ -181,6 +181,24 @@ def parcellation():
     return load_parcellation(BASE)
 
 
+LOBES = """index	name	abbreviation	color	mapping	mirror	parent	subsets
+1001	Left-Front	L_F	#cd3e4e	8	2001	3	frontal
+1002	Left-Back	L_B	#781286	8	2002	3	n/a
+2001	Right-Front	R_F	#cd3e4f	8	1001	42	frontal
+2002	Right-Back	R_B	#781287	8	1002	42	n/a
+16	Brain-Stem	BS	#779fb0	10	16	16	n/a
+"""
+"""A second parcellation: the cortex in four parts, and the brain stem."""
+
+
+@pytest.fixture(scope="session")
+def lobes(tmp_path_factory):
+    """``LOBES``, read from a file as a user would have it."""
+    path = tmp_path_factory.mktemp("parcellation") / "lobes.tsv"
+    path.write_text(LOBES)
+    return load_parcellation(path)
+
+
 @pytest.fixture(scope="session")
 def mirror(parcellation):
     """(n_classes,): the class that each class becomes when left and right swap."""

@@ -1,13 +1,21 @@
-"""The label table: one meeting place of classes and codes, left and right."""
+"""Parcellations: the one meeting place of classes and codes, left and right, fine and coarse."""
 
 import json
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import LOBES, ROOT
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.labels.schemes import load_scheme
+from cadiff_cli.labels.parcellation import (
+    BASE,
+    Parcellation,
+    Structure,
+    load_parcellation,
+    parse,
+    shipped_names,
+)
+from cadiff_cli.labels.schemes import load_scheme, scheme_names
 
 MIDLINE = {"3rd-Ventricle", "4th-Ventricle", "Brain-Stem", "CSF", "Optic-Chiasm"}
 
@@ -174,3 +182,122 @@ def test_a_mapping_may_come_from_a_spreadsheet(parcellation, tmp_path):
     path.write_text("source\tindex\n7\t10\n", encoding="utf-16")
     with pytest.raises(DataError, match="not a mapping"):
         load_scheme(str(path), parcellation)
+
+
+def many(n):
+    """A parcellation of ``n`` structures in the middle, with codes in falling order."""
+    codes = range(2 * n, n, -1)
+    return Parcellation("many", tuple(Structure(c, f"S{c}", f"s{c}", "#0", 8, c) for c in codes))
+
+
+@pytest.mark.parametrize("n", [255, 256, 300])
+def test_no_class_wraps_around(n):
+    """255 is the greatest class that 8 bits hold."""
+    parcellation = many(n)
+    classes = np.arange(n + 1).reshape(1, 1, -1)
+    encoded = parcellation.encode(parcellation.codes[classes], parcellation.class_of)
+    np.testing.assert_array_equal(encoded, classes)
+    assert encoded.dtype == (np.uint8 if n < 256 else np.int16)
+
+
+def test_a_table_survives_being_written(parcellation, lobes):
+    for one in (parcellation, lobes):
+        assert parse(one.name, one.as_tsv()) == one
+
+
+def test_a_parcellation_is_named_after_its_file(lobes, tmp_path):
+    assert lobes.name == lobes.segmentation == "lobes"
+    path = tmp_path / "seg-lobes_dseg.tsv"
+    path.write_text(LOBES, encoding="utf-8-sig")  # by Excel
+    assert load_parcellation(path) == load_parcellation(str(path)) == lobes
+    assert load_parcellation(BASE).segmentation == "cadiff"
+    with pytest.raises(MissingInputError, match="no-such") as caught:
+        load_parcellation("no-such")
+    assert BASE in caught.value.remedy
+    for taken in (BASE, "cadiff"):
+        (tmp_path / f"{taken}.tsv").write_text(LOBES)
+        with pytest.raises(DataError, match="taken"):
+            load_parcellation(tmp_path / f"{taken}.tsv")
+    path.write_text(LOBES, encoding="utf-16")
+    with pytest.raises(DataError, match="not a table"):
+        load_parcellation(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ("\tmirror", "\tpartner", "mirror"),
+        ("1001\tLeft-F", "x\tLeft-F", "cannot be read"),
+        ("2002\tRight-Back", "2001\tRight-Back", "code 2001 is given to several"),
+        ("Left-Back", "Left-Front", "name Left-Front is given to several"),
+        ("\t2001\t3", "\t2002\t3", "Left-Front mirrors 2002"),
+        ("\t16\t16\tn/a", "\t17\t16\tn/a", "Brain-Stem mirrors 17"),
+        ("\t16\t16\tn/a", "\t16\t1001\tn/a", "parent of Brain-Stem is 1001"),
+        ("16\tBrain-Stem\tBS\t#779fb0\t10\t16", "40000\tB\tBS\t#7\t10\t40000", "40000"),
+    ],
+)
+def test_a_table_that_makes_no_parcellation_is_refused(before, after, why):
+    assert before in LOBES
+    with pytest.raises(DataError, match=why) as caught:
+        parse("lobes", LOBES.replace(before, after))
+    assert caught.value.remedy
+
+
+def test_names_must_fit_into_file_names():
+    with pytest.raises(DataError, match="letters and digits"):
+        parse("my_lobes", LOBES)
+    with pytest.raises(DataError, match="no rows"):
+        parse("lobes", LOBES.splitlines()[0])
+
+
+def test_subsets_are_the_tables(lobes):
+    assert lobes.subsets == ("all", "frontal")
+    assert names(lobes, lobes.subset("frontal")) == ["Left-Front", "Right-Front"]
+    with pytest.raises(UsageError, match="malc27") as caught:
+        lobes.subset("malc27")
+    assert "'frontal'" in caught.value.remedy
+
+
+def test_a_fine_label_map_becomes_a_coarse_one(lobes, parcellation):
+    fine = np.array([0, 1001, 2002, 1002, 16, 2001]).reshape(1, 2, 3)
+    coarse = lobes.coarsen(fine)
+    np.testing.assert_array_equal(coarse, [[[0, 3, 42], [3, 16, 42]]])
+    # Whoever is coarse stays so, and nobody becomes finer.
+    np.testing.assert_array_equal(parcellation.coarsen(coarse), coarse)
+    with pytest.raises(DataError, match="no parts"):
+        parcellation.mapping_to(lobes)
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_parent_of_a_mirror_image_is_the_mirror_image_of_the_parent(name, lobes):
+    base = load_parcellation(BASE)
+    mirror = {s.code: s.mirror for s in base.structures}
+    for parcellation in (load_parcellation(name), lobes):
+        parent = {s.code: s.parent for s in parcellation.structures if s.parent is not None}
+        for s in parcellation.structures:
+            if s.parent is not None:
+                assert parent[s.mirror] == mirror[s.parent], s.name
+        # Flipping before or after coarsening is the same.
+        classes = np.arange(parcellation.n_classes)
+        flipped = parcellation.codes[parcellation.mirror_classes[classes]]
+        coarse = base.encode(parcellation.coarsen(parcellation.codes), base.class_of)
+        np.testing.assert_array_equal(
+            parcellation.coarsen(flipped), base.codes[base.mirror_classes[coarse]]
+        )
+
+
+def test_schemes_belong_to_a_parcellation(parcellation, lobes, tmp_path):
+    assert {"dlmuse", "freesurfer", "neuromorphometrics", "synthseg"} < {
+        *scheme_names(parcellation)
+    }
+    assert scheme_names(lobes) == ["cadiff"]
+    assert load_scheme("cadiff", lobes) == lobes.class_of
+    assert load_scheme(BASE, parcellation) == parcellation.class_of
+    with pytest.raises(MissingInputError, match="dlmuse"):
+        load_scheme("dlmuse", lobes)
+    path = tmp_path / "map.tsv"
+    path.write_text("source\tlast\tindex\n5\t9\t1001\n11\t\t-2002\n")
+    assert load_scheme(str(path), lobes) == dict.fromkeys(range(5, 10), 1) | {11: -4}
+    path.write_text("source\tlast\tindex\n9\t5\t1001\n")
+    with pytest.raises(DataError, match="9 to 5"):
+        load_scheme(str(path), lobes)

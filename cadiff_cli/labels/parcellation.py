@@ -19,6 +19,8 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 
 BASE = "cadiff40"
 """The parcellation of networks that name none; finer ones name its codes in ``parent``."""
+OWN_SEGMENTATION = "cadiff"
+"""What ``BASE`` is called in file names; others are called by their names."""
 CSF_TISSUE, NON_BRAIN_TISSUE = 3, 6
 """BIDS' standard tissue classes, column ``mapping`` of a table."""
 COLUMNS = ("index", "name", "abbreviation", "color", "mapping", "mirror")
@@ -73,9 +75,9 @@ class Parcellation:
         return len(self.structures) + 1
 
     @property
-    def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """The smallest type that holds every class."""
-        return np.min_scalar_type(len(self.structures))
+    def dtype(self) -> np.dtype[np.integer]:
+        """What holds every class: uint8, or int16 from 257 classes on."""
+        return class_dtype(self.n_classes)
 
     @cached_property
     def codes(self) -> np.ndarray:
@@ -96,6 +98,11 @@ class Parcellation:
     def left_codes(self) -> dict[int, int]:
         """Code -> that of the pair's left structure; its own in the middle."""
         return {s.code: min(s.code, s.mirror) for s in self.structures}
+
+    @property
+    def segmentation(self) -> str:
+        """BIDS' entity ``seg-`` of its label maps."""
+        return OWN_SEGMENTATION if self.name == BASE else self.name
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -139,41 +146,90 @@ class Parcellation:
                 classes[unsided] = classes[sided][nearest]
         return np.asarray(classes.astype(self.dtype))
 
+    def mapping_to(self, other: "Parcellation") -> dict[int, int]:
+        """Code -> class of ``other``: of itself, or of ``BASE`` by the column ``parent``.
+
+        A structure without a parent becomes background.  Raises ``DataError`` where ``other`` is
+        neither.
+        """
+        if other == self:
+            return dict(self.class_of)
+        if other.name != BASE:
+            raise DataError(
+                f"structures of {self.name} are no parts of those of {other.name}",
+                f"compare with {self.name} or {BASE}",
+            )
+        return {s.code: other.class_of.get(s.parent or 0, 0) for s in self.structures}
+
+    def coarsen(self, codes: np.ndarray) -> np.ndarray:
+        """A label map (codes) with every structure replaced by its parent, a code of ``BASE``.
+
+        That of ``BASE`` stays as it is.
+        """
+        base = load_parcellation(BASE)
+        return np.asarray(base.codes[base.encode(codes, self.mapping_to(base))])
+
     def reached(self, mapping: Mapping[int, int]) -> set[int]:
         """Classes that a mapping from foreign ids can give."""
         either = {abs(k) for k in mapping.values()} - {0}
         mirrored = {int(self.mirror_classes[-k]) for k in mapping.values() if k < 0}
         return either | mirrored
 
+    def as_tsv(self) -> str:
+        """The text of its table, background included; ``parse`` reads it."""
+        lines: list[tuple[object, ...]] = [
+            (*COLUMNS, "parent", "subsets"),
+            (0, "Background", "BG", "#000000", 0, 0, None, None),
+        ]
+        for s in self.structures:
+            known = (s.code, s.name, s.abbreviation, s.color, s.tissue, s.mirror, s.parent)
+            lines.append((*known, " ".join(s.subsets)))
+        cells = (("n/a" if x in (None, "") else str(x) for x in line) for line in lines)
+        return "".join("\t".join(line) + "\n" for line in cells)
 
-@cache
+
+def class_dtype(n_classes: int) -> np.dtype[np.integer]:
+    """The type of class maps: uint8 where it holds the greatest class, else int16."""
+    return np.dtype(np.uint8 if n_classes <= 256 else np.int16)
+
+
 def load_parcellation(name: str | Path) -> Parcellation:
     """Read a parcellation that ships with the package, or a table (TSV) of your own by its path.
 
     A table has the columns ``COLUMNS`` of BIDS' ``dseg.tsv`` and ours, and perhaps ``parent`` and
-    ``subsets`` (names, separated by spaces); the file's name names the parcellation.  Raises
-    ``MissingInputError`` if there is none, ``DataError`` if it is not a table.
+    ``subsets`` (names, separated by spaces).  ``NAME.tsv`` and ``seg-NAME_dseg.tsv`` name the
+    parcellation.  Raises ``MissingInputError`` if there is none, ``DataError`` if it is not a
+    table.
     """
-    shipped = files("cadiff_cli").joinpath(f"data/labels/{name}.tsv")
     if name in shipped_names():
-        return parse(str(name), shipped.read_text(encoding="utf-8"))
+        return _shipped(str(name))
     path = Path(name)
     if not path.is_file():
         raise MissingInputError(
             f"no parcellation {str(name)!r}", f"use {', '.join(shipped_names())}, or a TSV"
         )
+    own = path.stem.removeprefix("seg-").removesuffix("_dseg")
+    if own in (OWN_SEGMENTATION, *shipped_names()):
+        raise DataError(f"{path}: the name {own} is taken", "rename the file")
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel's begins with a mark
     except ValueError as error:
         raise DataError(f"{path} is not a table ({error})", "save it as TSV in UTF-8") from error
-    return parse(path.stem, text)
+    return parse(own, text)
 
 
-def shipped_names() -> list[str]:
+@cache
+def _shipped(name: str) -> Parcellation:
+    path = files("cadiff_cli").joinpath(f"data/labels/{name}.tsv")
+    return parse(name, path.read_text(encoding="utf-8"))
+
+
+@cache
+def shipped_names() -> tuple[str, ...]:
     """Parcellations that ship with the package."""
     folder = files("cadiff_cli").joinpath("data/labels")
     names = (Path(each.name) for each in folder.iterdir())
-    return sorted(path.stem for path in names if path.suffix == ".tsv")
+    return tuple(sorted(path.stem for path in names if path.suffix == ".tsv"))
 
 
 def parse(name: str, text: str) -> Parcellation:
@@ -188,10 +244,11 @@ def parse(name: str, text: str) -> Parcellation:
                 color=line["color"],
                 tissue=int(line["mapping"]),
                 mirror=int(line["mirror"]),
-                parent=int(line["parent"]) if line.get("parent") else None,
-                subsets=tuple((line.get("subsets") or "").split()),
+                parent=int(parent) if (parent := _cell(line, "parent")) else None,
+                subsets=tuple(_cell(line, "subsets").split()),
             )
             for line in lines
+            if line["index"] != "0"  # background, which BIDS' tables list
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -202,6 +259,12 @@ def parse(name: str, text: str) -> Parcellation:
     for trouble in _troubles(parcellation):
         raise DataError(f"parcellation {name}: {trouble}", "correct its table")
     return parcellation
+
+
+def _cell(line: Mapping[str, str | None], column: str) -> str:
+    """A cell that may be absent, or hold BIDS' ``n/a``: empty then."""
+    text = line.get(column) or ""
+    return "" if text == "n/a" else text
 
 
 def _troubles(parcellation: Parcellation) -> Iterable[str]:
@@ -221,12 +284,8 @@ def _troubles(parcellation: Parcellation) -> Iterable[str]:
             yield f"index is {s.code}, not {LEAST_CODE} to {GREATEST_CODE}"
         if mirror.get(s.mirror) != s.code:
             yield f"{s.name} mirrors {s.mirror}, which does not mirror {s.code}"
-    parents = {s.code: s.parent for s in structures if s.parent is not None}
-    if parents:
-        base = load_parcellation(BASE)
-        for s in structures:
-            if s.parent is not None and s.parent not in base.class_of:
-                yield f"parent of {s.name} is {s.parent}, which is no code of {BASE}"
+        if s.parent is not None and s.parent not in load_parcellation(BASE).class_of:
+            yield f"the parent of {s.name} is {s.parent}, which is no code of {BASE}"
 
 
 def _either(names: Iterable[str]) -> str:

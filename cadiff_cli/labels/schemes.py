@@ -11,20 +11,23 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from cadiff_cli.errors import DataError, MissingInputError
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import Parcellation, load_parcellation, shipped_names
 
 OWN = "cadiff"
-"""The scheme of label maps that cadiff wrote: the parcellation's own codes, so it has no table."""
+"""The parcellation's own codes, as cadiff writes them: they need no table."""
 
 
 def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
     """Id -> class of ``parcellation``: a scheme by name (``scheme_names``), or your table by path.
 
-    A class is negative where the side is to be found (``Parcellation.encode``).  Raises
-    ``MissingInputError`` if there is no such scheme, ``DataError`` if it is not one.
+    The name of a shipped parcellation means its codes.  A class is negative where the side is to be
+    found (``Parcellation.encode``).  Raises ``MissingInputError`` if there is no such scheme,
+    ``DataError`` if it is not one.
     """
     if name == OWN:
         return dict(parcellation.class_of)
+    if name in shipped_names():
+        return load_parcellation(name).mapping_to(parcellation)
     if name in scheme_names(parcellation):
         text = _folder(parcellation).joinpath(f"{name}.tsv").read_text(encoding="utf-8")
         return parse(name, text, parcellation)
