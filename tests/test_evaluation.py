@@ -384,7 +384,7 @@ def test_evaluate_says_what_is_wrong_in_one_line(folders, write, tmp_path, capsy
     elsewhere = write("elsewhere_dseg.nii.gz", theirs(cubes(0)), rotation(0, (9, 0, 0)))
     for code, text, arguments in (
         (66, "no such file", (mine, tmp_path / "gone")),
-        (66, "no mapping", (ours, truth, "--reference-labels", "nonsense")),
+        (66, "no scheme", (ours, truth, "--reference-labels", "nonsense")),
         (64, "is a file", (mine, truth)),
         (64, "tolerance", (ours, truth, "--tolerance", "-1")),
         (64, "malc28", (ours, truth, "--labels", "malc28")),
