@@ -139,7 +139,7 @@ def score_classes(
     tolerance_mm: float = 1.0,
     reference_name: str = "",
 ) -> list[Score]:
-    """Score one class map (uint8) against another on the same grid."""
+    """Score one class map against another on the same grid."""
     p, r, classes = prediction.data, reference.data, parcellation.subset(subset)
     spacing_mm = reference.grid.spacing_mm.tolist()
     numbers = zip(

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, mapped_box, resample, resample_in
+from cadiff_cli.spatial.resample import (
+    bounding_box,
+    mapped_box,
+    resample,
+    resample_in,
+    resample_labels,
+)
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])
@@ -91,3 +97,15 @@ def test_a_mapped_box_holds_the_images_of_its_voxels(grid_of, orientation):
 
 def test_an_empty_mask_has_an_empty_box():
     assert bounding_box(np.zeros((4, 4, 4), dtype=bool)) == (slice(0, 0),) * 3
+
+
+def test_classes_that_need_two_bytes_survive():
+    """A ball of class 300 and one of class 44, its last byte, on a grid half a voxel away."""
+    classes = np.zeros((20, 20, 20), dtype=np.int16)
+    classes[3:9, 3:9, 3:9], classes[12:18, 12:18, 12:18] = 300, 44
+    labels = Volume(classes, Grid((20, 20, 20), np.eye(4)))
+    moved = resample_labels(
+        labels, Grid((19, 19, 19), np.diag([1, 1, 1, 1.0]) + np.eye(4, k=3) / 2)
+    )
+    assert set(np.unique(moved.data)) == {0, 44, 300}
+    assert (moved.data[4:8, 4:8, 4:8] == 300).all()

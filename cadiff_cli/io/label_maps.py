@@ -21,7 +21,7 @@ ROUNDING = 1e-3
 def load_classes(
     path: Path, parcellation: Parcellation, mapping: Mapping[int, int], *, option: str | None = None
 ) -> Volume:
-    """Read a label map and turn its ids into classes (uint8).
+    """Read a label map and turn its ids into classes (``Parcellation.dtype``).
 
     ``mapping`` must know every id.  In a foreign map, whose ids the command line's ``option``
     explains, it must know at least one; the others become background, which is said.  Raises

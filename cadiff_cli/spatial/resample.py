@@ -102,10 +102,10 @@ def resample_mask(mask: Volume, grid: Grid) -> Volume:
 
 
 def resample_labels(labels: Volume, grid: Grid) -> Volume:
-    """A class map (uint8) on another grid: each class is interpolated as a mask, the most wins."""
+    """A class map on another grid: each class is interpolated as a mask, the most wins."""
     if same_lattice(labels.grid.voxel_map(grid)):
         return resample(labels, grid, order=0)
-    classes = np.zeros(grid.shape, dtype=np.uint8)
+    classes = np.zeros(grid.shape, dtype=labels.data.dtype)
     largest, total = (np.zeros(grid.shape, dtype=np.float32) for _ in range(2))
     for k, box in enumerate(ndimage.find_objects(labels.data), start=1):
         if box is None:

@@ -199,7 +199,7 @@ def joint_vote(
     search: int,
     beta: float,
 ) -> np.ndarray:
-    """(X, Y, Z) uint8: the class that joint label fusion gives each voxel of ``mask``, 0 outside.
+    """(X, Y, Z): the class that joint label fusion gives each voxel of ``mask``, 0 outside.
 
     Everything is on one grid; at least two atlases.  ``radius`` and ``search`` are in voxels.
     """
@@ -218,14 +218,14 @@ def joint_vote(
             itk(mask),
             [itk(data) for data in atlas_images],
             # ANTs never votes for label 0: one more makes background a candidate like any other.
-            label_list=[itk(data + 1) for data in atlas_classes],
+            label_list=[itk(data.astype(np.float32) + 1) for data in atlas_classes],
             rad=radius,
             r_search=search,
             beta=beta,
             output_prefix=f"{folder}/",  # else probabilities of every label stay in /tmp
         )
     labels = fused["segmentation"].numpy()
-    return np.where(mask, labels - 1, 0).astype(np.uint8)
+    return np.where(mask, labels - 1, 0).astype(atlas_classes[0].dtype)
 
 
 def similarity(a: np.ndarray, b: np.ndarray, bins: int = 32) -> float:

@@ -111,7 +111,7 @@ def build(
             name=scan.name,
             subject=scan.subject,
             labels=fingerprint(sorted(mapping.items())),
-            drawn=np.array(sorted(parcellation.reached(mapping)), dtype=np.uint8),
+            drawn=np.array(sorted(parcellation.reached(mapping)), parcellation.dtype),
             key=fingerprint([sha256(path) for path in (scan.t1, scan.dseg)]),
             **arrays,  # type: ignore[arg-type]
         )

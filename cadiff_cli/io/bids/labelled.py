@@ -85,7 +85,7 @@ def _by_scan(dataset: Path, suffix: str) -> dict[tuple[str, ...], Path]:
 def load_labelled(
     scan: LabelledScan, parcellation: "Parcellation", mapping: Mapping[int, int]
 ) -> tuple[Scan, Volume]:
-    """A scan and its labels as classes (X, Y, Z) uint8, on one grid.
+    """A scan and its labels as classes (X, Y, Z), on one grid.
 
     Raises ``DataError`` where the grids differ, and what ``load_classes`` raises.
     """
