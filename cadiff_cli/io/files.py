@@ -32,21 +32,21 @@ S = TypeVar("S", bound="DataclassInstance")
 log = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 50_000_000
-"""Less than one scan's results: it is better said before they are worked out."""
+"""Less than one scan's results: refuse before the long work, not after it."""
 
 NO_SPACE = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
 """Numbers of the errors of a full disk or quota; not every platform has quotas."""
 _FULL = {*NO_SPACE, errno.EIO}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems say that know no locks; the last two are one number on Linux alone."""
+"""Errors of file systems without locks; only Linux gives the last two one number."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends well.
+    """Give a temporary path beside ``path``; rename it to ``path`` when the block ends well.
 
-    An earlier file stays untouched until then; after an error nothing is left behind (a killed
-    process leaves ``.NAME.*``).  Raises ``OutputError`` or ``DiskError``.
+    An earlier file stays untouched until then.  An error leaves nothing behind, a killed process
+    ``.NAME.*``.  Raises ``OutputError`` or ``DiskError``.
     """
     suffix = "".join(path.suffixes[-2:])
     try:
@@ -76,7 +76,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
-    """What to say where no file can be made in ``folder``."""
+    """The error for a folder in which no file can be made."""
     if error.errno in _FULL:
         return DiskError(f"no space left in {folder}", "free some and run again")
     return OutputError(
@@ -85,13 +85,13 @@ def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove what killed processes left of ``path`` (``replacing``); nobody may be writing it."""
+    """Remove temporary files that killed processes left of ``path``; no process may write it."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ``OutputError`` or ``DiskError`` unless files can be made in ``folder``, now made."""
+    """Make ``folder``; raise ``OutputError`` or ``DiskError`` unless files can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Not a TemporaryFile: some mounts refuse to remove an open file.
@@ -111,18 +111,18 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text; the file has either its old content or the new one, never a part.
+    """Write UTF-8; the file has either its old content or the new one, never a part.
 
-    Bytes of file names that are no UTF-8 become escapes, which JSON reads back.
+    Bytes of file names that are not UTF-8 become escapes, which JSON reads back.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 text of people's making; Windows' editors put a mark before it, or write UTF-16.
+    """Read text that people wrote: UTF-8, or with a byte order mark, or Windows' UTF-16.
 
-    Raises ``OSError``, and ``ValueError`` for what is neither.
+    Raises ``OSError``; ``ValueError`` for other encodings.
     """
     with path.open("rb") as stream:
         wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -130,21 +130,21 @@ def read_text(path: Path) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """An indented JSON object."""
+    """Write an indented JSON object."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None if the file is absent or holds none (another's half-written one)."""
+    """A JSON object; None if the file is absent or holds none (another program half wrote it)."""
     try:
-        found = json.loads(read_text(path))
+        values = json.loads(read_text(path))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return values if isinstance(values, dict) else None
 
 
 def write_tsv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A table as BIDS wants it: tabs, a header, ``n/a`` where a value is missing."""
+    """Write a table as BIDS wants it: tabs, a header, ``n/a`` where a value is missing."""
     lines = [header, *rows]
     write_text(path, "".join("\t".join(map(_cell, line)) + "\n" for line in lines))
 
@@ -157,16 +157,17 @@ def _cell(value: object) -> str:
 
 
 def read_settings(path: Path, kind: type[S]) -> S:
-    """A settings object from a TOML file of its fields; what is absent keeps its default.
+    """A settings object from a TOML file of its fields; absent fields keep their defaults.
 
-    Raises ``UsageError`` for a file that is no TOML, an unknown key or a value of another type.
+    Raises ``MissingInputError`` if the file cannot be read; ``UsageError`` if it is not TOML, or
+    for an unknown key or a value of another type.
     """
     try:
         values = tomllib.loads(read_text(path))
     except OSError as error:
         raise MissingInputError(f"cannot read {path} ({error.strerror})", "check it") from error
     except ValueError as error:
-        raise UsageError(f"{path} is no TOML ({error})", "mend it") from error
+        raise UsageError(f"{path} is not TOML ({error})", "correct it") from error
     defaults = {f.name: f.default for f in fields(kind)}
     for key, value in values.items():
         if key not in defaults:
@@ -189,10 +190,10 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold an exclusive lock on ``path``; False if another process has it and we do not wait.
+    """Hold an exclusive lock on ``path``, which the kernel releases when the process ends.
 
-    Where the file system knows no locks, every process gets it: no two may then be given the same
-    scan.
+    Gives False if another process holds it and ``wait`` is not set.  On file systems without locks
+    every caller succeeds; do not give two processes the same scan.
     """
     try:
         stream = path.open("a", encoding="ascii")

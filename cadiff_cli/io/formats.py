@@ -1,4 +1,4 @@
-"""Which file is an image: by its name, and by its first bytes; what makes an image of others."""
+"""Kinds of files, told by first bytes and by name: which are images, and how to convert others."""
 
 import gzip
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cadiff_cli.errors import MissingInputError
 
 HEAD_BYTES = 1024
-"""As much of a file as tells what it is."""
+"""Length of the beginning of a file that tells its kind."""
 GZIP = b"\x1f\x8b"
 Stream = gzip.GzipFile | BufferedReader
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
@@ -24,7 +24,7 @@ _POINTERS = (
 
 
 class _Format(NamedTuple):
-    """A kind of file that is not read here: ``signature`` is a pattern for its first bytes."""
+    """A kind of file that cadiff does not read; ``signature`` is a pattern for its first bytes."""
 
     what: str
     signature: bytes
@@ -97,31 +97,32 @@ _FORMATS = (
 
 
 def pointer(name: str, head: bytes) -> tuple[str, str] | None:
-    """What stands in for a file whose content git keeps elsewhere, and how to get that."""
+    """Message and remedy for a file whose content git keeps elsewhere; None for other files."""
     for signature, system, remedy in _POINTERS:
         if re.match(signature, head):
-            said = f"{name} is a {system} pointer: its content is not here"
-            return said, f"fetch it: {remedy.format(name=name)}"
+            message = f"{name} is a {system} pointer: its content is not here"
+            return message, f"fetch it: {remedy.format(name=name)}"
     return None
 
 
 def foreign(name: str, stem: str, head: bytes = b"") -> tuple[str, str] | None:
-    """What a file that is no NIfTI or MGH is, by its first bytes or else by its name.
+    """Message and remedy for a file that is not NIfTI or MGH; None if its kind is unknown.
 
-    The remedy turns it into NIfTI, or says where to look.
+    The kind is told by the first bytes, else by the name.  The remedy converts it to NIfTI.
     """
     by_content = (f for f in _FORMATS if re.match(f.signature, head, re.DOTALL))
     by_name = (f for f in _FORMATS if f.suffixes and name.lower().endswith(f.suffixes))
-    found = next(by_content, None)
-    if found is None or found.what == "text":
-        found = next(by_name, found)
-    if found is None:
+    kind = next(by_content, None)
+    if kind is None or kind.what == "text":
+        kind = next(by_name, kind)
+    if kind is None:
         return None
-    remedy, known = found.remedy, name
-    if "{" in remedy and not name.lower().endswith(found.suffixes):
-        known = f"{stem}{found.suffixes[0]}"  # tools go by names, and must not write over this one
-        remedy = f"rename it to {known}, and {remedy}"
-    return f"{name} is {found.what}", remedy.format(name=known, stem=stem)
+    remedy, proper_name = kind.remedy, name
+    if "{" in remedy and not name.lower().endswith(kind.suffixes):
+        # Tools go by names, and must not write over this file.
+        proper_name = f"{stem}{kind.suffixes[0]}"
+        remedy = f"rename it to {proper_name}, and {remedy}"
+    return f"{name} is {kind.what}", remedy.format(name=proper_name, stem=stem)
 
 
 def stem(path: Path) -> str:
@@ -134,7 +135,7 @@ def stem(path: Path) -> str:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Stream]:
-    """The bytes of a file, decompressed if they begin as gzip does: names often lie about it."""
+    """The bytes of a file, decompressed if the first ones are those of gzip; names often lie."""
     with path.open("rb") as file:
         is_packed = file.read(len(GZIP)) == GZIP
         file.seek(0)
@@ -145,8 +146,8 @@ def check_there(path: Path) -> None:
     """Raise ``MissingInputError`` unless ``path`` is a file that can be read."""
     try:
         if path.is_symlink() and not path.exists():
-            if said := pointer(path.name, os.fsencode(path.readlink())):
-                raise MissingInputError(*said)
+            if reason := pointer(path.name, os.fsencode(path.readlink())):
+                raise MissingInputError(*reason)
             raise MissingInputError(
                 f"{path} is a link to nothing ({path.readlink()})", "check where it leads"
             )
@@ -164,8 +165,8 @@ def check_there(path: Path) -> None:
         raise MissingInputError(f"cannot read {path}", "check its permissions")
     try:
         with path.open("rb") as stream:
-            said = pointer(path.name, stream.read(HEAD_BYTES))
+            reason = pointer(path.name, stream.read(HEAD_BYTES))
     except OSError as error:  # a mount that has gone, a lease of another machine
         raise MissingInputError(f"cannot read {path} ({error.strerror})", "try again") from error
-    if said:
-        raise MissingInputError(*said)
+    if reason:
+        raise MissingInputError(*reason)

@@ -38,20 +38,23 @@ MIN_EDGE_VOXELS = 8
 MIN_SPACING_MM = 0.2
 """No scanner of people makes a finer voxel: a header in the wrong unit."""
 MAX_SPACING_MM = 10.0
-"""A voxel longer than this tells nothing about the structures drawn here."""
+"""A longer voxel tells nothing about the structures."""
 MIN_EDGE_MM = 60.0
 """A field of view shorter than this does not hold a brain (an adult one is at least 90 mm high)."""
 MAX_EDGE_MM = 1000.0
 """A field of view longer than a person's head and shoulders is a header in the wrong unit."""
 MAX_VOXELS = 600_000_000
-"""More than an 0.25 mm head, or, at 1 mm, than any field of view; refuse before memory runs out."""
+"""More than a head at 0.25 mm; refuse before memory runs out.
+
+Also the largest field of view in mm3.
+"""
 
 ROUNDING_OF_FLOAT = 1e-7
-"""How much longer than 1 a quaternion may be that was rounded to what a header stores."""
+"""How much longer than 1 a quaternion may become when a header stores it as float32."""
 ROUNDING_OF_TEXT = 1e-3
-"""The same for one that somebody wrote with three decimals."""
+"""The same for a quaternion that was written with three decimals."""
 SAME_SIZE = 0.01
-"""By how much (relative) a header's two statements of a voxel's size may differ."""
+"""Largest relative difference between a header's two statements of a voxel's size."""
 
 
 def load_volume(path: Path) -> Volume:
@@ -102,7 +105,7 @@ def _read(path: Path) -> _Read:
 def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[str]]]:
     """The header of an image, its bytes, and doubts about the header.
 
-    What goes wrong while it is read becomes ``DataError``.
+    Errors while it is read become ``DataError``.
     """
     check_there(path)
     name = path.name
@@ -123,22 +126,22 @@ def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[str]]]:
 
 
 def _header_class(path: Path, head: bytes) -> Any:
-    """What reads the header of an image that begins with ``head``."""
+    """Nibabel's class for the header of an image that begins with ``head``."""
     kinds = {
         nib.Nifti1Header: head[344:347] == b"n+1",
         nib.Nifti2Header: head[4:7] == b"n+2",
         nib.freesurfer.mghformat.MGHHeader: head.startswith(b"\0\0\0\1"),
     }
-    found = next((kind for kind, is_it in kinds.items() if is_it), None)
-    ours = path.name.lower().endswith(IMAGE_SUFFIXES)
-    if found and ours:
-        return found
-    if found:
+    kind = next((kind for kind, fits in kinds.items() if fits), None)
+    is_named = path.name.lower().endswith(IMAGE_SUFFIXES)
+    if kind and is_named:
+        return kind
+    if kind:
         raise DataError(
             f"{path.name} is an image, but not by its name",
             f"rename it to end in {' or '.join(IMAGE_SUFFIXES)}",
         )
-    if ours and not head:
+    if is_named and not head:
         raise DataError(f"{path.name} is empty (0 bytes)", "copy or download it again")
     raise DataError(
         *foreign(path.name, stem(path), head)
@@ -147,10 +150,10 @@ def _header_class(path: Path, head: bytes) -> Any:
 
 
 def _has_junk(path: Path, stream: gzip.GzipFile, end: int) -> bool:
-    """Whether something that is no gzip follows the image, which ends at byte ``end``.
+    """Whether bytes that are not gzip follow the image, which ends at byte ``end``.
 
-    Reads to the last byte: gzip keeps its checksum after the last voxel.  Raises what gzip raises
-    if the image itself is damaged.
+    Reads to the last byte: gzip keeps its checksum after the last voxel.  Raises gzip's errors if
+    the image itself is damaged.
     """
     try:
         while stream.read(1 << 24):
@@ -163,7 +166,7 @@ def _has_junk(path: Path, stream: gzip.GzipFile, end: int) -> bool:
 
 
 def _sound_bytes(path: Path) -> int:
-    """How many bytes the gzip members hold with which a file begins, whole and with right sums."""
+    """Unpacked size of the complete gzip members, with right checksums, that begin a file."""
     count, rest = 0, path.read_bytes()
     while rest.startswith(GZIP):
         member = zlib.decompressobj(zlib.MAX_WBITS | 16)
@@ -178,9 +181,9 @@ def _sound_bytes(path: Path) -> int:
 
 
 def _unit_quaternion(header: Any, name: str) -> list[str]:
-    """Make a qform's quaternion that is longer than 1 a rotation, as ITK does; nibabel refuses it.
+    """Scale a qform's quaternion that is longer than 1 to a rotation, as ITK does.
 
-    What rounding has left is not worth a word.
+    nibabel would refuse it.  Returns a warning, unless the excess is only a rounding error.
     """
     if not isinstance(header, nib.Nifti1Header) or not header["qform_code"]:
         return []
@@ -199,38 +202,13 @@ def _unit_quaternion(header: Any, name: str) -> list[str]:
 def load_scan(path: Path) -> Scan:
     """Read a T1-weighted scan and check that it can hold a brain.
 
-    NaN and infinite voxels (some tools mark the background so) become 0, with a warning.
+    NaN and infinite voxels (some tools mark the background so) become 0, with a warning.  Raises
+    ``UnsuitableError`` for readable images that cannot be segmented, and the errors of
+    ``load_volume``.
     """
     volume, header, warnings = _read(path)
     grid, name = volume.grid, path.name
-    edges_mm = np.array(grid.shape) * grid.spacing_mm
-    described = f"{'x'.join(map(str, grid.shape))} voxels of {np.round(grid.spacing_mm, 2)} mm"
-    if min(grid.shape) < MIN_EDGE_VOXELS:
-        raise UnsuitableError(
-            f"{name} has {described}", f"at least {MIN_EDGE_VOXELS} voxels a side are needed"
-        )
-    if grid.spacing_mm.max() > MAX_SPACING_MM:
-        raise UnsuitableError(
-            f"{name} has {described}", f"at most {MAX_SPACING_MM:g} mm is allowed"
-        )
-    size, spacing = (" x ".join(f"{n:.3g}" for n in mm) for mm in (edges_mm, grid.spacing_mm))
-    covers = f"{name} covers {size} mm"
-    if edges_mm.min() < MIN_EDGE_MM and grid.spacing_mm.min() >= MIN_SPACING_MM:
-        raise UnsuitableError(
-            f"{covers}, too small a field of view for a brain",
-            "a slab or a small infant's head cannot be segmented:"
-            f" give a scan of {MIN_EDGE_MM:g} mm a side or more",
-        )
-    if edges_mm.min() < MIN_EDGE_MM or edges_mm.max() > MAX_EDGE_MM:
-        raise UnsuitableError(
-            f"{covers} with voxels of {spacing} mm",
-            f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side are allowed: check the voxel size",
-        )
-    if np.prod(edges_mm) > MAX_VOXELS:
-        raise UnsuitableError(
-            f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
-            f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
-        )
+    _check_extent(grid, name)
     good = usable(volume.data)
     data = np.where(good, volume.data, 0).astype(np.float32)
     bad = data.size - int(np.count_nonzero(good))
@@ -262,8 +240,40 @@ def load_scan(path: Path) -> Scan:
     return Scan(Volume(data, grid), path, tuple(warnings), sha256(path))
 
 
+def _check_extent(grid: Grid, name: str) -> None:
+    """Raise ``UnsuitableError`` unless a head fits into the field of view, and its voxels."""
+    edges_mm = np.array(grid.shape) * grid.spacing_mm
+    described = f"{'x'.join(map(str, grid.shape))} voxels of {np.round(grid.spacing_mm, 2)} mm"
+    if min(grid.shape) < MIN_EDGE_VOXELS:
+        raise UnsuitableError(
+            f"{name} has {described}", f"at least {MIN_EDGE_VOXELS} voxels a side are needed"
+        )
+    if grid.spacing_mm.max() > MAX_SPACING_MM:
+        raise UnsuitableError(
+            f"{name} has {described}", f"at most {MAX_SPACING_MM:g} mm is allowed"
+        )
+    size, spacing = (" x ".join(f"{n:.3g}" for n in mm) for mm in (edges_mm, grid.spacing_mm))
+    covers = f"{name} covers {size} mm"
+    if edges_mm.min() < MIN_EDGE_MM and grid.spacing_mm.min() >= MIN_SPACING_MM:
+        raise UnsuitableError(
+            f"{covers}, too small a field of view for a brain",
+            "a slab or a small infant's head cannot be segmented:"
+            f" give a scan of {MIN_EDGE_MM:g} mm a side or more",
+        )
+    if edges_mm.min() < MIN_EDGE_MM or edges_mm.max() > MAX_EDGE_MM:
+        raise UnsuitableError(
+            f"{covers} with voxels of {spacing} mm",
+            f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side are allowed: check the voxel size",
+        )
+    if np.prod(edges_mm) > MAX_VOXELS:
+        raise UnsuitableError(
+            f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
+            f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
+        )
+
+
 def _frame_warnings(header: Any, name: str) -> list[str]:
-    """Reasons to doubt what a NIfTI header says of left and right, and of sizes."""
+    """Reasons to doubt the orientation or the voxel size of a NIfTI header."""
     if not isinstance(header, nib.Nifti1Header):
         return []
     sform, s_code = header.get_sform(coded=True)
@@ -304,8 +314,8 @@ def save_volume(
     header = None
     affine: np.ndarray | None = grid.affine
     if like is not None:
-        with _opened(like) as (found, _, _):
-            header = found if isinstance(found, nib.Nifti1Header) else None
+        with _opened(like) as (kept, _, _):
+            header = kept if isinstance(kept, nib.Nifti1Header) else None
     if header is not None:
         header.extensions.clear()
         header["cal_min"] = header["cal_max"] = 0
@@ -341,4 +351,4 @@ _STALE = [
     "slice_end",
     "slice_duration",
 ]
-"""Header fields that speak of the scan's acquisition or of time."""
+"""Header fields about the scan's acquisition or time."""

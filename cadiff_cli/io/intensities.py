@@ -7,32 +7,35 @@ from cadiff_cli.spatial.grid import border_value
 LARGEST = 1e15
 """No scanner writes larger intensities, and float32 cannot hold their squares' sum."""
 AIR_HU = -500.0
-"""Hounsfield units below which there is air, or what lies outside the circle that was scanned."""
+"""Hounsfield units of air, and of the corners outside the scanned circle, lie below this."""
 LEAST_FAT = 0.03
-"""Share of a CT's voxels, air apart, that is fat; a head has three times as much."""
+"""Least share of fat in a CT's voxels without air; a head has three times as much."""
 LEAST_CORNERS = 4
-"""Of the eight corners of an image, how many its padding covers."""
+"""Padding covers at least this many of the eight corners of an image."""
 MIXED = 0.02
 """Share of voxels at either end of an image's range that may be mixtures of padding and air."""
 FAR = 0.05
-"""How far from the range of an image its padding lies, as a share of it; nearer, it is harmless."""
+"""Least distance of padding from the range of an image, as a share of the range.
+
+Nearer padding is harmless.
+"""
 
 
 def finite(data: np.ndarray) -> np.ndarray:
-    """``data`` as float32, with 0 for what is not ``usable``."""
+    """``data`` as float32, with 0 for values that are not ``usable``."""
     return np.where(usable(data), data, 0).astype(np.float32)
 
 
 def usable(data: np.ndarray) -> np.ndarray:
-    """Where values are numbers that can be squared and summed (bool)."""
+    """Mask of the values that can be squared and summed (bool): finite, and no absurd size."""
     return np.asarray(np.isfinite(data) & (abs(data) < LARGEST))
 
 
 def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
-    """``data`` with its own air where a constant far from all else pads it, and what was done.
+    """``data`` with air in place of padding, and warnings that tell it.
 
-    Tools that turn or enlarge a field of view fill its corners, often with -1000.  Splines and
-    linear interpolation leave mixtures of pad and air between the two.
+    Padding is a constant far from all other values: tools that turn or enlarge a field of view fill
+    its corners, often with -1000.  Interpolation leaves mixtures of pad and air between the two.
     """
     values, counts = np.unique(data[np.ix_([0, -1], [0, -1], [0, -1])], return_counts=True)
     pad = float(values[counts.argmax()])
@@ -42,7 +45,7 @@ def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]
     reach = FAR * (high - low)
     air = low if low < -reach else 0.0  # splines ring a little below 0
     if pad < min(low, 0) - reach:
-        # What has no values below 0 of its own has none but mixtures there.
+        # An image without negative values of its own has only mixtures below 0.
         padded = data < (-reach if air == 0 else (pad + low) / 2)
     elif pad > max(high, 0) + reach:
         padded = data > (pad + high) / 2
@@ -53,10 +56,10 @@ def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]
 
 
 def is_ct(data: np.ndarray, plain: np.ndarray) -> bool:
-    """Whether an image is a CT in Hounsfield units; ``plain`` is it ``without_padding``.
+    """Whether an image is a CT in Hounsfield units; ``plain`` is the same ``without_padding``.
 
-    Air has -1000, and what lies around the circle that was scanned less; fat has -100, and a bare
-    brain 0 to 60.  MR that was padded has nothing of that between pad and 0.
+    Air has -1000, the corners outside the scanned circle less; fat has -100, a brain alone 0 to 60.
+    Padded MR has no such values between pad and 0.
     """
     if not border_value(data) < AIR_HU < np.percentile(data, 99):
         return False

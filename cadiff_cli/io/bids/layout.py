@@ -16,7 +16,7 @@ from cadiff_cli.io.files import check_writable, read_json
 from cadiff_cli.io.provenance import Provenance
 
 MAX_STEM_BYTES = 160
-"""Of a scan's name: file systems allow 255, results add entities, and temporary ones a mark."""
+"""Longest name of a scan: file systems allow 255, results and temporary files add to it."""
 
 
 class Derivatives:
@@ -48,9 +48,9 @@ class Derivatives:
     def claim(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
 
-        The folder is nobody else's dataset (``refuse_foreign``).  Existing results are refused
-        unless ``overwrite`` is set; ``inputs`` of the run are never overwritten.  Raises
-        ``OutputError``.
+        Refuses the dataset of another program (``refuse_foreign``), existing results unless
+        ``overwrite`` is set, and to overwrite the run's ``inputs``.  Raises ``OutputError`` or
+        ``DiskError``.
         """
         for parent in (self.out, *self.out.parents):
             if parent.exists():
@@ -76,9 +76,9 @@ class Derivatives:
             check_writable(folder)
 
     def clear(self, keep: Collection[Path] = ()) -> None:
-        """Remove an earlier run's results but for ``keep``, the one that vouches first.
+        """Remove an earlier run's results except ``keep``, and first the sidecar that vouches.
 
-        What a killed run left under temporary names goes too: whoever calls holds the scan's lock.
+        Also removes temporary files of a killed run: the caller holds the scan's lock.
         """
         self.commit.unlink(missing_ok=True)
         for path in self.existing():

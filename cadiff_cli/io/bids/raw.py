@@ -1,4 +1,4 @@
-"""A raw dataset: what it says of itself, who is in it, and whether it is valid."""
+"""A raw dataset: its description, its participants, its errors."""
 
 import csv
 import json
@@ -20,9 +20,9 @@ from cadiff_cli.io.files import read_json, read_text
 log = logging.getLogger(__name__)
 
 OLDEST_YEARS = 120
-"""Larger ages stand for a missing one, as 999."""
+"""Larger ages, such as 999, mean that the age is missing."""
 LINK_KINDS = ("https://doi.org/", "urn:x-bids:")
-"""How links to datasets begin that name them; others are relative paths, or the user's own."""
+"""Beginnings of links that name a dataset; other links are relative paths, or the user's own."""
 
 
 @dataclass(frozen=True)
@@ -45,42 +45,41 @@ class Dataset:
                 f"{self.root} has no dataset_description.json", "give the root of a BIDS dataset"
             )
         try:
-            found = json.loads(read_text(path))
+            values = json.loads(read_text(path))
         except (ValueError, OSError) as error:
             raise InvalidDatasetError(
-                f"{path} is not readable JSON ({error})", "mend it"
+                f"{path} is not readable JSON ({error})", "correct it"
             ) from error
-        missing = {"Name", "BIDSVersion"} - set(found if isinstance(found, dict) else ())
+        missing = {"Name", "BIDSVersion"} - set(values if isinstance(values, dict) else ())
         if missing:
             raise InvalidDatasetError(f"{path} lacks {', '.join(sorted(missing))}", "add it")
-        return dict(found)
+        return dict(values)
 
     def participants(self) -> list[str]:
         """Labels of the ``sub-`` folders."""
-        found = (path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
-        return sorted(found)
+        return sorted(path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
 
     @cached_property
     def ages(self) -> dict[str, float]:
-        """Age in years by participant label, where ``participants.tsv`` tells one and only one.
+        """Age in years by participant label, if ``participants.tsv`` holds exactly one.
 
         BIDS counts in years unless the column's ``Units`` say otherwise; the oldest may be ``89+``.
         """
-        told = (read_json(self.root / "participants.json") or {}).get("age", {})
-        units = told.get("Units", "years") if isinstance(told, dict) else "years"
+        column = (read_json(self.root / "participants.json") or {}).get("age", {})
+        units = column.get("Units", "years") if isinstance(column, dict) else "years"
         if str(units).lower() not in ("year", "years", "yr", "y", "a"):
             return {}
         try:
             lines = read_text(self.root / "participants.tsv").splitlines()
         except (OSError, ValueError):
             return {}
-        found: dict[str, set[float]] = {}
+        ages: dict[str, set[float]] = {}
         for line in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
             number = re.fullmatch(r"(\d+(\.\d+)?)\+?", str(line.get("age")).strip())
             if number and float(number[1]) <= OLDEST_YEARS:
                 label = str(line.get("participant_id")).removeprefix("sub-")
-                found.setdefault(label, set()).add(float(number[1]))
-        return {label: ages.pop() for label, ages in found.items() if len(ages) == 1}
+                ages.setdefault(label, set()).add(float(number[1]))
+        return {label: told.pop() for label, told in ages.items() if len(told) == 1}
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""
@@ -107,11 +106,11 @@ class Dataset:
         return f"bids:raw:{path.relative_to(self.root).as_posix()}"
 
     def violations(self) -> list[str]:
-        """What the official validator calls errors, one line each; empty where it is not installed.
+        """Errors that the official validator finds, one line each; none if it is not installed.
 
-        Errors of ``dataset_description.json`` raise ``InvalidDatasetError``.  Those of other files
-        are the caller's to report: files with wrong names are never selected, and a damaged scan
-        must not stop the others.
+        Errors of ``dataset_description.json`` raise ``InvalidDatasetError``.  The caller reports
+        the others: files with wrong names are never selected, and a damaged scan must not stop the
+        other ones.
         """
         beside = Path(sys.executable).with_name("bids-validator-deno")
         program = str(beside) if beside.exists() else shutil.which("bids-validator-deno")
@@ -132,17 +131,17 @@ class Dataset:
             if issue.get("severity") != "error":
                 continue
             place = str(issue.get("location", ""))
-            said = (place, issue["code"], issue.get("subCode"), issue.get("issueMessage"))
-            line = " ".join(" ".join(filter(None, said)).split())
+            parts = (place, issue["code"], issue.get("subCode"), issue.get("issueMessage"))
+            line = " ".join(" ".join(filter(None, parts)).split())
             if place == "/dataset_description.json":
-                raise InvalidDatasetError(f"invalid dataset: {line}", "mend the file")
+                raise InvalidDatasetError(f"invalid dataset: {line}", "correct the file")
             lines.append(line)
         return lines
 
     def link(self, out: Path) -> str:
-        """How a derivative dataset at ``out`` may call this one without telling where you live.
+        """Link from a derivative dataset at ``out`` to this one, without absolute paths.
 
-        A relative path where the two lie beside or in one another, else the dataset's DOI, else its
+        A relative path if the two lie beside or in one another, else the dataset's DOI, else its
         name as a URN.
         """
         root, out = self.root.resolve(), out.resolve()
@@ -155,5 +154,5 @@ class Dataset:
     @property
     def doi(self) -> str | None:
         """The dataset's bare DOI (``10...``), if it has one."""
-        found = re.search(r"10\.\d+/\S+", str(self.description.get("DatasetDOI", "")))
-        return found.group() if found else None
+        match = re.search(r"10\.\d+/\S+", str(self.description.get("DatasetDOI", "")))
+        return match.group() if match else None

@@ -14,7 +14,7 @@ from cadiff_cli.io.files import read_text
 from cadiff_cli.io.formats import stem
 
 SUFFIXES = T1W, UNIT1 = "T1w", "UNIT1"
-"""Of what can be segmented; the second is the uniform image of an MP2RAGE."""
+"""Suffixes of images that can be segmented; UNIT1 is the uniform image of an MP2RAGE."""
 MAGNITUDE = ("mag", None)
 """Values of ``part``: phase, real and imaginary images show no anatomy."""
 TAKEN: Mapping[str, tuple[str | None, ...]] = {
@@ -23,7 +23,7 @@ TAKEN: Mapping[str, tuple[str | None, ...]] = {
     "datatype": ("anat",),
     "part": MAGNITUDE,
 }
-"""Entities of which a filter may ask for these values only."""
+"""The values that a filter may ask for, of these entities."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Selection:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What is looked for."""
+        """The suffixes that are wanted."""
         return tuple(x for x in SUFFIXES if _is_one_of(x, self._wanted["suffix"]))
 
     def check(self, known: Collection[str]) -> None:
@@ -80,13 +80,13 @@ class Selection:
 
     @property
     def _wanted(self) -> dict[str, Any]:
-        found = {"suffix": T1W, **(self.filters or {})}
-        if "extension" in found:  # with or without its dot
-            found["extension"] = [
+        wanted = {"suffix": T1W, **(self.filters or {})}
+        if "extension" in wanted:  # with or without its dot
+            wanted["extension"] = [
                 f".{x.lstrip('.')}" if isinstance(x, str) and x != "*" else x
-                for x in _values(found["extension"])
+                for x in _values(wanted["extension"])
             ]
-        return found
+        return wanted
 
 
 EVERYTHING = Selection()
@@ -163,7 +163,7 @@ def _ignored(root: Path) -> Callable[[Path], bool]:
         lines = read_text(path).splitlines() if path.is_file() else []
         spec = GitIgnoreSpec.from_lines(lines)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error})", "mend or remove it") from error
+        raise DataError(f"{path} cannot be read ({error})", "correct or remove it") from error
     return lambda image: spec.match_file(image.relative_to(root).as_posix())
 
 
@@ -213,7 +213,7 @@ def _is_one_of(found: Any, wanted: Any) -> bool:
 
 
 def _is(found: Any, value: Any) -> bool:
-    """A number in a filter is that of an entity, however many zeros are before it."""
+    """Whether an entity has this value; numbers are equal with or without leading zeros."""
     if found is None or value is None:
         return found is value
     if isinstance(value, int):
