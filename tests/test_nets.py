@@ -14,8 +14,11 @@ from cadiff_cli.nets.blocks import (
     DynamicConv1d,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
+    last,
+    shuffle,
+    unshuffle,
 )
-from cadiff_cli.nets.unet import CADiffNet, LabelPrior, NetConfig, last, shuffle, unshuffle
+from cadiff_cli.nets.unet import CADiffNet, LabelPrior, NetConfig
 
 SPACE = (32, 16, 48)
 HALF = tuple(n // 2 for n in SPACE)

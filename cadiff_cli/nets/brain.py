@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.blocks import ChannelNorm, last
-from cadiff_cli.nets.unet import shuffle, unshuffle
+from cadiff_cli.nets.blocks import ChannelNorm, last, shuffle, unshuffle
 
 SPACING_MM = 2.0
 REACH_MM = 10.0

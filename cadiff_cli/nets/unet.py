@@ -24,6 +24,7 @@ from cadiff_cli.nets.blocks import (
     TimeAdaptedChannelAttention,
     TimeEmbedding,
     last,
+    unshuffle,
 )
 
 STRIDE = 2
@@ -207,20 +208,3 @@ class CADiffNet(nn.Module):
         """Both resolutions: (``Coarse``, 1 mm logits)."""
         coarse = self.trunk(image, d_t, m_t, t_d, t_m)
         return coarse, self.refine(image, coarse, t_d, t_m)
-
-
-# MONAI's pixelunshuffle and pixelshuffle give the same, but importing them takes 1.3 s a run.
-def unshuffle(image: Tensor) -> Tensor:
-    """(B, 1, 2x, 2y, 2z) -> (B, 8, x, y, z): nothing is lost, unlike pooling."""
-    b, _, x, y, z = image.shape
-    s = STRIDE
-    blocks = image.reshape(b, x // s, s, y // s, s, z // s, s)
-    return blocks.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, s**3, x // s, y // s, z // s)
-
-
-def shuffle(blocks: Tensor) -> Tensor:
-    """The inverse of ``unshuffle``: (B, 8, x, y, z) -> (B, 1, 2x, 2y, 2z)."""
-    b, _, x, y, z = blocks.shape
-    s = STRIDE
-    parts = blocks.reshape(b, s, s, s, 1, x, y, z)
-    return parts.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, 1, x * s, y * s, z * s)
