@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cadiff_cli.config import Config
 from cadiff_cli.products import Prepared, Result, Scan, Template
+from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
 from cadiff_cli.stages.register import register
@@ -83,5 +84,12 @@ def run(
         mask = on_scan(prepared.stripped, scan)
         segmentation = segment(scan, prepared.conditions, mask, model, config.sample)
     return Result(
-        prepared, mask, segmentation, volumes_mm3(segmentation), model, config, watch.seconds
+        prepared,
+        mask,
+        segmentation,
+        volumes_mm3(segmentation),
+        model,
+        config,
+        watch.seconds,
+        calibration=calibration(config, model.sha256),
     )

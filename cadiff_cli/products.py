@@ -6,9 +6,9 @@ where a later stage needs them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,20 +64,40 @@ FOUND_BY = {
 }
 
 
+@dataclass(frozen=True)
+class MaskQuality:
+    """How a brain mask looks, whatever made it.
+
+    ``largest_share`` is the share of its largest component; ``symmetry`` is the Dice of that
+    component and its mirror image, left for right; ``at_edge`` is the share of its border that lies
+    in the face of the field of view that cuts it most; ``in_air`` is the share of the mask outside
+    the head, None where that was not looked at.
+    """
+
+    largest_share: float
+    symmetry: float
+    at_edge: float
+    in_air: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
 @dataclass(frozen=True, eq=False)
 class Stripped:
     """The scan's brain on the working grid (RAS axes, 1 mm): ``t1`` is 0 outside ``mask``.
 
-    ``quality`` tells how the mask looks (see ``stages.masks.MaskQuality``).  ``own`` is the mask on
-    the scan's own grid, where somebody drew it or cut the brain out there.  ``t1`` is corrected for
-    a receive bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.
+    ``quality`` tells how the mask looks, if it was judged.  ``own`` is the mask on the scan's own
+    grid, where somebody drew it or cut the brain out there.  ``t1`` is corrected for a receive
+    bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.
     """
 
     t1: Volume
     mask: Volume
     method: str
     warnings: tuple[str, ...] = ()
-    quality: Mapping[str, float] = field(default_factory=dict)
+    quality: MaskQuality | None = None
     own: Volume | None = None
     bias_ratio: float = 1.0
 
@@ -140,7 +160,7 @@ class Segmentation:
     whole volume.
     ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for.
     ``expected_dice`` maps a code to the Dice that the network's probabilities let expect, as they
-    are (``metrics.quality`` calibrates); a structure that is absent is not in it.
+    are (a ``Calibration`` corrects them); a structure that is absent is not in it.
     ``volume_sd_mm3`` is the standard deviation of each volume over the samples, empty for a single
     one.  ``uncertainty`` (X, Y, Z) float32 is the entropy of the probabilities, 0 to 1, 0 outside
     the mask, when it was asked for.
@@ -174,12 +194,53 @@ class Prepared:
     conditions: Conditions
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What Dice was reached where a raw one was expected, with the weights ``weights_sha256``.
+
+    A monotone line through the knots (``raw``, ``dice``), constant beyond them, and for each
+    structure (by name) what it lies above that line, if that was found to help (``offsets``).
+    ``usual`` is the Dice to expect of each structure in a good scan.  ``people`` says who was
+    measured, and how.
+    """
+
+    weights_sha256: str
+    people: str
+    raw: tuple[float, ...]
+    dice: tuple[float, ...]
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    usual: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, name: str, raw: float) -> float:
+        """The Dice of the structure ``name`` to expect, in [0, 1]."""
+        line = float(np.interp(raw, self.raw, self.dice))
+        return float(np.clip(line + self.offsets.get(name, 0.0), 0.0, 1.0))
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Calibration":
+        """What ``as_dict`` gave."""
+        knots = {key: tuple(values[key]) for key in ("raw", "dice")}
+        return Calibration(**{**values, **knots})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a file or a fingerprint."""
+        return {
+            "weights_sha256": self.weights_sha256,
+            "people": self.people,
+            "raw": [round(value, 4) for value in self.raw],
+            "dice": [round(value, 4) for value in self.dice],
+            "offsets": {name: round(value, 4) for name, value in self.offsets.items()},
+            "usual": {name: round(value, 4) for name, value in self.usual.items()},
+        }
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """Everything a run produced.
 
     ``mask`` is the brain on the scan's own grid; ``volumes_mm3`` maps a code to mm^3; ``seconds``
-    maps a stage to its wall time; ``spaces`` are the standard spaces it was carried into.
+    maps a stage to its wall time; ``spaces`` are the standard spaces it was carried into;
+    ``calibration`` corrects the expected Dice, if one was measured for the model and settings.
     """
 
     prepared: Prepared
@@ -190,6 +251,7 @@ class Result:
     config: Config
     seconds: Mapping[str, float] = field(default_factory=dict)
     spaces: tuple["InSpace", ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ RANKS = {
     "spatial": 1,
     "products": 2,
     **dict.fromkeys(("device", "io", "diffusion", "nets", "metrics"), 3),
-    "stages": 4,
+    **dict.fromkeys(("stages", "quality"), 4),
     **dict.fromkeys(("pipeline", "fusion"), 5),
     **dict.fromkeys(("training", "evaluation"), 6),
     "report": 7,

@@ -74,7 +74,7 @@ def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
     scan = Scan(t1, tmp_path / "sub-01_T1w.nii.gz")
     stripped = strip(scan, None, Config(StripConfig("auto")), tmp_path)
     assert stripped.method == "net"
-    assert set(stripped.quality) == {"largest_share", "symmetry", "at_edge", "in_air"}
+    assert set(stripped.quality.as_dict()) == {"largest_share", "symmetry", "at_edge", "in_air"}
     assert overlap(on_scan(stripped, scan).data, brain) > 0.96
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.masks import judge_mask
+from cadiff_cli.stages.masks import doubts, judge_mask
 
 SIZE = 96
 
@@ -30,7 +30,7 @@ BRAIN = body(((0, 0, 0), (66, 84, 60)), ((0, -40, -40), (48, 30, 28)))
 
 def test_a_brain_is_not_suspicious():
     quality = judged(BRAIN)
-    assert not quality.warnings
+    assert not doubts(quality)
     assert quality.largest_share == 1
     assert quality.symmetry > 0.97
     assert quality.at_edge == 0
@@ -47,28 +47,28 @@ def test_a_missing_hemisphere_is_lopsided():
     """Though it is symmetric enough from top to bottom."""
     half = BRAIN.copy()
     half[SIZE // 2 :] = False
-    assert "lopsided" in " ".join(judged(half).warnings)
+    assert "lopsided" in " ".join(doubts(judged(half)))
 
 
 def test_a_missing_piece_of_a_side_is_lopsided():
     bitten = BRAIN.copy()
     bitten[: SIZE // 2, : SIZE // 2] = False
-    assert "lopsided" in " ".join(judged(bitten).warnings)
+    assert "lopsided" in " ".join(doubts(judged(bitten)))
 
 
 def test_pieces_are_said():
     pieces = body(((-60, 0, 0), (40, 40, 40)), ((60, 0, 0), (34, 34, 34)))
-    assert "pieces" in " ".join(judged(pieces).warnings)
+    assert "pieces" in " ".join(doubts(judged(pieces)))
 
 
 def test_a_cut_is_said():
-    assert "field of view" in " ".join(judged(BRAIN[:, :, 40:]).warnings)
+    assert "field of view" in " ".join(doubts(judged(BRAIN[:, :, 40:])))
 
 
 def test_a_box_that_just_holds_the_brain_does_not_cut_it():
     low, high = (f(np.argwhere(BRAIN), axis=0) for f in (np.min, np.max))
     box = BRAIN[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]
-    assert not judged(box).warnings
+    assert not doubts(judged(box))
 
 
 def test_orientation_and_spacing_do_not_matter():

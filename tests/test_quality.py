@@ -14,8 +14,9 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.metrics.overlap import dice
-from cadiff_cli.metrics.quality import KNOTS, Calibration, expected_dice, fit, load_calibration
-from cadiff_cli.products import Scan
+from cadiff_cli.products import Calibration, Scan
+from cadiff_cli.quality.calibration import KNOTS, fit, load_calibration
+from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.sampling import class_probabilities, denoise

@@ -17,29 +17,26 @@ from bids_dataset import environment
 from cadiff_cli.config import Config
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.derivatives import save_result
-from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.io.templates import EMBEDDED, load_template
-from cadiff_cli.metrics.quality import Calibration
-from cadiff_cli.products import Prepared, Registered, Result, Scan, Segmentation
+from cadiff_cli.io.volumes import read_rows
+from cadiff_cli.products import Calibration, Prepared, Registered, Result, Scan, Segmentation
+from cadiff_cli.quality.judgement import judge
+from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report import figures
 from cadiff_cli.report.boilerplate import describe
-from cadiff_cli.report.case import Row, around, find_scan, read_rows
-from cadiff_cli.report.group import outliers, strips
+from cadiff_cli.report.case import around, find_scan
+from cadiff_cli.report.group import strips
 from cadiff_cli.report.page import report_scan, write_page
-from cadiff_cli.report.qc import FAR, FAR_BELOW, MOST_SPREAD, POOR_DICE, columns, judge, robust_z
-from cadiff_cli.report.ranges import Range, Ranges, asymmetry, load_ranges, measure
 from cadiff_cli.report.viewer import pack
 from cadiff_cli.runner.group import collect, column, known_scans
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
 
-NO_RANGES = Ranges("", {}, {})
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
-MADE = Provenance("0" * 12, templates=(UsedTemplate("x", "fast", "y", 1.2),))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +55,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         templates=(EMBEDDED,),
         poor=(),
         model=tiny_model,
+        calibration=None,
         **found,
     ):
         head = phantom(orientation)
@@ -78,7 +76,9 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         mask = Volume(head.codes > 0, head.t1.grid)
         config, seconds = Config(), {"segment": 1.0}
         volumes = volumes_mm3(segmentation)
-        result = Result(prepared, mask, segmentation, volumes, model, config, seconds)
+        result = Result(
+            prepared, mask, segmentation, volumes, model, config, seconds, (), calibration
+        )
         save_result(result, out, prepared.conditions.field)
         return path
 
@@ -109,18 +109,6 @@ def rebuild(out, *more):
     return subprocess.run(
         arguments, capture_output=True, text=True, check=False, env=environment(), timeout=300
     )
-
-
-def judged(parcellation, ranges=NO_RANGES, dice=None, usual=None, **mm3):
-    """What is said of these volumes (1 ml each but those given) and of these expected Dice."""
-    dice, usual = dice or {}, usual or {}
-    rows = [
-        Row(s.code, s.name, mm3.get(a, 1000.0), dice.get(a), usual.get(a))
-        for s in parcellation.structures
-        for a in [s.abbreviation]
-    ]
-    rows.append(Row(None, "Brain-Mask", mm3.get("mask", 1.4e6)))
-    return judge(Finished("sub-01", Path(), MADE), rows, {}, parcellation, ranges)
 
 
 def enclosed(path):
@@ -185,195 +173,16 @@ def test_packed_volumes_unpack():
     assert (flat.reshape(7, 6, 5).transpose(2, 1, 0) == volume).all()
 
 
-def test_robust_distances_do_not_depend_on_the_unit():
-    values = dict(enumerate(np.random.default_rng(0).lognormal(sigma=0.5, size=30)))
-    z = robust_z(values, 0.03)
-    assert robust_z({k: 1000 * v for k, v in values.items()}, 0.03) == pytest.approx(z)
-    inverse = robust_z({k: 1 / v for k, v in values.items()}, 0.03)
-    assert inverse == pytest.approx({k: -v for k, v in z.items()})
-    worse = robust_z(values | {29: 1e6}, 0.03)
-    assert worse.pop(29) > FAR
-    assert worse == pytest.approx({k: v for k, v in z.items() if k != 29}, abs=0.5)
-    assert set(robust_z(dict.fromkeys(range(9), 5.0), 0.03).values()) == {0.0}
-    assert robust_z({"a": 1, "b": 2, "c": 90}, 0.03) == {}
-    # What is absent is no outlier, nor is what the few have that others lack.
-    assert robust_z({**dict.fromkeys(range(9), 0.0), "x": 3.0}, 0.03) == {}
-
-
-def test_mirroring_a_brain_turns_its_asymmetry_round(parcellation):
-    assert asymmetry(3, 2) == -asymmetry(2, 3)
-    assert asymmetry(0, 0) is None
-    one = judged(parcellation, L_HIP=1200.0)
-    other = judged(parcellation, R_HIP=1200.0)
-    assert one.largest_side.left == "Left-Hippocampus"
-    assert one.largest_side.percent == pytest.approx(-other.largest_side.percent)
-
-
-def test_what_is_suspicious_is_said(parcellation):
-    assert judged(parcellation).fine
-    assert judged(parcellation, L_VES=0.0).fine
-    missing = judged(parcellation, L_HIP=0.0)
-    assert missing.missing == ("Left-Hippocampus",)
-    assert "Left-Hippocampus" in " ".join(missing.reasons)
-    assert "2.90 l" in " ".join(judged(parcellation, mask=2.9e6).reasons)
-    poor = replace(
-        MADE, templates=(replace(MADE.templates[0], score=1.01),), warnings=("the FOV cuts",)
-    )
-    rows = [Row(s.code, s.name, 1.0) for s in parcellation.structures] + [
-        Row(None, "Brain-Mask", 1.4e6)
-    ]
-    said = judge(Finished("sub-01", Path(), poor), rows, {}, parcellation, NO_RANGES).reasons
-    assert any("1.010" in text for text in said)
-    assert "the FOV cuts" in said
-    # A score is told once; one that is not that of the labels' registration has no other place.
-    score = "the score 1.010 of the registration to"
-    scores = (f"{score} x", f"{score} y", f"skull stripping: {score} x")
-    told = replace(poor, warnings=tuple(f"{text} is low" for text in scores))
-    said = judge(Finished("sub-01", Path(), told), rows, {}, parcellation, NO_RANGES).reasons
-    assert f"{score} x is low" not in said
-    assert f"{score} y is low" in said
-    assert f"skull stripping: {score} x is low" in said
-
-
-def test_a_structure_that_nobody_is_sure_of_is_named(parcellation):
-    sure = {s.abbreviation: 0.9 for s in parcellation.structures}
-    assert judged(parcellation, dice=sure).fine
-    assert judged(parcellation, dice=sure).mean_expected_dice == pytest.approx(0.9)
-    assert judged(parcellation, dice={**sure, "L_VES": 0.1}).fine
-    unsure = judged(parcellation, dice={**sure, "L_HIP": POOR_DICE - 0.01})
-    assert set(unsure.doubtful) == {"Left-Hippocampus"}
-    assert any("Left-Hippocampus" in text for text in unsure.reasons)
-    said = columns(unsure)
-    assert said["least_expected"].startswith("Left-Hippocampus")
-    assert said["expected_dice"] < 0.9
-    # A structure that is hard in every scan is judged by what is usual for it.
-    for usual, fine in ((POOR_DICE, True), (POOR_DICE + FAR_BELOW, False)):
-        said = judged(parcellation, dice={**sure, "L_HIP": 0.55}, usual={"L_HIP": usual})
-        assert said.fine == fine
-    # What the calibration leaves out is not doubted.
-    assert judged(parcellation, dice={**sure, "L_HIP": 0.1}, usual={"L_THA": 0.8}).fine
-    # What is missing is said once.
-    missing = judged(parcellation, dice={**sure, "L_HIP": 0.0}, L_HIP=0.0)
-    assert len(missing.reasons) == 1
-    assert columns(judged(parcellation))["expected_dice"] is None
-
-
-def test_samples_that_disagree_are_said(parcellation):
-    def said(sd_mm3):
-        rows = [Row(s.code, s.name, 1000.0, sd_mm3=10.0) for s in parcellation.structures]
-        rows[3] = replace(rows[3], sd_mm3=sd_mm3)
-        return judge(Finished("x", Path(), MADE), rows, {}, parcellation, NO_RANGES), rows[3].name
-
-    calm, name = said(20.0)
-    assert columns(calm)["largest_spread"] == f"{name} 2.0"
-    assert not any("samples" in text for text in calm.reasons)
-    loud, _ = said(10 * MOST_SPREAD + 10)
-    assert any("between samples" in text and name in text for text in loud.reasons)
-    assert columns(judged(parcellation))["largest_spread"] is None
-
-
-def test_ranges_hold_the_people_they_were_measured_on(parcellation):
-    rng = np.random.default_rng(0)
-    people = [
-        {s.name: 1000 * float(rng.lognormal(sigma=0.1)) for s in parcellation.structures}
-        for _ in range(20)
-    ]
-    found = measure(people, parcellation, "tests")
-    ranges = Ranges(
-        "tests",
-        {k: Range(*v) for k, v in found["percent_brain"].items()},
-        {k: Range(*v) for k, v in found["asymmetry_percent"].items()},
-    )
-    assert "Left-Hippocampus" in ranges.percent_brain
-    assert "Left-vessel" not in ranges.percent_brain
-    by_abbreviation = {s.abbreviation: people[0][s.name] for s in parcellation.structures}
-    assert judged(parcellation, ranges, **by_abbreviation).fine
-    # Larger heads have the same shares.
-    assert judged(parcellation, ranges, **{k: 1.3 * v for k, v in by_abbreviation.items()}).fine
-    by_abbreviation["L_HIP"] *= 3
-    strange = judged(parcellation, ranges, **by_abbreviation)
-    assert set(strange.implausible) == {"Left-Hippocampus"}
-    assert any("left and right differ" in text for text in strange.reasons)
-    assert not measure(people[:3], parcellation, "few")["percent_brain"]
-
-
-@pytest.mark.parametrize(
-    ("age", "fine", "compared_with"),
-    [(None, True, "adults of 18 to 90 years"), (30, True, ""), (3, False, ""), (97, False, "")],
-)
-def test_adults_ranges_are_not_everybodys(parcellation, age, fine, compared_with):
-    ranges = Ranges("tests", {}, {}, (18.0, 90.0))
-    rows = [Row(s.code, s.name, 1.0) for s in parcellation.structures] + [
-        Row(None, "Brain-Mask", 1.4e6)
-    ]
-    result = Finished("sub-01", Path(), replace(MADE, age_years=age))
-    said = judge(result, rows, {}, parcellation, ranges)
-    assert said.fine is fine
-    assert said.compared_with == compared_with
-    assert any(text.startswith(f"age {age}:") for text in said.reasons) is not fine
-    assert columns(said)["age"] == age
-
-
-def test_released_ranges_are_ordered_and_of_known_structures(parcellation):
-    ranges = load_ranges()
-    assert ranges.people
-    names = {s.name for s in parcellation.structures}
-    for found in (ranges.percent_brain, ranges.asymmetry_percent):
-        assert found
-        assert set(found) <= names
-        assert all(span.low < span.centre < span.high for span in found.values())
-
-
-def test_a_group_names_who_stands_out(parcellation):
-    rng, ranges = np.random.default_rng(0), load_ranges()
-    group = {
-        f"sub-{k:02d}": judged(parcellation, L_HIP=1000 * rng.normal(1, 0.02), L_THA=1000.0)
-        for k in range(9)
-    }
-    assert outliers(group, ranges) == {}
-    group["sub-99"] = judged(parcellation, L_HIP=2500.0)
-    found = outliers(group, ranges)
-    assert set(found) == {"sub-99"}
-    assert any("Left-Hippocampus" in text for text in found["sub-99"])
-    assert outliers({name: group[name] for name in ("sub-01", "sub-99")}, ranges) == {}
-
-
-@pytest.mark.parametrize("n", [5, 10, 40])
-def test_a_healthy_group_has_hardly_any_outlier(parcellation, n):
-    """People drawn from the ranges of known ones, however few they are."""
-    rng, ranges = np.random.default_rng(1), load_ranges()
-    known = {s.abbreviation: ranges.percent_brain.get(s.name) for s in parcellation.structures}
-    people = {
-        k: {
-            name: 1e3 * span.centre * float(np.exp(rng.normal(0, span.log_sd)))
-            for name, span in known.items()
-            if span
-        }
-        for k in range(200)
-    }
-    named = 0
-    for first in range(0, 200, n):
-        group = {str(k): judged(parcellation, **people[k]) for k in range(first, first + n)}
-        named += len(outliers(group, ranges))
-    assert named <= 10
-
-
-def test_vessels_and_what_is_missing_have_no_asymmetry(parcellation):
-    assert judged(parcellation, L_VES=0.0).largest_side.percent == 0
-    alone = judged(parcellation, R_HIP=0.0, L_THA=1100.0)
-    assert alone.largest_side.left == "Left-Thalamus"
-
-
-def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_path, monkeypatch):
+def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_path):
     """Calibrated where the weights were measured, as a column, a reason, and a map."""
     halved = Calibration(
         "0" * 64, "four people", (0.0, 1.0), (0.0, 0.5), {}, {"Left-Thalamus": 0.8}
     )
-    monkeypatch.setattr("cadiff_cli.io.volumes.load_calibration", lambda _: halved)
     out = tmp_path / "out"
     uncertain = np.full(phantom("RAS").t1.grid.shape, 0.1, dtype=np.float32)
     write_result(
         out,
+        calibration=halved,
         expected_dice={s.code: 0.9 for s in parcellation.structures},
         volume_sd_mm3={s.code: 12.0 for s in parcellation.structures},
         uncertainty=uncertain,
@@ -408,9 +217,9 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     (result,) = finished(out)
     rows = read_rows(result)
     assert {row.code for row in rows if row.mm3 is None} == {s.code for s in vermis}
-    found = judge(result, rows, {}, parcellation, load_ranges())
+    found = judge(result, rows, None, parcellation, load_ranges())
     known = judge(
-        result, [replace(r, mm3=r.mm3 or 0.0) for r in rows], {}, parcellation, load_ranges()
+        result, [replace(r, mm3=r.mm3 or 0.0) for r in rows], None, parcellation, load_ranges()
     )
     assert {s.name for s in vermis} <= set(known.missing)
     assert not {s.name for s in vermis} & set(found.missing)
@@ -424,7 +233,7 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     assert row[column(vermis[0].name)] is None
     assert float(row["left_thalamus"]) > 0
     assert vermis[0].name not in [
-        strip.name for strip in strips(group.judged, parcellation, NO_RANGES)
+        strip.name for strip in strips(group.judged, parcellation, Ranges("", {}, {}))
     ]
 
 

@@ -22,7 +22,8 @@ from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import locked, sha256, write_text, write_tsv
 from cadiff_cli.io.provenance import Provenance, UsedTemplate, make_recipe
-from cadiff_cli.metrics.quality import Calibration
+from cadiff_cli.products import Calibration
+from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
@@ -54,12 +55,12 @@ def test_a_fingerprint_changes_with_what_decides_the_result(monkeypatch):
 def test_a_recipe_knows_the_calibration_in_use(toy_template, monkeypatch):
     """Another measurement gives other results; without a network that is given a field, none."""
     found = Calibration("0" * 64, "", (0.0, 1.0), (0.0, 0.5))
-    monkeypatch.setattr("cadiff_cli.io.volumes.load_calibration", lambda _: found)
+    monkeypatch.setattr("cadiff_cli.quality.calibration.load_calibration", lambda _: found)
 
     def calibrated(**settings):
-        return make_recipe(
-            Config(**settings), [toy_template(spacing=8.0)], "m", "0" * 64
-        ).calibration
+        config = Config(**settings)
+        templates, in_use = [toy_template(spacing=8.0)], calibration(config, "0" * 64)
+        return make_recipe(config, templates, "m", "0" * 64, in_use).calibration
 
     first = calibrated()
     assert len(first) == 12

@@ -358,7 +358,7 @@ def test_a_mask_that_leaves_the_head_is_reported(
         save_volume(path, moved, t1.grid)
         stripped = strip(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
         assert any("outside the head" in text for text in stripped.warnings) is said
-        assert (stripped.quality["in_air"] > 0.01) == said
+        assert (stripped.quality.in_air > 0.01) == said
 
 
 REAL = {"malc": True, "bids/ds002748": True, "heads": False}

@@ -32,7 +32,7 @@ from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain import brain_mask, network_image
-from cadiff_cli.stages.masks import judge_mask, tidy
+from cadiff_cli.stages.masks import doubts, judge_mask, tidy
 from cadiff_cli.training.heads import closed, signed_distance
 from cadiff_cli.training.mask import brain_of
 
@@ -177,7 +177,7 @@ def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
         found.astype(np.uint8), brain.data.astype(np.uint8), (1,), t1.grid.spacing_mm.tolist()
     )[0]
     return Case(
-        name, t1, brain, found, float(overlap), float(far), "; ".join(judge_mask(mask).warnings)
+        name, t1, brain, found, float(overlap), float(far), "; ".join(doubts(judge_mask(mask)))
     )
 
 

@@ -18,7 +18,7 @@ from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.labels.schemes import load_scheme
-from cadiff_cli.report.ranges import measure
+from cadiff_cli.quality.ranges import measure
 
 
 def volumes(path, parcellation):

@@ -25,8 +25,9 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.weights import load_model
 from cadiff_cli.metrics.overlap import dice
-from cadiff_cli.metrics.quality import expected_dice, fit
 from cadiff_cli.products import CoordinateField
+from cadiff_cli.quality.calibration import fit
+from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.condition import normalise

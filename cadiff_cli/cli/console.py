@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cadiff_cli.runner.group import Group
+from cadiff_cli.quality.group import Group
 from cadiff_cli.runner.job import Outcome
 from cadiff_cli.runner.logs import warning
 from cadiff_cli.runner.participants import Summary

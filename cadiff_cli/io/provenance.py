@@ -14,9 +14,9 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
-from cadiff_cli.io.volumes import about_expected_dice, calibration
+from cadiff_cli.io.volumes import about_expected_dice
 from cadiff_cli.machine import ITK_THREADS
-from cadiff_cli.products import Result, Scan, Stripped, Template, sound
+from cadiff_cli.products import Calibration, Result, Scan, Stripped, Template, sound
 
 
 def make_recipe(
@@ -24,18 +24,18 @@ def make_recipe(
     templates: Sequence[Template],
     model: str,
     weights_sha256: str,
+    calibration: Calibration | None,
     spaces: Sequence[str] = (),
     field: bool = False,
 ) -> Recipe:
     """The recipe of results that this installation makes, or has just made, with these settings."""
-    calibrate = calibration(config, weights_sha256)
     return Recipe(
         config,
         joint_name(templates),
         model,
         weights_sha256,
         strip_weights_sha256(config.strip),
-        fingerprint(calibrate.as_dict()) if calibrate else "",
+        fingerprint(calibration.as_dict()) if calibration else "",
         tuple(spaces),
         field,
     )
@@ -103,6 +103,7 @@ class Provenance:
             [r.template for r in registrations],
             result.model.name,
             result.model.sha256,
+            result.calibration,
             [space.name for space in result.spaces],
             field,
         )

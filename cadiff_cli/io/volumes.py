@@ -1,12 +1,14 @@
 """The volume table: every structure of a result, the aggregates, and what Dice to expect."""
 
+import csv
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cadiff_cli.config import Config
-from cadiff_cli.metrics.quality import Calibration, load_calibration
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.products import Result
 
 AGGREGATES = {
@@ -16,6 +18,22 @@ AGGREGATES = {
 }
 
 
+@dataclass(frozen=True)
+class Row:
+    """A line of the volume table; aggregates have no ``code``.
+
+    ``mm3`` is None where the network never draws the structure, ``expected_dice`` where a structure
+    is absent, ``usual_dice`` where it was not measured, ``sd_mm3`` where one sample was drawn.
+    """
+
+    code: int | None
+    name: str
+    mm3: float | None
+    expected_dice: float | None = None
+    usual_dice: float | None = None
+    sd_mm3: float | None = None
+
+
 def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the volume table: every structure, then the aggregates.
 
@@ -23,7 +41,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     draws.
     """
     made, volumes = result.segmentation, result.volumes_mm3
-    parcellation, calibrate = made.parcellation, calibration(result.config, result.model.sha256)
+    parcellation, calibrate = made.parcellation, result.calibration
     taught = result.model.structures
     brain = sum(volumes[s.code] for s in parcellation.structures if s.is_tissue)
     csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
@@ -47,22 +65,39 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         yield row(name, mm3)
 
 
-def calibration(config: Config, weights_sha256: str) -> Calibration | None:
-    """What turns expected into true Dice for these weights, if it was measured.
-
-    It was with a network that is given the field: the prior alone (``--steps 0``) and a field that
-    the network has to find (``--registration none``) have probabilities of another kind.
-    """
-    alike = config.sample.steps and config.register.name != "none"
-    return load_calibration(weights_sha256) if alike else None
-
-
 def about_expected_dice(result: Result) -> dict[str, Any]:
     """What the column ``expected-dice`` holds."""
-    found = calibration(result.config, result.model.sha256)
+    found = result.calibration
     return {
         "Description": "Dice to expect, from the probabilities of the network"
         + (", calibrated to true Dice" if found else "; not calibrated for these weights"),
         "Calibrated": found is not None,
         **({"MeasuredOn": found.people} if found else {}),
     }
+
+
+def read_rows(result: Finished) -> tuple[Row, ...]:
+    """The volume table.  Raises ``DataError`` if it is not one."""
+    try:
+        with result.morph.open(encoding="utf-8-sig") as stream:
+            return tuple(
+                Row(
+                    None if line["index"] == "n/a" else int(line["index"]),
+                    line["name"],
+                    _number(line["volume-mm3"]),
+                    *(
+                        _number(line.get(name, "n/a"))
+                        for name in ("expected-dice", "usual-dice", "volume-sd-mm3")
+                    ),
+                )
+                for line in csv.DictReader(stream, delimiter="\t")
+            )
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{result.morph} is not a volume table ({error})",
+            "delete it and run the participant level again",
+        ) from error
+
+
+def _number(cell: str) -> float | None:
+    return None if cell == "n/a" else float(cell)

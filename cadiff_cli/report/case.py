@@ -1,9 +1,7 @@
 """One finished result as a page needs it, read back from its files.  Loads no torch."""
 
-import csv
 import glob
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
+from cadiff_cli.io.bids.derivatives import read_mask_quality
 from cadiff_cli.io.bids.description import links
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.bids.names import MASK, T1W, UNCERTAINTY, xfm_name
@@ -21,8 +20,9 @@ from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.products import CoordinateField, Registered, sound
+from cadiff_cli.products import CoordinateField, MaskQuality, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
 
@@ -32,22 +32,6 @@ MARGIN_MM = 8.0
 """How much is shown around the brain."""
 FIELD_COARSER = 4
 """The field is smooth: it is carried to every fourth voxel and interpolated between."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the volume table; aggregates have no ``code``.
-
-    ``mm3`` is None where the network never draws the structure, ``expected_dice`` where a structure
-    is absent, ``usual_dice`` where it was not measured, ``sd_mm3`` where one sample was drawn.
-    """
-
-    code: int | None
-    name: str
-    mm3: float | None
-    expected_dice: float | None = None
-    usual_dice: float | None = None
-    sd_mm3: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +52,7 @@ class Case:
     mask: Volume
     labels: Volume
     near: Grid
-    quality: Mapping[str, float]
+    quality: MaskQuality | None
     registered: Registered | None = None
     template: Volume | None = None
     coordinates: CoordinateField | None = None
@@ -79,39 +63,6 @@ class Case:
     def name(self) -> str:
         """The scan's entities."""
         return self.result.entities
-
-
-def read_rows(result: Finished) -> tuple[Row, ...]:
-    """The volume table.  Raises ``DataError`` if it is not one."""
-    try:
-        with result.morph.open(encoding="utf-8-sig") as stream:
-            return tuple(
-                Row(
-                    None if line["index"] == "n/a" else int(line["index"]),
-                    line["name"],
-                    _number(line["volume-mm3"]),
-                    *(
-                        _number(line.get(name, "n/a"))
-                        for name in ("expected-dice", "usual-dice", "volume-sd-mm3")
-                    ),
-                )
-                for line in csv.DictReader(stream, delimiter="\t")
-            )
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{result.morph} is not a volume table ({error})",
-            "delete it and run the participant level again",
-        ) from error
-
-
-def _number(cell: str) -> float | None:
-    return None if cell == "n/a" else float(cell)
-
-
-def mask_quality(result: Finished) -> dict[str, float]:
-    """What the mask's sidecar says of it; empty for masks that nobody judged."""
-    sidecar = read_json(_beside(result, f"{MASK}.json")) or {}
-    return {str(key): float(value) for key, value in sidecar.get("Quality", {}).items()}
 
 
 def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
@@ -142,7 +93,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         inside,
         codes,
         around(Volume(inside.data | (codes.data > 0), working)),
-        mask_quality(result),
+        read_mask_quality(result),
     )
     path = _beside(result, f"{UNCERTAINTY}.nii.gz")
     if path.is_file():

@@ -18,12 +18,12 @@ from cadiff_cli.errors import OutputError, in_a_line
 from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.volumes import AGGREGATES
+from cadiff_cli.io.volumes import AGGREGATES, Row
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.quality.judgement import Judgement, fitting, judge
+from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report.boilerplate import methods
-from cadiff_cli.report.case import Case, Row, read_case
-from cadiff_cli.report.qc import Judgement, fitting, judge
-from cadiff_cli.report.ranges import Ranges, load_ranges
+from cadiff_cli.report.case import Case, read_case
 
 if TYPE_CHECKING:
     from jinja2 import Environment

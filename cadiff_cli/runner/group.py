@@ -1,21 +1,20 @@
 """The group level: one table of every finished scan, and who is missing from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import DataError, MissingInputError, in_a_line
+from cadiff_cli.io.bids.derivatives import read_mask_quality
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
-from cadiff_cli.io.volumes import AGGREGATES
+from cadiff_cli.io.volumes import AGGREGATES, Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.report.case import Row, mask_quality, read_rows
-from cadiff_cli.report.group import outliers
-from cadiff_cli.report.qc import COLUMNS, Judgement, columns, judge
-from cadiff_cli.report.ranges import load_ranges
+from cadiff_cli.quality.group import Group, outliers
+from cadiff_cli.quality.judgement import COLUMNS, Judgement, columns, judge
+from cadiff_cli.quality.ranges import load_ranges
 from cadiff_cli.runner.job import Outcome
 from cadiff_cli.runner.journal import Journal
 
@@ -49,22 +48,6 @@ QUALITY = {
 }
 
 
-@dataclass(frozen=True)
-class Group:
-    """What the table holds (``rows``), and for scans without a result, why (``missing``)."""
-
-    path: Path
-    rows: tuple[dict[str, Any], ...]
-    judged: dict[str, Judgement]
-    missing: dict[str, str]
-    notes: tuple[str, ...]
-
-    @property
-    def scans(self) -> tuple[str, ...]:
-        """Entities of the scans in the table."""
-        return tuple(sorted(row["scan"] for row in self.rows))
-
-
 def column(name: str) -> str:
     """A structure's column: ``Left-Cerebral-White-Matter`` -> ``left_cerebral_white_matter``."""
     return name.lower().replace("-", "_")
@@ -88,7 +71,7 @@ def collect(out: Path, expected: Sequence[str], parcellation: Parcellation) -> G
     for result in results:
         try:
             lines = read_rows(result)
-            found = judge(result, lines, mask_quality(result), parcellation, ranges)
+            found = judge(result, lines, read_mask_quality(result), parcellation, ranges)
             rows.append(row(result, lines, parcellation) | columns(found))
             judged[result.entities] = found
             sound.append(result)

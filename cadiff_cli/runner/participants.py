@@ -23,11 +23,13 @@ from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.quality.calibration import calibration
+from cadiff_cli.quality.group import Group
 from cadiff_cli.report.boilerplate import cite, write_citations
 from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.report.page import write_page
 from cadiff_cli.runner.executor import Executor
-from cadiff_cli.runner.group import Group, collect, write_group
+from cadiff_cli.runner.group import collect, write_group
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
@@ -245,7 +247,15 @@ def _any_job(request: Request) -> Job:
         t1=Path(),
         out=request.out,
         source="",
-        recipe=make_recipe(request.config, templates, label, sha256, spaces, request.field),
+        recipe=make_recipe(
+            request.config,
+            templates,
+            label,
+            sha256,
+            calibration(request.config, sha256),
+            spaces,
+            request.field,
+        ),
         weights=str(path.absolute()) if Path(request.model).suffix else request.model,
         run_id=new_run_id(),
         work_dir=request.work_dir,

@@ -1,10 +1,9 @@
 """Brain masks: tidied, and judged without knowing the truth."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from scipy import ndimage
 
+from cadiff_cli.products import MaskQuality
 from cadiff_cli.spatial.grid import Volume, faces
 from cadiff_cli.spatial.resample import resample, resample_mask
 
@@ -24,36 +23,20 @@ TILT_DEG = 45.0
 """How far a head may be turned out of the axes that its header names."""
 
 
-@dataclass(frozen=True)
-class MaskQuality:
-    """How a mask looks, whatever made it.
-
-    ``largest_share`` is the share of its largest component; ``symmetry`` is the Dice of that
-    component and its mirror image, left for right; ``at_edge`` is the share of its border that lies
-    in the face of the field of view that cuts it most; ``in_air`` is the share of the mask outside
-    the head.
-    """
-
-    largest_share: float
-    symmetry: float
-    at_edge: float
-    in_air: float = 0.0
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is suspicious, in words."""
-        said = []
-        if self.largest_share < LEAST_SHARE:
-            said.append(f"the brain fell into pieces (the largest holds {self.largest_share:.0%})")
-        if self.symmetry < LEAST_SYMMETRY:
-            said.append(f"the brain mask is lopsided (symmetry {self.symmetry:.2f})")
-        if self.at_edge > MOST_AT_EDGE:
-            said.append(
-                f"the field of view cuts the brain ({self.at_edge:.0%} of the mask's border)"
-            )
-        if self.in_air > MOST_IN_AIR:
-            said.append(f"{self.in_air:.0%} of the brain mask lie outside the head")
-        return tuple(said)
+def doubts(quality: MaskQuality) -> tuple[str, ...]:
+    """What is suspicious about a mask, in words."""
+    texts = []
+    if quality.largest_share < LEAST_SHARE:
+        texts.append(f"the brain fell into pieces (the largest holds {quality.largest_share:.0%})")
+    if quality.symmetry < LEAST_SYMMETRY:
+        texts.append(f"the brain mask is lopsided (symmetry {quality.symmetry:.2f})")
+    if quality.at_edge > MOST_AT_EDGE:
+        texts.append(
+            f"the field of view cuts the brain ({quality.at_edge:.0%} of the mask's border)"
+        )
+    if quality.in_air is not None and quality.in_air > MOST_IN_AIR:
+        texts.append(f"{quality.in_air:.0%} of the brain mask lie outside the head")
+    return tuple(texts)
 
 
 def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
@@ -100,15 +83,15 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
     largest = parts == 1 + np.argmax(sizes)
     border = np.count_nonzero(largest & ~ndimage.binary_erosion(largest, border_value=1))
     edge = max(int(face.sum()) for face in faces(largest))
-    air = 0.0
+    air = None
     if inside_of is not None:
         known = resample_mask(inside_of, grid).data
-        air = float(np.count_nonzero(inside & ~known) / np.count_nonzero(inside))
+        air = round(float(np.count_nonzero(inside & ~known) / np.count_nonzero(inside)), 4)
     return MaskQuality(
         round(float(sizes.max() / sizes.sum()), 4),
         round(_symmetry(largest), 4),
         round(edge / max(edge + int(border), 1), 4),
-        round(air, 4),
+        air,
     )
 
 

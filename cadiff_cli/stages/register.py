@@ -21,6 +21,7 @@ from cadiff_cli import machine
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError, UsageError
 from cadiff_cli.products import Registered, Stripped, Template
+from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import all_voxels, corners, resample
 
@@ -34,12 +35,6 @@ PLAIN = re.compile(r"[\w./@+-]+", re.ASCII)
 """Paths that mean the same to ANTs, which builds ``[A,B]`` of them, and to its glob patterns."""
 PLAIN_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
-POOR_SCORE = 1.06
-"""Normalised mutual information below which a registration is reported as suspicious.
-
-Four scans of three scanners scored 1.11 to 1.15; with the template moved by 2 mm they scored 1.06
-to 1.09, by 4 mm 1.03 to 1.05, by 8 mm 1.01 to 1.02.
-"""
 
 
 def settings(name: str) -> dict[str, Any]:

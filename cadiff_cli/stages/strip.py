@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Scan, Stripped, Template
+from cadiff_cli.quality.limits import PLAUSIBLE_LITRES
 from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
 from cadiff_cli.spatial.resample import (
     all_voxels,
@@ -23,7 +23,7 @@ from cadiff_cli.spatial.resample import (
     resample_mask,
 )
 from cadiff_cli.stages.bias import evened, find_bias
-from cadiff_cli.stages.masks import find_brain, find_head, judge_mask, tidy
+from cadiff_cli.stages.masks import doubts, find_brain, find_head, judge_mask, tidy
 
 if TYPE_CHECKING:
     from cadiff_cli.io.weights import BrainModel
@@ -60,8 +60,6 @@ RINGING = 0.03
 """Share of a scan's intensities by which a spline may miss the constant around a stripped brain."""
 STILL = 1e-4
 """The same where most of the background lies; air is noisier by far."""
-PLAUSIBLE_LITRES = (0.7, 2.2)
-"""Brain masks outside this range (children to large adults) are reported as suspicious."""
 
 
 def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
@@ -94,7 +92,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         warnings.extend(f"skull stripping: {text}" for text in said)
     quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(full))
     log.info("brain mask (%s): %s", method, quality)
-    warnings.extend(f"skull stripping: {text}" for text in quality.warnings)
+    warnings.extend(f"skull stripping: {text}" for text in doubts(quality))
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
     whole = tidy(mask.data, SPECK if own else 1.0)
     if specks := np.count_nonzero(mask.data & ~whole):
@@ -126,9 +124,7 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
         log.warning(text)
     if own:
         own = Volume(tidy(own.data, SPECK), own.grid)
-    return Stripped(
-        evened(inside, bias), mask, method, tuple(warnings), asdict(quality), own, bias.ratio
-    )
+    return Stripped(evened(inside, bias), mask, method, tuple(warnings), quality, own, bias.ratio)
 
 
 def winsorized(t1: Volume) -> Volume:

@@ -12,7 +12,7 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.io.bids.description import save_dataset_files
-from cadiff_cli.io.bids.layout import Derivatives
+from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import (
     BRAIN,
     DSEG,
@@ -25,14 +25,15 @@ from cadiff_cli.io.bids.names import (
     standard_name,
     xfm_name,
 )
-from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
+from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance
-from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, calibration, volume_rows
+from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, volume_rows
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import (
     CoordinateField,
     InSpace,
+    MaskQuality,
     Registered,
     Result,
     Scan,
@@ -154,9 +155,16 @@ def about_mask(stripped: Stripped) -> dict[str, Any]:
     return {
         "Description": f"Brain mask ({stripped.method})",
         "Type": "Brain",
-        **({"Quality": dict(stripped.quality)} if stripped.quality else {}),
+        **({"Quality": stripped.quality.as_dict()} if stripped.quality else {}),
         **({"Warnings": list(stripped.warnings)} if stripped.warnings else {}),
     }
+
+
+def read_mask_quality(result: Finished) -> MaskQuality | None:
+    """What the sidecar of a result's mask says of it; None for a mask that nobody judged."""
+    path = result.commit.with_name(f"{result.entities}_{MASK}.json")
+    quality = (read_json(path) or {}).get("Quality")
+    return MaskQuality(**{key: float(value) for key, value in quality.items()}) if quality else None
 
 
 class _Writer:
@@ -245,7 +253,7 @@ class _Writer:
             "percent-brain": {"Description": "Share of the row Brain-Segmentation", "Units": "%"},
             "expected-dice": about_expected_dice(result),
         }
-        if calibration(result.config, result.model.sha256):
+        if result.calibration:
             described["usual-dice"] = {"Description": "Dice to expect of it in a good scan"}
         if result.segmentation.volume_sd_mm3:
             described["volume-sd-mm3"] = {

@@ -1,24 +1,20 @@
 """Numbers to judge a result by, and what they amount to."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf, log
-from statistics import mean, median
+from dataclasses import dataclass, field, fields, replace
+from math import inf
+from statistics import mean
 from typing import Any
 
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance
+from cadiff_cli.io.volumes import Row
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.report.case import Row
-from cadiff_cli.report.ranges import Range, Ranges, asymmetry, brain_mm3, pairs
-from cadiff_cli.stages.register import POOR_SCORE
-from cadiff_cli.stages.strip import PLAUSIBLE_LITRES
+from cadiff_cli.products import MaskQuality
+from cadiff_cli.quality.limits import PLAUSIBLE_LITRES, POOR_SCORE
+from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, brain_mm3, pairs
 
 ANYTHING = Range(-inf, 0.0, inf)
-FAR = 3.5
-"""Robust standard deviations from the group's median that make an outlier (Iglewicz, Hoaglin)."""
-FEWEST = 5
-"""Scans without which a group has no outliers."""
 FAR_BELOW = 0.15
 """How far a structure's expected Dice may lie below its usual one.
 
@@ -30,11 +26,6 @@ POOR_DICE = 0.6
 MOST_SPREAD = 10.0
 """Per cent of its volume by which samples of a structure may differ (SD): a good scan's largest was
 2.4 % (docs/report.md)."""
-MASK_LOG_SD = 0.1
-"""Spread of mask volumes that a group is at least credited with: that of adult brains."""
-SCORE_LOG_SD = 0.03
-"""The same for registration scores."""
-
 COLUMNS = {
     "verdict": "'fine', or 'look' where something is suspicious",
     "age": "Age in years, of participants.tsv; ranges are adults'",
@@ -82,7 +73,7 @@ class Judgement:
     """
 
     mask_litres: float
-    mask_quality: Mapping[str, float]
+    mask_quality: MaskQuality | None
     registration_score: float | None
     missing: tuple[str, ...]
     sides: tuple[Side, ...]
@@ -137,7 +128,7 @@ def fitting(ranges: Ranges, rows: Sequence[Row]) -> Ranges:
 def judge(
     result: Finished,
     rows: Sequence[Row],
-    mask_quality: Mapping[str, float],
+    mask_quality: MaskQuality | None,
     parcellation: Parcellation,
     ranges: Ranges,
 ) -> Judgement:
@@ -246,6 +237,7 @@ def _reasons(found: Judgement, ranges: Ranges, made: Provenance) -> Iterator[str
 def columns(judgement: Judgement) -> dict[str, Any]:
     """The group table's values (``COLUMNS``)."""
     side, quality = judgement.largest_side, judgement.mask_quality
+    of_mask = quality.as_dict() if quality else {}
     dice, least = judgement.mean_expected_dice, judgement.least_expected
     apart = judgement.largest_spread
     return {
@@ -253,7 +245,7 @@ def columns(judgement: Judgement) -> dict[str, Any]:
         "age": judgement.age_years,
         "reasons": "; ".join(judgement.reasons) or None,
         "mask_litres": round(judgement.mask_litres, 3),
-        **{f"mask_{k}": quality.get(k) for k in ("largest_share", "symmetry", "at_edge", "in_air")},
+        **{f"mask_{each.name}": of_mask.get(each.name) for each in fields(MaskQuality)},
         "missing": ", ".join(judgement.missing) or None,
         "largest_asymmetry": side.name if side else None,
         "largest_asymmetry_percent": round(side.percent, 1) if side else None,
@@ -262,23 +254,3 @@ def columns(judgement: Judgement) -> dict[str, Any]:
         "largest_spread": f"{apart[0]} {apart[1]:.1f}" if apart else None,
         "implausible": ", ".join(judgement.implausible) or None,
     }
-
-
-def robust_z(values: Mapping[str, float], least_log_sd: float) -> dict[str, float]:
-    """Distance of each scan from the median, in standard deviations that outliers cannot move.
-
-    On a logarithmic scale, as sizes are spread (a ventricle may double, not vanish).  1.4826 times
-    the median absolute deviation is the standard deviation of normal values; few scans may lie
-    close together by luck, so at least ``least_log_sd`` is taken.  Values of 0 are left out, and
-    where fewer than five are left so are all.
-
-    >>> found = robust_z({"a": 10, "b": 11, "c": 9, "d": 10, "e": 30, "f": 0}, 0.1)
-    >>> {scan: round(z, 1) for scan, z in found.items()}
-    {'a': 0.0, 'b': 0.7, 'c': -0.7, 'd': 0.0, 'e': 7.8}
-    """
-    logs = {scan: log(value) for scan, value in values.items() if value > 0}
-    if len(logs) < FEWEST:
-        return {}
-    centre = median(logs.values())
-    spread = 1.4826 * median(abs(value - centre) for value in logs.values())
-    return {scan: (value - centre) / max(spread, least_log_sd) for scan, value in logs.items()}
