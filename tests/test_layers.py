@@ -29,7 +29,7 @@ DOORS = {
     "distributed": ("runner/cluster.py",),
     "contourpy": ("report/figures.py",),
     "PIL": ("report/figures.py", "training/monitor.py"),
-    "jinja2": ("report/page.py",),
+    "jinja2": ("report/render.py",),
     "click": ("cli/",),
     "rich": ("cli/",),
 }

@@ -26,9 +26,9 @@ from cadiff_cli.products import Calibration, Prepared, Registered, Result, Scan,
 from cadiff_cli.quality.judgement import judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report import figures
-from cadiff_cli.report.boilerplate import describe
 from cadiff_cli.report.case import around, find_scan
 from cadiff_cli.report.group import strips
+from cadiff_cli.report.methods import describe
 from cadiff_cli.report.page import report_scan, write_page
 from cadiff_cli.report.viewer import pack
 from cadiff_cli.runner.group import collect, column, known_scans
@@ -188,7 +188,7 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
         uncertainty=uncertain,
     )
     (result,) = finished(out)
-    rows = [row for row in read_rows(result) if row.code]
+    rows = [row for row in read_rows(result.morph) if row.code]
     assert {(row.expected_dice, row.sd_mm3) for row in rows} == {(0.45, 12.0)}
     assert {row.name: row.usual_dice for row in rows if row.usual_dice} == {"Left-Thalamus": 0.8}
     text = write_page(out, result).read_text()
@@ -201,7 +201,7 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
     # Tables of earlier versions lack the columns.
     lines = [line.split("\t")[:5] for line in result.morph.read_text().splitlines()]
     result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
-    assert {row.expected_dice for row in read_rows(result)} == {None}
+    assert {row.expected_dice for row in read_rows(result.morph)} == {None}
     assert "a low Dice is expected" not in write_page(out, result).read_text()
 
 
@@ -215,7 +215,7 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     out = tmp_path / "out"
     write_result(out, model=replace(tiny_model, metadata=metadata))
     (result,) = finished(out)
-    rows = read_rows(result)
+    rows = read_rows(result.morph)
     assert {row.code for row in rows if row.mm3 is None} == {s.code for s in vermis}
     found = judge(result, rows, None, parcellation, load_ranges())
     known = judge(

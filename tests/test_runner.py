@@ -21,10 +21,9 @@ from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import locked, sha256, write_text, write_tsv
-from cadiff_cli.io.provenance import Provenance, UsedTemplate, make_recipe
+from cadiff_cli.io.provenance import Provenance, make_recipe
 from cadiff_cli.products import Calibration
 from cadiff_cli.quality.calibration import calibration
-from cadiff_cli.report.boilerplate import citations, describe
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, failure
@@ -388,55 +387,6 @@ def test_another_image_of_the_same_name_is_not_called_changed(tmp_path):
         unit1.outdated(Finished(job.entities, Path(), made))
         == "of sub-01_ses-a_T1w.nii.gz, not of sub-01_ses-a_UNIT1.nii.gz"
     )
-
-
-def test_boilerplate_counts_what_differs():
-    def made(steps, *templates):
-        return Provenance(
-            fingerprint="x",
-            settings={"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
-            version="1",
-            packages={"torch": "2", "antspyx": "3"},
-            model="m",
-            weights_sha256="0" * 64,
-            steps=steps,
-            templates=templates,
-            skull_stripping="none",
-        )
-
-    def text_of(*several):
-        return " ".join(describe([Finished(f"sub-{k}", Path(), x) for k, x in enumerate(several)]))
-
-    def colin(kind, **told):
-        return UsedTemplate("MNIColin27", kind, "templateflow", **told)
-
-    def mni(kind, **told):
-        return UsedTemplate("MNI152NLin2009aSym", kind, "templateflow", **told)
-
-    kinds = ((5, "fast"), (5, "fast"), (0, "affine"))
-    text = text_of(*(made(steps, colin(kind)) for steps, kind in kinds))
-    assert "3 T1-weighted scans of 3 participants" in text
-    assert "SyN [@syn] registration at 2 mm (n = 2), or affine registration (n = 1)" in text
-    assert "5 deterministic denoising steps" in text
-    assert "without the network (n = 1)" in text
-    assert "@templateflow" in text
-    assert "resampled to MNI152NLin2009cAsym" in text
-    for key in ("syn", "templateflow", "MNIColin27", "MNI152", "ddim"):
-        assert key in citations()
-    # Only what shares in the field is told, and each kind of registration.
-    text = text_of(
-        made(5, colin("fast"), mni("fast")),
-        made(5, colin("fast"), mni("affine", in_field=False)),
-    )
-    assert "MNIColin27 and MNI152NLin2009aSym (n = 1), or MNIColin27 (n = 1)" in text
-    assert "affine registration" not in text
-    assert "The template's, or the mean of several templates', coordinates" in text
-    text = text_of(made(5, colin("fine"), mni("affine")))
-    assert "iterations at 2 mm (to MNIColin27) and affine registration (to MNI152" in text
-    assert "The mean of the templates' coordinates" in text
-    text = text_of(made(5, colin("none", in_field=False)))
-    assert "The network found the distance field together with the labels" in text
-    assert "@templateflow" not in text
 
 
 def test_tables_hold_no_tabs_or_quotes_of_their_own(tmp_path):

@@ -68,7 +68,7 @@ def segment_file(
 
         announce("load")
         from cadiff_cli.io.weights import load_model
-        from cadiff_cli.report.boilerplate import cite
+        from cadiff_cli.report.methods import cite
         from cadiff_cli.report.page import report_scan
         from cadiff_cli.runner.execute import gate, prepare_torch, segment_scan
 

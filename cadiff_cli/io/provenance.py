@@ -262,6 +262,11 @@ class Provenance:
         return any(used.registration != "none" for used in self.templates)
 
     @property
+    def in_field(self) -> tuple[UsedTemplate, ...]:
+        """The templates whose registrations share in the field."""
+        return tuple(used for used in self.templates if used.in_field)
+
+    @property
     def registration_score(self) -> float | None:
         """The lowest score of the registrations; None without any."""
         return min((x.score for x in self.templates if x.score is not None), default=None)

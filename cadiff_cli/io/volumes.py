@@ -3,12 +3,12 @@
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.products import Result
 
 AGGREGATES = {
@@ -76,10 +76,10 @@ def about_expected_dice(result: Result) -> dict[str, Any]:
     }
 
 
-def read_rows(result: Finished) -> tuple[Row, ...]:
-    """The volume table.  Raises ``DataError`` if it is not one."""
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """The rows of a volume table.  Raises ``DataError`` if it is not one."""
     try:
-        with result.morph.open(encoding="utf-8-sig") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             return tuple(
                 Row(
                     None if line["index"] == "n/a" else int(line["index"]),
@@ -94,7 +94,7 @@ def read_rows(result: Finished) -> tuple[Row, ...]:
             )
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(
-            f"{result.morph} is not a volume table ({error})",
+            f"{path} is not a volume table ({error})",
             "delete it and run the participant level again",
         ) from error
 

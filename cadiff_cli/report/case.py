@@ -87,7 +87,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     codes = Volume(parcellation.codes[resample_labels(labels, working).data], working)
     case = Case(
         result,
-        read_rows(result),
+        read_rows(result.morph),
         shown,
         scan is not None,
         inside,

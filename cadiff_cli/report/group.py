@@ -13,7 +13,8 @@ from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.group import FAR, FEWEST, Group, outliers, robust_z, shares
 from cadiff_cli.quality.judgement import Judgement
 from cadiff_cli.quality.ranges import Ranges, load_ranges
-from cadiff_cli.report.page import claim, remove, render
+from cadiff_cli.report.page import claim, remove
+from cadiff_cli.report.render import render_page
 
 PATH = "group.html"
 
@@ -92,7 +93,7 @@ def write_group_page(out: Path, group: Group, parcellation: Parcellation) -> Pat
     ranges = load_ranges()
     judged = group.judged
     far = outliers(judged, ranges)
-    text = render(
+    text = render_page(
         "group.html.j2",
         title="Group",
         rows=[

@@ -1,19 +1,12 @@
-"""The page of one scan: everything in one file, nothing fetched.  The only module with jinja2."""
+"""The page of one scan: everything in one file, nothing fetched."""
 
-import base64
-import hashlib
 import logging
-import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import Any
 
-import cadiff_cli
 from cadiff_cli.errors import OutputError, in_a_line
 from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
@@ -22,11 +15,9 @@ from cadiff_cli.io.volumes import AGGREGATES, Row
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
-from cadiff_cli.report.boilerplate import methods
 from cadiff_cli.report.case import Case, read_case
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from cadiff_cli.report.methods import methods
+from cadiff_cli.report.render import render_page
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +73,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     ranges = fitting(load_ranges(), case.rows)
     judgement = judge(result, case.rows, case.quality, parcellation, ranges)
     paragraphs, references = methods([result])
-    text = render(
+    text = render_page(
         "scan.html.j2",
         title=result.entities,
         case=case,
@@ -116,17 +107,6 @@ def claim(path: Path) -> None:
     """Raise ``OutputError`` if ``path`` is a page that cadiff did not write."""
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise OutputError(f"{path} is another program's page", "choose another output folder")
-
-
-def render(template: str, **values: Any) -> str:
-    """A page from its template; every value is escaped."""
-    script = _script(template)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        _environment()
-        .get_template(template)
-        .render(version=cadiff_cli.__version__, script=script, script_sha256=digest, **values)
-    )
 
 
 def volume_table(
@@ -172,34 +152,6 @@ def _measured(row: Row | None) -> dict[str, float | None]:
         return {"ml": 0.0, "sd_ml": None, "dice": None}
     ml, sd_ml = (None if mm3 is None else mm3 / 1000 for mm3 in (row.mm3, row.sd_mm3))
     return {"ml": ml, "sd_ml": sd_ml, "dice": row.expected_dice}
-
-
-@cache
-def _environment() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    found = Environment(
-        loader=PackageLoader("cadiff_cli.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    found.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
-    found.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
-    found.filters["link"] = lambda name: quote(str(name))
-    found.globals["number"] = lambda x, digits=3: "n/a" if x is None else f"{x:.{digits}f}"
-    return found
-
-
-@cache
-def _script(template: str) -> str:
-    """The page's only script: the template of the same name with ``.js``."""
-    name = re.sub(r"\.html\.j2$", ".js", template)
-    text = files("cadiff_cli.report").joinpath("templates", name).read_text(encoding="utf-8")
-    if "</script" in text.lower():
-        raise ValueError(f"{name} would end itself")
-    return text
 
 
 def plain(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

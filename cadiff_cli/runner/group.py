@@ -70,7 +70,7 @@ def collect(out: Path, expected: Sequence[str], parcellation: Parcellation) -> G
     judged, rows, sound = dict[str, Judgement](), list[dict[str, Any]](), list[Finished]()
     for result in results:
         try:
-            lines = read_rows(result)
+            lines = read_rows(result.morph)
             found = judge(result, lines, read_mask_quality(result), parcellation, ranges)
             rows.append(row(result, lines, parcellation) | columns(found))
             judged[result.entities] = found

@@ -25,8 +25,8 @@ from cadiff_cli.io.templates import load_template, load_templates
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.quality.group import Group
-from cadiff_cli.report.boilerplate import cite, write_citations
 from cadiff_cli.report.group import report_group, write_group_page
+from cadiff_cli.report.methods import cite, write_citations
 from cadiff_cli.report.page import write_page
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import collect, write_group

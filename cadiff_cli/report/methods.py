@@ -1,0 +1,135 @@
+"""Words for a methods section that state what was really run, read from finished results."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from cadiff_cli.errors import MissingInputError, in_a_line
+from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.files import locked, write_text
+from cadiff_cli.io.provenance import Provenance
+from cadiff_cli.report.render import render
+
+TITLE = "Methods and citations"
+NOTICE = (
+    "The text below was written by cadiff from the results in this folder. It may be copied into a"
+    " manuscript unchanged; it is released under CC0."
+)
+CITED = re.compile(r"\[(@[^\]]+)\]")
+"""``[@key; @key]`` in a text."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A work that the text may cite: its ``bibtex`` entry, and the entry's fields."""
+
+    bibtex: str
+    fields: Mapping[str, str]
+
+    @property
+    def authors(self) -> list[str]:
+        """``Family, Given`` of each author; ``others`` stands for those that are not named."""
+        return self.fields["author"].split(" and ")
+
+    @property
+    def short(self) -> str:
+        """As in a sentence: ``Xing et al., 2025``."""
+        families = [author.split(",")[0] for author in self.authors]
+        names = " and ".join(families) if len(families) < 3 else f"{families[0]} et al."
+        return f"{names}, {self.fields['year']}"
+
+    @property
+    def reference(self) -> str:
+        """A line of the list of references."""
+        authors = "; ".join("et al." if a == "others" else a for a in self.authors)
+        where = self.fields.get("journal") or self.fields["booktitle"]
+        title, year, url = (self.fields[name] for name in ("title", "year", "url"))
+        return f"{authors} ({year}). {title}. {where}. {url}"
+
+
+@cache
+def sources() -> dict[str, Source]:
+    """Every work that the text may cite, by key (``data/references.bib``, a field a line)."""
+    text = files("cadiff_cli").joinpath("data/references.bib").read_text(encoding="utf-8")
+    return {
+        entry[1]: Source(entry[0], dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", entry[0], re.M)))
+        for entry in re.finditer(r"^@\w+\{(\w+),\n.*?^\}\n", text, re.M | re.S)
+    }
+
+
+def cite(out: Path) -> str:
+    """``write_citations``, unless something is wrong: why there are none, for results stand."""
+    try:
+        write_citations(out)
+    except Exception as error:
+        return f"no logs/CITATION.md was written ({in_a_line(error)})"
+    return ""
+
+
+def write_citations(out: Path) -> None:
+    """``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``.
+
+    One process at a time: the last one to write has seen the results of all.
+    """
+    folder = out / "logs" / "journal"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "citation.lock", wait=True):
+        results = list(finished(out))
+        if not results:
+            raise MissingInputError(f"{out} holds no finished result", "run the participant level")
+        paragraphs, references = methods(results)
+        values = {"paragraphs": paragraphs, "references": references}
+        for kind in ("md", "html"):
+            text = render(f"citation.{kind}.j2", title=TITLE, notice=NOTICE, **values)
+            write_text(out / "logs" / f"CITATION.{kind}", f"{text.rstrip()}\n")
+        bibtex = (source.bibtex for source in _cited(describe(results)).values())
+        write_text(out / "logs" / "CITATION.bib", "\n".join(bibtex))
+
+
+def methods(results: Sequence[Finished]) -> tuple[list[str], list[str]]:
+    """Paragraphs of a methods section, and the references they cite."""
+    paragraphs = describe(results)
+    cited = _cited(paragraphs)
+
+    def in_words(match: re.Match[str]) -> str:
+        """``[@a; @b]`` -> ``(Author et al., 2020; ...)``."""
+        return f"({'; '.join(cited[key].short for key in _keys(match[1]))})"
+
+    references = sorted(source.reference for source in cited.values())
+    return [CITED.sub(in_words, paragraph) for paragraph in paragraphs], references
+
+
+def describe(results: Sequence[Finished]) -> list[str]:
+    """Paragraphs of a methods section (``templates/methods.j2``); ``[@key]`` cites."""
+    scans = [result.provenance for result in results]
+    for scan in scans:
+        scan.check()
+    spaces = list(dict.fromkeys(space for scan in scans for space in scan.output_spaces))
+    text = render(
+        "methods.j2",
+        scans=scans,
+        people=len({result.entities.split("_")[0] for result in results}),
+        dataset=any(scan.source.startswith("bids:") for scan in scans),
+        spaces=spaces,
+        atlases=_atlases(scans, spaces),
+    )
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def _atlases(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
+    """Keys of the templates of the field, and of those that only lend their ``spaces``."""
+    names = (*(template.name for scan in scans for template in scan.in_field), *spaces)
+    return list(dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in names))
+
+
+def _cited(paragraphs: Sequence[str]) -> dict[str, Source]:
+    """What the paragraphs cite, in the order of the file."""
+    used = {key for group in CITED.findall(" ".join(paragraphs)) for key in _keys(group)}
+    return {key: source for key, source in sources().items() if key in used}
+
+
+def _keys(group: str) -> list[str]:
+    return group.replace("@", "").split("; ")
