@@ -5,6 +5,7 @@ Background is never scored.  A structure missing on one side counts Dice 0 and N
 """
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +15,20 @@ import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.tables import named_parcellation, parcellation_of
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.label_maps import load_classes, say_once
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample_labels
 from cadiff_cli.stages.register import rigid
 
-OURS = "_seg-cadiff_dseg."
-"""What marks a label map of cadiff's in a file name."""
+OURS = re.compile(r"_seg-[A-Za-z0-9]+_dseg\.")
+"""What marks a label map in a file name; cadiff drew it if ``seg-`` names a known parcellation."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ def score_pair(
     reference_mapping: Mapping[int, int],
     tolerance_mm: float = 1.0,
 ) -> list[Score]:
-    """Score one label map (our codes) against a reference on the same grid.
+    """Score one label map of cadiff's against a reference on the same grid.
 
-    Structures that no id of the reference means are not scored, which is said.  Raises
-    ``DataError`` for unknown codes in the prediction, a reference without any known id, or grids
-    that differ.
+    ``parcellation`` has the classes that are compared (``scored_in``), ``reference_mapping`` leads
+    to them; a finer prediction is coarsened.  Structures that no id of the reference means are not
+    scored, which is said.  Raises ``DataError`` for unknown codes in the prediction, a reference
+    without any known id, or grids that differ.
     """
-    p = load_classes(prediction, parcellation, parcellation.class_of)
+    p = load_own(prediction, parcellation)
     r = load_classes(reference, parcellation, reference_mapping, option="--reference-labels")
     check_same_grid(prediction.name, p.grid, reference.name, r.grid)
     scores = score_classes(
@@ -128,6 +131,24 @@ def score_pair(
     if unknown := [s.structure for s in scores if s.structure not in known]:
         say_once(f"not scored, as no id of the references means them: {', '.join(unknown)}")
     return [s for s in scores if s.structure in known]
+
+
+def scored_in(label_maps: Iterable[Path], subset: str) -> Parcellation:
+    """The parcellation that has ``subset``: that of all ``label_maps``, or else ``BASE``.
+
+    Raises ``UsageError`` if neither has it.
+    """
+    found = {parcellation.name: parcellation for parcellation in map(parcellation_of, label_maps)}
+    base = load_parcellation(BASE)
+    (own,) = found.values() if len(found) == 1 else (base,)
+    chosen = base if subset in base.subsets and subset not in own.subsets else own
+    chosen.subset(subset)
+    return chosen
+
+
+def load_own(path: Path, parcellation: Parcellation) -> Volume:
+    """Classes of ``parcellation`` from a label map of cadiff's, which may be of a finer one."""
+    return load_classes(path, parcellation, parcellation_of(path).mapping_to(parcellation))
 
 
 def score_classes(
@@ -164,7 +185,7 @@ def retest_pair(
     The later brain (``desc-preproc_T1w``) is registered rigidly to the first and its labels are
     carried along.  Volumes are those on the scans' own grids.
     """
-    r, p = (load_classes(path, parcellation, parcellation.class_of) for path in (first, later))
+    r, p = (load_own(path, parcellation) for path in (first, later))
     motion = rigid(load_volume(_preprocessed(first)), load_volume(_preprocessed(later)))
     moved = Volume(carry(p, motion, r.grid), r.grid)
     scores = score_classes(
@@ -218,12 +239,13 @@ def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
         raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
     subjects: dict[str, list[Path]] = {}
     for scan, path in label_maps(derivatives, prefer_ours=True).items():
-        if OURS in path.name:
+        if _is_own(path):
             subjects.setdefault(scan.split("_")[0], []).append(path)
     pairs = [(first, later) for first, *others in subjects.values() for later in others]
     if not pairs:
         raise MissingInputError(
-            f"{len(subjects)} subjects with *{OURS}* in {derivatives}, none with two scans",
+            f"{len(subjects)} subjects with label maps of cadiff's in {derivatives}, none with two"
+            " scans",
             "segment two sessions of a person into one folder",
         )
     return pairs
@@ -247,7 +269,7 @@ def label_maps(
             found.setdefault(scan_of(path), []).append(path)
     for scan, paths in found.items():
         if prefer_ours:
-            own = [p for p in paths if OURS in p.name and "_space-" not in p.name]
+            own = [p for p in paths if _is_own(p) and "_space-" not in p.name]
             found[scan] = paths = own or paths
         if len(paths) > 1:
             raise DataError(
@@ -332,8 +354,13 @@ def _volumes_mm3(labels: Volume, classes: Sequence[int]) -> np.ndarray:
     return counts[list(classes)] * labels.grid.voxel_volume_mm3
 
 
+def _is_own(path: Path) -> bool:
+    """Whether cadiff drew a label map, by its name."""
+    return bool(OURS.search(path.name)) and named_parcellation(path) is not None
+
+
 def _preprocessed(dseg: Path) -> Path:
-    return dseg.with_name(dseg.name.replace(OURS, "_desc-preproc_T1w."))
+    return dseg.with_name(OURS.sub("_desc-preproc_T1w.", dseg.name))
 
 
 def _finite(values: Iterable[float]) -> list[float]:

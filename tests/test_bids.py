@@ -523,26 +523,26 @@ THEIRS = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep
 
 
 @pytest.mark.parametrize("text", [json.dumps(RAW), json.dumps(THEIRS), "\ufeff{}", "{"])
-def test_nobody_elses_dataset_is_written_into(text, parcellation, tmp_path):
+def test_nobody_elses_dataset_is_written_into(text, tmp_path):
     """Neither by a claim nor by the files at its root; what is there stays as it is."""
     path = tmp_path / "dataset_description.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(OutputError, match=r"raw dataset|fMRIPrep|not readable"):
         Derivatives(tmp_path, Path("sub-01_T1w.nii")).claim(overwrite=True)
     with pytest.raises(OutputError, match=r"raw dataset|fMRIPrep|not readable"):
-        save_dataset_files(tmp_path, parcellation)
+        save_dataset_files(tmp_path)
     assert path.read_text(encoding="utf-8") == text
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_description_of_ours_is_kept_but_for_missing_links(raw, parcellation, tmp_path):
+def test_a_description_of_ours_is_kept_but_for_missing_links(raw, tmp_path):
     path = tmp_path / "dataset_description.json"
     mine = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "cadiff"}], "Funding": "y"}
     path.write_text(json.dumps({**mine, "DatasetLinks": [1]}))
-    save_dataset_files(tmp_path, parcellation)
+    save_dataset_files(tmp_path)
     assert json.loads(path.read_text()) == {**mine, "DatasetLinks": [1]}
     refuse_other_source(tmp_path, raw)
-    save_dataset_files(tmp_path, parcellation, raw)
+    save_dataset_files(tmp_path, raw)
     found = json.loads(path.read_text())
     assert set(found.pop("DatasetLinks")) == {"raw", "templateflow"}
     assert found == mine

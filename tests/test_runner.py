@@ -143,7 +143,7 @@ def test_only_what_was_cut_short_is_replaced_unasked(tmp_path):
         write_text(drawn, "all of it")
     with pytest.raises(OutputError, match="is there already"):
         journal.make_room(place, overwrite=False)
-    write_text(place.commit, "{}")  # the rest of the result is gone
+    write_text(place.path("seg-cadiff_dseg.json"), "{}")  # the rest of the result is gone
     journal.make_room(place, overwrite=False)
 
 
@@ -344,7 +344,7 @@ def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
     for name, content in (("F", b"before"), ("G", b"finished")):
         place = Derivatives(like.out, Path(f"sub-{name}_T1w.nii.gz"))
         told = {**made, "SourceSHA256": hashlib.sha256(content).hexdigest()}
-        write_text(place.commit, json.dumps(told))
+        write_text(place.path("seg-cadiff_dseg.json"), json.dumps(told))
         for result in ("seg-cadiff_dseg.nii.gz", "desc-volumetric_morph.tsv"):
             write_text(place.path(result), "")
     both = Selection(filters={"suffix": ["T1w", "UNIT1"]})

@@ -24,10 +24,9 @@ COLUMNS = {
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.option(
     "--labels",
-    type=click.Choice(["malc27", "all"]),
     default="malc27",
     show_default=True,
-    help="Structures to score.",
+    help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40.",
 )
 @click.option(
     "--reference-labels",
@@ -65,15 +64,22 @@ def command(
     """
     import logging
 
-    from cadiff_cli.evaluation import listed, pair_up, score_pair
-    from cadiff_cli.labels.parcellation import BASE, load_parcellation
-    from cadiff_cli.labels.schemes import load_scheme
+    from cadiff_cli.evaluation import listed, pair_up, score_pair, scored_in
+    from cadiff_cli.io.bids.tables import parcellation_of
+    from cadiff_cli.labels.schemes import OWN, load_scheme
     from cadiff_cli.runner.logs import ON_SCREEN, warning
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
-    parcellation = load_parcellation(BASE)
-    mapping = load_scheme(reference_labels, parcellation)
     pairs = pair_up(prediction, reference)
+    parcellation = scored_in((p for p, _ in pairs.files), labels)
+    scheme = load_scheme(reference_labels, parcellation)
+
+    def mapping(path: Path) -> Mapping[int, int]:
+        """Ids of a reference; one that cadiff wrote may be of a finer parcellation."""
+        if reference_labels == OWN:
+            return parcellation_of(path).mapping_to(parcellation)
+        return scheme
+
     for names, place in (
         (pairs.without_reference, reference),
         (pairs.without_prediction, prediction),
@@ -86,7 +92,7 @@ def command(
     scores = [
         score
         for p, r in progress(pairs.files)
-        for score in score_pair(p, r, parcellation, labels, mapping, tolerance)
+        for score in score_pair(p, r, parcellation, labels, mapping(r), tolerance)
     ]
     report(scores, out, tolerance_mm=tolerance)
 

@@ -74,6 +74,7 @@ def command(
     from cadiff_cli.fusion import choose_atlases, fuse
     from cadiff_cli.io.bids.description import save_dataset_files
     from cadiff_cli.io.bids.layout import Derivatives
+    from cadiff_cli.io.bids.tables import save_table
     from cadiff_cli.io.images import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.labels.parcellation import BASE, load_parcellation
@@ -90,7 +91,8 @@ def command(
     with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
         stripped = strip(scan, load_template(EMBEDDED), config, Path(work))
     fused = fuse(scan, stripped, people, parcellation, mapping, config.register, vote, jobs)
-    save_dataset_files(out, parcellation)
+    save_dataset_files(out)
+    save_table(out, parcellation)
     _save(path, t1, fused, stripped, config)
     click.echo(path)
 

@@ -43,7 +43,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     place, journal = Derivatives(out, t1), Journal(out)
 
     def claim() -> None:
-        if place.commit.exists():
+        if place.commits:
             raise OutputError(
                 f"{place.folder} holds a segmentation and the mask it was made with",
                 "choose another output folder",

@@ -17,10 +17,9 @@ COLUMNS = {
 @click.argument("derivatives", type=click.Path(path_type=Path))
 @click.option(
     "--labels",
-    type=click.Choice(["malc27", "all"]),
     default="malc27",
     show_default=True,
-    help="Structures to compare.",
+    help="Structures to compare: all, or a subset of the label maps' parcellation or of cadiff40.",
 )
 @click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
 @click.option(
@@ -44,11 +43,10 @@ def command(
     headline is the mean over structures (background is not included), then over scans.
     """
     from cadiff_cli.cli.evaluate import claim, progress, report
-    from cadiff_cli.evaluation import retest_pair, retest_pairs
-    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.evaluation import retest_pair, retest_pairs, scored_in
 
-    parcellation = load_parcellation(BASE)
     pairs = retest_pairs(derivatives)
+    parcellation = scored_in((path for pair in pairs for path in pair), labels)
     claim(out, "retest", overwrite=overwrite)
     scores = [
         score

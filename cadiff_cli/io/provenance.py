@@ -15,6 +15,8 @@ from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.volumes import about_expected_dice
+from cadiff_cli.io.volumes import about_expected_dice, calibration
+from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.machine import ITK_THREADS
 from cadiff_cli.products import Calibration, Result, Scan, Stripped, Template, sound
 
@@ -61,7 +63,8 @@ class Provenance:
 
     Written to and read from the sidecar of the label map.  ``settings`` are those of the recipe.
     ``source`` is the scan's BIDS URI or file name, ``source_sha256`` its checksum.  ``seconds`` are
-    by stage.  ``gaps`` names the sidecar's keys that could not be read.
+    by stage.  ``parcellation`` is a name.  ``gaps`` names the keys of the sidecar that could not be
+    read.
     """
 
     fingerprint: str
@@ -75,6 +78,7 @@ class Provenance:
     tile: int | None = None
     device: str = ""
     precision: str = ""
+    parcellation: str = BASE
     registration_threads: int | None = None
     templates: tuple[UsedTemplate, ...] = ()
     skull_stripping: str = ""
@@ -120,6 +124,7 @@ class Provenance:
             tile=segmentation.tile,
             device=segmentation.device,
             precision=segmentation.precision,
+            parcellation=segmentation.parcellation.name,
             registration_threads=registration_threads() if is_registered else None,
             templates=tuple(
                 UsedTemplate(
@@ -177,6 +182,7 @@ class Provenance:
             tile=top.optional("Tile", int),
             device=top.optional("Device", str) or "",
             precision=top.optional("Precision", str) or "",
+            parcellation=top.optional("Parcellation", str) or BASE,
             registration_threads=top.optional("RegistrationThreads", int),
             templates=templates,
             skull_stripping=top.required("SkullStripping", str),
@@ -202,6 +208,7 @@ class Provenance:
             "Tile": self.tile,
             "Device": self.device,
             "Precision": self.precision,
+            "Parcellation": self.parcellation,
             "RegistrationThreads": self.registration_threads,
             "Templates": [
                 {

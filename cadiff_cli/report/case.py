@@ -23,6 +23,7 @@ from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import CoordinateField, MaskQuality, Registered, sound
+from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
 
@@ -71,7 +72,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels,
     mask or volumes cannot be read; what else is missing becomes a note.
     """
-    parcellation = load_parcellation(BASE)
+    parcellation = result.parcellation
     labels = load_classes(result.commit.with_suffix(".nii.gz"), parcellation, parcellation.class_of)
     mask = load_volume(_beside(result, f"{MASK}.nii.gz"))
     working = labels.grid.working()
@@ -95,7 +96,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         around(Volume(inside.data | (codes.data > 0), working)),
         read_mask_quality(result),
     )
-    path = _beside(result, f"{UNCERTAINTY}.nii.gz")
+    path = _beside(result, UNCERTAINTY.format(parcellation.segmentation) + ".nii.gz")
     if path.is_file():
         case = replace(case, uncertainty=resample(load_volume(path), case.near))
     try:

@@ -61,7 +61,7 @@ class Journal:
 
         Nor is a result of which somebody has deleted a part: its sidecar says that it is ours.
         """
-        ours = self._mark(place.stem).exists() or place.commit.exists()
+        ours = self._mark(place.stem).exists() or bool(place.commits)
         unfinished = ours and finished_result(place) is None
         place.claim(*inputs, overwrite=overwrite or unfinished)
 

@@ -127,7 +127,7 @@ def participant_level(request: Request, listener: Listener) -> int:
         for entities, status in plan.status.items():
             listener.line(f"{entities}\t{status}")
         return 0
-    save_dataset_files(request.out, load_parcellation(BASE), request.dataset, request.link)
+    save_dataset_files(request.out, request.dataset, request.link)
     _keep_options(request, job)
     summary = Summary(request.out, plan, tuple(_execute(request, plan, listener)))
     listener.summary(summary)

@@ -26,6 +26,8 @@ from cadiff_cli.io.bids.names import (
     xfm_name,
 )
 from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
+from cadiff_cli.io.bids.tables import save_table, table_name
+from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, volume_rows
@@ -60,14 +62,19 @@ def save_result(
     path, native = prepared.scan.path, prepared.scan.t1.grid
     registrations, parcellation = prepared.registrations, segmentation.parcellation
     write = _Writer(Derivatives(out, path), source or path.name)
-    mask, t1w, dseg = (write.uri(name) for name in (MASK, T1W, DSEG))
+    dseg, probseg, uncertainty = (
+        name.format(parcellation.segmentation) for name in (DSEG, PROBSEG, UNCERTAINTY)
+    )
+    mask, t1w = write.uri(MASK), write.uri(T1W)
     to_scan = [
         write.place.uri(xfm_name(r.template.name, "T1w"))
         for r in registrations
         if r.from_template is not None  # else the network found the field
     ]
-    save_dataset_files(out, parcellation)
-    write.place.commit.unlink(missing_ok=True)
+    save_dataset_files(out)
+    save_table(out, parcellation)
+    for commit in write.place.commits:
+        commit.unlink(missing_ok=True)
 
     write.image(T1W, prepared.stripped.t1.data, prepared.stripped.t1.grid)
     write.sidecar(
@@ -104,32 +111,32 @@ def save_result(
     made = Provenance.of(result, write.raw, field=field is not None, run_id=run_id or "")
     segmented_from = [write.raw, t1w, mask, *to_scan]
     if segmentation.posteriors is not None:
-        write.image(PROBSEG, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)
+        write.image(probseg, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)
         write.sidecar(
-            PROBSEG,
+            probseg,
             segmented_from,
             Description="Probability of each structure, background first",
             LabelMap=["BG", *(s.abbreviation for s in parcellation.structures)],
             Manual=False,
         )
     if segmentation.uncertainty is not None:
-        write.image(UNCERTAINTY, segmentation.uncertainty, native, like=path)
+        write.image(uncertainty, segmentation.uncertainty, native, like=path)
         write.sidecar(
-            UNCERTAINTY,
+            uncertainty,
             segmented_from,
             Description="Entropy of the probabilities of all structures, over its greatest value:"
             " 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
             Manual=False,
         )
     for space in result.spaces:
-        write.standard(space)
-    write.volumes(result, [dseg, mask])
-    write.image(DSEG, segmentation.labels.data, native, like=path)
+        write.standard(space, dseg)
+    write.volumes(result, [write.uri(dseg), mask])
+    write.image(dseg, segmentation.labels.data, native, like=path)
     write.place.clear(keep=write.written)
     write.sidecar(
-        DSEG,
+        dseg,
         segmented_from,
-        Description="Brain structures; codes in dseg.tsv",
+        Description=f"Brain structures; codes in {table_name(parcellation)}",
         Manual=False,
         **made.sidecar(),
     )
@@ -140,7 +147,8 @@ def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
     """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path."""
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
     said = [machine.without_home(text) for text in (*scan.warnings, *stripped.warnings)]
-    save_dataset_files(out, load_parcellation(BASE))
+    save_dataset_files(out)
+    save_table(out, load_parcellation(BASE))  # as in every dataset of ours
     brain = np.where(mask.data, scan.t1.data, 0).astype(np.float32)
     write.image(BRAIN, brain, mask.grid, like=scan.path)
     write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)
@@ -220,8 +228,8 @@ class _Writer:
                 **({"Warnings": list(registered.warnings)} if registered.warnings else {}),
             )
 
-    def standard(self, space: InSpace) -> None:
-        """Brain, mask and labels on a template's grid."""
+    def standard(self, space: InSpace, dseg: str) -> None:
+        """Brain, mask and labels (called ``dseg``) on a template's grid."""
         template, described = space.registered.template.name, dict[str, Any]()
         if space.resolution:
             spacing = space.labels.grid.spacing_mm[0]
@@ -230,7 +238,7 @@ class _Writer:
         parts: tuple[tuple[str, Volume, dict[str, Any]], ...] = (
             (T1W, space.t1, {"SkullStripped": True}),
             (MASK, space.mask, {"Type": "Brain"}),
-            (DSEG, space.labels, {"Manual": False}),
+            (dseg, space.labels, {"Manual": False}),
         )
         for name, volume, values in parts:
             standard = standard_name(name, template, space.resolution)

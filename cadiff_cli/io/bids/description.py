@@ -1,4 +1,4 @@
-"""The files at the root of a derivative dataset: what it is, whose it is, what its codes mean."""
+"""The files at the root of a derivative dataset: what it is, and whose it is."""
 
 import os
 import re
@@ -8,8 +8,7 @@ from typing import Any
 import cadiff_cli
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.raw import LINK_KINDS, Dataset
-from cadiff_cli.io.files import read_json, write_json, write_text, write_tsv
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.io.files import read_json, write_json, write_text
 
 VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 """What OpenNeuro adds to a dataset's DOI."""
@@ -40,10 +39,8 @@ def generated_by() -> dict[str, Any]:
     return mark
 
 
-def save_dataset_files(
-    out: Path, parcellation: Parcellation, raw: Dataset | None = None, link: str | None = None
-) -> None:
-    """``dataset_description.json``, ``.bidsignore``, ``dseg.tsv``, ``README.md``.
+def save_dataset_files(out: Path, raw: Dataset | None = None, link: str | None = None) -> None:
+    """``dataset_description.json``, ``.bidsignore``, ``README.md``.
 
     Existing files are kept, but for links to the ``raw`` dataset that the description lacks.
     ``link`` says where ``raw`` is, if not as ``Dataset.link`` does.  Raises ``OutputError`` where
@@ -74,12 +71,6 @@ def save_dataset_files(
         write_text(out / ".bidsignore", BIDSIGNORE)
     if not (out / "README.md").exists():
         write_text(out / "README.md", README)
-    if not (out / "dseg.tsv").exists():
-        header = ("index", "name", "abbreviation", "color", "mapping")
-        rows = [
-            (s.code, s.name, s.abbreviation, s.color, s.tissue) for s in parcellation.structures
-        ]
-        write_tsv(out / "dseg.tsv", header, [(0, "Background", "BG", "#000000", 0), *rows])
 
 
 def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> None:

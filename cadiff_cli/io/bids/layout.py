@@ -5,6 +5,7 @@ The label map's sidecar is written last: where it exists, everything else does.
 
 import glob
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.description import refuse_foreign
 from cadiff_cli.io.bids.names import DSEG, MORPH, OURS, source_entities
+from cadiff_cli.io.bids.tables import is_ours, parcellation_of
 from cadiff_cli.io.files import check_writable, read_json
 from cadiff_cli.io.provenance import Provenance
+from cadiff_cli.labels.parcellation import Parcellation
 
 MAX_STEM_BYTES = 160
 """Longest name of a scan: file systems allow 255, results and temporary files add to it."""
@@ -37,13 +40,13 @@ class Derivatives:
         return f"bids::{self.path(suffix).relative_to(self.out).as_posix()}"
 
     @property
-    def commit(self) -> Path:
-        """The file written last: where it exists, everything else does."""
-        return self.path(f"{DSEG}.json")
+    def commits(self) -> list[Path]:
+        """Sidecars of label maps, each written last of its result: everything else is there."""
+        return sorted(self._found(f"{DSEG}.json".format("*")))
 
     def existing(self) -> list[Path]:
         """Files that are there already under names that a run may write."""
-        return sorted(p for name in OURS for p in self._found(name))
+        return sorted({path for name in OURS for path in self._found(name)})
 
     def claim(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
@@ -80,7 +83,8 @@ class Derivatives:
 
         Also removes temporary files of a killed run: the caller holds the scan's lock.
         """
-        self.commit.unlink(missing_ok=True)
+        for path in self.commits:
+            path.unlink(missing_ok=True)
         for path in self.existing():
             if path not in keep:
                 path.unlink(missing_ok=True)
@@ -89,8 +93,9 @@ class Derivatives:
                 path.unlink(missing_ok=True)
 
     def _found(self, name: str, begun: str = "") -> Iterator[Path]:
-        """Files whose names match the pattern ``name`` after the scan's entities."""
-        return self.folder.glob(f"{begun}{glob.escape(self.stem)}_{name}")
+        """Files of ours whose names match the pattern ``name`` after the scan's entities."""
+        paths = self.folder.glob(f"{begun}{glob.escape(self.stem)}_{name}")
+        return (path for path in paths if is_ours(self.out, path))
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,11 @@ class Finished:
         """The table of its volumes."""
         return self.commit.with_name(f"{self.entities}_{MORPH}.tsv")
 
+    @property
+    def parcellation(self) -> Parcellation:
+        """What its label map and its table of volumes are of."""
+        return parcellation_of(self.commit)
+
 
 def finished_result(place: Derivatives) -> Finished | None:
     """The complete result at ``place``, if there is one.
@@ -116,19 +126,20 @@ def finished_result(place: Derivatives) -> Finished | None:
     Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
     since make it incomplete.
     """
-    provenance = Provenance.read(read_json(place.commit) or {})
-    # A link to nothing is a file that git-annex has dropped, not one that was deleted.
-    made = (place.path(name) for name in (f"{DSEG}.nii.gz", f"{MORPH}.tsv"))
-    there = all(path.exists() or path.is_symlink() for path in made)
-    if not there or provenance is None:
-        return None
-    return Finished(place.stem, place.commit, provenance)
+    for commit in place.commits:
+        provenance = Provenance.read(read_json(commit) or {})
+        made = (commit.with_suffix(".nii.gz"), place.path(f"{MORPH}.tsv"))
+        # A link to nothing is a file that git-annex has dropped, not one that was deleted.
+        there = all(path.exists() or path.is_symlink() for path in made)
+        if there and provenance is not None:
+            return Finished(place.stem, commit, provenance)
+    return None
 
 
 def finished(out: Path) -> Iterator[Finished]:
     """Every complete result below ``out``, sorted by path."""
-    for path in sorted(out.glob(f"sub-*/**/anat/*_{DSEG}.json")):
-        scan = path.name.replace(f"_{DSEG}.json", "_T1w.nii.gz")
+    for path in sorted(out.glob(f"sub-*/**/anat/*_{DSEG}.json".format("*"))):
+        scan = re.sub(r"_seg-[^_]*_dseg\.json$", "_T1w.nii.gz", path.name)
         result = finished_result(Derivatives(out, Path(scan)))
         if result is not None and result.commit == path:
             yield result

@@ -6,15 +6,20 @@ from cadiff_cli.io.formats import stem
 
 T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
 BRAIN = "desc-brain_T1w"
-DSEG, PROBSEG, MORPH = "seg-cadiff_dseg", "seg-cadiff_probseg", "desc-volumetric_morph"
-UNCERTAINTY = "seg-cadiff_desc-uncertainty_probseg"
+MORPH = "desc-volumetric_morph"
+DSEG, PROBSEG, UNCERTAINTY = "seg-{}_dseg", "seg-{}_probseg", "seg-{}_desc-uncertainty_probseg"
+"""To be formatted with ``Parcellation.segmentation``."""
 OURS = (
-    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, DSEG, PROBSEG, UNCERTAINTY, MORPH)),
-    *(f"space-*_{name}.*" for name in (T1W, MASK, DSEG)),
-    "space-*_seg-cadiff_res-*_dseg.*",
+    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, MORPH)),
+    *(f"{name}.*".format("*") for name in (DSEG, PROBSEG, UNCERTAINTY)),
+    *(f"space-*_{name}.*".format("*") for name in (T1W, MASK, DSEG)),
+    "space-*_seg-*_res-*_dseg.*",
     "from-*_mode-image_xfm.*",
 )
-"""What follows the source's entities in the names of the files that a run writes."""
+"""Patterns of what follows the source's entities in the names of the files that a run writes.
+
+``seg-`` must name one of the dataset's parcellations (``tables.is_ours``).
+"""
 
 
 def source_entities(path: Path) -> str:

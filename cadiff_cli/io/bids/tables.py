@@ -1,0 +1,71 @@
+"""Which parcellation a label map is of: its name says so, and its dataset holds the table."""
+
+import re
+from pathlib import Path
+
+from cadiff_cli.io.files import write_text, write_tsv
+from cadiff_cli.labels.parcellation import (
+    BASE,
+    OWN_SEGMENTATION,
+    Parcellation,
+    load_parcellation,
+    shipped_names,
+)
+
+SEGMENTATION = re.compile(r"_seg-([A-Za-z0-9]+)_")
+BASE_COLUMNS = ("index", "name", "abbreviation", "color", "mapping")
+
+
+def table_name(parcellation: Parcellation) -> str:
+    """File at the root of a dataset that explains the codes: ``dseg.tsv`` for ``BASE``."""
+    if parcellation.name == BASE:
+        return "dseg.tsv"
+    return f"seg-{parcellation.segmentation}_dseg.tsv"
+
+
+def save_table(out: Path, parcellation: Parcellation) -> None:
+    """Write the parcellation's table, unless it is there already.
+
+    That of ``BASE`` has BIDS' columns; others have all, so ``parcellation_of`` can read them.
+    """
+    path = out / table_name(parcellation)
+    if path.exists():
+        return
+    if parcellation.name != BASE:
+        write_text(path, parcellation.as_tsv())
+        return
+    rows = [(s.code, s.name, s.abbreviation, s.color, s.tissue) for s in parcellation.structures]
+    write_tsv(path, BASE_COLUMNS, [(0, "Background", "BG", "#000000", 0), *rows])
+
+
+def is_ours(out: Path, path: Path) -> bool:
+    """Whether a file's name tells no parcellation, or one that cadiff has used in ``out``."""
+    found = SEGMENTATION.search(path.name)
+    return found is None or _table(out, found[1]) is not None
+
+
+def named_parcellation(label_map: Path) -> Parcellation | None:
+    """The parcellation that ``seg-`` in a label map's name tells; None for other programs' maps.
+
+    Its table is shipped, or lies at the root of the map's dataset.
+    """
+    if found := SEGMENTATION.search(label_map.name):
+        for folder in label_map.absolute().parents[:4]:  # sub-X/ses-Y/anat
+            if table := _table(folder, found[1]):
+                return load_parcellation(table)
+    return None
+
+
+def parcellation_of(label_map: Path) -> Parcellation:
+    """The parcellation whose codes a label map of cadiff's holds, however it is called."""
+    return named_parcellation(label_map) or load_parcellation(BASE)
+
+
+def _table(out: Path, segmentation: str) -> str | Path | None:
+    """What ``load_parcellation`` takes for a segmentation; None for one that is not known."""
+    if segmentation == OWN_SEGMENTATION:
+        return BASE
+    if segmentation in shipped_names():
+        return segmentation
+    path = out / f"seg-{segmentation}_dseg.tsv"
+    return path if path.is_file() else None
