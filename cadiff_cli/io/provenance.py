@@ -15,7 +15,6 @@ from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import joint_name
 from cadiff_cli.io.volumes import about_expected_dice
-from cadiff_cli.io.volumes import about_expected_dice, calibration
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.machine import ITK_THREADS
 from cadiff_cli.products import Calibration, Result, Scan, Stripped, Template, sound

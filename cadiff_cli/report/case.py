@@ -21,9 +21,7 @@ from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.volumes import Row, read_rows
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import CoordinateField, MaskQuality, Registered, sound
-from cadiff_cli.products import CoordinateField, Registered, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
 

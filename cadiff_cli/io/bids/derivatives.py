@@ -25,9 +25,8 @@ from cadiff_cli.io.bids.names import (
     standard_name,
     xfm_name,
 )
-from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.bids.tables import save_table, table_name
-from cadiff_cli.io.files import replacing, sha256, write_json, write_tsv
+from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, volume_rows
