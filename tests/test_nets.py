@@ -8,6 +8,7 @@ from conftest import awake
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import as_dict
+from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
@@ -80,10 +81,11 @@ def test_config_survives_plain_values(tiny_config):
 
 
 def test_settings_of_older_weights_mean_the_whole_method(tiny_config):
-    """Switches that a file does not know are on."""
+    """Switches that a file does not know are on; its noise is Gaussian."""
     values = as_dict(tiny_config)
     for switch in ("reads_field", "reads_coordinates", "reads_labels", "attention"):
         assert values.pop(switch) is True
+    assert PROCESSES[values.pop("process")] == Gaussian(Cosine())
     assert NetConfig.from_dict(values) == tiny_config
 
 

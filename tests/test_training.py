@@ -1,11 +1,13 @@
 """Training: a step decided by its seed, and going on after a kill as if nothing happened."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from conftest import NO_CHANGE, TINY, seeded
 
 from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
+from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.images import save_volume
@@ -455,6 +458,7 @@ sys.path.insert(0, {tests!r})
 import conftest
 from test_training import QUICK
 from dataclasses import replace
+from functools import partial
 from cadiff_cli.training import cache, loop, run
 loop.fit.__kwdefaults__["save_minutes"] = 0.0
 samples = [cache.load(Path({cache!r}) / "sub-toy.npz")]
@@ -557,6 +561,22 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
     for hold_out in (["nobody"], ["toy", "other"]):
         with pytest.raises(UsageError):
             train(people, tmp_path, config, hold_out=hold_out)
+
+
+def test_a_run_from_before_noise_processes_had_names_goes_on(
+    toy_sample, tmp_path, tiny_config, monkeypatch
+):
+    begin = partial(train, [toy_sample], tmp_path)
+    begin(replace(QUICK, steps=1), net_config=tiny_config)
+    path = tmp_path / "config.json"
+    described = json.loads(path.read_text())
+    del described["net"]["process"]
+    path.write_text(json.dumps(described))
+    monkeypatch.setitem(PROCESSES, "other", Gaussian(Cosine(0.1)))
+    with pytest.raises(UsageError, match="has net"):
+        begin(QUICK, net_config=replace(tiny_config, process="other"))
+    model = load_model(str(begin(replace(QUICK, steps=2), net_config=tiny_config)))
+    assert model.metadata["training"]["steps"] == 2
 
 
 def test_scans_trusted_less_are_trained_on_but_do_not_vote(

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.device import autocast, enough_memory
+from cadiff_cli.diffusion.process import DEFAULT
 from cadiff_cli.errors import CadiffError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
 
@@ -167,6 +168,8 @@ def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str])
     # What runs of before did not write down is taken on trust.
     untold = {key: described[key] for key in kept if key.endswith("_files")}
     before = {"recount_prior": False} | untold | json.loads(path.read_text(encoding="utf-8"))
+    if "process" in described["net"]:  # networks of before had the default one
+        before["net"] = {"process": DEFAULT} | before["net"]
 
     def essence(run: dict[str, Any]) -> dict[str, Any]:
         train = {k: v for k, v in run["train"].items() if k not in ("steps", "decay", "rate")}
