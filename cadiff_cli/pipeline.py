@@ -16,7 +16,7 @@ from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
 if TYPE_CHECKING:
-    from cadiff_cli.io.weights import Model
+    from cadiff_cli.nets.models import Model
 
 Announce = Callable[[str], None]
 """Called with a stage's name when it begins."""
@@ -88,7 +88,7 @@ def run(
         mask,
         segmentation,
         volumes_mm3(segmentation),
-        model,
+        model.info,
         config,
         watch.seconds,
         calibration=calibration(config, model.sha256),

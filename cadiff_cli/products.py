@@ -8,16 +8,13 @@ where a later stage needs them.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cadiff_cli.config import Config
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.spatial.grid import Grid, Volume
-
-if TYPE_CHECKING:
-    from cadiff_cli.io.weights import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +231,15 @@ class Calibration:
         }
 
 
+@dataclass(frozen=True)
+class ModelInfo:
+    """The network behind a result: its name, the SHA-256 of its file, and the codes it can draw."""
+
+    name: str
+    sha256: str
+    structures: frozenset[int]
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """Everything a run produced.
@@ -247,7 +253,7 @@ class Result:
     mask: Volume
     segmentation: Segmentation
     volumes_mm3: Mapping[int, float]
-    model: "Model"
+    model: ModelInfo
     config: Config
     seconds: Mapping[str, float] = field(default_factory=dict)
     spaces: tuple["InSpace", ...] = ()

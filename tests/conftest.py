@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from cadiff_cli.io import models
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import DEFAULT, weights_folder
-from cadiff_cli.io.weights import Model, save_model
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.blocks import channels_last
+from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.products import (
     Conditions,
@@ -314,14 +315,14 @@ def tiny_net(toy_sample, parcellation):
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_net, parcellation):
-    return Model(tiny_net, parcellation, "tiny", "0" * 64, {})
+    return Model(tiny_net, "tiny", "0" * 64, parcellation=parcellation)
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tiny_net, parcellation, tmp_path_factory):
     """The same network as a file, fit for ``--model``."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_model(path, tiny_net, parcellation, {})
+    models.save(path, Model(tiny_net, parcellation=parcellation))
     return path
 
 

@@ -14,9 +14,10 @@ from synthetic_head import stored
 
 from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.io import models
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.weights import BrainModel, load_brain_model, load_model
 from cadiff_cli.nets.brain import REACH_MM, BrainConfig, BrainNet
+from cadiff_cli.nets.models import BrainModel, Model
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.brain import (
     brain_distance,
@@ -392,7 +393,7 @@ class Oracle(BrainNet):
 
 @pytest.fixture
 def oracle():
-    return BrainModel(Oracle(), "oracle", "", {})
+    return BrainModel(Oracle(), "oracle")
 
 
 @pytest.mark.parametrize("spacing", [1.0, 2.0, 3.0])
@@ -472,12 +473,12 @@ def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
     heads = {"toys": [drawn_head], "scanner": [real_head], "elsewhere": [held]}
     config = HeadConfig(steps=3, warmup=1, decay=1, patch=128, coarse_steps=1)
     path = train_mask(heads, tmp_path, config, hold_out=["elsewhere"])
-    model = load_brain_model(str(path))
-    assert model.metadata["training"]["trained_on"] == {"toys": 1, "scanner": 1}
+    model = models.load(BrainModel, str(path))
+    assert model.training["trained_on"] == {"toys": 1, "scanner": 1}
     assert 0 <= held_out_dice(model.net, held) <= 1
     assert (tmp_path / "held_out.tsv").read_text().startswith("source\thead\tdice\nelsewhere\theld")
     with pytest.raises(DataError, match="format"):
-        load_model(str(path))
+        models.load(Model, str(path))
     stored = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert stored["step"] == 3
     with pytest.raises(UsageError, match="trained_on"):
@@ -507,15 +508,17 @@ def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
     """Nothing has to be located anew: without a step they are what they were."""
     heads = {"toys": [drawn_head]}
     config = HeadConfig(steps=2, warmup=1, decay=1, patch=128, coarse_steps=1)
-    first = load_brain_model(str(train_mask(heads, tmp_path / "a", config)))
+    first = models.load(BrainModel, str(train_mask(heads, tmp_path / "a", config)))
     same, further = (
-        load_brain_model(str(train_mask(heads, tmp_path / name, config, init=first, **limits)))
+        models.load(
+            BrainModel, str(train_mask(heads, tmp_path / name, config, init=first, **limits))
+        )
         for name, limits in (("b", {"max_minutes": 0}), ("c", {}))
     )
     before, after, learnt = (m.net.state_dict() for m in (first, same, further))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert further.metadata["training"]["init"] == first.sha256
-    assert further.metadata["training"]["train"]["coarse_steps"] == 0
+    assert further.training["init"] == first.sha256
+    assert further.training["train"]["coarse_steps"] == 0
     assert not torch.equal(before["fine.out.weight"], learnt["fine.out.weight"])
     with pytest.raises(UsageError, match="init"):
         train_mask(heads, tmp_path / "c", replace(config, coarse_steps=0))

@@ -13,8 +13,9 @@ from cadiff_cli.cli.crossval import command
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import score_classes
+from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
-from cadiff_cli.io.weights import load_model
+from cadiff_cli.nets.models import Model
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
 from cadiff_cli.training.objective import Objective
@@ -83,8 +84,8 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     assert min(s.dice for s in scores if s.structure in large) > 0.7
     held_out = json.loads((tmp_path / "folds.json").read_text())
     for k, fold in enumerate(held_out, start=1):
-        model = load_model(str(tmp_path / f"fold-{k}" / "model.safetensors"))
-        described = model.metadata["training"]
+        model = models.load(Model, str(tmp_path / f"fold-{k}" / "model.safetensors"))
+        described = model.training
         assert described["held_out"] == fold
         assert not set(described["trained_on"]) & set(fold)
     # Going on trains nothing again, and one fold can be had alone.

@@ -12,7 +12,8 @@ from cadiff_cli.diffusion import process as processes
 from cadiff_cli.diffusion.process import Cosine, Gaussian, expand
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.weights import load_model, save_model
+from cadiff_cli.io import models
+from cadiff_cli.nets.models import Model
 from cadiff_cli.stages.sampling import denoise
 from cadiff_cli.training.augment import draw_patch
 from cadiff_cli.training.objective import Objective, Times
@@ -182,15 +183,15 @@ def test_a_second_process_needs_its_class_and_a_name(
             loss.backward()
             optimizer.step()
         assert not torch.equal(net.stem.weight, before)
-        save_model(path, net, parcellation, {})
-        loaded = load_model(str(path)).net
+        models.save(path, Model(net, parcellation=parcellation))
+        loaded = models.load(Model, str(path)).net
         assert loaded.process == Flow()
         run = partial(denoise, image=patch.image, field=None, steps=2, device=torch.device("cpu"))
         p = run(loaded, generator=seeded())
         torch.testing.assert_close(p.sum(0), torch.ones(p.shape[1:]))
         patched.setitem(processes.PROCESSES, "flow", Flow(size=1.0))
-        other = run(load_model(str(path)).net, generator=seeded())
+        other = run(models.load(Model, str(path)).net, generator=seeded())
         assert not torch.equal(other, p)
     with pytest.raises(DataError, match="noise process is 'flow'") as caught:
-        load_model(str(path))
+        models.load(Model, str(path))
     assert caught.value.remedy

@@ -25,7 +25,7 @@ DOORS = {
     "templateflow": ("io/templates.py",),
     "nilearn": ("io/templates.py",),
     "nibabel": ("io/images.py", "spatial/grid.py"),
-    "safetensors": ("io/weights.py",),
+    "safetensors": ("io/models.py",),
     "distributed": ("runner/cluster.py",),
     "contourpy": ("report/figures.py",),
     "PIL": ("report/figures.py", "training/monitor.py"),

@@ -17,8 +17,8 @@ from cadiff_cli.io import releases, templates
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import load_scan, load_volume, save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
-from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages import strip as stage
@@ -37,7 +37,7 @@ class Bright(BrainNet):
         return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
 
 
-BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright", "", {})
+BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright")
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):
 
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):
     monkeypatch.setattr(releases, "weights_folder", lambda: tmp_path)
-    monkeypatch.setattr("cadiff_cli.io.weights.find_weights", releases.find_weights)
+    monkeypatch.setattr("cadiff_cli.io.models.find_weights", releases.find_weights)
     stage._brain_model.cache_clear()
     scan = Scan(head()[0], tmp_path / "x.nii.gz")
     with pytest.raises(MissingInputError, match="no network"):

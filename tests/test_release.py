@@ -5,10 +5,11 @@ import pytest
 
 from cadiff_cli.config import Config, SampleConfig
 from cadiff_cli.evaluation import score_pair, summarise
+from cadiff_cli.io import models
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, load_templates
-from cadiff_cli.io.weights import load_model
 from cadiff_cli.labels.schemes import load_scheme
+from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import run
 
 pytestmark = [
@@ -23,7 +24,7 @@ def test_the_atlas_brain_is_segmented(released, tmp_path, all_threads, parcellat
     path = tmp_path / "sub-mni_T1w.nii.gz"
     save_volume(path, template.brain.data, template.brain.grid)
     config = Config(sample=SampleConfig(flip=False))
-    result = run(load_scan(path), [template], load_model(), config, tmp_path)
+    result = run(load_scan(path), [template], models.load(Model), config, tmp_path)
 
     volumes = result.volumes_mm3
     wanted = [parcellation.structures[k - 1] for k in parcellation.subset("malc27")]
@@ -57,7 +58,7 @@ def test_a_labelled_person_is_segmented(
     monkeypatch.setenv("TEMPLATEFLOW_HOME", str(shared("templateflow")))
     templates = load_templates(offline=True)
     assert [template.name for template in templates] == [PREFERRED, EMBEDDED]
-    result = run(load_scan(t1), templates, load_model(model), Config(), tmp_path)
+    result = run(load_scan(t1), templates, models.load(Model, model), Config(), tmp_path)
     labels = result.segmentation.labels
     path = tmp_path / "sub-01_seg-cadiff_dseg.nii.gz"
     save_volume(path, labels.data, labels.grid, like=t1)

@@ -54,7 +54,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         warnings=(),
         templates=(EMBEDDED,),
         poor=(),
-        model=tiny_model,
+        model=tiny_model.info,
         calibration=None,
         **found,
     ):
@@ -211,9 +211,8 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     """No vermis in FreeSurfer's labels: shares of such a brain are not those of other people."""
     vermis = [s for s in parcellation.structures if s.code in (630, 631, 632)]
     drawn = sorted({s.code for s in parcellation.structures} - {s.code for s in vermis})
-    metadata = {"training": {"structures": drawn}}
     out = tmp_path / "out"
-    write_result(out, model=replace(tiny_model, metadata=metadata))
+    write_result(out, model=replace(tiny_model.info, structures=frozenset(drawn)))
     (result,) = finished(out)
     rows = read_rows(result.morph)
     assert {row.code for row in rows if row.mm3 is None} == {s.code for s in vermis}

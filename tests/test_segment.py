@@ -15,8 +15,8 @@ from cadiff_cli.cli import guarded
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.weights import Model
 from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.nets.models import Model
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.sampling import TILE, State, add_unmirrored, by_tiles, class_probabilities
@@ -172,7 +172,7 @@ def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
 def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_conditions, parcellation):
     """More steps of a plain U-Net are the same step again, so they are not taken."""
     net = awake(replace(tiny_config, reads_field=False, reads_labels=False))
-    model = Model(net.requires_grad_(False), parcellation, "plain", "0" * 64, {})
+    model = Model(net.requires_grad_(False), "plain", parcellation=parcellation)
     answers = [
         class_probabilities(conditions, model, SampleConfig(steps=steps, seed=seed, flip=False))[0]
         for conditions, steps, seed in (

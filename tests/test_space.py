@@ -21,7 +21,7 @@ def result_of(scan_of, stripped_of, conditions_of, parcellation, tiny_model):
         prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
         mask = Volume(head.codes > 0, head.t1.grid)
         labels = Segmentation(Volume(head.codes, head.t1.grid), parcellation, 1, 0)
-        return Result(prepared, mask, labels, {}, tiny_model, Config())
+        return Result(prepared, mask, labels, {}, tiny_model.info, Config())
 
     return make
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.images import load_scan, save_volume
-from cadiff_cli.io.weights import BrainModel
 from cadiff_cli.nets.brain import BrainConfig
+from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -102,7 +102,7 @@ def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
                 torch.where(torch.arange(image.shape[2])[:, None, None] < 22, 5.0, -5.0) + 0 * image
             )
 
-    model = BrainModel(Half(), "half", "0" * 64, {})
+    model = BrainModel(Half(), "half")
     assert share_of_brain(t1, inside, model) == pytest.approx(0.5, abs=0.03)
 
 

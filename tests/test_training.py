@@ -19,10 +19,12 @@ from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
 from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
+from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.weights import PRIOR_STEP, load_model
+from cadiff_cli.io.models import PRIOR_STEP
 from cadiff_cli.labels.schemes import load_scheme
+from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.training import cache, loop
@@ -494,13 +496,13 @@ def test_a_killed_run_is_finished_by_the_same_command(toy_sample, tmp_path, tiny
     assert done >= 1
     subprocess.run(command(done + 3), check=True, stdout=subprocess.DEVNULL, timeout=60)
     assert torch.load(checkpoint, weights_only=True)["step"] == done + 3
-    model = load_model(str(run / "model.safetensors"))
-    assert model.metadata["training"]["steps"] == done + 3
+    model = models.load(Model, str(run / "model.safetensors"))
+    assert model.training["steps"] == done + 3
     assert model.net.config == tiny_config
     # The same as if nobody had killed it (nothing decays before the steps that were done).
     config = replace(QUICK, steps=done + 3)
     path = train([toy_sample], tmp_path / "straight", config, net_config=tiny_config)
-    straight = load_model(str(path)).net.state_dict()
+    straight = models.load(Model, str(path)).net.state_dict()
     for key, value in model.net.state_dict().items():
         assert torch.equal(value, straight[key]), key
 
@@ -523,7 +525,7 @@ def test_a_stopped_group_finishes_its_step(toy_sample, tmp_path, number):
         os.killpg(process.pid, number)
         assert process.wait(timeout=60) == 0
     done = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
-    assert load_model(str(run / "model.safetensors")).metadata["training"]["steps"] == done >= 1
+    assert models.load(Model, str(run / "model.safetensors")).training["steps"] == done >= 1
 
 
 def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tiny_config):
@@ -532,8 +534,8 @@ def test_held_out_people_are_scored_but_not_trained_on(toy_sample, tmp_path, tin
     path = train(
         people, tmp_path, config, hold_out=["other"], net_config=tiny_config, validate_minutes=0
     )
-    model = load_model(str(path))
-    described = model.metadata["training"]
+    model = models.load(Model, str(path))
+    described = model.training
     assert described["trained_on"] == ["toy"]
     present = set(np.unique(toy_sample.classes).tolist()) - {0}
     assert model.structures == {int(model.parcellation.codes[k]) for k in present}
@@ -594,8 +596,8 @@ def test_scans_trusted_less_are_trained_on_but_do_not_vote(
         net_config=tiny_config,
         validate_minutes=0,
     )
-    model = load_model(str(path))
-    described = model.metadata["training"]
+    model = models.load(Model, str(path))
+    described = model.training
     assert (described["trained_on"], described["also_on"]) == (["toy"], ["flat"])
     counted = count_prior([toy_sample], parcellation, tiny_config.prior_shape)
     assert torch.allclose(model.net.prior.logits, counted, atol=0.1)
@@ -619,20 +621,20 @@ def test_a_run_begins_with_the_weights_it_is_given(toy_sample, parcellation, tmp
     """Network, weights and prior are theirs; after no steps they come out as they went in."""
     flat = replace(toy_sample, classes=np.minimum(toy_sample.classes, 1))
     first = train([toy_sample], tmp_path / "a", replace(QUICK, steps=2), net_config=tiny_config)
-    was = load_model(str(first))
+    was = models.load(Model, str(first))
     again = train([flat], tmp_path / "b", QUICK, init=was, max_minutes=0)
-    now = load_model(str(again))
+    now = models.load(Model, str(again))
     assert now.net.config == was.net.config == tiny_config
     for key, value in was.net.state_dict().items():
         assert torch.equal(now.net.state_dict()[key], value), key
-    assert now.metadata["training"]["init"] == was.sha256
-    assert now.metadata["training"]["seen_by_init"] == ["toy"]
+    assert now.training["init"] == was.sha256
+    assert now.training["seen_by_init"] == ["toy"]
     # What the first network was taught to draw, the second may draw still.
     assert now.structures == was.structures > {int(parcellation.codes[1])}
     with pytest.raises(UsageError, match="init"):
         train([flat], tmp_path / "b", QUICK, net_config=tiny_config)
     new = train([flat], tmp_path / "e", QUICK, init=was, recount_prior=True, max_minutes=0)
-    mine = load_model(str(new)).net.state_dict()
+    mine = models.load(Model, str(new)).net.state_dict()
     counted = count_prior([flat], parcellation, tiny_config.prior_shape)
     torch.testing.assert_close(mine["prior.logits"], counted, atol=PRIOR_STEP, rtol=0)
     assert not torch.equal(mine["prior.logits"], was.net.state_dict()["prior.logits"])
@@ -705,7 +707,7 @@ def test_the_prior_is_counted_over_the_wanted_scans(
     config = replace(QUICK, steps=1, prior_scans=voters)
     people = [toy_sample, flat]
     path = train(people, tmp_path, config, net_config=tiny_config, max_minutes=0)
-    prior = load_model(str(path)).net.prior.logits
+    prior = models.load(Model, str(path)).net.prior.logits
     if voters == 0:
         assert not prior.any()
         return
@@ -722,7 +724,7 @@ def test_a_network_without_field_starts_without_prior(toy_sample, tmp_path, tiny
     config = replace(QUICK, steps=1, objective=replace(METHODS["unet"].objective, fine=32))
     blind = replace(tiny_config, reads_field=False, reads_labels=False, attention=False)
     path = train([toy_sample], tmp_path, config, net_config=blind)
-    net = load_model(str(path)).net
+    net = models.load(Model, str(path)).net
     assert net.config == blind
     assert not net.prior.logits.any()
 

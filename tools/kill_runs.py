@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
+from cadiff_cli.io import models
 from cadiff_cli.io.bids.layout import finished
-from cadiff_cli.io.weights import save_model
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.nets.models import Model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from bids_dataset import QUICK, command, environment, write_dataset
@@ -278,7 +279,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         place = Path(folder)
         weights = place / "tiny.safetensors"
-        save_model(weights, awake(TINY), load_parcellation(BASE), {})
+        models.save(weights, Model(awake(TINY), parcellation=load_parcellation(BASE)))
         quick = tuple(option for option in QUICK if option != "--no-report")
         arguments = (*quick, "--model", weights, "--nprocs", 2)
         trial = Trial(phantoms(place / "bids"), arguments, place, wanted.seed)

@@ -26,9 +26,10 @@ from matplotlib import pyplot as plt
 from scipy import ndimage
 
 from cadiff_cli.errors import CadiffError
+from cadiff_cli.io import models
 from cadiff_cli.io.images import load_scan, load_volume
-from cadiff_cli.io.weights import BrainModel, load_brain_model
 from cadiff_cli.metrics.surface import hausdorff95_mm
+from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain import brain_mask, network_image
@@ -83,7 +84,7 @@ def main() -> None:
                 f" {np.mean(depths):.2f} mm (SD {np.std(depths):.2f}) inside the mask"
             )
         return
-    model = load_brain_model(arguments.model)
+    model = models.load(BrainModel, arguments.model)
     chosen = [at_spacings] * arguments.spacings + [turned] * arguments.orientations
     sources = {folder.name: real(folder, arguments) for folder in arguments.folders}
     sources["synthetic"] = (

@@ -22,9 +22,10 @@ from scipy import ndimage
 from scipy.stats import spearmanr
 
 from cadiff_cli.config import SampleConfig
+from cadiff_cli.io import models
 from cadiff_cli.io.releases import DEFAULT
-from cadiff_cli.io.weights import load_model
 from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.nets.models import Model
 from cadiff_cli.products import CoordinateField
 from cadiff_cli.quality.calibration import fit
 from cadiff_cli.quality.expected import expected_dice
@@ -251,7 +252,7 @@ def main():
     wanted = parser.parse_args()
     if len(set(wanted.subjects)) < 2:
         parser.error("two people at least: each is predicted from the others")
-    model = load_model(wanted.model)
+    model = models.load(Model, wanted.model)
     config = SampleConfig(steps=wanted.steps, flip=wanted.flip)
     new = not wanted.parcellation.exists()
     known = read(wanted.parcellation) if not new else None
@@ -283,7 +284,7 @@ def main():
         )
         weights = model.sha256
         if wanted.serves:
-            weights = load_model(wanted.serves).sha256
+            weights = models.load(Model, wanted.serves).sha256
             people += "; measured with a network of the same recipe that was trained without them"
         found = fitted(measured, offsets=helps, weights_sha256=weights, people=people)
         wanted.write.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -67,13 +67,14 @@ def segment_file(
                 console.print(f"  {time.perf_counter() - begun:6.1f} s  {stage}")
 
         announce("load")
-        from cadiff_cli.io.weights import load_model
+        from cadiff_cli.io import models
+        from cadiff_cli.nets.models import Model
         from cadiff_cli.report.methods import cite
         from cadiff_cli.report.page import report_scan
         from cadiff_cli.runner.execute import gate, prepare_torch, segment_scan
 
         device = prepare_torch(threads, config.sample.device)
-        loaded = load_model(model)
+        loaded = models.load(Model, model)
         templates = load_templates(atlas, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
             result = segment_scan(

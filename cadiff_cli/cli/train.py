@@ -119,11 +119,12 @@ def command(
 
     from cadiff_cli.device import pick_device
     from cadiff_cli.errors import UsageError
+    from cadiff_cli.io import models
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
-    from cadiff_cli.io.weights import load_model
     from cadiff_cli.labels.parcellation import BASE, load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
+    from cadiff_cli.nets.models import Model
     from cadiff_cli.training.recipe import recipe
     from cadiff_cli.training.run import check_people, prepare, train
 
@@ -136,7 +137,7 @@ def command(
         raise UsageError("--recount-prior is for --init", "without it the prior is counted anyway")
     net, config = recipe(**settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
-    model = load_model(init) if init else None
+    model = models.load(Model, init) if init else None
     pick_device(device)
     sources = [
         (labelled_scans(path), load_scheme(name, load_parcellation(BASE)))

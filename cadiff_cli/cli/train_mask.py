@@ -65,8 +65,9 @@ def command(
     from dataclasses import replace
 
     from cadiff_cli.device import pick_device
+    from cadiff_cli.io import models
     from cadiff_cli.io.files import check_writable, read_settings
-    from cadiff_cli.io.weights import load_brain_model
+    from cadiff_cli.nets.models import BrainModel
     from cadiff_cli.training.heads import HeadConfig
     from cadiff_cli.training.mask import check_sources, prepare_heads, train_mask
 
@@ -79,7 +80,7 @@ def command(
         read_settings(config_file, HeadConfig) if config_file else HeadConfig(decay=800, steps=4000)
     )
     config = replace(config, **{key: value for key, value in options.items() if value is not None})
-    model = load_brain_model(init) if init else None
+    model = models.load(BrainModel, init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     for folder in (run, cache or run):
         check_writable(folder)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from cadiff_cli.config import Config
-    from cadiff_cli.io.weights import Model
+    from cadiff_cli.nets.models import Model
 
 _ONE_AT_A_TIME = threading.Lock()
 """ANTs' output is silenced for the whole process: jobs must not share one at the same time."""
@@ -146,9 +146,10 @@ def segment_scan(
 @lru_cache(maxsize=1)
 def _model(name: str, sha256: str) -> "Model":
     """Loaded once per process."""
-    from cadiff_cli.io.weights import load_model
+    from cadiff_cli.io import models
+    from cadiff_cli.nets.models import Model
 
-    model = load_model(name)
+    model = models.load(Model, name)
     if model.sha256 != sha256:
         raise DataError(
             f"the weights {name} changed while cadiff was running", "run it again from the start"

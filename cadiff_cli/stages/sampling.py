@@ -19,8 +19,8 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, pick_device
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
-from cadiff_cli.io.weights import Model
 from cadiff_cli.nets.blocks import shuffle, unshuffle
+from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import STRIDE, CADiffNet
 from cadiff_cli.products import Conditions
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import enough_memory, precision, usable_device
 from cadiff_cli.errors import UsageError
-from cadiff_cli.io.weights import Model
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.nets.models import Model
 from cadiff_cli.products import Conditions, Scan, Segmentation
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume

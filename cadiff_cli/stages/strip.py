@@ -26,7 +26,7 @@ from cadiff_cli.stages.bias import evened, find_bias
 from cadiff_cli.stages.masks import doubts, find_brain, find_head, judge_mask, tidy
 
 if TYPE_CHECKING:
-    from cadiff_cli.io.weights import BrainModel
+    from cadiff_cli.nets.models import BrainModel
 
 log = logging.getLogger(__name__)
 
@@ -278,10 +278,11 @@ def given_mask(path: Path, scan: Scan) -> Volume:
 @cache
 def _brain_model() -> "BrainModel":
     """The released network, loaded once."""
-    from cadiff_cli.io.weights import load_brain_model
+    from cadiff_cli.io import models
+    from cadiff_cli.nets.models import BrainModel
 
     try:
-        return load_brain_model()
+        return models.load(BrainModel)
     except MissingInputError as error:
         raise MissingInputError(
             "this version carries no network that finds the brain",

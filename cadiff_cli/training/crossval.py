@@ -13,9 +13,10 @@ import numpy as np
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation import Score, score_classes
+from cadiff_cli.io import models
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.weights import load_model
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.cache import Sample
@@ -95,8 +96,8 @@ def cross_validate(
             validate_minutes=math.inf,
             max_minutes=(until - time.monotonic()) / 60,
         )
-        model = load_model(str(weights))
-        if (reached := model.metadata["training"]["steps"]) < config.steps:
+        model = models.load(Model, str(weights))
+        if (reached := model.training["steps"]) < config.steps:
             raise CadiffError(
                 f"fold {k} was stopped at step {reached} of {config.steps}: nothing is scored",
                 "give the same command again: it goes on from there",

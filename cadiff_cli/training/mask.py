@@ -15,12 +15,13 @@ import torch
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.device import usable_device
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.io import models
 from cadiff_cli.io.files import sha256, write_json, write_tsv
 from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
-from cadiff_cli.io.weights import BrainModel, save_brain_model, seen_by
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
 from cadiff_cli.stages.brain import predict_distance
@@ -156,7 +157,7 @@ def train_mask(
         "trained_on": {s: len(g) for s, g in heads.items() if s not in hold_out},
         "head_files": fingerprint(sorted(content(head) for head in chosen)),
         "init": init.sha256 if init else None,
-        "seen_by_init": sorted(seen_by(init)),
+        "seen_by_init": sorted(init.seen if init else ()),
         "held_out": sorted(hold_out),
     }
     if checkpoint.exists():
@@ -177,7 +178,7 @@ def train_mask(
         log.warning("stopped at step %d of %d: the same command goes on", state.step, config.steps)
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
-    save_brain_model(path, state.ema, described)
+    models.save(path, BrainModel(state.ema, training=described))
     rows = []
     for source in hold_out:
         for head in heads[source]:
@@ -193,7 +194,7 @@ def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainMo
     there, held = set(sources), set(hold_out)
     if unknown := sorted(held - there):
         raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(there)}")
-    if seen := sorted(seen_by(init) & held):
+    if init and (seen := sorted(init.seen & held)):
         raise UsageError(
             f"--hold-out-source {seen}: --init was trained on some of it",
             "hold out others, or begin anew",

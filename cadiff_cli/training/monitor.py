@@ -13,9 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.io.files import replacing
-from cadiff_cli.io.weights import Model
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -101,7 +101,7 @@ def segment_sample(
 ) -> np.ndarray:
     """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code of inference."""
     conditions = sample_conditions(sample)
-    p, _ = class_probabilities(conditions, Model(net, parcellation, "training", "", {}), config)
+    p, _ = class_probabilities(conditions, Model(net, parcellation=parcellation), config)
     return np.asarray(most_probable(p) * sample.mask)
 
 

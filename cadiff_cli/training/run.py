@@ -12,10 +12,11 @@ import torch
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.device import usable_device
 from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.files import write_json
-from cadiff_cli.io.weights import Model, save_model, seen_by
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.training import cache
 from cadiff_cli.training.atlas import load_atlas
@@ -106,7 +107,7 @@ def train(
         "also_on": sorted({s.subject for s in trusted_less}),
         "init": init.sha256 if init else None,
         "recount_prior": recount_prior,
-        "seen_by_init": sorted(seen_by(init)),
+        "seen_by_init": sorted(init.seen if init else ()),
         "held_out": sorted(hold_out),
         "templates": sorted({name for s in (*samples, *also) for name in s.fields}),
         "labels": sorted({s.labels for s in samples}),
@@ -148,7 +149,7 @@ def train(
         log.warning("stopped at step %d of %d: the same command goes on", state.step, config.steps)
     path = run / "model.safetensors"
     described |= {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
-    save_model(path, state.ema, parcellation, described)
+    models.save(path, Model(state.ema, training=described, parcellation=parcellation))
     log.info("wrote %s after %d steps", path, state.step)
     return path
 
@@ -177,7 +178,7 @@ def check_people(
         raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people | others)}")
     if both := sorted(people & others):
         raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
-    if seen := sorted(seen_by(init) & held):
+    if init and (seen := sorted(init.seen & held)):
         raise UsageError(
             f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
         )

@@ -1,19 +1,23 @@
 """Weights files describe themselves, and damage is noticed."""
 
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.io import models
 from cadiff_cli.io.files import sha256
+from cadiff_cli.io.models import PRIOR_STEP
 from cadiff_cli.io.releases import weights_folder
-from cadiff_cli.io.weights import PRIOR_STEP, load_model, save_model
+from cadiff_cli.nets.models import BrainModel, Model, Trained
 
 
 def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):
-    model = load_model(str(tiny_weights))
+    model = models.load(Model, str(tiny_weights))
     assert model.net.config == tiny_config
     assert model.name == "tiny.safetensors"
     assert model.sha256 == sha256(tiny_weights)
@@ -30,9 +34,9 @@ def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):
 
 
 def test_saving_what_was_loaded_changes_nothing(tiny_weights, tmp_path):
-    model = load_model(str(tiny_weights))
+    model = models.load(Model, str(tiny_weights))
     again = tmp_path / "again.safetensors"
-    assert save_model(again, model.net, model.parcellation, {}) == sha256(again)
+    assert models.save(again, replace(model, training={})) == sha256(again)
     first, second = load_file(tiny_weights), load_file(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -40,7 +44,8 @@ def test_saving_what_was_loaded_changes_nothing(tiny_weights, tmp_path):
 
 def test_the_checksum_is_a_function_of_the_weights(tiny_net, parcellation, tmp_path):
     """Two exports of one network are one file: provenance names it by its checksum."""
-    digests = {save_model(tmp_path / "x.safetensors", tiny_net, parcellation, {}) for _ in range(8)}
+    model, path = Model(tiny_net, parcellation=parcellation), tmp_path / "x.safetensors"
+    digests = {models.save(path, model) for _ in range(8)}
     assert len(digests) == 1
 
 
@@ -63,17 +68,17 @@ def test_a_record_without_a_checksum_is_named(copy, text):
     path = copy()
     path.with_suffix(".sha256").write_text(text)
     with pytest.raises(DataError, match=r"copy\.sha256 is empty"):
-        load_model(str(path))
+        models.load(Model, str(path))
 
 
 def test_one_flipped_bit_is_noticed(copy):
     path = copy()
-    load_model(str(path))
+    models.load(Model, str(path))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match="checksum") as caught:
-        load_model(str(path))
+        models.load(Model, str(path))
     assert caught.value.remedy
 
 
@@ -81,7 +86,7 @@ def test_a_truncated_file_is_noticed_without_a_checksum(copy):
     path = copy(record=False)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DataError, match="not a weights file"):
-        load_model(str(path))
+        models.load(Model, str(path))
 
 
 def test_another_label_table_is_refused(copy):
@@ -89,35 +94,83 @@ def test_another_label_table_is_refused(copy):
     described = {"format": "cadiff-1", "net": {}, "codes": [0, 1, 2], "training": {}}
     save_file(load_file(path), path, {"cadiff": json.dumps(described)})
     with pytest.raises(DataError, match="label table"):
-        load_model(str(path))
+        models.load(Model, str(path))
 
 
 def test_foreign_weights_are_refused(copy):
     path = copy(record=False)
     save_file({"w": torch.zeros(3)}, path)
     with pytest.raises(DataError, match="format"):
-        load_model(str(path))
+        models.load(Model, str(path))
 
 
 @pytest.mark.parametrize("name", ["no-such-release", "no/such/file.safetensors"])
 def test_missing_weights_name_those_there_are(name):
     with pytest.raises(MissingInputError, match="no model") as caught:
-        load_model(name)
+        models.load(Model, name)
     assert "cadiff-malc" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["cadiff-malc", "cadiff-synth"])
 def test_the_release_is_what_its_record_says(released, name):
-    model, folder = load_model(name), weights_folder() / name
+    model, folder = models.load(Model, name), weights_folder() / name
     assert model.name == name
     assert (folder / "model.sha256").read_text().split()[0] == model.sha256
     card = (folder / "README.md").read_text()
-    assert f"{model.metadata['training']['steps']:,} steps" in card
+    assert f"{model.training['steps']:,} steps" in card
     assert (folder / "model.safetensors").stat().st_size < 25e6
 
 
 def test_a_network_draws_what_it_was_taught():
     """FreeSurfer's label maps hold neither vermis nor basal forebrain."""
-    malc, synth = load_model("cadiff-malc"), load_model("cadiff-synth")
+    malc, synth = models.load(Model, "cadiff-malc"), models.load(Model, "cadiff-synth")
     assert malc.structures == set(malc.parcellation.codes[1:].tolist())
     assert malc.structures - synth.structures == {91, 92, 630, 631, 632}
+
+
+class Scale(nn.Module):
+    """A network of one weight."""
+
+    def __init__(self, start=0.0):
+        super().__init__()
+        self.config = ScaleConfig(start)
+        self.weight = nn.Parameter(torch.full((1,), start))
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """Where it begins."""
+
+    start: float = 0.0
+
+
+class ScaleModel(Trained[Scale]):
+    """A third kind of network."""
+
+
+def test_a_new_kind_of_network_needs_one_entry(monkeypatch, tmp_path, tiny_weights):
+    kind = models.Kind("cadiff-scale-1", "", lambda settings: Scale(**settings))
+    monkeypatch.setattr(models, "KINDS", {**models.KINDS, ScaleModel: kind})
+    path = tmp_path / "scale.safetensors"
+    digest = models.save(path, ScaleModel(Scale(0.5), training={"steps": 3}))
+    model = models.load(ScaleModel, str(path))
+    assert (model.name, model.sha256, model.training) == (path.name, digest, {"steps": 3})
+    assert model.net.weight.item() == model.net.config.start == 0.5
+    for other, file in ((Model, path), (ScaleModel, tiny_weights)):
+        with pytest.raises(DataError, match="has format"):
+            models.load(other, str(file))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Model, "cadiff-malc"), (Model, "cadiff-synth"), (BrainModel, "brain-mask")],
+)
+def test_a_release_is_written_as_it_was_read(kind, name, tmp_path):
+    """The format has not changed: the tensors are the same bytes."""
+    again = tmp_path / "again.safetensors"
+    models.save(again, models.load(kind, name))
+    first, second = load_file(weights_folder() / name / "model.safetensors"), load_file(again)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert value.dtype == second[key].dtype
+        assert torch.equal(value, second[key]), key

@@ -1,0 +1,139 @@
+"""Networks as files: a safetensors file that describes itself.  ``releases`` finds released ones.
+
+``KINDS`` lists all kinds of networks.  A new kind needs an entry there, and nothing else here.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cadiff_cli.config import as_dict
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.files import replacing, sha256
+from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.nets.blocks import channels_last
+from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.models import BrainModel, Model, Trained
+from cadiff_cli.nets.unet import CADiffNet, NetConfig
+
+METADATA_KEY = "cadiff"
+"""The only key: safetensors writes several in changing order, and the checksum with them."""
+PRIOR_STEP = 1 / 16
+"""The label prior is stored as int8 in units of this (log-probability): error at most 0.03."""
+
+M = TypeVar("M", bound=Trained[Any])
+
+
+def _no_facts(_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _parcellation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    parcellation = load_parcellation(BASE)
+    if metadata["codes"] != parcellation.codes.tolist():
+        raise DataError("it was trained on another label table", "use weights for this version")
+    return {"parcellation": parcellation}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of network is stored.
+
+    ``format`` names the kind in the file; ``release`` is the released model that is loaded by
+    default; ``network`` builds one from the settings that were stored.  Tensors are stored in half
+    precision, those in ``int8_step`` as int8 in units of the given step.  ``facts`` are entries
+    of the metadata beside network and training, and ``restore`` makes a model's fields of them.
+    """
+
+    format: str
+    release: str
+    network: Callable[[dict[str, Any]], nn.Module]
+    int8_step: Mapping[str, float] = field(default_factory=dict)
+    facts: Callable[[Any], dict[str, Any]] = _no_facts
+    restore: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_facts
+
+
+KINDS: Mapping[type[Trained[Any]], Kind] = {
+    Model: Kind(
+        "cadiff-1",
+        DEFAULT,
+        lambda settings: CADiffNet(NetConfig.from_dict(settings)),
+        int8_step={"prior.logits": PRIOR_STEP},
+        facts=lambda model: {"codes": model.parcellation.codes.tolist()},
+        restore=_parcellation_of,
+    ),
+    BrainModel: Kind(
+        "cadiff-brain-1",
+        DEFAULT_BRAIN,
+        lambda settings: BrainNet(BrainConfig.from_dict(settings)),
+    ),
+}
+
+
+def load(model: type[M], name: str = "") -> M:
+    """Load a released model by name, or a ``.safetensors`` file by path, and verify its checksum.
+
+    ``model`` is a class of ``nets/models``; without a ``name`` its default release is loaded.
+    Raises ``MissingInputError`` if there is no such file, ``DataError`` if it is damaged or holds
+    another kind of network.
+    """
+    kind = KINDS[model]
+    path, label, digest = find_weights(name or kind.release)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            header = dict(stored.metadata() or {})
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a weights file ({error})", "reinstall cadiff") from error
+    metadata = json.loads(header.get(METADATA_KEY, "{}"))
+    if metadata.get("format") != kind.format:
+        raise DataError(
+            f"{path} has format {metadata.get('format')!r}, not {kind.format!r}",
+            "use weights written by cadiff for this purpose",
+        )
+    try:
+        facts = kind.restore(metadata)
+    except DataError as error:
+        raise DataError(f"{path}: {error.message}", error.remedy) from error
+    net = kind.network(metadata["net"])
+    net.load_state_dict(
+        {key: value.float() * kind.int8_step.get(key, 1) for key, value in tensors.items()}
+    )
+    net.requires_grad_(False).eval()
+    channels_last(net)
+    return model(net, label, digest, metadata["training"], **facts)
+
+
+def save(path: Path, model: Trained[Any]) -> str:
+    """Write weights with their description, and their checksum beside them; returns the SHA-256.
+
+    The model's own name and checksum are not stored.
+    """
+    kind = KINDS[type(model)]
+    tensors = {}
+    for key, value in model.net.state_dict().items():
+        if step := kind.int8_step.get(key):
+            stored = (value.detach() / step).round().clamp(-128, 127).to(torch.int8)
+        else:
+            stored = value.detach().half()
+        tensors[key] = stored.contiguous()
+    metadata = {
+        "format": kind.format,
+        "net": as_dict(model.net.config),
+        **kind.facts(model),
+        "training": dict(model.training),
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {METADATA_KEY: json.dumps(metadata)})
+    digest = sha256(path)
+    with replacing(path.with_suffix(".sha256")) as temporary:
+        temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+    return digest
