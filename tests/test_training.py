@@ -577,8 +577,8 @@ def test_a_run_from_before_noise_processes_had_names_goes_on(
     monkeypatch.setitem(PROCESSES, "other", Gaussian(Cosine(0.1)))
     with pytest.raises(UsageError, match="has net"):
         begin(QUICK, net_config=replace(tiny_config, process="other"))
-    model = load_model(str(begin(replace(QUICK, steps=2), net_config=tiny_config)))
-    assert model.metadata["training"]["steps"] == 2
+    model = models.load(Model, str(begin(replace(QUICK, steps=2), net_config=tiny_config)))
+    assert model.training["steps"] == 2
 
 
 def test_scans_trusted_less_are_trained_on_but_do_not_vote(
