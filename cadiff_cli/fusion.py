@@ -25,7 +25,7 @@ from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.products import Scan, Stripped, Template
+from cadiff_cli.products import Scan, Stripped
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample, resample_labels
 from cadiff_cli.stages.condition import brain_crop, normalise
@@ -117,12 +117,15 @@ def fuse(
     grid = brain_crop(stripped.mask)
     mask = resample(stripped.mask, grid)
     image = normalise(resample(stripped.t1, grid).data, mask.data, grid.spacing_mm)
-    target = Stripped(Volume(image, grid), mask, stripped.method)
     begun = time.perf_counter()
     with _processes(jobs) as each:
         carried: list[Carried] = []
         task = partial(
-            carry, target=target, parcellation=parcellation, mapping=mapping, config=config
+            carry,
+            target=Volume(image, grid),
+            parcellation=parcellation,
+            mapping=mapping,
+            config=config,
         )
         for person in each(task, atlases):
             carried.append(person)
@@ -151,12 +154,12 @@ def fuse(
 
 def carry(
     atlas: LabelledScan,
-    target: Stripped,
+    target: Volume,
     parcellation: Parcellation,
     mapping: Mapping[int, int],
     config: RegisterConfig,
 ) -> Carried:
-    """Register a labelled, skull-stripped person (0 outside the brain) to ``target``'s grid."""
+    """Register a labelled, skull-stripped person (0 outside the brain) to ``target``, a brain."""
     scan, labels = load_labelled(atlas, parcellation, mapping)
     grid = scan.t1.grid
     warnings = [*scan.warnings]
@@ -167,24 +170,19 @@ def carry(
         log.warning("%s %s", atlas.name, warnings[-1])
     crop = brain_crop(brain)
     image = resample(Volume(normalise(scan.t1.data, brain.data, grid.spacing_mm), grid), crop)
-    # A person as a template of which only images are asked for, never the frame.
-    person = Template(atlas.name, image, (0, 0, 0), (0, 0, 0), (0, 0, 0))
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
-        registered = register(target, person, config, Path(work))
-        moved = warp(image, registered, target.t1.grid)
+        transform = register(target, image, config, Path(work), atlas.name)
+        moved = warp(image, transform, target.grid)
         carried = warp(
-            resample(labels, crop, order=0),
-            registered,
-            target.t1.grid,
-            interpolator="genericLabel",
+            resample(labels, crop, order=0), transform, target.grid, interpolator="genericLabel"
         )
     return Carried(
         atlas.name,
         moved.data.astype(np.float32),
         np.rint(carried.data).astype(np.uint8),
-        registered.kind,
-        registered.score,
-        (*warnings, *registered.warnings),
+        transform.kind,
+        transform.score,
+        (*warnings, *transform.warnings),
     )
 
 

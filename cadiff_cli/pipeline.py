@@ -11,7 +11,7 @@ from cadiff_cli.products import Prepared, Result, Scan, Template
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
-from cadiff_cli.stages.register import register
+from cadiff_cli.stages.register import register_template
 from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -55,12 +55,13 @@ def prepare(
             scan, strip(scan, strip_template(templates), config, work_dir), templates[0]
         )
     with watch.stage("register"):
+        wanted = () if config.register.name == "none" else templates
         registrations = tuple(
-            register(stripped, template, config.register, work_dir) for template in templates
+            register_template(stripped, template, config.register, work_dir) for template in wanted
         )
     with watch.stage("field"):
         conditions = condition(stripped, registrations)
-    return Prepared(scan, stripped, registrations, conditions)
+    return Prepared(scan, stripped, registrations, conditions, tuple(templates))
 
 
 def run(

@@ -32,21 +32,30 @@ class Scan:
     age_years: float | None = None
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Where a template's coordinates begin and end, in mm.
+
+    ``ac_mm`` is the anterior commissure in the template's world.  ``low_mm`` and ``high_mm`` are
+    the extents, relative to it, that the distance field maps to 0 and 1; x is symmetric, so 0.5 is
+    the midplane.
+    """
+
+    ac_mm: tuple[float, float, float]
+    low_mm: tuple[float, float, float]
+    high_mm: tuple[float, float, float]
+
+
 @dataclass(frozen=True, eq=False)
 class Template:
-    """An atlas to register: ``brain`` (stripped) on a grid in the template's world.
+    """A brain to register: ``brain`` is skull-stripped, on a grid in the template's world.
 
-    ``ac_mm`` is the anterior commissure.  ``low_mm`` and ``high_mm`` are the fixed extents,
-    relative to the AC, that the distance field maps to 0 and 1; x is symmetric, so 0.5
-    is the midplane.
     ``head`` and ``mask`` allow skull stripping; templates without a skull have ``head=None``.
     """
 
     name: str
     brain: Volume
-    ac_mm: tuple[float, float, float]
-    low_mm: tuple[float, float, float]
-    high_mm: tuple[float, float, float]
+    frame: Frame
     head: Volume | None = None
     mask: Volume | None = None
     source: str = ""
@@ -105,26 +114,35 @@ class Stripped:
 
 
 @dataclass(frozen=True, eq=False)
-class Registered:
-    """A transform between the scan and a template.
+class Transform:
+    """A registration of a moving image to a fixed one.
 
-    ``from_template`` and ``to_template`` are ITK composite transforms (``.h5``) that resample
-    template images onto the scan and scan images onto the template.  ``score`` is the normalised
-    mutual information of the two brains where either is (higher is better).  All three are
-    None where no registration was wanted (``kind`` is ``none``).
+    ``to_fixed`` and ``to_moving`` are ITK composite transforms (``.h5``) that resample moving
+    images onto the fixed grid, and fixed images onto the moving one.  ``kind`` names the settings
+    that succeeded.  ``score`` is the normalised mutual information where either image is not 0
+    (1 to 2, higher is better).  ``trusted`` is False where the score is poor, or the wanted
+    settings failed.
     """
 
-    template: Template
-    from_template: Path | None
-    to_template: Path | None
+    to_fixed: Path
+    to_moving: Path
     kind: str
-    score: float | None
+    score: float
+    trusted: bool = True
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """A template and its transform: the scan is the fixed image, the template the moving one."""
+
+    template: Template
+    transform: Transform
+
+
 def sound(registrations: Sequence[Registered]) -> tuple[Registered, ...]:
-    """Those that share in the distance field: all without warnings, or all if none is without."""
-    return tuple(r for r in registrations if not r.warnings) or tuple(registrations)
+    """Those that share in the distance field: the trusted ones, or all where none is trusted."""
+    return tuple(r for r in registrations if r.transform.trusted) or tuple(registrations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +199,15 @@ class Segmentation:
 class Prepared:
     """Everything before the network.
 
-    ``registrations`` are to one template or more; the field is the mean of what the ``sound`` ones
-    say.
+    ``registrations`` are to the ``templates``, in their order; the field is the mean of the
+    ``sound`` ones.  There are none where the network finds the field.
     """
 
     scan: Scan
     stripped: Stripped
     registrations: tuple[Registered, ...]
     conditions: Conditions
+    templates: tuple[Template, ...]
 
 
 @dataclass(frozen=True)
@@ -271,11 +290,11 @@ class Result:
         }
         return (
             *p.scan.warnings,
-            *(text for r in p.registrations for text in r.template.warnings),
+            *(text for template in p.templates for text in template.warnings),
             *p.stripped.warnings,
-            *(text for r in p.registrations for text in r.warnings),
+            *(text for r in p.registrations for text in r.transform.warnings),
             *self.segmentation.warnings,
-            *(text for r in others.values() for text in r.warnings),
+            *(text for r in others.values() for text in r.transform.warnings),
         )
 
 

@@ -22,10 +22,12 @@ from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.products import (
     Conditions,
     CoordinateField,
+    Frame,
     Registered,
     Scan,
     Stripped,
     Template,
+    Transform,
 )
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
@@ -146,9 +148,7 @@ def make_template(scale=1.0, shift_mm=(0, 0, 0), spacing=2.0):
     return Template(
         "toy",
         make_phantom("RAS", spacing, scale, shift_mm).t1,
-        ac_mm=tuple(map(float, shift_mm)),
-        low_mm=tuple(scale * LOW_MM),
-        high_mm=tuple(scale * HIGH_MM),
+        Frame(tuple(map(float, shift_mm)), tuple(scale * LOW_MM), tuple(scale * HIGH_MM)),
         source="tests",
     )
 
@@ -333,7 +333,7 @@ def identity(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("identity") / "identity.mat"
     ants.write_transform(ants.new_ants_transform(dimension=3), str(path))
-    return lambda template: Registered(template, path, path, "identity", 2.0)
+    return lambda template: Registered(template, Transform(path, path, "identity", 2.0))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.stages.field import coordinate_field, mean_field, template_coordinates
-from cadiff_cli.stages.register import register, settings, similarity, warp
+from cadiff_cli.stages.register import register, register_template, settings, similarity, warp
 from cadiff_cli.stages.strip import on_scan
 
 ONE_MM = np.ones(3)
@@ -25,8 +25,14 @@ def world_of(grid):
 
 def closed_form(template, world):
     """(3, ...) coordinates of world positions in the template's frame."""
-    ac, low, high = (np.array(v) for v in (template.ac_mm, template.low_mm, template.high_mm))
+    frame = template.frame
+    ac, low, high = (np.array(v) for v in (frame.ac_mm, frame.low_mm, frame.high_mm))
     return np.moveaxis((world - ac - low) / (high - low), -1, 0)
+
+
+def with_ac(template, ac_mm):
+    """``template`` under another idea of where its AC lies."""
+    return replace(template, frame=replace(template.frame, ac_mm=ac_mm))
 
 
 def test_template_coordinates_have_a_closed_form(toy_template):
@@ -41,7 +47,7 @@ def test_template_coordinates_are_centred_on_the_ac(toy_template, identity):
     template = toy_template(shift_mm=(3, -4, 5), spacing=8.0)
     at_ac = Grid((3, 1, 1), np.diag([10.0, 1, 1, 1])).crop((0, 0, 0), (3, 1, 1))
     affine = at_ac.affine.copy()
-    affine[:3, 3] = np.array(template.ac_mm) - (10, 0, 0)
+    affine[:3, 3] = np.array(template.frame.ac_mm) - (10, 0, 0)
     left, middle, right = coordinate_field(identity(template), Grid((3, 1, 1), affine)).data[0]
     assert middle.item() == pytest.approx(0.5, abs=1e-5)
     assert left.item() < 0.5 < right.item()
@@ -78,10 +84,9 @@ def test_the_mean_field_leaves_out_what_looks_wrong(toy_template, identity, grid
     """Errors of opposite sign cancel; a suspicious registration counts only if all are."""
     grid = grid_of("RAS", 8.0)
     template = toy_template(spacing=8.0)
-    moved = (replace(template, ac_mm=np.add(template.ac_mm, (x, 0, 0))) for x in (-4, 4, 20))
-    left, right, far = map(identity, moved)
+    left, right, far = (identity(with_ac(template, (x, 0, 0))) for x in (-4, 4, 20))
     truth = coordinate_field(identity(template), grid).data
-    far = replace(far, warnings=("poor",))
+    far = replace(far, transform=replace(far.transform, trusted=False))
     inside = ((truth > 0.1) & (truth < 0.9)).all(axis=0)
     for several in ((left, right), (left, far, right)):
         field = mean_field(several, grid).data
@@ -95,7 +100,8 @@ def test_an_image_is_warped_in_any_orientation(phantom, toy_template, identity, 
     head, grid = phantom("oblique", 2.0, noise=0.0), grid_of("LPS", 3.0)
     expected = phantom("LPS", 3.0, noise=0.0).t1.data
     for inverse in (False, True):
-        moved = warp(head.t1, identity(toy_template(spacing=8.0)), grid, inverse=inverse).data
+        nothing = identity(toy_template(spacing=8.0)).transform
+        moved = warp(head.t1, nothing, grid, inverse=inverse).data
         assert np.corrcoef(moved.ravel(), expected.ravel())[0, 1] > 0.97
 
 
@@ -108,7 +114,7 @@ def moved_template(toy_template, tmp_path_factory):
     t1 = Volume(template.brain.data, Grid(template.brain.grid.shape, affine))
     stripped = Stripped(t1, Volume(t1.data > 0, t1.grid), "none")
     work = tmp_path_factory.mktemp("moved")
-    return stripped, register(stripped, template, RegisterConfig("affine"), work)
+    return stripped, register_template(stripped, template, RegisterConfig("affine"), work)
 
 
 def test_the_field_goes_from_the_scan_to_the_template(moved_template):
@@ -117,7 +123,7 @@ def test_the_field_goes_from_the_scan_to_the_template(moved_template):
     template, grid, inside = registered.template, stripped.t1.grid, stripped.mask.data
     field = coordinate_field(registered, grid).data[:, inside]
     expected = closed_form(template, world_of(grid)[inside] - (10, 0, 0))
-    extent = np.subtract(template.high_mm, template.low_mm)
+    extent = np.subtract(template.frame.high_mm, template.frame.low_mm)
     error_mm = abs(field - expected) * extent[:, None]
     assert error_mm.max() < 1.5
 
@@ -125,16 +131,16 @@ def test_the_field_goes_from_the_scan_to_the_template(moved_template):
 def test_transforms_invert_each_other(moved_template):
     stripped, registered = moved_template
     brain, grid = registered.template.brain, stripped.t1.grid
-    there = warp(brain, registered, grid)
+    there = warp(brain, registered.transform, grid)
     np.testing.assert_allclose(there.data[stripped.mask.data].mean(), 75, atol=15)
     assert np.corrcoef(there.data.ravel(), stripped.t1.data.ravel())[0, 1] > 0.98
-    back = warp(there, registered, brain.grid, inverse=True)
+    back = warp(there, registered.transform, brain.grid, inverse=True)
     assert np.corrcoef(back.data.ravel(), brain.data.ravel())[0, 1] > 0.97
 
 
 def test_a_seed_makes_registration_repeatable(moved_template, tmp_path):
     stripped, first = moved_template
-    again = register(stripped, first.template, RegisterConfig("affine"), tmp_path)
+    again = register_template(stripped, first.template, RegisterConfig("affine"), tmp_path)
     a, b = (coordinate_field(r, stripped.t1.grid).data for r in (first, again))
     np.testing.assert_array_equal(a, b)
 
@@ -153,12 +159,13 @@ def test_a_deformable_registration_finds_an_oblique_head(
     conditions = prepared.conditions
 
     (registered,) = prepared.registrations
-    assert registered.kind == "fast"
-    assert registered.score > 1.2
-    assert not registered.warnings
+    assert registered.transform.kind == "fast"
+    assert registered.transform.score > 1.2
+    assert registered.transform.trusted
+    assert not registered.transform.warnings
     field = conditions.field
     inside = conditions.mask.data[::2, ::2, ::2]
-    extent = np.subtract(template.high_mm, template.low_mm)
+    extent = np.subtract(template.frame.high_mm, template.frame.low_mm)
     error_mm = (abs(field.data - head.field(field.grid))[:, inside] * extent[:, None]).max(0)
     assert np.median(error_mm) < 1
     assert np.percentile(error_mm, 95) < 3
@@ -176,18 +183,19 @@ def test_a_failed_deformation_falls_back_to_affine(
     phantom, toy_template, stripped_of, identity, monkeypatch, tmp_path
 ):
     template = toy_template(spacing=4.0)
-    found = identity(template)
+    found = identity(template).transform
 
     def run(fixed, moving, wanted, seed, work_dir):
         if wanted == settings("fast"):
             raise RuntimeError("ITK gave up\nwith a long story")
-        return found.from_template, found.to_template
+        return found.to_fixed, found.to_moving
 
     monkeypatch.setattr("cadiff_cli.stages.register._run", run)
-    stripped = stripped_of(phantom("RAS", 4.0))
-    registered = register(stripped, template, RegisterConfig("fast"), tmp_path)
-    assert registered.kind == "affine"
-    assert any("ITK gave up" in text for text in registered.warnings)
+    t1 = stripped_of(phantom("RAS", 4.0)).t1
+    transform = register(t1, template.brain, RegisterConfig("fast"), tmp_path)
+    assert transform.kind == "affine"
+    assert not transform.trusted
+    assert any("ITK gave up" in text for text in transform.warnings)
 
 
 def test_a_full_work_folder_is_no_fault_of_the_scan(
@@ -201,9 +209,9 @@ def test_a_full_work_folder_is_no_fault_of_the_scan(
     monkeypatch.setattr("cadiff_cli.stages.register._run", run)
     usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
     monkeypatch.setattr("cadiff_cli.stages.register.shutil.disk_usage", lambda _: usage)
-    stripped = stripped_of(phantom("RAS", 4.0))
+    t1, brain = stripped_of(phantom("RAS", 4.0)).t1, toy_template(spacing=4.0).brain
     with pytest.raises(DiskError, match="3 MB left"):
-        register(stripped, toy_template(spacing=4.0), RegisterConfig("fast"), tmp_path)
+        register(t1, brain, RegisterConfig("fast"), tmp_path)
 
 
 def test_unknown_settings_name_the_known_ones():
@@ -276,7 +284,7 @@ def test_template_position_does_not_matter(toy_template, identity, grid_of):
     """Field values are relative to the AC: moving template and grid together changes nothing."""
     here = coordinate_field(identity(toy_template(spacing=8.0)), grid_of("RAS", 8.0))
     shift = np.array([7.0, -3, 11])
-    there_template = replace(toy_template(spacing=8.0), ac_mm=tuple(shift))
+    there_template = with_ac(toy_template(spacing=8.0), tuple(shift))
     there = coordinate_field(identity(there_template), grid_of("RAS", 8.0, shift_mm=shift))
     np.testing.assert_allclose(here.data, there.data, atol=1e-5)
 
@@ -288,7 +296,7 @@ def test_what_cannot_be_bent_is_registered_affinely(
 ):
     """A full memory or disk is no property of the scan: it is not hidden behind a worse result."""
     stripped, first = moved_template
-    path = first.from_template
+    path, images = first.transform.to_fixed, (stripped.t1, first.template.brain)
     tried = []
 
     def run(_fixed, _moving, wanted, _seed, _folder):
@@ -300,9 +308,9 @@ def test_what_cannot_be_bent_is_registered_affinely(
     monkeypatch.setattr("cadiff_cli.stages.register._run", run)
     if error is MemoryError or name == "affine":
         with pytest.raises(MemoryError if error is MemoryError else DataError, match="no luck"):
-            register(stripped, first.template, RegisterConfig(name), tmp_path)
+            register(*images, RegisterConfig(name), tmp_path)
         assert len(tried) == 1
         return
-    found = register(stripped, first.template, RegisterConfig(name), tmp_path)
+    found = register(*images, RegisterConfig(name), tmp_path)
     assert (found.kind, len(tried)) == ("affine", 2)
     assert any("affine is used" in text for text in found.warnings)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bids_dataset import environment
+from cadiff_cli.metrics.quality import Calibration
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import OutputError
@@ -22,7 +23,15 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.io.volumes import read_rows
-from cadiff_cli.products import Calibration, Prepared, Registered, Result, Scan, Segmentation
+from cadiff_cli.products import (
+    Calibration,
+    Prepared,
+    Registered,
+    Result,
+    Scan,
+    Segmentation,
+    Transform,
+)
 from cadiff_cli.quality.judgement import judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report import figures
@@ -64,13 +73,19 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         template = load_template(EMBEDDED, offline=True)
         registrations = tuple(
             Registered(
-                *(replace(template, name=x), transform, transform, "affine", 1.2),
-                warnings=("it looks poor",) * (x in poor),
+                replace(template, name=x),
+                Transform(
+                    *(transform, transform, "affine", 1.2, x not in poor),
+                    warnings=("it looks poor",) * (x in poor),
+                ),
             )
             for x in templates
         )
         scan = Scan(head.t1, path, tuple(warnings))
-        prepared = Prepared(scan, stripped_of(head), registrations, conditions_of(head))
+        prepared = Prepared(
+            *(scan, stripped_of(head), registrations, conditions_of(head)),
+            tuple(r.template for r in registrations),
+        )
         labels = Volume(head.codes, head.t1.grid)
         segmentation = Segmentation(labels, parcellation, 5, 0, **found)
         mask = Volume(head.codes > 0, head.t1.grid)

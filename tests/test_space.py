@@ -7,7 +7,7 @@ import pytest
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import UsageError
-from cadiff_cli.products import Prepared, Registered, Result, Segmentation
+from cadiff_cli.products import Prepared, Registered, Result, Segmentation, Transform
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.space import parse_space, standard_grid, to_space
 
@@ -18,7 +18,9 @@ def result_of(scan_of, stripped_of, conditions_of, parcellation, tiny_model):
 
     def make(head, registered):
         scan = scan_of(head)
-        prepared = Prepared(scan, stripped_of(head), (registered,), conditions_of(head))
+        prepared = Prepared(
+            scan, stripped_of(head), (registered,), conditions_of(head), (registered.template,)
+        )
         mask = Volume(head.codes > 0, head.t1.grid)
         labels = Segmentation(Volume(head.codes, head.t1.grid), parcellation, 1, 0)
         return Result(prepared, mask, labels, {}, tiny_model.info, Config())
@@ -57,7 +59,7 @@ def test_a_shift_is_undone(phantom, toy_template, result_of, tmp_path):
         transform.set_parameters([1, 0, 0, 0, 1, 0, 0, 0, 1, x, 0, 0])
         paths[name] = tmp_path / f"{name}.mat"
         ants.write_transform(transform, str(paths[name]))
-    registered = Registered(template, paths["from"], paths["to"], "affine", 2.0)
+    registered = Registered(template, Transform(paths["from"], paths["to"], "affine", 2.0))
     carried = to_space(result_of(head, registered), template, "", tmp_path)
     expected = phantom("RAS", 4.0, noise=0.0).codes
     assert (carried.labels.data == expected).mean() > 0.97
@@ -91,11 +93,14 @@ def test_a_poor_registration_to_a_space_is_said_once(
     phantom, toy_template, identity, result_of, tmp_path
 ):
     """Whatever its resolutions; that of the labels has been said already."""
-    own = replace(identity(toy_template(spacing=8.0)), warnings=("own",))
+    own = identity(toy_template(spacing=8.0))
+    own = replace(own, transform=replace(own.transform, warnings=("own",)))
     result = result_of(phantom("RAS", 8.0), own)
     carried = to_space(result, own.template, "", tmp_path)
     assert replace(result, spaces=(carried,)).warnings == ("own",)
-    other = replace(own, template=replace(own.template, name="other"), warnings=("poor",))
+    other = Registered(
+        replace(own.template, name="other"), replace(own.transform, warnings=("poor",))
+    )
     spaces = tuple(replace(carried, registered=replace(other), resolution=x) for x in "12")
     assert replace(result, spaces=(carried, *spaces)).warnings == ("own", "poor")
 

@@ -56,14 +56,14 @@ def test_a_template_is_registered_in_any_folder(phantom, stripped_of, toy_templa
     stripped = stripped_of(phantom("RAS", 3.0, scale=0.4))
     template, affine = toy_template(scale=0.4, shift_mm=(2, -1, 1)), RegisterConfig("affine")
     plain, *strange = (
-        register(stripped, template, affine, tmp_path / name)
+        register(stripped.t1, template.brain, affine, tmp_path / name)
         for name in ("plain", NAMES[0], NAMES[4])
     )
-    for registered in strange:
-        assert registered.from_template.parent.parent.parent == tmp_path
-        assert registered.score == plain.score
+    for transform in strange:
+        assert transform.to_fixed.parent.parent == tmp_path
+        assert transform.score == plain.score
         for back, volume in ((False, template.brain), (True, stripped.t1)):
-            a, b = (warp(volume, r, stripped.t1.grid, inverse=back) for r in (plain, registered))
+            a, b = (warp(volume, x, stripped.t1.grid, inverse=back) for x in (plain, transform))
             np.testing.assert_array_equal(a.data, b.data)
             assert a.data.any()
 

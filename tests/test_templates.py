@@ -62,11 +62,11 @@ def test_the_embedded_template_needs_nothing():
     assert template.head is None
     assert not template.warnings
     # Its origin lies in the brain, and x extents are symmetric so that 0.5 is the midplane.
-    ijk = np.linalg.solve(template.brain.grid.affine, [*template.ac_mm, 1])[:3]
+    ijk = np.linalg.solve(template.brain.grid.affine, [*template.frame.ac_mm, 1])[:3]
     assert inside[tuple(np.round(ijk).astype(int))]
     # The world is left-right symmetric about the AC's plane.
     x = template.brain.grid.to_world(np.argwhere(inside))[:, 0]
-    assert x.mean() == pytest.approx(template.ac_mm[0], abs=1)
+    assert x.mean() == pytest.approx(template.frame.ac_mm[0], abs=1)
 
 
 @pytest.mark.parametrize("name", registry())
@@ -263,5 +263,5 @@ def test_colin27_loads(shared, monkeypatch):
     template = load_template(PREFERRED, offline=True)
     assert template.head is not None
     assert (template.brain.data[~template.mask.data] == 0).all()
-    ijk = np.linalg.solve(template.brain.grid.affine, [*template.ac_mm, 1])[:3]
+    ijk = np.linalg.solve(template.brain.grid.affine, [*template.frame.ac_mm, 1])[:3]
     assert template.mask.data[tuple(np.round(ijk).astype(int))]

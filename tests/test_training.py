@@ -358,7 +358,7 @@ def test_a_sample_is_built_as_inference_would(
         save_volume(path, data, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(cache, "load_atlas", lambda name: template)
-    monkeypatch.setattr(pipeline, "register", lambda s, t, c, w: identity(t))
+    monkeypatch.setattr(pipeline, "register_template", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = cache.load(
         cache.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
@@ -410,11 +410,13 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
         save_volume(path, data, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(cache, "load_atlas", lambda name: replace(template, name=name))
-    monkeypatch.setattr(
-        pipeline,
-        "register",
-        lambda s, t, c, w: replace(identity(t), warnings=("poor",) * (t.name in poor)),
-    )
+
+    def register(_stripped, template, *_):
+        found = identity(template)
+        transform = replace(found.transform, trusted=template.name not in poor)
+        return replace(found, transform=transform)
+
+    monkeypatch.setattr(pipeline, "register_template", register)
     scan, mapping = LabelledScan("sub-1", "1", *paths), parcellation.class_of
     sample = cache.load(cache.build(scan, ["a", "b"], parcellation, mapping, tmp_path))
     assert set(sample.fields) == set(kept)
@@ -427,10 +429,10 @@ def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
     save_volume(path, head.t1.data, head.t1.grid)
     atlas = load_atlas(str(path))
     assert atlas.name == "sub-1_T1w"
-    inside = atlas.brain.grid.to_world(np.argwhere(atlas.brain.data > 0)) - atlas.ac_mm
+    inside = atlas.brain.grid.to_world(np.argwhere(atlas.brain.data > 0)) - atlas.frame.ac_mm
     assert abs(inside[:, 0].mean()) < 2
-    span = np.subtract(atlas.high_mm, atlas.low_mm)
-    position = (inside - atlas.low_mm) / span
+    span = np.subtract(atlas.frame.high_mm, atlas.frame.low_mm)
+    position = (inside - atlas.frame.low_mm) / span
     assert (position > 0).all()
     assert (position < 1).all()
     left = np.isin(head.codes, [2, 3, 10])[atlas.brain.data > 0]

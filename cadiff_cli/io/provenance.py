@@ -100,17 +100,17 @@ class Provenance:
         ``field`` tells whether its distance field is written too.
         """
         prepared, segmentation = result.prepared, result.segmentation
-        registrations = prepared.registrations
+        transforms = {r.template.name: r.transform for r in prepared.registrations}
+        in_field = {r.template.name for r in sound(prepared.registrations)}
         recipe = make_recipe(
             result.config,
-            [r.template for r in registrations],
+            prepared.templates,
             result.model.name,
             result.model.sha256,
             result.calibration,
             [space.name for space in result.spaces],
             field,
         )
-        is_registered = any(r.from_template for r in registrations)
         return cls(
             fingerprint=recipe.fingerprint(),
             settings=recipe.settings(),
@@ -124,16 +124,17 @@ class Provenance:
             device=segmentation.device,
             precision=segmentation.precision,
             parcellation=segmentation.parcellation.name,
-            registration_threads=registration_threads() if is_registered else None,
+            registration_threads=registration_threads() if transforms else None,
             templates=tuple(
                 UsedTemplate(
-                    r.template.name,
-                    r.kind,
-                    r.template.source,
-                    r.score,
-                    r.from_template is not None and r in sound(registrations),
+                    template.name,
+                    transform.kind if transform else "none",
+                    template.source,
+                    transform.score if transform else None,
+                    template.name in in_field,
                 )
-                for r in registrations
+                for template in prepared.templates
+                for transform in [transforms.get(template.name)]
             ),
             skull_stripping=prepared.stripped.method,
             bias_ratio=prepared.stripped.bias_ratio,

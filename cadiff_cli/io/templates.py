@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import cache
@@ -26,7 +26,7 @@ from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError, in_a_line
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import load_volume
-from cadiff_cli.products import Template
+from cadiff_cli.products import Frame, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 
 log = logging.getLogger(__name__)
@@ -125,10 +125,17 @@ def load_template(name: str, *, offline: bool = False, anew: bool = False) -> Te
             )
         brain = Volume(np.where(mask.data, head.data, 0).astype(np.float32), head.grid)
         source = "templateflow"
-    extents: dict[str, Any] = {
-        key: tuple(map(float, entry[key])) for key in ("ac_mm", "low_mm", "high_mm")
-    }
-    return Template(name, brain, **extents, head=head, mask=mask, source=source)
+    return Template(name, brain, _frame(entry), head=head, mask=mask, source=source)
+
+
+def _frame(entry: Mapping[str, Any]) -> Frame:
+    ac, low, high = (_point(entry[key]) for key in ("ac_mm", "low_mm", "high_mm"))
+    return Frame(ac, low, high)
+
+
+def _point(values: Sequence[float]) -> tuple[float, float, float]:
+    x, y, z = map(float, values)
+    return x, y, z
 
 
 @cache

@@ -21,7 +21,7 @@ from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.io.volumes import Row, read_rows
-from cadiff_cli.products import CoordinateField, MaskQuality, Registered, sound
+from cadiff_cli.products import CoordinateField, MaskQuality, Registered, Transform, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
 
@@ -147,7 +147,7 @@ def _registration(case: Case) -> dict[str, Any]:
     first = sound(made)[0]
     return {
         "registered": first,
-        "template": warp(first.template.brain, first, case.near),
+        "template": warp(first.template.brain, first.transform, case.near),
         "coordinates": CoordinateField(np.stack(channels), case.near),
     }
 
@@ -155,12 +155,16 @@ def _registration(case: Case) -> dict[str, Any]:
 def _registered(result: Finished, used: UsedTemplate) -> Registered:
     """A registration from its stored transform and what the sidecar tells of it."""
     template = load_template(used.name, offline=True)
-    path = _beside(result, xfm_name(template.name, "T1w"))
-    sidecar = read_json(_beside(result, xfm_name(template.name, "T1w").replace(".h5", ".json")))
-    if not path.is_file():
-        raise DataError(f"{path.name} is not there", "segment the scan again")
-    warnings = tuple((sidecar or {}).get("Warnings", ()))
-    return Registered(template, path, None, used.registration, used.score, warnings)
+    to_scan, to_template = (
+        _beside(result, xfm_name(*ends))
+        for ends in ((template.name, "T1w"), ("T1w", template.name))
+    )
+    if not to_scan.is_file():
+        raise DataError(f"{to_scan.name} is not there", "segment the scan again")
+    transform = Transform(
+        to_scan, to_template, used.registration, used.score or 0.0, trusted=used.in_field
+    )
+    return Registered(template, transform)
 
 
 def _beside(result: Finished, suffix: str) -> Path:

@@ -22,15 +22,16 @@ LEAST_INNER = 0.2
 
 
 def condition(stripped: Stripped, registrations: Sequence[Registered]) -> Conditions:
-    """Crop to the brain, scale intensities and sample the distance field on the crop."""
+    """Crop to the brain, scale intensities and sample the distance field on the crop.
+
+    Without ``registrations`` the field is left to the network.
+    """
     grid = brain_crop(stripped.mask)
     image, mask = (resample(v, grid) for v in (stripped.t1, stripped.mask))
     return Conditions(
         image=Volume(normalise(image.data, mask.data, grid.spacing_mm), grid),
         mask=mask,
-        field=None
-        if registrations[0].kind == "none"
-        else mean_field(registrations, grid.coarsen(FIELD_STRIDE)),
+        field=mean_field(registrations, grid.coarsen(FIELD_STRIDE)) if registrations else None,
     )
 
 

@@ -20,7 +20,8 @@ def template_coordinates(template: Template) -> tuple[Volume, Volume, Volume]:
     x is 0.5 on the midsagittal plane.  Values beyond the extents go below 0 and above 1; they are
     clipped only after they have been carried to a scan.
     """
-    ac, low, high = (np.array(v) for v in (template.ac_mm, template.low_mm, template.high_mm))
+    frame = template.frame
+    ac, low, high = (np.array(v) for v in (frame.ac_mm, frame.low_mm, frame.high_mm))
     start = ac + low - MARGIN_MM
     x, y, z = (int(n) + 1 for n in np.ceil((high - low + 2 * MARGIN_MM) / STEP_MM))
     shape = (x, y, z)
@@ -36,7 +37,7 @@ def template_coordinates(template: Template) -> tuple[Volume, Volume, Volume]:
 def coordinate_field(registered: Registered, grid: Grid) -> CoordinateField:
     """The distance field on ``grid``, in the scan's world: (3, X, Y, Z) float32 in [0, 1]."""
     channels = [
-        warp(channel, registered, grid).data
+        warp(channel, registered.transform, grid).data
         for channel in template_coordinates(registered.template)
     ]
     return CoordinateField(np.clip(np.stack(channels), 0.0, 1.0).astype(np.float32), grid)

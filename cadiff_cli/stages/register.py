@@ -1,4 +1,4 @@
-"""Register a template's brain to the scan with ANTs.  The only module that imports ants.
+"""Register images with ANTs.  The only module that imports ants.
 
 ITK works in LPS millimetres; ``_to_ants`` and ``_empty`` are where the convention changes.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from cadiff_cli import machine
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError, UsageError
-from cadiff_cli.products import Registered, Stripped, Template
+from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import all_voxels, corners, resample
@@ -48,24 +48,23 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def register(
-    stripped: Stripped, template: Template, config: RegisterConfig, work_dir: Path
-) -> Registered:
-    """Find the transform between the scan's brain and the template's brain.
+    fixed: Volume,
+    moving: Volume,
+    config: RegisterConfig,
+    folder: Path,
+    name: str = "the moving image",
+) -> Transform:
+    """Register ``moving`` to ``fixed``: two images, 0 outside the object that both show.
 
-    Transforms are written into ``work_dir``, under the template's name.  If the deformable
-    registration fails, the affine one is used, with a warning.  With the name ``none`` nothing is
-    sought.
+    Transforms are written into ``folder``; ``name`` is what messages call the moving image.  If a
+    deformable registration fails, the affine one is used, with a warning.  Raises ``DataError`` if
+    that fails too, ``DiskError`` on a full disk, ``UsageError`` for unknown settings.
     """
-    if config.name == "none":
-        return Registered(template, None, None, "none", None)
     warnings: list[str] = []
-    folder = work_dir / template.name
     folder.mkdir(parents=True, exist_ok=True)
     for kind in dict.fromkeys((config.name, "affine")):
         try:
-            forward, inverse = _run(
-                stripped.t1, template.brain, settings(kind), config.seed, folder
-            )
+            forward, inverse = _run(fixed, moving, settings(kind), config.seed, folder)
             break
         except ITK_ERRORS as error:
             if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
@@ -75,50 +74,58 @@ def register(
                 ) from error
             if kind == "affine":
                 raise DataError(
-                    f"the template cannot be registered ({_first_line(error)})",
+                    f"{name} cannot be registered ({_first_line(error)})",
                     "is this a T1-weighted brain?",
                 ) from error
             warnings.append(
                 f"deformable registration failed ({_first_line(error)}); affine is used"
             )
-    registered = Registered(template, forward, inverse, kind, 0.0)
-    warped = warp(template.brain, registered, stripped.t1.grid.coarsen(2))
-    score = similarity(resample(stripped.t1, warped.grid).data, warped.data)
+    transform = Transform(forward, inverse, kind, 0.0)
+    warped = warp(moving, transform, fixed.grid.coarsen(2))
+    score = similarity(resample(fixed, warped.grid).data, warped.data)
     log.info("registration score (normalised mutual information) %.3f", score)
     if score < POOR_SCORE:
         warnings.append(
-            f"the score {score:.3f} of the registration to {template.name} is below {POOR_SCORE}:"
+            f"the score {score:.3f} of the registration to {name} is below {POOR_SCORE}:"
             " look at the result with care"
         )
     for text in warnings:
         log.warning(text)
-    return Registered(template, forward, inverse, kind, score, tuple(warnings))
+    trusted = kind == config.name and score >= POOR_SCORE
+    return Transform(forward, inverse, kind, score, trusted, tuple(warnings))
+
+
+def register_template(
+    stripped: Stripped, template: Template, config: RegisterConfig, work_dir: Path
+) -> Registered:
+    """Register a template's brain to the scan's; transforms go into a folder of its name."""
+    folder = work_dir / template.name
+    transform = register(stripped.t1, template.brain, config, folder, template.name)
+    return Registered(template, transform)
 
 
 def warp(
     volume: Volume,
-    registered: Registered,
+    transform: Transform,
     grid: Grid,
     *,
     inverse: bool = False,
     fill: float = 0.0,
     interpolator: str = "linear",
 ) -> Volume:
-    """Resample a template image onto ``grid`` in the scan's world; ``inverse`` reverses.
+    """Resample an image in the moving world onto ``grid`` in the fixed world; ``inverse`` reverses.
 
     Label maps want ``interpolator="genericLabel"``: the label that weighs most at each point.
     ITK knows no sheared grids: they are reached, and left, by way of an orthogonal one.
     """
     ants = _ants()
-    path = registered.to_template if inverse else registered.from_template
-    if path is None:
-        raise UsageError("there is no registration to warp with", "use --registration fast")
+    path = transform.to_moving if inverse else transform.to_fixed
     order = 0 if interpolator == "genericLabel" else 1
     if volume.grid.is_sheared:
         volume = resample(volume, upright(volume.grid), order=order, fill=fill)
     if grid.is_sheared:
         options: dict[str, Any] = {"inverse": inverse, "fill": fill, "interpolator": interpolator}
-        near = warp(volume, registered, upright(grid), **options)
+        near = warp(volume, transform, upright(grid), **options)
         return resample(near, grid, order=order, fill=fill)
     with plainly(path.parent) as folder, _quiet():
         moved = ants.apply_transforms(
@@ -264,7 +271,7 @@ def _run(
             write_composite_transform=True,
             **options,
         )
-    forward, inverse = work_dir / "from_template.h5", work_dir / "to_template.h5"
+    forward, inverse = work_dir / "to_fixed.h5", work_dir / "to_moving.h5"
     shutil.move(work_dir / f"{name}Composite.h5", forward)
     shutil.move(work_dir / f"{name}InverseComposite.h5", inverse)
     return forward, inverse

@@ -10,7 +10,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.io.templates import registry
 from cadiff_cli.products import InSpace, Result, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.register import register, warp
+from cadiff_cli.stages.register import register_template, warp
 
 
 def parse_space(text: str) -> tuple[str, str]:
@@ -37,19 +37,21 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
     """
     stripped = result.prepared.stripped
     known = (*result.prepared.registrations, *(space.registered for space in result.spaces))
-    made = {r.template.name: r for r in known if r.to_template is not None}
+    made = {r.template.name: r for r in known}
     registered = made.get(template.name)
     if registered is None:
         wanted = result.config.register
         if wanted.name == "none":  # for the labels; the space still needs one
             wanted = RegisterConfig(seed=wanted.seed)
-        registered = register(stripped, template, wanted, work_dir)
+        registered = register_template(stripped, template, wanted, work_dir)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
     labels = result.segmentation.labels
 
     def carried(data: np.ndarray, source: Grid, interpolator: str = "linear") -> np.ndarray:
         volume = Volume(data.astype(np.float32), source)
-        return warp(volume, registered, grid, inverse=True, interpolator=interpolator).data
+        return warp(
+            volume, registered.transform, grid, inverse=True, interpolator=interpolator
+        ).data
 
     inside = carried(stripped.mask.data, stripped.mask.grid) > 0.5
     t1 = carried(stripped.t1.data, stripped.t1.grid)

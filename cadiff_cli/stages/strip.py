@@ -304,13 +304,9 @@ def _from_template(
             " MNIColin27 ('cadiff fetch MNIColin27' on a machine with a network), or give --mask"
             " FILE",
         )
-    stage = Stripped(t1, Volume(np.ones(t1.grid.shape, dtype=bool), t1.grid), "head")
-    whole = Template(
-        template.name, template.head, template.ac_mm, template.low_mm, template.high_mm
-    )
     if config.name == "none":  # of the brain; the mask still needs one of the head
         config = RegisterConfig(seed=config.seed)
-    registered = register(stage, whole, config, work_dir)
+    transform = register(t1, template.head, config, work_dir / template.name, template.name)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
-    mask = Volume(warp(inside, registered, t1.grid).data > 0.5, t1.grid)
-    return mask, registered.warnings
+    mask = Volume(warp(inside, transform, t1.grid).data > 0.5, t1.grid)
+    return mask, transform.warnings

@@ -12,7 +12,7 @@ from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.templates import PREFERRED, load_template, registry
-from cadiff_cli.products import Template
+from cadiff_cli.products import Frame, Template
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box
 from cadiff_cli.stages.strip import stripped_brain
@@ -57,4 +57,4 @@ def person(path: Path) -> Template:
     middle = np.mean(list(extents.values()), axis=0)
     x, y, z = (float(v) for v in ends.mean(axis=0) - middle)
     brain = Volume(np.where(inside.data, t1.data, 0).astype(np.float32), t1.grid)
-    return Template(stem(path), brain, (x, y, z), **extents, source="person")
+    return Template(stem(path), brain, Frame((x, y, z), **extents), source="person")

@@ -65,11 +65,7 @@ def save_result(
         name.format(parcellation.segmentation) for name in (DSEG, PROBSEG, UNCERTAINTY)
     )
     mask, t1w = write.uri(MASK), write.uri(T1W)
-    to_scan = [
-        write.place.uri(xfm_name(r.template.name, "T1w"))
-        for r in registrations
-        if r.from_template is not None  # else the network found the field
-    ]
+    to_scan = [write.place.uri(xfm_name(r.template.name, "T1w")) for r in registrations]
     save_dataset_files(out)
     save_table(out, parcellation)
     for commit in write.place.commits:
@@ -99,9 +95,9 @@ def save_result(
             Templates=[
                 {
                     "Name": r.template.name,
-                    "LowMm": r.template.low_mm,
-                    "HighMm": r.template.high_mm,
-                    "OriginMm": r.template.ac_mm,
+                    "LowMm": r.template.frame.low_mm,
+                    "HighMm": r.template.frame.high_mm,
+                    "OriginMm": r.template.frame.ac_mm,
                     "InField": r in sound(registrations),
                 }
                 for r in registrations
@@ -205,13 +201,11 @@ class _Writer:
 
     def transforms(self, registered: Registered, sources: Sequence[str]) -> None:
         """Both directions, as ITK composite transforms."""
-        template = registered.template.name
+        template, transform = registered.template.name, registered.transform
         for start, end, path in (
-            (template, "T1w", registered.from_template),
-            ("T1w", template, registered.to_template),
+            (template, "T1w", transform.to_fixed),
+            ("T1w", template, transform.to_moving),
         ):
-            if path is None:
-                continue
             name = xfm_name(start, end)
             with replacing(self.place.path(name)) as temporary:
                 shutil.copyfile(path, temporary)
@@ -222,9 +216,9 @@ class _Writer:
                 Description=f"ITK composite transform; resamples {start} images onto {end}",
                 From=start,
                 To=end,
-                Registration=registered.kind,
-                Score=registered.score,
-                **({"Warnings": list(registered.warnings)} if registered.warnings else {}),
+                Registration=transform.kind,
+                Score=transform.score,
+                **({"Warnings": list(transform.warnings)} if transform.warnings else {}),
             )
 
     def standard(self, space: InSpace, dseg: str) -> None:
