@@ -5,8 +5,10 @@ conditions, and segmented.  Each product is immutable and carries the ones it wa
 where a later stage needs them.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,24 @@ class Frame:
     high_mm: tuple[float, float, float]
 
 
+@dataclass(frozen=True)
+class Citation:
+    """How a template's makers want it to be cited; ``links`` are DOIs and web pages."""
+
+    title: str
+    authors: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Template:
     """A brain to register: ``brain`` is skull-stripped, on a grid in the template's world.
 
-    ``head`` and ``mask`` allow skull stripping; templates without a skull have ``head=None``.
+    ``name`` is as TemplateFlow spells it, with the cohort where there are several
+    (``MNIInfant:cohort-2``).  ``head`` and ``mask`` allow skull stripping; templates without a
+    skull have ``head=None``.  ``labels`` are cadiff's codes (int16) on the brain's grid, where
+    somebody drew them.  ``source`` is the folder that it was read from, or the library.
+    ``citation`` is its makers' own; the shipped templates are cited from ``data/citations.json``.
     """
 
     name: str
@@ -58,8 +73,28 @@ class Template:
     frame: Frame
     head: Volume | None = None
     mask: Volume | None = None
+    labels: Volume | None = None
     source: str = ""
+    citation: Citation | None = None
     warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def label(self) -> str:
+        """The name as it stands in file names after ``from-`` and ``to-``: ``MNIInfant+2``."""
+        return self.name.replace(":cohort-", "+")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Checksum of the content: images with their grids, and the frame."""
+        digest = hashlib.sha256(repr(self.frame).encode())
+        for volume in (self.brain, self.head, self.mask, self.labels):
+            if volume is None:
+                digest.update(b"none")
+                continue
+            digest.update(repr(volume.grid.shape).encode())
+            digest.update(volume.grid.affine.astype("<f8").tobytes())
+            digest.update(volume.data.astype("<f4").tobytes())
+        return digest.hexdigest()
 
 
 FOUND_BY = {

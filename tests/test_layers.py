@@ -22,7 +22,7 @@ DOORS = {
     "ants": ("stages/register.py",),
     "bids": ("io/bids/index.py",),
     "pathspec": ("io/bids/selection.py",),
-    "templateflow": ("io/templates.py",),
+    "templateflow": ("io/templateflow.py",),
     "nilearn": ("io/templates.py",),
     "nibabel": ("io/images.py", "spatial/grid.py"),
     "safetensors": ("io/models.py",),

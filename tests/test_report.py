@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bids_dataset import environment
-from cadiff_cli.metrics.quality import Calibration
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import OutputError

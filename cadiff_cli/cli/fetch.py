@@ -18,7 +18,8 @@ def command(templates: tuple[str, ...], check: bool) -> None:
     cannot be had.
     """
     from cadiff_cli.errors import DataError
-    from cadiff_cli.io.templates import load_template, registry, templateflow_home
+    from cadiff_cli.io.templateflow import templateflow_home
+    from cadiff_cli.io.templates import load_template, registry
 
     known = [name for name, entry in registry().items() if entry["source"] == "templateflow"]
     for name in templates or known:

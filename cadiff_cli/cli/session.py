@@ -13,7 +13,7 @@ from cadiff_cli.config import Config
 from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.releases import DEFAULT
-from cadiff_cli.io.templates import load_templates, parse_names
+from cadiff_cli.io.templates import load_templates, parse_specs
 from cadiff_cli.products import Result
 from cadiff_cli.runner.journal import Journal, alone
 from cadiff_cli.runner.logs import LOGGER, ON_SCREEN, capture_warnings, logged
@@ -44,7 +44,7 @@ def segment_file(
     scan = load_scan(t1)
     if config.strip.mask:
         given_mask(config.strip.mask, scan)
-    parse_names(atlas)
+    parse_specs(atlas)
     place, journal = Derivatives(out, t1), Journal(out)
     inputs = (t1, config.strip.mask)
     journal.make_room(place, *inputs, overwrite=overwrite)

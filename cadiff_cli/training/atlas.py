@@ -27,7 +27,9 @@ def frame(name: str) -> str:
     """Identifies an atlas, the name that its field goes by, and its coordinates."""
     if is_person(name):
         return fingerprint([stem(Path(name)), sha256(Path(name))])
-    return fingerprint([name, registry().get(name)])
+    if name in registry():
+        return fingerprint([name, registry()[name]])
+    return fingerprint([name, load_atlas(name).sha256])
 
 
 @lru_cache(maxsize=4)
