@@ -62,10 +62,11 @@ class Config:
 class Recipe:
     """What a result was, or will be, made with.  Results of equal recipes may share a dataset.
 
-    ``template`` is a name, never ``auto``.  ``strip_sha256`` is that of the network which may have
-    found the brain, ``calibration`` the fingerprint of what calibrates the expected Dice; both are
-    empty without one.  ``spaces`` are the standard spaces that results are carried into; ``field``
-    tells whether the distance field is written.
+    ``template`` holds names, joined by ``+``, never ``auto``; ``template_sha256`` the (name,
+    checksum) of those whose name does not tell their content.  ``strip_sha256`` is that of the
+    network which may have found the brain, ``calibration`` the fingerprint of what calibrates the
+    expected Dice; both are empty without one.  ``spaces`` are the standard spaces that results are
+    carried into; ``field`` tells whether the distance field is written.
     """
 
     config: Config
@@ -76,6 +77,7 @@ class Recipe:
     calibration: str = ""
     spaces: tuple[str, ...] = ()
     field: bool = False
+    template_sha256: tuple[tuple[str, str], ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """Plain values that decide the result: neither the device nor where files lie."""
@@ -87,6 +89,8 @@ class Recipe:
             "version": __version__,
             "revision": REVISION,
             "template": self.template,
+            # Absent for shipped ones, so that results from before it was told are still known.
+            **({"template_sha256": dict(self.template_sha256)} if self.template_sha256 else {}),
             "model": self.model,
             "weights_sha256": self.weights_sha256,
             "strip_sha256": self.strip_sha256,

@@ -9,7 +9,7 @@ from pathlib import Path
 from cadiff_cli.io.images import save_volume
 
 QUICK = (
-    *("--offline", "--atlas", "MNI152NLin2009aSym", "--registration", "affine"),
+    *("--offline", "--template", "MNI152NLin2009aSym", "--registration", "affine"),
     *("--skull-strip", "none", "--steps", "1", "--no-flip", "--no-report"),
 )
 """The cheapest settings that still go through every stage."""

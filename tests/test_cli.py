@@ -264,7 +264,7 @@ def segmented(phantom, tiny_weights, tmp_path_factory):
     save_volume(source, head.t1.data, head.t1.grid)
     arguments = [
         *(str(source), "-o", str(folder / "out"), "--model", str(tiny_weights)),
-        *("--atlas", "MNI152NLin2009aSym", "--registration", "affine", "--offline"),
+        *("--template", "MNI152NLin2009aSym", "--registration", "affine", "--offline"),
         *("--steps", "1", "--no-flip", "--seed", "5", "--threads", "1"),
         *("--posteriors", "--save-field", "--samples", "2"),
     ]
@@ -478,7 +478,7 @@ def test_a_failed_run_leaves_no_result(segmented, tmp_path):
     _, source, _, _ = segmented
     done = call(
         *("cadiff-seg", str(source), "-o", str(tmp_path / "out")),
-        *("--atlas", "MNI152NLin2009aSym", "--offline", "--model", "none.safetensors"),
+        *("--template", "MNI152NLin2009aSym", "--offline", "--model", "none.safetensors"),
     )
     assert done.returncode == 66
     assert "cadiff-malc, cadiff-synth, or a .safetensors file" in one_line(done)

@@ -37,7 +37,7 @@ def recipe_of(template="MNIColin27", device="cpu", **sample):
 
 def job_of(out, entities="sub-01_ses-a", **sample):
     t1 = out.parent / f"{entities}_T1w.nii.gz"
-    return Job(t1, out, f"bids:raw:{t1.name}", recipe_of(**sample), "cadiff-malc", "run-1")
+    return Job(t1, out, f"bids:raw:{t1.name}", recipe_of(**sample), "auto", "cadiff-malc", "run-1")
 
 
 def test_a_fingerprint_changes_with_what_decides_the_result(monkeypatch):

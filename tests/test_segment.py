@@ -331,7 +331,7 @@ def unregistered(phantom, tiny_weights, tmp_path_factory):
     save_volume(source, head.t1.data, head.t1.grid)
     done = call(
         *("cadiff-seg", str(source), "-o", str(folder / "out"), "--model", str(tiny_weights)),
-        *("--registration", "none", "--atlas", "MNI152NLin2009aSym", "--offline"),
+        *("--registration", "none", "--template", "MNI152NLin2009aSym", "--offline"),
         *("--skull-strip", "none", "--steps", "1", "--no-flip", "--threads", "1"),
     )
     assert done.returncode == 0, done.stderr

@@ -358,7 +358,7 @@ def examine(seed: int, index: int, place: Path, *, apart: bool = False) -> list[
     scans: list[Any] = []
     mask = ("mask", "--offline", "-o", str(out), "--", str(path))
     dry = ("run", str(dataset), str(place / "derivatives"), "participant", "--dry-run")
-    quick = ("--offline", "--skip-bids-validation", "--atlas", "MNI152NLin2009aSym")
+    quick = ("--offline", "--skip-bids-validation", "--template", "MNI152NLin2009aSym")
     found, codes = [], {}
     for step, call in (
         ("read", lambda: scans.append(load_scan(path))),

@@ -28,7 +28,7 @@ def command(
     run: Path,
     labels: str,
     cache: Path | None,
-    atlas: tuple[str, ...],
+    templates: tuple[str, ...],
     device: str,
     workers: int,
     max_minutes: float,
@@ -65,7 +65,7 @@ def command(
     pick_device(device)
     for folder in (run, cache or run):
         check_writable(folder)
-    samples = prepare(scans, mapping, atlas, cache or run / "cache")
+    samples = prepare(scans, mapping, templates, cache or run / "cache")
     until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(

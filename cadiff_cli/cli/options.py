@@ -30,12 +30,13 @@ SKULL_STRIP = click.option(
 SEGMENTATION = (
     SKULL_STRIP,
     click.option(
+        "--template",
         "--atlas",
         default="auto",
         show_default=True,
-        help="MNIColin27, MNI152NLin2009cAsym (both TemplateFlow), MNI152NLin2009aSym (embedded);"
-        " several, joined by +, share in the field. auto: Colin27, if it can be had, and the"
-        " embedded one.",
+        help="MNIColin27, MNI152NLin2009aSym (embedded), another of TemplateFlow's such as"
+        " MNIPediatricAsym:cohort-5, or a folder in its layout; several, joined by +, share in the"
+        " field. auto: Colin27, if it can be had, and the embedded one.",
     ),
     click.option(
         "--registration",

@@ -40,15 +40,20 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
         values = tomllib.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path} is not readable TOML ({error})") from error
-    known = [p.name for p in ctx.command.params if isinstance(p, click.Option) and p.name]
+    names = {
+        text.lstrip("-").replace("-", "_"): option.name
+        for option in ctx.command.params
+        if isinstance(option, click.Option)
+        for text in (*option.opts, option.name or "")
+    }
     for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
+        if key not in names:
+            near = get_close_matches(key, names, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}")
     # A bare number of --mem is MB, in a file as on the command line.
     ctx.default_map = {
-        key: str(value) if key == "mem" and isinstance(value, int) else value
+        names[key]: str(value) if key == "mem" and isinstance(value, int) else value
         for key, value in values.items()
     }
     return path
@@ -199,7 +204,7 @@ def command(
         config=make_config(**{name: options[name] for name in CONFIG}),
         executor=Executor(o.executor, o.dask_address, o.nprocs, o.omp_nthreads, o.mem),
         options={name: value for name, value in options.items() if name not in ONCE},
-        atlas=o.atlas,
+        template=o.template,
         model=o.model,
         offline=o.offline,
         spaces=o.output_spaces,

@@ -23,7 +23,7 @@ from cadiff_cli.cli.options import make_config, segmentation_options
 def command(
     t1: Path,
     out: Path,
-    atlas: str,
+    template: str,
     model: str,
     offline: bool,
     save_field: bool,
@@ -48,7 +48,7 @@ def command(
         t1,
         out,
         make_config(**options, save_field=save_field),
-        atlas=atlas,
+        template=template,
         model=model,
         offline=offline,
         save_field=save_field,

@@ -25,7 +25,7 @@ def segment_file(
     out: Path,
     config: Config,
     *,
-    atlas: str = "auto",
+    template: str = "auto",
     model: str = DEFAULT,
     offline: bool = False,
     save_field: bool = False,
@@ -44,7 +44,7 @@ def segment_file(
     scan = load_scan(t1)
     if config.strip.mask:
         given_mask(config.strip.mask, scan)
-    parse_specs(atlas)
+    parse_specs(template)
     place, journal = Derivatives(out, t1), Journal(out)
     inputs = (t1, config.strip.mask)
     journal.make_room(place, *inputs, overwrite=overwrite)
@@ -75,7 +75,7 @@ def segment_file(
 
         device = prepare_torch(threads, config.sample.device)
         loaded = models.load(Model, model)
-        templates = load_templates(atlas, offline=offline)
+        templates = load_templates(template, offline=offline)
         with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
             result = segment_scan(
                 scan,

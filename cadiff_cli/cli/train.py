@@ -17,7 +17,9 @@ OPTIONS = (
     ),
     click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache]."),
     click.option(
+        "--template",
         "--atlas",
+        "templates",
         multiple=True,
         default=("MNIColin27", "MNI152NLin2009aSym"),
         show_default=True,
@@ -103,7 +105,7 @@ def command(
     run: Path,
     labels: str,
     cache: Path | None,
-    atlas: tuple[str, ...],
+    templates: tuple[str, ...],
     device: str,
     workers: int,
     max_minutes: float,
@@ -152,7 +154,9 @@ def command(
     for folder in (run, cache or run):
         check_writable(folder)
     folder = cache or run / "cache"
-    samples, *less_trusted = (prepare(scans, mapping, atlas, folder) for scans, mapping in sources)
+    samples, *less_trusted = (
+        prepare(scans, mapping, templates, folder) for scans, mapping in sources
+    )
     path = train(
         samples,
         run,

@@ -13,11 +13,11 @@ from cadiff_cli.config import Config, Recipe, StripConfig, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import strip_weights_sha256
-from cadiff_cli.io.templates import joint_name
+from cadiff_cli.io.templates import joint_name, own_contents
 from cadiff_cli.io.volumes import about_expected_dice
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.machine import ITK_THREADS
-from cadiff_cli.products import Calibration, Result, Scan, Stripped, Template, sound
+from cadiff_cli.products import Calibration, Citation, Result, Scan, Stripped, Template, sound
 
 
 def make_recipe(
@@ -39,6 +39,7 @@ def make_recipe(
         fingerprint(calibration.as_dict()) if calibration else "",
         tuple(spaces),
         field,
+        own_contents(templates),
     )
 
 
@@ -47,6 +48,8 @@ class UsedTemplate:
     """A template of a result: how the scan was registered to it, and whether it is in the field.
 
     ``registration`` is the kind (``fast``, ``affine``...); ``none`` if the network found the field.
+    ``source`` and ``citation`` are those of ``Template``, ``sha256`` its content's; results of
+    older versions tell no checksum.
     """
 
     name: str
@@ -54,6 +57,54 @@ class UsedTemplate:
     source: str = ""
     score: float | None = None
     in_field: bool = True
+    sha256: str = ""
+    citation: Citation | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """The template's entry in the sidecar."""
+        cited = {} if self.citation is None else {"Citation": _citation_entry(self.citation)}
+        return {
+            "Name": self.name,
+            "Source": self.source,
+            **({"SHA256": self.sha256} if self.sha256 else {}),
+            **cited,
+            "Registration": self.registration,
+            "Score": self.score,
+            "InField": self.in_field,
+        }
+
+    @classmethod
+    def read(cls, told: "_Reader") -> "UsedTemplate":
+        """The template of an entry in the sidecar."""
+        return cls(
+            told.required("Name", str),
+            told.required("Registration", str),
+            told.required("Source", str),
+            told.optional("Score", float),
+            told.required("InField", bool),
+            told.optional("SHA256", str) or "",
+            _read_citation(told),
+        )
+
+
+def _citation_entry(citation: Citation) -> dict[str, Any]:
+    """A citation under the keys of TemplateFlow's ``template_description.json``."""
+    return {
+        "Name": citation.title,
+        "Authors": list(citation.authors),
+        "ReferencesAndLinks": list(citation.links),
+    }
+
+
+def _read_citation(told: "_Reader") -> Citation | None:
+    if told.optional("Citation", dict) is None:
+        return None
+    entry = told.inner("Citation")
+    authors, links = (
+        tuple(map(str, entry.optional(key, list) or ()))
+        for key in ("Authors", "ReferencesAndLinks")
+    )
+    return Citation(entry.optional("Name", str) or "", authors, links)
 
 
 @dataclass(frozen=True)
@@ -129,9 +180,11 @@ class Provenance:
                 UsedTemplate(
                     template.name,
                     transform.kind if transform else "none",
-                    template.source,
+                    machine.without_home(template.source),
                     transform.score if transform else None,
                     template.name in in_field,
+                    template.sha256,
+                    template.citation,
                 )
                 for template in prepared.templates
                 for transform in [transforms.get(template.name)]
@@ -160,16 +213,7 @@ class Provenance:
         model = top.inner("Model")
         maker = next(iter(top.objects("GeneratedBy")), top.inner("GeneratedBy"))
         seconds = top.required("Seconds", dict).items()
-        templates = tuple(
-            UsedTemplate(
-                told.required("Name", str),
-                told.required("Registration", str),
-                told.required("Source", str),
-                told.optional("Score", float),
-                told.required("InField", bool),
-            )
-            for told in top.objects("Templates")
-        )
+        templates = tuple(map(UsedTemplate.read, top.objects("Templates")))
         return cls(
             fingerprint=fingerprint,
             settings=top.required("Settings", dict),
@@ -210,16 +254,7 @@ class Provenance:
             "Precision": self.precision,
             "Parcellation": self.parcellation,
             "RegistrationThreads": self.registration_threads,
-            "Templates": [
-                {
-                    "Name": used.name,
-                    "Source": used.source,
-                    "Registration": used.registration,
-                    "Score": used.score,
-                    "InField": used.in_field,
-                }
-                for used in self.templates
-            ],
+            "Templates": [used.entry() for used in self.templates],
             "SkullStripping": self.skull_stripping,
             "BiasRatio": self.bias_ratio,
             "AgeYears": self.age_years,

@@ -110,9 +110,9 @@ def fetch(relative: str, remedy: str, *, offline: bool, anew: bool) -> Path:
 def query_of(name: str) -> dict[str, Any]:
     """The client's query for one file.
 
-    >>> query_of("tpl-MNIInfant_cohort-2_res-1_T1w.nii.gz")
-    {'template': 'MNIInfant', 'cohort': '2', 'resolution': 1, 'desc': None, 'suffix': 'T1w',
-     'extension': '.nii.gz'}
+    >>> query = query_of("tpl-MNIInfant_cohort-2_res-1_desc-brain_mask.nii.gz")
+    >>> query["template"], query["cohort"], query["resolution"], query["desc"], query["suffix"]
+    ('MNIInfant', '2', 1, 'brain', 'mask')
     """
     stem, extension = name.split(".", 1)
     *pairs, suffix = stem.split("_")

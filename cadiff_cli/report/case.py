@@ -19,7 +19,7 @@ from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
-from cadiff_cli.io.templates import load_template
+from cadiff_cli.io.templates import load_template, spec_of
 from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.products import CoordinateField, MaskQuality, Registered, Transform, sound
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -154,10 +154,13 @@ def _registration(case: Case) -> dict[str, Any]:
 
 def _registered(result: Finished, used: UsedTemplate) -> Registered:
     """A registration from its stored transform and what the sidecar tells of it."""
-    template = load_template(used.name, offline=True)
+    source = str(Path(used.source).expanduser())
+    template = load_template(spec_of(used.name, source), offline=True)
+    if used.sha256 not in ("", template.sha256):
+        raise DataError(f"template {template.name} has changed since", "segment the scan again")
     to_scan, to_template = (
         _beside(result, xfm_name(*ends))
-        for ends in ((template.name, "T1w"), ("T1w", template.name))
+        for ends in ((template.label, "T1w"), ("T1w", template.label))
     )
     if not to_scan.is_file():
         raise DataError(f"{to_scan.name} is not there", "segment the scan again")

@@ -10,7 +10,8 @@ from pathlib import Path
 from cadiff_cli.errors import MissingInputError, in_a_line
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import locked, write_text
-from cadiff_cli.io.provenance import Provenance
+from cadiff_cli.io.provenance import Provenance, UsedTemplate
+from cadiff_cli.products import Citation
 from cadiff_cli.report.render import render
 
 TITLE = "Methods and citations"
@@ -18,6 +19,12 @@ NOTICE = (
     "The text below was written by cadiff from the results in this folder. It may be copied into a"
     " manuscript unchanged; it is released under CC0."
 )
+SHIPPED = {
+    "MNIColin27": "MNIColin27",
+    "MNI152NLin2009cAsym": "MNI152",
+    "MNI152NLin2009aSym": "MNI152",
+}
+"""Keys of the shipped templates in ``data/references.bib``."""
 CITED = re.compile(r"\[(@[^\]]+)\]")
 """``[@key; @key]`` in a text."""
 
@@ -37,17 +44,20 @@ class Source:
     @property
     def short(self) -> str:
         """As in a sentence: ``Xing et al., 2025``."""
-        families = [author.split(",")[0] for author in self.authors]
+        families = [author.split(",")[0] for author in self.authors if author]
+        families = families or [self.fields["title"]]
         names = " and ".join(families) if len(families) < 3 else f"{families[0]} et al."
-        return f"{names}, {self.fields['year']}"
+        return f"{names}, {self.fields['year']}" if "year" in self.fields else names
 
     @property
     def reference(self) -> str:
         """A line of the list of references."""
         authors = "; ".join("et al." if a == "others" else a for a in self.authors)
-        where = self.fields.get("journal") or self.fields["booktitle"]
-        title, year, url = (self.fields[name] for name in ("title", "year", "url"))
-        return f"{authors} ({year}). {title}. {where}. {url}"
+        if "year" in self.fields:
+            authors = f"{authors} ({self.fields['year']})"
+        where = self.fields.get("journal") or self.fields.get("booktitle")
+        parts = (authors, self.fields["title"], where, self.fields["url"])
+        return ". ".join(part for part in parts if part)
 
 
 @cache
@@ -85,14 +95,14 @@ def write_citations(out: Path) -> None:
         for kind in ("md", "html"):
             text = render(f"citation.{kind}.j2", title=TITLE, notice=NOTICE, **values)
             write_text(out / "logs" / f"CITATION.{kind}", f"{text.rstrip()}\n")
-        bibtex = (source.bibtex for source in _cited(describe(results)).values())
+        bibtex = (source.bibtex for source in _cited(describe(results), results).values())
         write_text(out / "logs" / "CITATION.bib", "\n".join(bibtex))
 
 
 def methods(results: Sequence[Finished]) -> tuple[list[str], list[str]]:
     """Paragraphs of a methods section, and the references they cite."""
     paragraphs = describe(results)
-    cited = _cited(paragraphs)
+    cited = _cited(paragraphs, results)
 
     def in_words(match: re.Match[str]) -> str:
         """``[@a; @b]`` -> ``(Author et al., 2020; ...)``."""
@@ -121,14 +131,48 @@ def describe(results: Sequence[Finished]) -> list[str]:
 
 def _atlases(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
     """Keys of the templates of the field, and of those that only lend their ``spaces``."""
-    names = (*(template.name for scan in scans for template in scan.in_field), *spaces)
-    return list(dict.fromkeys("@MNIColin27" if "Colin" in n else "@MNI152" for n in names))
+    used = {template.name: template for scan in scans for template in scan.in_field}
+    names = (*used, *(re.sub(r":res-\d+$", "", space) for space in spaces))
+    keys = (_key(used[name]) if name in used else SHIPPED.get(name) for name in names)
+    return list(dict.fromkeys(f"@{key}" for key in keys if key))
 
 
-def _cited(paragraphs: Sequence[str]) -> dict[str, Source]:
-    """What the paragraphs cite, in the order of the file."""
+def _key(template: UsedTemplate) -> str | None:
+    """The key that a template is cited by; None if nobody says how."""
+    if template.citation:
+        return f"template-{template.name}"
+    # A folder may be called as a shipped template is.
+    return None if template.source.startswith(("/", "~")) else SHIPPED.get(template.name)
+
+
+def _own_source(key: str, citation: Citation) -> Source:
+    """A template as its ``template_description.json`` wants it to be cited."""
+
+    def plain(text: str) -> str:
+        """One line without BibTeX's signs."""
+        return " ".join(re.sub(r"[{}\\]", "", text).split())
+
+    # TemplateFlow writes "Fonov V".
+    authors = (re.sub(r" ([A-Z]+)$", r", \1", plain(author)) for author in citation.authors)
+    fields = {
+        "author": " and ".join(authors),
+        "title": plain(citation.title),
+        "url": plain(next(iter(citation.links), "")),
+    }
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+    return Source(f"@misc{{{key},\n{lines}\n}}\n", fields)
+
+
+def _cited(paragraphs: Sequence[str], results: Sequence[Finished]) -> dict[str, Source]:
+    """What the paragraphs cite: works of the file in its order, then templates."""
     used = {key for group in CITED.findall(" ".join(paragraphs)) for key in _keys(group)}
-    return {key: source for key, source in sources().items() if key in used}
+    own = {
+        f"template-{template.name}": _own_source(f"template-{template.name}", template.citation)
+        for result in results
+        for template in result.provenance.templates
+        if template.citation
+    }
+    return {key: source for key, source in (sources() | own).items() if key in used}
 
 
 def _keys(group: str) -> list[str]:

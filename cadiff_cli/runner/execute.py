@@ -18,7 +18,7 @@ from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import load_scan
-from cadiff_cli.io.templates import load_template, load_templates
+from cadiff_cli.io.templates import load_template, load_templates, own_contents
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template
 from cadiff_cli.report.page import report_scan
@@ -75,7 +75,7 @@ def _segment(job: Job) -> Result:
     ) as work:
         return segment_scan(
             scan,
-            _templates(job.recipe.template, job.notes),
+            _templates(job.templates, job.recipe.template_sha256, job.notes),
             _model(job.weights, job.recipe.weights_sha256),
             job.recipe.config,
             job.out,
@@ -131,8 +131,10 @@ def segment_scan(
     from cadiff_cli.stages.space import parse_space, to_space
 
     result = run(scan, templates, model, config, work_dir, announce, gate)
-    for name, resolution in map(parse_space, spaces):
-        space = to_space(result, _template(name), resolution, work_dir)
+    own = {template.name: template for template in templates}
+    for text in spaces:
+        name, resolution = parse_space(text, templates)
+        space = to_space(result, own.get(name) or _template(name), resolution, work_dir)
         result = replace(result, spaces=(*result.spaces, space))
     if announce:
         announce("write")
@@ -158,9 +160,16 @@ def _model(name: str, sha256: str) -> "Model":
 
 
 @lru_cache(maxsize=1)
-def _templates(names: str, notes: tuple[str, ...]) -> tuple[Template, ...]:
+def _templates(
+    specs: str, contents: tuple[tuple[str, str], ...], notes: tuple[str, ...]
+) -> tuple[Template, ...]:
     """Loaded once per process; ``notes`` are what was said when they were chosen."""
-    first, *others = load_templates(names, offline=True)
+    templates = load_templates(specs, offline=True)
+    if own_contents(templates) != contents:
+        raise DataError(
+            f"the templates {specs} changed while cadiff was running", "run it again from the start"
+        )
+    first, *others = templates
     return replace(first, warnings=notes), *others
 
 

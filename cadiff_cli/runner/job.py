@@ -15,16 +15,18 @@ from cadiff_cli.io.files import sha256
 class Job:
     """One scan: all that a worker needs to know, with absolute paths.
 
-    ``source`` is the scan's BIDS URI.  ``weights`` is what ``io.models.load`` takes.  ``notes`` are
-    warnings about the template.  ``overwrite`` allows it to replace a result of other settings.  A
-    job that finds another process at its scan comes back as ``busy``, or waits if ``wait`` is set.
-    ``report`` asks for a page to look at.  ``age_years`` is that of the person, if it is known.
+    ``source`` is the scan's BIDS URI. ``templates`` is what ``load_templates`` takes,
+    ``weights`` what ``io.models.load`` does. ``notes`` are warnings about the template.
+    ``overwrite`` allows it to replace a result of other settings. A job that finds another
+    process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``report`` asks for
+    a page to look at. ``age_years`` is that of the person, if it is known.
     """
 
     t1: Path
     out: Path
     source: str
     recipe: Recipe
+    templates: str
     weights: str
     run_id: str
     work_dir: Path | None = None

@@ -21,7 +21,7 @@ from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
-from cadiff_cli.io.templates import load_template, load_templates
+from cadiff_cli.io.templates import joint_spec, load_template, load_templates
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.quality.group import Group
@@ -45,7 +45,7 @@ class Request:
     config: Config
     executor: Executor
     options: Mapping[str, Any]
-    atlas: str = "auto"
+    template: str = "auto"
     model: str = DEFAULT
     offline: bool = False
     spaces: tuple[str, ...] = ()
@@ -240,13 +240,14 @@ def _any_job(request: Request) -> Job:
         pick_device(request.config.sample.device)
     path, label, sha256 = find_weights(request.model)
     spaces = tuple(dict.fromkeys(request.spaces))
-    for name, _ in map(parse_space, spaces):
+    templates = load_templates(request.template, offline=request.offline)
+    for name in {parse_space(text, templates)[0] for text in spaces} - {t.name for t in templates}:
         load_template(name, offline=request.offline)
-    templates = load_templates(request.atlas, offline=request.offline)
     return Job(
         t1=Path(),
         out=request.out,
         source="",
+        templates=joint_spec(templates),
         recipe=make_recipe(
             request.config,
             templates,
@@ -268,7 +269,7 @@ def _any_job(request: Request) -> Job:
 
 def _keep_options(request: Request, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
-    values = {**request.options, "atlas": job.recipe.template, "model": job.weights}
+    values = {**request.options, "template": job.templates, "model": job.weights}
     chosen = request.selection  # labels may have come from a file, found from here only
     values |= {"participant_label": chosen.participants, "session_label": chosen.sessions}
     if values.get("mem"):  # bytes by now; a bare number would be MB

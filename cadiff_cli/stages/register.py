@@ -99,7 +99,7 @@ def register_template(
     stripped: Stripped, template: Template, config: RegisterConfig, work_dir: Path
 ) -> Registered:
     """Register a template's brain to the scan's; transforms go into a folder of its name."""
-    folder = work_dir / template.name
+    folder = work_dir / template.label
     transform = register(stripped.t1, template.brain, config, folder, template.name)
     return Registered(template, transform)
 

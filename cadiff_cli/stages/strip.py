@@ -300,13 +300,13 @@ def _from_template(
         name = template.name if template else "none"
         raise MissingInputError(
             f"the scan is a whole head, and template {name} has no skull to strip it by",
-            "use --atlas auto or MNIColin27+..., with TEMPLATEFLOW_HOME a cache that holds"
+            "use --template auto or MNIColin27+..., with TEMPLATEFLOW_HOME a cache that holds"
             " MNIColin27 ('cadiff fetch MNIColin27' on a machine with a network), or give --mask"
             " FILE",
         )
     if config.name == "none":  # of the brain; the mask still needs one of the head
         config = RegisterConfig(seed=config.seed)
-    transform = register(t1, template.head, config, work_dir / template.name, template.name)
+    transform = register(t1, template.head, config, work_dir / template.label, template.name)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
     mask = Volume(warp(inside, transform, t1.grid).data > 0.5, t1.grid)
     return mask, transform.warnings

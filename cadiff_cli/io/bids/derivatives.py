@@ -65,7 +65,7 @@ def save_result(
         name.format(parcellation.segmentation) for name in (DSEG, PROBSEG, UNCERTAINTY)
     )
     mask, t1w = write.uri(MASK), write.uri(T1W)
-    to_scan = [write.place.uri(xfm_name(r.template.name, "T1w")) for r in registrations]
+    to_scan = [write.place.uri(xfm_name(r.template.label, "T1w")) for r in registrations]
     save_dataset_files(out)
     save_table(out, parcellation)
     for commit in write.place.commits:
@@ -201,7 +201,7 @@ class _Writer:
 
     def transforms(self, registered: Registered, sources: Sequence[str]) -> None:
         """Both directions, as ITK composite transforms."""
-        template, transform = registered.template.name, registered.transform
+        template, transform = registered.template.label, registered.transform
         for start, end, path in (
             (template, "T1w", transform.to_fixed),
             ("T1w", template, transform.to_moving),
@@ -223,7 +223,7 @@ class _Writer:
 
     def standard(self, space: InSpace, dseg: str) -> None:
         """Brain, mask and labels (called ``dseg``) on a template's grid."""
-        template, described = space.registered.template.name, dict[str, Any]()
+        template, described = space.registered.template, dict[str, Any]()
         if space.resolution:
             spacing = space.labels.grid.spacing_mm[0]
             times = f"{int(space.resolution)} times the template's"
@@ -234,11 +234,11 @@ class _Writer:
             (dseg, space.labels, {"Manual": False}),
         )
         for name, volume, values in parts:
-            standard = standard_name(name, template, space.resolution)
+            standard = standard_name(name, template.name, space.resolution)
             self.image(standard, volume.data, volume.grid, code="mni")
             self.sidecar(
                 standard,
-                [self.uri(name), self.place.uri(xfm_name("T1w", template))],
+                [self.uri(name), self.place.uri(xfm_name("T1w", template.label))],
                 **values,
                 **described,
             )

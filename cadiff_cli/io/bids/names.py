@@ -46,15 +46,23 @@ def standard_name(name: str, template: str, resolution: str = "") -> str:
     'space-MNIColin27_seg-cadiff_res-2_dseg'
     >>> standard_name("desc-brain_mask", "MNIColin27", "2")
     'space-MNIColin27_res-2_desc-brain_mask'
+    >>> standard_name("desc-brain_mask", "MNIInfant:cohort-2")
+    'space-MNIInfant_cohort-2_desc-brain_mask'
     """
     entity, suffix = name.split("_")
     res = [f"res-{resolution}"] if resolution else []
     middle = [entity, *res] if entity.startswith("seg-") else [*res, entity]
-    return "_".join([f"space-{template}", *middle, suffix])
+    return "_".join([f"space-{template.replace(':', '_')}", *middle, suffix])
 
 
 def xfm_name(start: str, end: str) -> str:
-    """Name of the transform that resamples ``start`` images onto ``end``."""
+    """Name of the transform that resamples ``start`` images onto ``end``.
+
+    A template goes by its ``label``, with its cohort as in fMRIPrep's outputs.
+
+    >>> xfm_name("MNIInfant+2", "T1w")
+    'from-MNIInfant+2_to-T1w_mode-image_xfm.h5'
+    """
     return f"from-{start}_to-{end}_mode-image_xfm.h5"
 
 
