@@ -32,10 +32,10 @@ from cadiff_cli.products import (
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import brain_crop, normalise
-from cadiff_cli.training.augment import AugmentConfig
-from cadiff_cli.training.cache import Sample, pool
-from cadiff_cli.training.prior import count_prior
-from cadiff_cli.training.synthesis import SynthesisConfig
+from cadiff_cli.training.segmenter.data import Sample, pool
+from cadiff_cli.training.segmenter.patches import AugmentConfig
+from cadiff_cli.training.segmenter.prior import count_prior
+from cadiff_cli.training.segmenter.synthesis import SynthesisConfig
 
 # On a busy machine threads wait for one another longer than tensors this small take.
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from scipy import ndimage
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
-from cadiff_cli.training.heads import closed
+from cadiff_cli.training.brain_mask.target import closed
 
 SPACING_MM = 2.0
 GREY = 0.45

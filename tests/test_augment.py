@@ -10,7 +10,9 @@ from scipy import ndimage
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 
-from cadiff_cli.training.augment import (
+from cadiff_cli.training.batch import stack
+from cadiff_cli.training.segmenter.data import sample_field
+from cadiff_cli.training.segmenter.patches import (
     AugmentConfig,
     Draws,
     draw_patch,
@@ -18,11 +20,9 @@ from cadiff_cli.training.augment import (
     low_resolution,
     recolour,
     spoil_mask,
-    stack,
     thicken,
 )
-from cadiff_cli.training.cache import mean_field
-from cadiff_cli.training.synthesis import SynthesisConfig, resynthesise
+from cadiff_cli.training.segmenter.synthesis import SynthesisConfig, resynthesise
 
 PLAIN = NO_CHANGE
 PARTS = ("image", "classes", "field")
@@ -73,7 +73,8 @@ def test_the_series_visits_every_scan(toy_sample, ramp, mirror):
 def test_scans_trusted_less_get_their_share(toy_sample, ramp, mirror, monkeypatch, share):
     drawn = []
     monkeypatch.setattr(
-        "cadiff_cli.training.augment.draw_patch", lambda sample, *_: drawn.append(sample.name)
+        "cadiff_cli.training.segmenter.patches.draw_patch",
+        lambda sample, *_: drawn.append(sample.name),
     )
     draws = Draws([toy_sample], 16, mirror, PLAIN, seed=2, also=[ramp], also_share=share)
     for index in range(400):
@@ -139,7 +140,7 @@ def test_the_mean_field_is_seen_as_often_as_wanted(toy_sample, mirror):
         ).field
 
     both = toy_sample.fields
-    mean = mean_field(toy_sample)
+    mean = sample_field(toy_sample)
     np.testing.assert_allclose(mean, np.mean(list(both.values()), axis=0, dtype=np.float32))
     met = set()
     for seed in range(8):

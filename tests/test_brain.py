@@ -26,28 +26,30 @@ from cadiff_cli.stages.brain import (
     normalise,
     predict_distance,
 )
-from cadiff_cli.training.heads import (
-    FAR_MM,
+from cadiff_cli.training import store
+from cadiff_cli.training.brain_mask import patches
+from cadiff_cli.training.brain_mask.config import HeadConfig
+from cadiff_cli.training.brain_mask.data import (
     Head,
-    HeadConfig,
-    HeadDraws,
-    HeadPatch,
-    MaskObjective,
-    closed,
-    distance_loss,
-    draw_head,
-    draw_nothing,
+    arrays,
     from_labels,
     from_scan,
-    head_loader,
-    is_brain,
-    load_head,
-    paint,
-    save_head,
-    shrink,
-    signed_distance,
+    load,
+    prepare_heads,
 )
-from cadiff_cli.training.mask import held_out_dice, prepare_heads, train_mask
+from cadiff_cli.training.brain_mask.losses import distance_loss
+from cadiff_cli.training.brain_mask.objective import MaskObjective
+from cadiff_cli.training.brain_mask.patches import (
+    HeadDraws,
+    HeadPatch,
+    draw_head,
+    draw_nothing,
+    random_contrast,
+    shrink,
+)
+from cadiff_cli.training.brain_mask.run import held_out_dice, train_mask
+from cadiff_cli.training.brain_mask.target import FAR_MM, closed, is_brain, signed_distance
+from cadiff_cli.training.loop import series
 
 TINY = BrainConfig((8, 8), (8, 8))
 SPACING = np.array([2.0, 2.0, 2.0])
@@ -158,8 +160,7 @@ def test_real_and_drawn_heads_agree_on_the_brain(drawn_head, real_head):
 
 def test_heads_are_read_back(drawn_head, real_head, tmp_path):
     for head in (drawn_head, real_head):
-        save_head(tmp_path / "h.npz", head)
-        again = load_head(tmp_path / "h.npz")
+        again = load(store.once(tmp_path / head.name, head.name, lambda head=head: arrays(head)))
         assert (again.name, again.source) == (head.name, head.source)
         assert np.array_equal(again.distance, head.distance)
         for mine, theirs in ((again.image, head.image), (again.labels, head.labels)):
@@ -170,7 +171,7 @@ def test_heads_are_read_back(drawn_head, real_head, tmp_path):
 def test_each_label_has_an_intensity_of_its_own():
     labels = torch.zeros(24, 24, 24, dtype=torch.int64)
     labels[8:16] = 1
-    image = paint(labels, seeded(2))
+    image = random_contrast(labels, seeded(2))
     inner = [image[2:6], image[10:14]]
     assert max(float(part.std()) for part in inner) < 0.1
     assert image.min() >= 0
@@ -181,7 +182,7 @@ def test_a_number_decides_a_head(drawn_head, real_head):
     config = HeadConfig(patch=32, steps=4)
     draws = HeadDraws([drawn_head, real_head], config)
     for a, b in zip(
-        head_loader([drawn_head, real_head], config, 0, 1, torch.device("cpu")),
+        series(draws, config, 0, 1, torch.device("cpu")),
         (draws[i] for i in range(4)),
         strict=True,
     ):
@@ -285,7 +286,7 @@ def test_a_shrunken_brain_swims_in_fluid(real_head):
     # Ventricles, the darkest part of a brain, are what the fluid's brightness is taken from.
     bare.image[real_head.distance > 0.7 * float(real_head.distance.max())] = 20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cadiff_cli.training.heads._artefacts", lambda image, *_: image)
+        patch.setattr(patches, "_artefacts", lambda image, *_: image)
         for index in range(5):
             shrunken = draw_head(bare, config, seeded(index))
             whole = draw_head(bare, replace(config, shrunken=0.0), seeded(index))
@@ -328,7 +329,8 @@ def test_a_small_source_is_drawn_by_the_root_of_its_size(real_head, monkeypatch)
     heads.append(replace(real_head, name="small", source="small"))
     drawn = []
     monkeypatch.setattr(
-        "cadiff_cli.training.heads.draw_head", lambda head, *_: drawn.append(head.source)
+        "cadiff_cli.training.brain_mask.patches.draw_head",
+        lambda head, *_: drawn.append(head.source),
     )
     draws = HeadDraws(heads, HeadConfig(real=1.0, empty=0.0))
     for i in range(500):
@@ -622,7 +624,7 @@ def test_the_command_trains_on_folders(label_map, tmp_path, monkeypatch):
         trained.update(heads=heads, config=config, **options)
         return run / "model.safetensors"
 
-    monkeypatch.setattr("cadiff_cli.training.mask.train_mask", fake_train)
+    monkeypatch.setattr("cadiff_cli.training.brain_mask.run.train_mask", fake_train)
     run = tmp_path / "run"
 
     def call(*options):

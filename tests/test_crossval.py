@@ -18,8 +18,9 @@ from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.nets.models import Model
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
-from cadiff_cli.training.objective import Objective
-from cadiff_cli.training.recipe import TrainConfig
+from cadiff_cli.training.segmenter import data
+from cadiff_cli.training.segmenter.config import TrainConfig
+from cadiff_cli.training.segmenter.objective import Objective
 
 QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=Objective(fine=32))
 
@@ -109,7 +110,7 @@ def test_options_of_the_command_reach_the_folds(toy_sample, parcellation, tmp_pa
 
     prepared = []
     monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", lambda _: people)
-    monkeypatch.setattr("cadiff_cli.training.run.prepare", lambda *a: prepared.append(a) or [])
+    monkeypatch.setattr(data, "prepare_scans", lambda *a: prepared.append(a) or [])
     monkeypatch.setattr("cadiff_cli.training.crossval.cross_validate", fake_validate)
 
     def call(*options):

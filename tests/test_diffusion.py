@@ -15,8 +15,8 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io import models
 from cadiff_cli.nets.models import Model
 from cadiff_cli.stages.sampling import denoise
-from cadiff_cli.training.augment import draw_patch
-from cadiff_cli.training.objective import Objective, Times
+from cadiff_cli.training.segmenter.objective import Objective, Times
+from cadiff_cli.training.segmenter.patches import draw_patch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from conftest import seeded
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.nets.unet import FIELD_STD, Coarse
-from cadiff_cli.training.losses import (
+from cadiff_cli.training.segmenter.losses import (
     SIMILARITIES,
     Consistency,
     Losses,

@@ -23,7 +23,7 @@ from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages import strip as stage
 from cadiff_cli.stages.strip import LARGE_LITRES, on_scan, strip, stripped_brain
-from cadiff_cli.training.heads import signed_distance
+from cadiff_cli.training.brain_mask.target import signed_distance
 
 
 class Bright(BrainNet):

@@ -9,9 +9,10 @@ from torch.nn.functional import one_hot
 
 from cadiff_cli.device import autocast
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.training.augment import Patch, draw_patch, stack
-from cadiff_cli.training.losses import Losses
-from cadiff_cli.training.objective import METHODS, Objective, Times
+from cadiff_cli.training.batch import stack
+from cadiff_cli.training.segmenter.losses import Losses
+from cadiff_cli.training.segmenter.objective import METHODS, Objective, Times
+from cadiff_cli.training.segmenter.patches import Patch, draw_patch
 
 MANY = 40_000
 UNIFORM = Times(0.0, 0.0, 0.0)

@@ -13,16 +13,16 @@ from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.strip import stripped_brain
 from cadiff_cli.training import paint
-from cadiff_cli.training.augment import AugmentConfig
-from cadiff_cli.training.heads import closed, is_brain
-from cadiff_cli.training.objective import METHODS
+from cadiff_cli.training.brain_mask.target import closed, is_brain
 from cadiff_cli.training.paint import (
     T1_BRIGHTNESS,
     UNLIKE_THEIR_STRUCTURE,
     paint_t1,
     tissues,
 )
-from cadiff_cli.training.recipe import recipe
+from cadiff_cli.training.segmenter.config import recipe
+from cadiff_cli.training.segmenter.objective import METHODS
+from cadiff_cli.training.segmenter.patches import AugmentConfig
 
 
 @pytest.fixture(scope="module")

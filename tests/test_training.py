@@ -27,9 +27,9 @@ from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet
 from cadiff_cli.spatial.grid import Grid
-from cadiff_cli.training import cache, loop
+from cadiff_cli.training import loop
 from cadiff_cli.training.atlas import load_atlas
-from cadiff_cli.training.augment import AugmentConfig, Draws, draw_patch, stack
+from cadiff_cli.training.batch import stack
 from cadiff_cli.training.loop import (
     load_checkpoint,
     new_state,
@@ -37,18 +37,21 @@ from cadiff_cli.training.loop import (
     save_checkpoint,
     train_step,
 )
-from cadiff_cli.training.losses import Losses
-from cadiff_cli.training.objective import METHODS, Objective, Times
-from cadiff_cli.training.prior import count_prior
-from cadiff_cli.training.recipe import TrainConfig, patch_loader, recipe
-from cadiff_cli.training.run import train
+from cadiff_cli.training.segmenter import data
+from cadiff_cli.training.segmenter.config import TrainConfig, recipe
+from cadiff_cli.training.segmenter.losses import Losses
+from cadiff_cli.training.segmenter.objective import METHODS, Objective, Times
+from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
+from cadiff_cli.training.segmenter.prior import count_prior
+from cadiff_cli.training.segmenter.run import train
 
 CPU = torch.device("cpu")
 QUICK = TrainConfig(steps=6, warmup=2, decay=2, patch=64, objective=Objective(fine=32))
 
 
 def fit(state, samples, mirror, config, path, workers=0, **options):
-    batches = patch_loader(samples, mirror, config, state.step, workers, state.device)
+    draws = Draws(samples, config.patch, mirror, config.augment, config.seed)
+    batches = loop.series(draws, config, state.step, workers, state.device)
     loop.fit(state, batches, config.objective, config, path, **options)
 
 
@@ -130,7 +133,7 @@ def test_the_loader_goes_on_where_the_run_stands(toy_sample, mirror):
     """Step n's batch is the same whether the loader began with it or before it."""
     config = replace(QUICK, steps=4, batch=2)
     draws = Draws([toy_sample], config.patch, mirror, config.augment, config.seed)
-    batches = list(patch_loader([toy_sample], mirror, config, 2, 0, CPU))
+    batches = list(loop.series(draws, config, 2, 0, CPU))
     assert len(batches) == 2
     for step, batch in enumerate(batches, start=2):
         expected = stack([draws[2 * step], draws[2 * step + 1]])
@@ -303,7 +306,7 @@ def write_cache(sample, folder, name="sub-toy", subject="toy"):
 
 def test_a_cache_is_read_back(toy_sample, tmp_path):
     write_cache(toy_sample, tmp_path)
-    back = cache.load(tmp_path / "sub-toy.npz")
+    back = data.load(tmp_path / "sub-toy.npz")
     assert (back.name, back.subject) == ("sub-toy", "toy")
     for part in ("image", "mask", "classes"):
         np.testing.assert_array_equal(getattr(back, part), getattr(toy_sample, part))
@@ -354,20 +357,20 @@ def test_a_sample_is_built_as_inference_would(
     """From files to a sample; registration alone is taken on trust."""
     head = phantom("LPS", 1.0, scale=0.8)
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
-    for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
-        save_volume(path, data, head.t1.grid)
+    for path, voxels in zip(paths, (head.t1.data, head.codes), strict=True):
+        save_volume(path, voxels, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
-    monkeypatch.setattr(cache, "load_atlas", lambda name: template)
+    monkeypatch.setattr(data, "load_atlas", lambda name: template)
     monkeypatch.setattr(pipeline, "register_template", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
-    sample = cache.load(
-        cache.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
+    sample = data.load(
+        data.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
     )
-    relabelled = cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
-    assert relabelled.name != cache.cached_path(scan, ["toy"], {10: 2}, tmp_path).name
+    relabelled = data.sample_path(scan, ["toy"], {10: 1}, tmp_path)
+    assert relabelled.name != data.sample_path(scan, ["toy"], {10: 2}, tmp_path).name
     with monkeypatch.context() as patched:  # another network may find another brain
-        patched.setattr(cache, "strip_weights_sha256", lambda _: "another")
-        assert relabelled != cache.cached_path(scan, ["toy"], {10: 1}, tmp_path)
+        patched.setattr(data, "strip_weights_sha256", lambda _: "another")
+        assert relabelled != data.sample_path(scan, ["toy"], {10: 1}, tmp_path)
     for code in (2, 41, 3, 42, 10):
         k = int(np.flatnonzero(parcellation.codes == code)[0])
         assert np.count_nonzero(sample.classes == k) == np.count_nonzero(head.codes == code)
@@ -395,7 +398,7 @@ def test_labels_that_do_not_fit_their_image_are_refused(
     save_volume(paths[1], np.where(head.codes > 0, code, 0).astype(np.int16), grid)
     scan = LabelledScan("sub-1", "1", *paths)
     with pytest.raises(DataError, match=said):
-        cache.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
+        data.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -406,10 +409,10 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
 ):
     paths = [tmp_path / "sub-1_T1w.nii.gz", tmp_path / "sub-1_dseg.nii.gz"]
     head = phantom("RAS", 2.0, scale=0.8)
-    for path, data in zip(paths, (head.t1.data, head.codes), strict=True):
-        save_volume(path, data, head.t1.grid)
+    for path, voxels in zip(paths, (head.t1.data, head.codes), strict=True):
+        save_volume(path, voxels, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
-    monkeypatch.setattr(cache, "load_atlas", lambda name: replace(template, name=name))
+    monkeypatch.setattr(data, "load_atlas", lambda name: replace(template, name=name))
 
     def register(_stripped, template, *_):
         found = identity(template)
@@ -418,7 +421,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
 
     monkeypatch.setattr(pipeline, "register_template", register)
     scan, mapping = LabelledScan("sub-1", "1", *paths), parcellation.class_of
-    sample = cache.load(cache.build(scan, ["a", "b"], parcellation, mapping, tmp_path))
+    sample = data.load(data.build(scan, ["a", "b"], parcellation, mapping, tmp_path))
     assert set(sample.fields) == set(kept)
 
 
@@ -438,7 +441,7 @@ def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
     left = np.isin(head.codes, [2, 3, 10])[atlas.brain.data > 0]
     assert np.median(position[left, 0]) < 0.5
     scan = LabelledScan("sub-2", "2", path, path)
-    assert cache.cached_path(scan, [str(path)], {}, tmp_path) != cache.cached_path(
+    assert data.sample_path(scan, [str(path)], {}, tmp_path) != data.sample_path(
         scan, ["MNIColin27"], {}, tmp_path
     )
 
@@ -463,9 +466,10 @@ import conftest
 from test_training import QUICK
 from dataclasses import replace
 from functools import partial
-from cadiff_cli.training import cache, loop, run
+from cadiff_cli.training import loop
+from cadiff_cli.training.segmenter import data, run
 loop.fit.__kwdefaults__["save_minutes"] = 0.0
-samples = [cache.load(Path({cache!r}) / "sub-toy.npz")]
+samples = [data.load(Path({cache!r}) / "sub-toy.npz")]
 config = replace(QUICK, steps=int(sys.argv[1]))
 print("ready", flush=True)
 run.train(samples, Path({run!r}), config, net_config=conftest.TINY, workers=int(sys.argv[2]))
@@ -665,8 +669,8 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellatio
         return [LabelledScan(folder.name, folder.name, folder, folder)]
 
     monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", people_of)
-    monkeypatch.setattr("cadiff_cli.training.run.prepare", prepare)
-    monkeypatch.setattr("cadiff_cli.training.run.train", fake_train)
+    monkeypatch.setattr("cadiff_cli.training.segmenter.data.prepare_scans", prepare)
+    monkeypatch.setattr("cadiff_cli.training.segmenter.run.train", fake_train)
     here = [str(tmp_path / name) for name in ("manual", "machine", "more")]
     run = ["-o", str(tmp_path / "run")]
     also = ["--also", here[1], "dlmuse", "--also", here[2], "freesurfer", "--also-share", "0.4"]

@@ -34,8 +34,8 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain import brain_mask, network_image
 from cadiff_cli.stages.masks import doubts, judge_mask, tidy
-from cadiff_cli.training.heads import closed, signed_distance
-from cadiff_cli.training.mask import brain_of
+from cadiff_cli.training.brain_mask.data import brain_of
+from cadiff_cli.training.brain_mask.target import closed, signed_distance
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from synthetic_head import stored, synthetic_head

@@ -33,8 +33,8 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.condition import normalise
 from cadiff_cli.stages.sampling import class_probabilities
-from cadiff_cli.training.cache import load
 from cadiff_cli.training.monitor import sample_conditions
+from cadiff_cli.training.segmenter.data import load
 
 WORDS = ("made_with", "person", "scan", "degradation", "structure")
 NUMBERS = ("raw", "dice")

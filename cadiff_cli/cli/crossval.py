@@ -53,8 +53,8 @@ def command(
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
     from cadiff_cli.training.crossval import folds as split
-    from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import prepare
+    from cadiff_cli.training.segmenter.config import recipe
+    from cadiff_cli.training.segmenter.data import prepare_scans
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     net, config = recipe(**settings)
@@ -65,7 +65,7 @@ def command(
     pick_device(device)
     for folder in (run, cache or run):
         check_writable(folder)
-    samples = prepare(scans, mapping, templates, cache or run / "cache")
+    samples = prepare_scans(scans, mapping, templates, cache or run / "cache")
     until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(

@@ -127,8 +127,9 @@ def command(
     from cadiff_cli.labels.parcellation import BASE, load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import Model
-    from cadiff_cli.training.recipe import recipe
-    from cadiff_cli.training.run import check_people, prepare, train
+    from cadiff_cli.training.segmenter.config import recipe
+    from cadiff_cli.training.segmenter.data import prepare_scans
+    from cadiff_cli.training.segmenter.run import check_people, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if also_share is not None:
@@ -155,7 +156,7 @@ def command(
         check_writable(folder)
     folder = cache or run / "cache"
     samples, *less_trusted = (
-        prepare(scans, mapping, templates, folder) for scans, mapping in sources
+        prepare_scans(scans, mapping, templates, folder) for scans, mapping in sources
     )
     path = train(
         samples,

@@ -68,8 +68,9 @@ def command(
     from cadiff_cli.io import models
     from cadiff_cli.io.files import check_writable, read_settings
     from cadiff_cli.nets.models import BrainModel
-    from cadiff_cli.training.heads import HeadConfig
-    from cadiff_cli.training.mask import check_sources, prepare_heads, train_mask
+    from cadiff_cli.training.brain_mask.config import HeadConfig
+    from cadiff_cli.training.brain_mask.data import prepare_heads
+    from cadiff_cli.training.brain_mask.run import check_sources, train_mask
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not (label_maps or heads):

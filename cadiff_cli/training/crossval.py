@@ -19,10 +19,10 @@ from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.training.cache import Sample
 from cadiff_cli.training.monitor import segment_sample
-from cadiff_cli.training.recipe import TrainConfig
-from cadiff_cli.training.run import train
+from cadiff_cli.training.segmenter.config import TrainConfig
+from cadiff_cli.training.segmenter.data import Sample
+from cadiff_cli.training.segmenter.run import train
 
 log = logging.getLogger(__name__)
 

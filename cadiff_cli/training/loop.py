@@ -7,12 +7,11 @@ uninterrupted one would have drawn.
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,15 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.device import autocast, enough_memory
-from cadiff_cli.diffusion.process import DEFAULT
 from cadiff_cli.errors import CadiffError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
+from cadiff_cli.training.batch import B, Batch, stack
 
 log = logging.getLogger(__name__)
 
 
 N = TypeVar("N", bound=nn.Module)
-D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,6 @@ class Schedule:
             raise UsageError(f"batch is {self.batch}", "use 1 or more")
         if not 0 < self.rate < math.inf:
             raise UsageError(f"the learning rate is {self.rate}", "use one above 0, as 1e-3")
-
-
-class Batch(Protocol):
-    """Tensors that travel together."""
-
-    def to(self, device: torch.device) -> Any:
-        """The same on another device."""
 
 
 class Parts(Protocol):
@@ -158,30 +149,6 @@ def load_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
             f"{path} has {state.step} steps already, --steps is {config.steps}",
             "give as many or more, or another --run folder",
         )
-
-
-def refuse_other_run(path: Path, described: dict[str, Any], kept: Sequence[str]) -> None:
-    """Refuse to continue a checkpoint whose run (``config.json``) was another one.
-
-    The keys ``kept`` and all settings under ``train`` must agree, but for steps, decay and rate.
-    """
-    # What runs of before did not write down is taken on trust.
-    untold = {key: described[key] for key in kept if key.endswith("_files")}
-    before = {"recount_prior": False} | untold | json.loads(path.read_text(encoding="utf-8"))
-    if "process" in described["net"]:  # networks of before had the default one
-        before["net"] = {"process": DEFAULT} | before["net"]
-
-    def essence(run: dict[str, Any]) -> dict[str, Any]:
-        train = {k: v for k, v in run["train"].items() if k not in ("steps", "decay", "rate")}
-        return {key: run[key] for key in kept if key in run} | train
-
-    was, now = essence(before), essence(described)
-    for key in now:
-        if was.get(key) != now[key]:
-            raise UsageError(
-                f"the checkpoint beside {path} has {key} {was.get(key)}, not {now[key]}",
-                "use another --run folder; only --steps, --decay and --rate may change",
-            )
 
 
 class Monitor(Protocol):
@@ -277,14 +244,9 @@ def fit(
 
 
 def series(
-    draws: Dataset[D],
-    stack: Callable[[Sequence[D]], D],
-    schedule: Schedule,
-    step: int,
-    workers: int,
-    device: torch.device,
-) -> "DataLoader[D]":
-    """Batches of an endless series from ``step`` on, in order; ``stack`` joins draws."""
+    draws: Dataset[B], schedule: Schedule, step: int, workers: int, device: torch.device
+) -> "DataLoader[B]":
+    """Batches of an endless series of draws from ``step`` on, in order."""
     return DataLoader(
         draws,
         batch_size=schedule.batch,

@@ -21,8 +21,8 @@ from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.sampling import class_probabilities
-from cadiff_cli.training.cache import Sample, mean_field
 from cadiff_cli.training.loop import Interval, State
+from cadiff_cli.training.segmenter.data import Sample, sample_field
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def sample_conditions(sample: Sample) -> Conditions:
     """A cached scan as inference sees it; the field is the mean of its templates' fields."""
     shape = sample.image.shape
     grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-    stored = torch.from_numpy(mean_field(sample))[None]
+    stored = torch.from_numpy(sample_field(sample))[None]
     field = F.interpolate(stored, scale_factor=2, mode="trilinear")[0].numpy()
     return Conditions(
         Volume(sample.image.astype(np.float32) / 255, grid),

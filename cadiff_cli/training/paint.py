@@ -20,7 +20,7 @@ from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box
-from cadiff_cli.training.heads import LEAST_LITRES, closed, is_brain
+from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, is_brain
 
 FLUID = 0.12
 CSF, CHOROID_PLEXUS, DARK_WHITE_MATTER = 24, 31, 77

@@ -1,36 +1,41 @@
-"""A training set on disk: each scan prepared once, by the very code that inference runs.
+"""Labelled scans to learn from: each prepared once, by the very code that inference runs.
 
-One small ``.npz`` a scan: the image crop as uint8, classes as uint8, and the distance field of each
-template at 4 mm in half precision (it is smooth).  A cache travels to another machine as it is.
+A prepared scan holds the image crop as uint8, classes as uint8, and the distance field of each
+template at 4 mm in half precision (it is smooth).
 """
 
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
-from cadiff_cli.io.files import replacing, sha256
+from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.releases import strip_weights_sha256
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
 from cadiff_cli.spatial.resample import resample_labels
-from cadiff_cli.stages.condition import FIELD_STRIDE as NETWORK_STRIDE
-from cadiff_cli.stages.field import mean_field as mean_position
+from cadiff_cli.stages.condition import FIELD_STRIDE
+from cadiff_cli.stages.field import mean_field
 from cadiff_cli.stages.register import settings
+from cadiff_cli.training import store
 from cadiff_cli.training.atlas import frame, load_atlas
+
+log = logging.getLogger(__name__)
 
 FORMAT = 4
 """Counts changes of what a sample holds: older files are prepared again."""
 HOW = Config()
 """Brains are found and registered as a run with default options does it."""
-FIELD_STRIDE = 4
+STORED_STRIDE = 4
 """Voxels between stored field values; the network's own field has twice as many."""
 
 
@@ -59,17 +64,32 @@ class Sample:
         return tuple(k for k in classes if not self.drawn or k in self.drawn)
 
 
-def cached_path(
+def prepare_scans(
+    scans: Sequence[LabelledScan], mapping: dict[int, int], templates: Sequence[str], folder: Path
+) -> list[Sample]:
+    """Prepare every scan once (kept in ``folder``) and load them all."""
+    parcellation = load_parcellation(BASE)
+    for name in templates:  # whatever is wrong with one is said before the first scan
+        load_atlas(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for index, scan in enumerate(scans, start=1):
+        log.info("preparing %s, %d of %d", scan.name, index, len(scans))
+        samples.append(load(build(scan, templates, parcellation, mapping, folder)))
+    return samples
+
+
+def sample_path(
     scan: LabelledScan, templates: Sequence[str], mapping: dict[int, int], folder: Path
 ) -> Path:
-    """Where a scan's sample lies: whatever decides what it holds is in its name."""
+    """Where a scan's sample lies: all that decides its content is in its name."""
     for path in (scan.t1, scan.dseg):
         check_there(path)
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
     frames = [frame(name) for name in templates]
     made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
-    key = fingerprint([FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made])
-    return folder / f"{scan.name}_{key}.npz"
+    content = (FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made)
+    return store.stored_path(folder, scan.name, content)
 
 
 def build(
@@ -84,60 +104,73 @@ def build(
     ``templates`` are what ``load_atlas`` takes.  Fields of registrations that look wrong are left
     out, as inference does.
     """
-    path = cached_path(scan, templates, mapping, folder)
-    if path.exists():
-        return path
+    return store.once(
+        sample_path(scan, templates, mapping, folder),
+        scan.name,
+        lambda: _arrays(scan, templates, parcellation, mapping),
+    )
+
+
+def _arrays(
+    scan: LabelledScan,
+    templates: Sequence[str],
+    parcellation: Parcellation,
+    mapping: dict[int, int],
+) -> dict[str, Any]:
     loaded, classes = load_labelled(scan, parcellation, mapping)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         atlases = [load_atlas(name) for name in templates]
         prepared = prepare(loaded, atlases, HOW, Path(work))
         conditions, grid = prepared.conditions, prepared.conditions.image.grid
         for registered in sound(prepared.registrations):
-            field = mean_position([registered], grid.coarsen(NETWORK_STRIDE))
-            pooled = pool(field.data, FIELD_STRIDE // NETWORK_STRIDE)
+            field = mean_field([registered], grid.coarsen(FIELD_STRIDE))
+            pooled = pool(field.data, STORED_STRIDE // FIELD_STRIDE)
             arrays[f"field_{registered.template.name}"] = pooled.astype(np.float16)
-    arrays["image"] = np.round(conditions.image.data * 255).astype(np.uint8)
-    arrays["mask"] = conditions.mask.data.astype(bool)
-    arrays["classes"] = resample_labels(classes, grid).data
-    if not arrays["classes"].any():
+    drawn = resample_labels(classes, grid).data
+    if not drawn.any():
         raise DataError(
             f"{scan.dseg.name} has no labelled structure in its brain",
             "remove this scan, or repair its labels",
         )
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(
-            stream,
-            name=scan.name,
-            subject=scan.subject,
-            labels=fingerprint(sorted(mapping.items())),
-            drawn=np.array(sorted(parcellation.reached(mapping)), parcellation.dtype),
-            key=fingerprint([sha256(path) for path in (scan.t1, scan.dseg)]),
-            **arrays,  # type: ignore[arg-type]
-        )
-    return path
+    return arrays | {
+        "image": np.round(conditions.image.data * 255).astype(np.uint8),
+        "mask": conditions.mask.data.astype(bool),
+        "classes": drawn,
+        "name": scan.name,
+        "subject": scan.subject,
+        "labels": fingerprint(sorted(mapping.items())),
+        "drawn": np.array(sorted(parcellation.reached(mapping)), parcellation.dtype),
+        "key": fingerprint([sha256(path) for path in (scan.t1, scan.dseg)]),
+    }
 
 
 def load(path: Path) -> Sample:
-    """Read a sample written by ``build``."""
-    with np.load(path, allow_pickle=False) as stored:
-        fields = {
-            key.removeprefix("field_"): stored[key] for key in stored if key.startswith("field_")
-        }
-        return Sample(
-            str(stored["name"]),
-            str(stored["subject"]),
-            stored["image"],
-            stored["mask"],
-            stored["classes"],
-            fields,
-            str(stored["labels"]),
-            tuple(map(int, stored["drawn"])),
-            str(stored["key"]),
-        )
+    """Read a sample that ``build`` wrote."""
+    stored = store.read(path)
+    fields = {key.removeprefix("field_"): stored[key] for key in stored if key.startswith("field_")}
+    return Sample(
+        str(stored["name"]),
+        str(stored["subject"]),
+        stored["image"],
+        stored["mask"],
+        stored["classes"],
+        fields,
+        str(stored["labels"]),
+        tuple(map(int, stored["drawn"])),
+        str(stored["key"]),
+    )
 
 
-def mean_field(sample: Sample) -> np.ndarray:
+def structures(samples: Sequence[Sample], parcellation: Parcellation) -> set[int]:
+    """Codes that the samples' labels hold: of others a network learns that they are nowhere."""
+    present = np.zeros(parcellation.n_classes, dtype=bool)
+    for sample in samples:
+        present |= np.bincount(sample.classes.ravel(), minlength=parcellation.n_classes) > 0
+    return set(parcellation.codes[1:][present[1:]].tolist())
+
+
+def sample_field(sample: Sample) -> np.ndarray:
     """Mean over the templates of a sample's fields, (3, X/4, Y/4, Z/4) float32."""
     fields = [field.astype(np.float32) for field in sample.fields.values()]
     return np.asarray(sum(fields) / np.float32(len(fields)))

@@ -1,17 +1,12 @@
-"""Whole heads to learn the brain mask from: label maps that become images, and real scans.
+"""Random patches of whole heads: image and distance move together.
 
-The mask to learn is the one that the segmentation network was trained inside: brain, cerebellum,
-brain stem and ventricles, with the CSF of the sulci but not that around the brain.  Closing the
-labelled brain with a ball of 5 mm gives that mask (Dice 0.996 with the MALC scans' own), whatever
-labels a source comes with, so sources agree.
+Everything is drawn from one ``torch.Generator``, so a patch is a function of its seed.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import monai.transforms as mt
 import numpy as np
@@ -19,16 +14,15 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from cadiff_cli.errors import DataError
-from cadiff_cli.io.files import replacing
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
-from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels
+from cadiff_cli.nets.brain import REACH_MM, SPACING_MM
 from cadiff_cli.stages.brain import normalise
-from cadiff_cli.training.augment import (
+from cadiff_cli.training.batch import Batch
+from cadiff_cli.training.brain_mask.config import HeadConfig
+from cadiff_cli.training.brain_mask.data import Head
+from cadiff_cli.training.brain_mask.target import FAR_MM
+from cadiff_cli.training.transforms import (
     low_resolution,
     nearest,
     read,
@@ -36,187 +30,14 @@ from cadiff_cli.training.augment import (
     smooth_noise,
     thicken,
 )
-from cadiff_cli.training.loop import Schedule, series
-
-CLOSING_MM = 5.0
-NOT_BRAIN = (500, 1000)
-"""FreeSurfer-like label maps of whole heads: codes between are skull, skin, eyes, air..."""
-VERMIS = (630, 631, 632)
-OUTER_CSF = (24, 257, 258, 259)
-"""Fluid around the brain, and what FreeSurfer knows of the head."""
-LEAST_LITRES = 0.1
-"""Less is no brain, but a lesion or a slip."""
-FAR_MM = 1.5 * REACH_MM
-"""Stored distances end here: beyond the network's reach even after a head has been scaled."""
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
-    """A head on a 2 mm RAS grid.
-
-    ``distance`` (X, Y, Z) float16 is the signed distance (mm, inside positive) to the mask's
-    border.  ``image`` (X, Y, Z) uint8 is a real scan; without one ``labels`` (X, Y, Z) uint8 are
-    turned into images.
-    """
-
-    name: str
-    source: str
-    distance: np.ndarray
-    image: np.ndarray | None = None
-    labels: np.ndarray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class HeadPatch:
+class HeadPatch(Batch):
     """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach."""
 
     image: Tensor
     distance: Tensor
-
-    def to(self, device: torch.device) -> "HeadPatch":
-        """The same on another device."""
-        return HeadPatch(self.image.to(device), self.distance.to(device))
-
-    def pin_memory(self) -> "HeadPatch":
-        """The same in memory that a GPU can fetch by itself."""
-        return HeadPatch(self.image.pin_memory(), self.distance.pin_memory())
-
-
-@dataclass(frozen=True)
-class HeadConfig(Schedule):
-    """How to train the brain mask, and what heads go through.
-
-    ``patch`` voxels a side at 2 mm: as much as a head with its neck.  ``off_centre_mm`` is how far
-    a patch's centre may lie from the brain's.  ``tilted`` is the share of heads that lie in any
-    way, up to ``rotation_deg``; the others lie as a technician lays them, up to a quarter of that.
-    ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
-    whose face is removed; ``shrunken`` that of brains which are up to ``shrink_mm`` smaller than
-    their skulls, with CSF between.  In the first ``coarse_steps`` only the network that locates the
-    brain learns.
-
-    More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones are
-    children's, down to ``smallest`` of their size; ``bright_scalp`` ones have the contrast of a
-    clinical spin echo; ``strong_bias`` that of a surface coil; ``stripped`` ones are brains alone.
-    Of the others, some have air that the scanner has zeroed (``zeroed_air``), or noise as bright as
-    brain in it (``noisy_air``, MP2RAGE).
-    """
-
-    coarse_steps: int = 700
-    patch: int = 128
-    rotation_deg: float = 45.0
-    tilted: float = 0.2
-    turned: float = 0.12
-    scale: float = 0.15
-    small: float = 0.1
-    smallest: float = 0.65
-    elastic_mm: float = 3.0
-    off_centre_mm: float = 30.0
-    real: float = 0.6
-    cut: float = 0.2
-    deface: float = 0.2
-    shrunken: float = 0.25
-    shrink_mm: float = 7.0
-    empty: float = 0.12
-    slice_mm: float = 8.0
-    bright_scalp: float = 0.2
-    strong_bias: float = 0.2
-    stripped: float = 0.12
-    zeroed_air: float = 0.25
-    noisy_air: float = 0.1
-
-
-def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING_MM) -> np.ndarray:
-    """``brain`` (X, Y, Z) bool closed with a ball, holes filled: the mask that is learnt."""
-    width = np.ceil(radius_mm / spacing_mm).astype(int) + 1
-    box = _box(brain)
-    padded = np.pad(brain[box], [(n, n) for n in width])
-    near = ndimage.distance_transform_edt(~padded, sampling=spacing_mm) <= radius_mm
-    kept = ndimage.distance_transform_edt(near, sampling=spacing_mm) > radius_mm
-    inner = tuple(slice(n, -n) for n in width)
-    out = np.zeros_like(brain)
-    out[box] = ndimage.binary_fill_holes(kept | padded)[inner]
-    return out
-
-
-def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """Distance (mm) to the border between voxels, inside positive, cut at ``FAR_MM``."""
-    width = np.ceil(FAR_MM / spacing_mm).astype(int) + 1
-    box = _box(mask, width)
-    part = mask[box]
-    inside = ndimage.distance_transform_edt(part, sampling=spacing_mm)
-    outside = ndimage.distance_transform_edt(~part, sampling=spacing_mm)
-    # Both transforms measure to voxel centres; the border lies half a voxel nearer.
-    half = float(spacing_mm.mean()) / 2
-    out = np.full(mask.shape, -FAR_MM, dtype=np.float32)
-    out[box] = np.clip(np.where(part, inside - half, half - outside), -FAR_MM, FAR_MM)
-    return out
-
-
-def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
-    """The bounding box of a mask, widened by ``margin`` voxels where there are any."""
-    if not mask.any():
-        raise DataError("the brain mask is empty", "remove this scan, or repair its labels")
-    margins = np.broadcast_to(margin, 3)
-    found = bounding_box(mask)
-    return tuple(
-        slice(max(0, s.start - int(m)), s.stop + int(m))
-        for s, m in zip(found, margins, strict=True)
-    )
-
-
-def content(head: Head) -> str:
-    """What tells a head from others, and from itself with another brain."""
-    pixels = head.labels if head.image is None else head.image
-    parts = (head.distance, pixels)
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts if part is not None))
-    return f"{head.source} {head.name} {digest.hexdigest()}"
-
-
-def is_brain(codes: np.ndarray) -> np.ndarray:
-    """Where FreeSurfer's codes, or ours, mean brain: neither the CSF around it nor 5xx to 9xx.
-
-    The vermis has codes among these; cortical parcels lie above them.  Other programs' ids are
-    brain wherever they are not 0, as none of DLMUSE's lie among these.
-    """
-    around = (codes >= NOT_BRAIN[0]) & (codes < NOT_BRAIN[1]) & ~np.isin(codes, VERMIS)
-    return np.asarray((codes > 0) & ~np.isin(codes, OUTER_CSF) & ~around)
-
-
-def from_labels(name: str, source: str, dseg: Volume) -> Head:
-    """A head without an image: ``dseg`` holds FreeSurfer's codes and 5xx for what is around."""
-    codes = np.rint(dseg.data).astype(np.int32)
-    brain = is_brain(codes)
-    distance = _distance(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
-    # Left and right share their intensities, so they share a label.
-    left = load_parcellation(BASE).left_codes
-    known, compact = np.unique(codes, return_inverse=True)
-    _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
-    if paired.max() > 255:
-        raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
-    compact = paired[compact].reshape(codes.shape)
-    small = resample_labels(Volume(compact.astype(np.uint8), dseg.grid), distance.grid)
-    return Head(name, source, distance.data.astype(np.float16), labels=small.data.copy())
-
-
-def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
-    """A real head and a brain on its grid; ``close`` where the brain ends at the cortex."""
-    mask = np.asarray(brain.data) > 0.5
-    litres = Volume(mask, brain.grid).litres
-    if litres < LEAST_LITRES:
-        raise DataError(f"the brain mask holds {litres:.3f} l", "is it one of the brain?")
-    if close:
-        mask = closed(mask, brain.grid.spacing_mm)
-    distance = _distance(Volume(ndimage.binary_fill_holes(mask), brain.grid))
-    image = normalise(resample(t1, distance.grid).data)
-    return Head(
-        name, source, distance.data.astype(np.float16), np.round(image * 255).astype(np.uint8)
-    )
-
-
-def _distance(mask: Volume) -> Volume:
-    """Signed distance of a mask, on a 2 mm RAS grid."""
-    fine = Volume(signed_distance(mask.data, mask.grid.spacing_mm), mask.grid)
-    return resample(fine, mask.grid.working(SPACING_MM, tolerance=0.0), fill=-FAR_MM)
 
 
 class HeadDraws(Dataset[HeadPatch]):
@@ -283,7 +104,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         assert head.labels is not None
         flat, outside = nearest(points, shape)
         labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
-        image = paint(labels.masked_fill(outside, 0), generator)
+        image = random_contrast(labels.masked_fill(outside, 0), generator)
     if rim.any():
         # Dark in a real scan, as its own ventricles are; of any brightness in a drawn one.
         share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
@@ -369,7 +190,7 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
     return HeadPatch(image[None, None], torch.full((1, 1, n, n, n), -REACH_MM))
 
 
-def paint(labels: Tensor, generator: torch.Generator) -> Tensor:
+def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
     """An image of ``labels`` (X, Y, Z) int64: a random mean and texture for each; 0 is air.
 
     Labels share a few tissues in some images, so that borders within the brain vanish as they do
@@ -457,100 +278,3 @@ def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[T
         inside_mm = inside_mm.reshape(view)
         image, distance = image * (inside_mm > 0), torch.minimum(distance, inside_mm)
     return image, distance
-
-
-@dataclass(frozen=True, eq=False)
-class MaskLosses:
-    """Losses of the two parts of the cascade."""
-
-    coarse: Tensor
-    fine: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised."""
-        return self.coarse + self.fine
-
-
-@dataclass(frozen=True)
-class MaskObjective:
-    """Whole heads for the first network, a random cube of ``fine`` voxels for the second.
-
-    With ``fine`` 0 only the first one learns: it is the quicker part, and the second one's input.
-    """
-
-    fine: int = 80
-
-    def __call__(self, net: BrainNet, patch: HeadPatch, generator: torch.Generator) -> MaskLosses:
-        """Losses of one batch of heads; the cube lies around a random place in a brain."""
-        located = net.locate(patch.image)
-        coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))
-        size = min(self.fine, patch.image.shape[-1])
-        if not size:
-            return MaskLosses(coarse, torch.zeros_like(coarse))
-        # The corner is even: both resolutions share it.
-        inside = torch.nonzero(patch.distance[:, 0] > 0)[:, 1:]
-        if not len(inside):
-            inside = torch.nonzero(patch.distance[0, 0] > -torch.inf)
-        pick = torch.randint(len(inside), (1,), generator=generator, device=generator.device)
-        corner = (inside[pick][0] - size // 2).clamp(0, patch.image.shape[-1] - size) // 2
-
-        def cube(volume: Tensor, voxels: int, scale: int) -> Tensor:
-            for axis, start in enumerate(corner.tolist(), 2):
-                volume = volume.narrow(axis, start * scale, voxels)
-            return volume
-
-        hint = cube(located.detach(), size // 2, 1)
-        estimate = net.refine(cube(patch.image, size, 2), hint)
-        return MaskLosses(coarse, distance_loss(estimate, cube(patch.distance, size, 2)))
-
-
-def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
-    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
-    error = (estimate - truth).abs()
-    # Where the truth is at the end of the reach, anything farther on that side is right.
-    far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)
-    p, q = estimate.sigmoid(), (truth > 0).float()
-    dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)
-    return error.masked_fill(far, 0).mean() / REACH_MM + 0.5 * (1 - dice)
-
-
-def stack_heads(patches: Sequence[HeadPatch]) -> HeadPatch:
-    """Several patches as one batch."""
-    return HeadPatch(
-        torch.cat([p.image for p in patches]), torch.cat([p.distance for p in patches])
-    )
-
-
-def head_loader(
-    heads: Sequence[Head], config: HeadConfig, step: int, workers: int, device: torch.device
-) -> "DataLoader[HeadPatch]":
-    """Batches from ``step`` on, in order."""
-    return series(HeadDraws(heads, config), stack_heads, config, step, workers, device)
-
-
-def save_head(path: Path, head: Head) -> None:
-    """Write one head as a compressed ``.npz``."""
-    arrays = {"image": head.image, "labels": head.labels}
-    present = {key: value for key, value in arrays.items() if value is not None}
-    with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(
-            stream,
-            name=head.name,
-            source=head.source,
-            distance=head.distance,
-            **present,  # type: ignore[arg-type]
-        )
-
-
-def load_head(path: Path) -> Head:
-    """Read a head written by ``save_head``."""
-    with np.load(path, allow_pickle=False) as stored:
-        found = dict(stored)
-    return Head(
-        str(found["name"]),
-        str(found["source"]),
-        found["distance"],
-        found.get("image"),
-        found.get("labels"),
-    )

@@ -15,8 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.training.cache import FIELD_STRIDE, Sample, mean_field
-from cadiff_cli.training.synthesis import SynthesisConfig, resynthesise
+from cadiff_cli.training.batch import Batch
+from cadiff_cli.training.segmenter.data import STORED_STRIDE, Sample, sample_field
+from cadiff_cli.training.segmenter.synthesis import SynthesisConfig, resynthesise
+from cadiff_cli.training.transforms import (
+    low_resolution,
+    nearest,
+    read,
+    rotation,
+    smooth_noise,
+    thicken,
+)
 
 FIELD_EXTENT_MM = 190.0
 """Length of a field axis, near enough to turn a displacement in mm into field units."""
@@ -53,32 +62,12 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Patch:
+class Patch(Batch):
     """Image (B, 1, N, N, N) in [0, 1], classes (B, N, N, N) int64, field (B, 3, N/2, N/2, N/2)."""
 
     image: Tensor
     classes: Tensor
     field: Tensor
-
-    def to(self, device: torch.device) -> "Patch":
-        """The same patch on another device."""
-        image, classes, field = (
-            t.to(device, non_blocking=True) for t in (self.image, self.classes, self.field)
-        )
-        return Patch(image, classes, field)
-
-    def pin_memory(self) -> "Patch":
-        """The same patch in memory that a GPU can fetch by itself."""
-        return Patch(self.image.pin_memory(), self.classes.pin_memory(), self.field.pin_memory())
-
-
-def stack(patches: Sequence[Patch]) -> Patch:
-    """Several patches as one batch."""
-    return Patch(
-        torch.cat([p.image for p in patches]),
-        torch.cat([p.classes for p in patches]),
-        torch.cat([p.field for p in patches]),
-    )
 
 
 class Draws(Dataset[Patch]):
@@ -149,11 +138,11 @@ def draw_patch(
     names = sorted(sample.fields)
     pick = int(torch.randint(len(names), (1,), generator=generator))
     together = float(uniform(0, 1, 1)) < config.together
-    field = mean_field(sample) if together else sample.fields[names[pick]].astype(np.float32)
+    field = sample_field(sample) if together else sample.fields[names[pick]].astype(np.float32)
     stored = torch.from_numpy(field)
     half = F.avg_pool3d(points[None], 2)[0]
     # Centres of stored cells lie (stride - 1) / 2 voxels inside.
-    cells = (half - (FIELD_STRIDE - 1) / 2) / FIELD_STRIDE
+    cells = (half - (STORED_STRIDE - 1) / 2) / STORED_STRIDE
     position = read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
     error = smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
     position = (position + error / FIELD_EXTENT_MM).clamp(0, 1)
@@ -201,28 +190,9 @@ def recolour(image: Tensor, mask: Tensor, strength: float, generator: torch.Gene
     return out.clamp(0, 1) * mask
 
 
-def low_resolution(share: float) -> mt.RandSimulateLowResolution:
-    """Larger voxels, interpolated back.
-
-    They are means: the nearest of the small ones would shift the image against its labels.
-    """
-    return mt.RandSimulateLowResolution(
-        prob=share, downsample_mode="area", zoom_range=(0.4, 0.9), align_corners=False
-    )
-
-
 def keep_mean(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     """``after`` scaled to the mean that ``before`` has inside ``mask``; all (X, Y, Z)."""
     return after * ((before * mask).sum() / (after * mask).sum().clamp(min=1e-6))
-
-
-def thicken(image: Tensor, voxels: float, generator: torch.Generator) -> Tensor:
-    """``image`` (X, Y, Z) as if acquired in slices of so many ``voxels``, interpolated back."""
-    axis = int(torch.randint(3, (1,), generator=generator))
-    size = list(image.shape)
-    size[axis] = max(1, round(size[axis] / voxels))
-    slices = F.interpolate(image[None, None], size=size, mode="area")
-    return F.interpolate(slices, size=image.shape, mode="trilinear", align_corners=False)[0, 0]
 
 
 def spoil_mask(
@@ -250,39 +220,3 @@ def _dilate(mask: Tensor, reach: int) -> Tensor:
         size[axis], padding[axis] = 2 * reach + 1, reach
         mask = F.max_pool3d(mask, size, 1, padding)
     return mask
-
-
-def rotation(angles: Tensor) -> Tensor:
-    """(3, 3) product of rotations about x, y and z by ``angles`` (3,) in radians."""
-    x, y, z = (float(a) for a in angles)
-    cx, sx, cy, sy, cz, sz = (f(a) for a in (x, y, z) for f in (math.cos, math.sin))
-    rx = torch.tensor([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    ry = torch.tensor([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    rz = torch.tensor([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1.0]])
-    return rx @ ry @ rz
-
-
-def smooth_noise(
-    amplitude: float, spacing: float, extent: int, size: int, generator: torch.Generator
-) -> Tensor:
-    """(3, size, size, size) random displacement: knots every ``spacing`` voxels of ``extent``."""
-    knots = max(2, round(extent / spacing) + 1)
-    strength = amplitude * torch.rand(1, generator=generator)
-    coarse = strength * torch.randn(1, 3, knots, knots, knots, generator=generator)
-    return F.interpolate(coarse, size=(size,) * 3, mode="trilinear", align_corners=True)[0]
-
-
-def nearest(points: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat indices of the voxels nearest to ``points`` (3, ...), and which lie outside."""
-    index = points.round().long()
-    size = shape[:, None, None, None]
-    outside = ((index < 0) | (index >= size)).any(dim=0)
-    index = torch.minimum(index.clamp(min=0), size - 1)
-    return (index[0] * shape[1] + index[1]) * shape[2] + index[2], outside
-
-
-def read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:
-    """Trilinear values of ``volume`` (C, X, Y, Z) at voxel coordinates ``points`` (3, ...)."""
-    scaled = 2 * points / (shape[:, None, None, None] - 1) - 1
-    grid = scaled.permute(1, 2, 3, 0).flip(-1)[None]
-    return F.grid_sample(volume[None], grid, padding_mode=padding, align_corners=True)[0]

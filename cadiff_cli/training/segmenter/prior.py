@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.training.cache import Sample, mean_field
+from cadiff_cli.training.segmenter.data import Sample, sample_field
 
 SMOOTHING_CELLS = 0.6
 PSEUDO_COUNT = 0.02
@@ -28,9 +28,8 @@ def count_prior(
     top = np.array(shape) - 1
     for sample in samples:
         classes = sample.classes.ravel().astype(np.int64)
-        fine = F.interpolate(
-            torch.from_numpy(mean_field(sample))[None], size=sample.classes.shape, mode="trilinear"
-        )[0].numpy()
+        field = torch.from_numpy(sample_field(sample))[None]
+        fine = F.interpolate(field, size=sample.classes.shape, mode="trilinear")[0].numpy()
         cell = [np.rint(fine[a].ravel() * top[a]).astype(np.int64) for a in range(3)]
         flat = np.ravel_multi_index((classes, *cell), counts.shape)
         counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)

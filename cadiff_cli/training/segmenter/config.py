@@ -1,19 +1,13 @@
-"""Settings of a training run, by method, and the patches that it sees."""
+"""Settings of a training of the segmenter, by method."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.unet import NetConfig
-from cadiff_cli.training.augment import AugmentConfig, Draws, Patch, stack
-from cadiff_cli.training.cache import Sample
-from cadiff_cli.training.loop import Schedule, series
-from cadiff_cli.training.objective import METHODS, Objective
+from cadiff_cli.training.loop import Schedule
+from cadiff_cli.training.segmenter.objective import METHODS, Objective
+from cadiff_cli.training.segmenter.patches import AugmentConfig
 
 
 @dataclass(frozen=True)
@@ -65,25 +59,3 @@ def recipe(
         augment=augment,
         **settings,
     )
-
-
-def patch_loader(
-    samples: Sequence[Sample],
-    mirror: Tensor,
-    config: TrainConfig,
-    step: int,
-    workers: int,
-    device: torch.device,
-    also: Sequence[Sample] = (),
-) -> "DataLoader[Patch]":
-    """Batches of patches from ``step`` on, in order."""
-    draws = Draws(
-        samples,
-        config.patch,
-        mirror,
-        config.augment,
-        config.seed,
-        also=also,
-        also_share=config.also_share,
-    )
-    return series(draws, stack, config, step, workers, device)

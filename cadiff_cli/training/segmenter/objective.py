@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cadiff_cli.diffusion.process import expand
 from cadiff_cli.nets.unet import FIELD_STD, STRIDE, CADiffNet, NetConfig
-from cadiff_cli.training.augment import AugmentConfig, Patch
-from cadiff_cli.training.losses import (
+from cadiff_cli.training.segmenter.losses import (
     SIMILARITIES,
     Consistency,
     Losses,
@@ -23,7 +22,8 @@ from cadiff_cli.training.losses import (
     field_mse,
     fractions,
 )
-from cadiff_cli.training.synthesis import SynthesisConfig
+from cadiff_cli.training.segmenter.patches import AugmentConfig, Patch
+from cadiff_cli.training.segmenter.synthesis import SynthesisConfig
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""Settings of a training of the brain mask."""
+
+from dataclasses import dataclass
+
+from cadiff_cli.training.loop import Schedule
+
+
+@dataclass(frozen=True)
+class HeadConfig(Schedule):
+    """How to train the brain mask, and what heads go through.
+
+    ``patch`` voxels a side at 2 mm: as much as a head with its neck.  ``off_centre_mm`` is how far
+    a patch's centre may lie from the brain's.  ``tilted`` is the share of heads that lie in any
+    way, up to ``rotation_deg``; the others lie as a technician lays them, up to a quarter of that.
+    ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
+    whose face is removed; ``shrunken`` that of brains which are up to ``shrink_mm`` smaller than
+    their skulls, with CSF between.  In the first ``coarse_steps`` only the network that locates the
+    brain learns.
+
+    More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones are
+    children's, down to ``smallest`` of their size; ``bright_scalp`` ones have the contrast of a
+    clinical spin echo; ``strong_bias`` that of a surface coil; ``stripped`` ones are brains alone.
+    Of the others, some have air that the scanner has zeroed (``zeroed_air``), or noise as bright as
+    brain in it (``noisy_air``, MP2RAGE).
+    """
+
+    coarse_steps: int = 700
+    patch: int = 128
+    rotation_deg: float = 45.0
+    tilted: float = 0.2
+    turned: float = 0.12
+    scale: float = 0.15
+    small: float = 0.1
+    smallest: float = 0.65
+    elastic_mm: float = 3.0
+    off_centre_mm: float = 30.0
+    real: float = 0.6
+    cut: float = 0.2
+    deface: float = 0.2
+    shrunken: float = 0.25
+    shrink_mm: float = 7.0
+    empty: float = 0.12
+    slice_mm: float = 8.0
+    bright_scalp: float = 0.2
+    strong_bias: float = 0.2
+    stripped: float = 0.12
+    zeroed_air: float = 0.25
+    noisy_air: float = 0.1

@@ -1,0 +1,177 @@
+"""Whole heads to learn the brain mask from: label maps that become images, and real scans."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.formats import check_there, stem
+from cadiff_cli.io.images import load_scan, load_volume
+from cadiff_cli.io.label_maps import load_ids
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
+from cadiff_cli.stages.brain import normalise
+from cadiff_cli.training import store
+from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, distance_at_2mm, is_brain
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Counts changes of how heads are prepared: older files are prepared again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A head on a 2 mm RAS grid.
+
+    ``distance`` (X, Y, Z) float16 is the signed distance (mm, inside positive) to the mask's
+    border.  ``image`` (X, Y, Z) uint8 is a real scan; without one ``labels`` (X, Y, Z) uint8 are
+    turned into images.
+    """
+
+    name: str
+    source: str
+    distance: np.ndarray
+    image: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+
+def from_labels(name: str, source: str, dseg: Volume) -> Head:
+    """A head without an image: ``dseg`` holds FreeSurfer's codes and 5xx for what is around."""
+    codes = np.rint(dseg.data).astype(np.int32)
+    brain = is_brain(codes)
+    distance = distance_at_2mm(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
+    # Left and right share their intensities, so they share a label.
+    left = load_parcellation(BASE).left_codes
+    known, compact = np.unique(codes, return_inverse=True)
+    _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
+    if paired.max() > 255:
+        raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
+    compact = paired[compact].reshape(codes.shape)
+    small = resample_labels(Volume(compact.astype(np.uint8), dseg.grid), distance.grid)
+    return Head(name, source, distance.data.astype(np.float16), labels=small.data.copy())
+
+
+def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
+    """A real head and a brain on its grid; ``close`` where the brain ends at the cortex."""
+    mask = np.asarray(brain.data) > 0.5
+    litres = Volume(mask, brain.grid).litres
+    if litres < LEAST_LITRES:
+        raise DataError(f"the brain mask holds {litres:.3f} l", "is it one of the brain?")
+    if close:
+        mask = closed(mask, brain.grid.spacing_mm)
+    distance = distance_at_2mm(Volume(ndimage.binary_fill_holes(mask), brain.grid))
+    image = normalise(resample(t1, distance.grid).data)
+    return Head(
+        name, source, distance.data.astype(np.float16), np.round(image * 255).astype(np.uint8)
+    )
+
+
+def prepare_heads(
+    label_maps: Sequence[Path], datasets: Sequence[Path], cache: Path
+) -> dict[str, list[Head]]:
+    """Heads by source (a folder's name), each prepared once and kept in ``cache``.
+
+    ``label_maps`` are folders of whole-head label maps; ``datasets`` are BIDS-like folders of heads
+    with a brain ``mask`` (taken as it is) or a ``dseg`` of the brain (closed).
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    heads: dict[str, list[Head]] = {}
+    for folder in (*label_maps, *datasets):
+        if not folder.is_dir():
+            raise MissingInputError(f"no folder {folder}", "check the path")
+        if folder.name in heads:
+            raise UsageError(f"two folders are called {folder.name!r}", "rename one")
+        if folder in label_maps:
+            pairs = [(path, path) for path in sorted(folder.glob("[!.]*.nii*"))]
+        else:
+            scans = sorted(folder.glob("sub-*/**/[!.]*_T1w.nii*"))
+            pairs = [(path, brain_of(path)) for path in scans]
+        if not pairs:
+            raise DataError(f"{folder} holds no heads", "see cadiff train-mask --help")
+        paths = [build(path, brain, folder.name, cache) for path, brain in pairs]
+        heads[folder.name] = [load(path) for path in paths]
+        log.info("%d heads of %s", len(paths), folder.name)
+    return heads
+
+
+def build(path: Path, brain: Path, source: str, cache: Path) -> Path:
+    """Prepare a T1-weighted head with its ``brain``, or a label map that is both; keep the file."""
+    for file in (path, brain):
+        check_there(file)
+
+    def prepare() -> dict[str, Any]:
+        if path == brain:
+            head = from_labels(stem(path), source, load_ids(path)[0])
+        else:
+            head = _real_head(path, brain, source)
+        return arrays(head)
+
+    content = (FORMAT, sha256(path), sha256(brain))
+    kept = store.stored_path(cache, f"{source}_{stem(path)}", content)
+    return store.once(kept, path.name, prepare)
+
+
+def arrays(head: Head) -> dict[str, Any]:
+    """The parts of a head that there are, by name."""
+    return {key: value for key, value in vars(head).items() if value is not None}
+
+
+def load(path: Path) -> Head:
+    """Read a head that ``build`` wrote."""
+    stored = store.read(path)
+    return Head(
+        str(stored["name"]),
+        str(stored["source"]),
+        stored["distance"],
+        stored.get("image"),
+        stored.get("labels"),
+    )
+
+
+def brain_of(t1: Path) -> Path:
+    """The mask beside a head, else its dseg: of this scan, not of another run."""
+    scan = re.escape(t1.name.split("_T1w")[0])
+    # A mask of a lesion or of grey matter is none of the brain.
+    for suffix, entities in (
+        ("mask", "(_(desc|label)-brain)?"),
+        ("dseg", r"(_(atlas|desc|label|seg)-\w+)*"),
+    ):
+        name = re.compile(rf"{scan}{entities}_{suffix}\.nii(\.gz)?", re.ASCII)
+        brains = sorted(path for path in t1.parent.iterdir() if name.fullmatch(path.name))
+        if len(brains) > 1:
+            names = ", ".join(path.name for path in brains)
+            raise DataError(f"{t1.name} has {len(brains)} brains: {names}", "leave one of them")
+        if brains:
+            return brains[0]
+    raise DataError(
+        f"{t1} has neither brain mask nor dseg beside it",
+        "add a mask, desc-brain_mask, label-brain_mask or dseg, or remove the scan",
+    )
+
+
+def _real_head(t1: Path, brain: Path, source: str) -> Head:
+    ends_at_cortex = "_dseg." in brain.name
+    name = t1.name.split("_T1w")[0]
+    image, inside = load_scan(t1).t1, load_volume(brain)
+    check_same_grid(brain.name, inside.grid, t1.name, image.grid)
+    if ends_at_cortex:
+        inside = Volume(is_brain(inside.data), inside.grid)
+    return from_scan(name, source, image, inside, close=ends_at_cortex)
+
+
+def content(head: Head) -> str:
+    """What tells a head from others, and from itself with another brain."""
+    pixels = head.labels if head.image is None else head.image
+    parts = (head.distance, pixels)
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts if part is not None))
+    return f"{head.source} {head.name} {digest.hexdigest()}"

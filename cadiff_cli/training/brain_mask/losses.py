@@ -1,0 +1,30 @@
+"""The loss of a signed distance."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cadiff_cli.nets.brain import REACH_MM
+
+
+@dataclass(frozen=True, eq=False)
+class MaskLosses:
+    """Losses of the two parts of the cascade."""
+
+    coarse: Tensor
+    fine: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return self.coarse + self.fine
+
+
+def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
+    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
+    error = (estimate - truth).abs()
+    # Where the truth is at the end of the reach, anything farther on that side is right.
+    far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)
+    p, q = estimate.sigmoid(), (truth > 0).float()
+    dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)
+    return error.masked_fill(far, 0).mean() / REACH_MM + 0.5 * (1 - dice)

@@ -1,0 +1,1 @@
+"""Train the network that segments: settings, scans, patches, losses, objective, run."""

@@ -1,0 +1,171 @@
+"""A training run in its folder: begun or gone on with, fitted, exported.
+
+``config.json`` describes the run, ``checkpoint.pt`` is what it goes on from, and
+``model.safetensors`` holds the exported weights (their average).
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from cadiff_cli.config import as_dict, fingerprint
+from cadiff_cli.device import usable_device
+from cadiff_cli.diffusion.process import DEFAULT
+from cadiff_cli.errors import UsageError
+from cadiff_cli.io import models
+from cadiff_cli.io.files import write_json
+from cadiff_cli.nets.models import Trained
+from cadiff_cli.training.batch import B
+from cadiff_cli.training.loop import (
+    Monitor,
+    Objective,
+    Schedule,
+    State,
+    fit,
+    load_checkpoint,
+    new_state,
+    series,
+)
+
+log = logging.getLogger(__name__)
+
+N = TypeVar("N", bound=nn.Module)
+UNTOLD = ""
+"""A fact that an older run did not write down: it is taken on trust."""
+MAY_CHANGE = ("steps", "decay", "rate")
+"""Settings of which a run may go on with others."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that must agree, beside the settings, for a run to go on.
+
+    ``net`` holds the network's settings, ``init`` is the checksum of the weights that it began
+    with.  Each kind of network adds its data.  A field's default is the value of older runs, which
+    did not write it down.
+    """
+
+    net: Mapping[str, Any]
+    init: str | None
+
+
+def new_net(
+    kind: Callable[[Any], N], settings: Any, init: Trained[N] | None, seed: int, device: str
+) -> N:
+    """A network on its device, with random weights (a function of ``seed``) or those of ``init``.
+
+    With ``init`` its settings count, not ``settings``.
+    """
+    torch.manual_seed(seed)
+    net = kind(init.net.config if init else settings)
+    if init:
+        net.load_state_dict(init.net.state_dict())
+    return net.to(usable_device(device)[0])
+
+
+@dataclass
+class Session(Generic[N]):
+    """A run: its folder, its state, its settings and the description that its weights carry.
+
+    ``resumed`` says that it goes on from a checkpoint; at ``deadline`` (of ``time.monotonic``) it
+    stops.
+    """
+
+    folder: Path
+    state: State[N]
+    config: Schedule
+    description: dict[str, Any]
+    resumed: bool
+    deadline: float
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        net: N,
+        config: Schedule,
+        identity: Identity,
+        facts: Mapping[str, Any],
+        max_minutes: float = math.inf,
+    ) -> Self:
+        """Begin a run with ``net``, or go on from the checkpoint in ``folder``.
+
+        ``facts`` are told in ``config.json`` too, but need not agree.  Raises ``UsageError`` where
+        the checkpoint is of another run, or has more steps than ``config``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = as_dict(config)
+        state, checkpoint = new_state(net, config), folder / "checkpoint.pt"
+        described = folder / "config.json"
+        if resumed := checkpoint.exists():
+            refuse_other_run(described, identity, settings)
+            load_checkpoint(checkpoint, state, config)
+            log.info("continuing at step %d", state.step)
+        description = {
+            "train": settings,
+            "fingerprint": fingerprint(settings),
+            **as_dict(identity),
+            **facts,
+        }
+        write_json(described, description)
+        deadline = time.monotonic() + 60 * max_minutes
+        return cls(folder, state, config, description, resumed, deadline)
+
+    def fit(
+        self,
+        draws: Dataset[B],
+        objective: Objective,
+        *,
+        schedule: Schedule | None = None,
+        workers: int = 0,
+        monitor: Monitor | None = None,
+    ) -> bool:
+        """Train on ``draws`` to the end of the ``schedule`` (the run's own, or a first part of it).
+
+        Returns whether nothing stopped it.
+        """
+        schedule = schedule or self.config
+        return fit(
+            self.state,
+            series(draws, schedule, self.state.step, workers, self.state.device),
+            objective,
+            schedule,
+            self.folder / "checkpoint.pt",
+            monitor=monitor,
+            max_minutes=(self.deadline - time.monotonic()) / 60,
+        )
+
+    def export(self, kind: Callable[..., Trained[N]], **facts: Any) -> Path:
+        """Write the average of the weights as a model of a ``kind`` that also holds ``facts``."""
+        state, steps = self.state, self.config.steps
+        if state.step < steps:
+            log.warning("stopped at step %d of %d: the same command goes on", state.step, steps)
+        progress = {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
+        path = self.folder / "model.safetensors"
+        models.save(path, kind(state.ema, training=self.description | progress, **facts))
+        log.info("wrote %s after %d steps", path, state.step)
+        return path
+
+
+def refuse_other_run(path: Path, identity: Identity, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run (``path`` is its ``config.json``) that was another one."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    untold = {f.name: f.default for f in fields(identity) if f.default is not MISSING}
+    was = untold | before | before["train"]
+    if "process" in identity.net:  # networks of before had the default one
+        was["net"] = {"process": DEFAULT} | was["net"]
+    for key, now in {**as_dict(identity), **settings}.items():
+        if key not in MAY_CHANGE and was.get(key) not in (UNTOLD, now):
+            raise UsageError(
+                f"the checkpoint beside {path} has {key} {was.get(key)}, not {now}",
+                "use another --run folder; only --steps, --decay and --rate may change",
+            )

@@ -1,0 +1,42 @@
+"""Prepared scans on disk: each is prepared once, and again when its content or its making changes.
+
+One small ``.npz`` a scan, whose name holds a fingerprint of all that decides its content.  A folder
+of them travels to another machine as it is.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.config import fingerprint
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.files import replacing
+
+
+def stored_path(folder: Path, name: str, content: Iterable[Any]) -> Path:
+    """The file of a prepared scan; ``content`` holds plain values that decide what is in it."""
+    return folder / f"{name}_{fingerprint(list(content))}.npz"
+
+
+def once(path: Path, name: str, prepare: Callable[[], Mapping[str, Any]]) -> Path:
+    """Write the arrays that ``prepare`` returns to ``path``, unless the file is there already.
+
+    A ``DataError`` of ``prepare`` is raised again with the scan's ``name``.
+    """
+    if path.exists():
+        return path
+    try:
+        arrays = prepare()
+    except DataError as error:
+        raise DataError(f"{name}: {error.message}", error.remedy) from error
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    return path
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file that ``once`` wrote."""
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
