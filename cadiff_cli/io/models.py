@@ -100,10 +100,9 @@ def load(model: type[M], name: str = "") -> M:
             "use weights written by cadiff for this purpose",
         )
     try:
-        facts = kind.restore(metadata)
+        facts, net = kind.restore(metadata), kind.network(metadata["net"])
     except DataError as error:
         raise DataError(f"{path}: {error.message}", error.remedy) from error
-    net = kind.network(metadata["net"])
     net.load_state_dict(
         {key: value.float() * kind.int8_step.get(key, 1) for key, value in tensors.items()}
     )
