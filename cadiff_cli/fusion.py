@@ -45,7 +45,7 @@ HALO = RADIUS + SEARCH + RADIUS
 class Carried:
     """A labelled person on the scan's crop.
 
-    ``image`` (X, Y, Z) float32 in [0, 1] and ``classes`` (X, Y, Z) uint8; ``score`` and ``kind``
+    ``image`` (X, Y, Z) float32 in [0, 1] and ``classes`` (X, Y, Z); ``score`` and ``kind``
     are the registration's.
     """
 
@@ -133,7 +133,7 @@ def fuse(
         registered = time.perf_counter()
         votes = [person.classes for person in carried]
         if vote == "majority":
-            classes = np.where(mask.data, majority(votes), 0).astype(np.uint8)
+            classes = np.where(mask.data, majority(votes), 0).astype(parcellation.dtype)
         else:
             log.info("joint label fusion of %d atlases", len(votes))
             classes = joint(image, mask.data, [p.image for p in carried], votes, jobs, each)
@@ -179,7 +179,7 @@ def carry(
     return Carried(
         atlas.name,
         moved.data.astype(np.float32),
-        np.rint(carried.data).astype(np.uint8),
+        np.rint(carried.data).astype(parcellation.dtype),
         transform.kind,
         transform.score,
         (*warnings, *transform.warnings),
@@ -187,14 +187,14 @@ def carry(
 
 
 def majority(votes: Sequence[np.ndarray]) -> np.ndarray:
-    """(X, Y, Z) uint8: the class that most atlases give each voxel; the smallest one of equals.
+    """(X, Y, Z): the class that most atlases give each voxel; the smallest one of equals.
 
     >>> majority([np.array([1, 2]), np.array([1, 3]), np.array([0, 3])])
-    array([1, 3], dtype=uint8)
+    array([1, 3])
     """
     stack = np.stack(votes)
     counts = [(stack == k).sum(axis=0, dtype=np.uint16) for k in range(int(stack.max()) + 1)]
-    return np.asarray(np.argmax(counts, axis=0), dtype=np.uint8)
+    return np.asarray(np.argmax(counts, axis=0), dtype=stack.dtype)
 
 
 def joint(
@@ -205,7 +205,7 @@ def joint(
     slabs: int = 1,
     each: Callable[..., Any] = map,
 ) -> np.ndarray:
-    """(X, Y, Z) uint8: joint label fusion (Wang et al., IEEE TPAMI 35(3), 2013) inside ``mask``.
+    """(X, Y, Z): joint label fusion (Wang et al., IEEE TPAMI 35(3), 2013) inside ``mask``.
 
     An atlas counts by how like the scan its patches are, and less where others err like it.  The
     brain is fused in ``slabs`` of equal work with halos that make them exact; ``each`` maps a
@@ -224,7 +224,7 @@ def joint(
         cut = [[data[:, :, halo] for data in stack] for stack in (images, votes)]
         tasks.append((image[:, :, halo], voters[:, :, halo], *cut))
     work = partial(joint_vote, radius=RADIUS, search=SEARCH, beta=BETA)
-    fused = np.zeros(mask.shape, dtype=np.uint8)
+    fused = np.zeros(mask.shape, dtype=votes[0].dtype)
     for (low, high), slab in zip(spans, each(work, *zip(*tasks, strict=True)), strict=True):
         start = low - max(low - HALO, 0)
         fused[:, :, low:high] = slab[:, :, start : start + high - low]

@@ -159,7 +159,7 @@ def test_adults_ranges_are_not_everybodys(parcellation, age, fine, compared_with
 
 
 def test_released_ranges_are_ordered_and_of_known_structures(parcellation):
-    ranges = load_ranges()
+    ranges = load_ranges(parcellation)
     assert ranges.people
     names = {s.name for s in parcellation.structures}
     for found in (ranges.percent_brain, ranges.asymmetry_percent):
@@ -169,7 +169,7 @@ def test_released_ranges_are_ordered_and_of_known_structures(parcellation):
 
 
 def test_a_group_names_who_stands_out(parcellation):
-    rng, ranges = np.random.default_rng(0), load_ranges()
+    rng, ranges = np.random.default_rng(0), load_ranges(parcellation)
     group = {
         f"sub-{k:02d}": judged(parcellation, L_HIP=1000 * rng.normal(1, 0.02), L_THA=1000.0)
         for k in range(9)
@@ -185,7 +185,7 @@ def test_a_group_names_who_stands_out(parcellation):
 @pytest.mark.parametrize("n", [5, 10, 40])
 def test_a_healthy_group_has_hardly_any_outlier(parcellation, n):
     """People drawn from the ranges of known ones, however few they are."""
-    rng, ranges = np.random.default_rng(1), load_ranges()
+    rng, ranges = np.random.default_rng(1), load_ranges(parcellation)
     known = {s.abbreviation: ranges.percent_brain.get(s.name) for s in parcellation.structures}
     people = {
         k: {

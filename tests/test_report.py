@@ -230,9 +230,13 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     (result,) = finished(out)
     rows = read_rows(result.morph)
     assert {row.code for row in rows if row.mm3 is None} == {s.code for s in vermis}
-    found = judge(result, rows, None, parcellation, load_ranges())
+    found = judge(result, rows, None, parcellation, load_ranges(parcellation))
     known = judge(
-        result, [replace(r, mm3=r.mm3 or 0.0) for r in rows], None, parcellation, load_ranges()
+        result,
+        [replace(r, mm3=r.mm3 or 0.0) for r in rows],
+        None,
+        parcellation,
+        load_ranges(parcellation),
     )
     assert {s.name for s in vermis} <= set(known.missing)
     assert not {s.name for s in vermis} & set(found.missing)
@@ -241,7 +245,7 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     text = write_page(out, result).read_text()
     assert vermis[0].name.replace("-", " ") in text
     assert "Ranges in brackets" not in text
-    group = collect(out, known_scans(out), parcellation)
+    group = collect(out, known_scans(out))
     (row,) = group.rows
     assert row[column(vermis[0].name)] is None
     assert float(row["left_thalamus"]) > 0

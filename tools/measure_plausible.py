@@ -1,7 +1,7 @@
-"""Measure ``cadiff_cli/data/plausible.json`` on the manual labels of training people.
+"""Measure ``cadiff_cli/data/ranges/cadiff40.json`` on the manual labels of training people.
 
     python tools/measure_plausible.py DATASET --leave-out 1014 1018 1107 1122 \\
-        > cadiff_cli/data/plausible.json
+        > cadiff_cli/data/ranges/cadiff40.json
 
 DATASET is a folder as ``cadiff train`` takes it.  Of a person with several scans the first counts.
 Only means and spreads over people are written.

@@ -1,7 +1,7 @@
-"""Measure ``cadiff_cli/data/quality.json``: how expected Dice relates to true Dice.
+"""Measure ``cadiff_cli/data/calibration/cadiff-malc.json``: how expected Dice relates to true Dice.
 
     python tools/measure_quality.py CACHE_DIR --subjects 1014 1018 1107 1122 \\
-        --table measured.tsv --write cadiff_cli/data/quality.json
+        --table measured.tsv --write cadiff_cli/data/calibration/cadiff-malc.json
 
 CACHE_DIR holds scans as ``cadiff train`` prepares them; ``--subjects`` are people whom the network
 has never seen.  Each scan is segmented as it is and in ways that scans, masks and registrations go

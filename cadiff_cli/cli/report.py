@@ -18,7 +18,6 @@ def command(out: Path, scans: Path | None) -> int:
     Pages show the scan itself where it is found (known by its SHA-256), else only its brain.
     """
     from cadiff_cli.cli.console import RunConsole
-    from cadiff_cli.labels.parcellation import BASE, load_parcellation
     from cadiff_cli.report.group import PATH, write_group_page
     from cadiff_cli.report.page import remove
     from cadiff_cli.runner.group import collect, known_scans
@@ -28,8 +27,8 @@ def command(out: Path, scans: Path | None) -> int:
     code = scan_pages(out, scans, RunConsole())
     known = known_scans(out)
     if len(known) > 1:
-        group = collect(out, known, parcellation := load_parcellation(BASE))
-        click.echo(write_group_page(out, group, parcellation))
+        group = collect(out, known)
+        click.echo(write_group_page(out, group))
     else:
         remove(out / PATH)
     return code

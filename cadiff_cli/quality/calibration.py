@@ -1,7 +1,8 @@
 """From the Dice that a network's probabilities let expect to the Dice that was really reached.
 
-A network's probabilities are rarely those that they should be.  ``data/quality.json``, written by
-``tools/measure_quality.py``, tells what Dice was really reached where one was expected.
+A network's probabilities are rarely those that they should be.  ``data/calibration`` holds a file
+for weights that were measured (by ``tools/measure_quality.py``): what Dice was really reached where
+one was expected.  Weights know their parcellation, so a calibration belongs to weights.
 """
 
 import json
@@ -32,11 +33,11 @@ def calibration(config: Config, weights_sha256: str) -> Calibration | None:
 @cache
 def load_calibration(weights_sha256: str) -> Calibration | None:
     """The map that was measured with these weights; None if the package has none."""
-    path = files("cadiff_cli").joinpath("data/quality.json")
-    if not path.is_file():
-        return None
-    found = Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    return found if found.weights_sha256 == weights_sha256 else None
+    for path in files("cadiff_cli").joinpath("data/calibration").iterdir():
+        found = Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        if found.weights_sha256 == weights_sha256:
+            return found
+    return None
 
 
 def fit(

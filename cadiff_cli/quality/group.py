@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.judgement import Judgement
 from cadiff_cli.quality.ranges import Ranges
 
@@ -23,12 +24,13 @@ SCORE = "registration score"
 
 @dataclass(frozen=True)
 class Group:
-    """What the group table at ``path`` holds.
+    """What the group table at ``path`` holds: results of one ``parcellation``.
 
     ``rows`` are column -> value, ``judged`` is by scan; ``missing`` tells why a scan has no result.
     """
 
     path: Path
+    parcellation: Parcellation
     rows: tuple[dict[str, Any], ...]
     judged: dict[str, Judgement]
     missing: dict[str, str]

@@ -12,7 +12,7 @@ from cadiff_cli.io.volumes import Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import MaskQuality
 from cadiff_cli.quality.limits import PLAUSIBLE_LITRES, POOR_SCORE
-from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, brain_mm3, pairs
+from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, base_volumes, brain_mm3, pairs
 
 ANYTHING = Range(-inf, 0.0, inf)
 FAR_BELOW = 0.15
@@ -152,7 +152,10 @@ def judge(
             r.name: 100 * r.sd_mm3 / r.mm3 for r in of_tissue if r.sd_mm3 is not None and r.mm3
         },
     )
-    found = replace(found, implausible=dict(_implausible(found, ranges)))
+    present = {
+        n: 100 * mm3 / brain for n, mm3 in base_volumes(volumes, parcellation).items() if mm3
+    }
+    found = replace(found, implausible=dict(_implausible(present, ranges)) if brain else {})
     return replace(
         found,
         reasons=tuple(_reasons(found, ranges, made)),
@@ -172,11 +175,14 @@ def _sides(
             yield Side(left, right, percent, percent in span)
 
 
-def _implausible(found: Judgement, ranges: Ranges) -> Iterator[tuple[str, str]]:
-    """Structures that are there, but smaller or larger than in anybody known; and by how much."""
+def _implausible(shares: Mapping[str, float], ranges: Ranges) -> Iterator[tuple[str, str]]:
+    """Structures that are there, but smaller or larger than in anybody known; and by how much.
+
+    ``shares`` are in per cent of the brain.
+    """
     for name, span in ranges.percent_brain.items():
-        share = found.percent_brain.get(name)
-        if share is not None and name not in found.missing and share not in span:
+        share = shares.get(name)
+        if share is not None and share not in span:
             yield (
                 name,
                 f"{share:.3g} % of the brain, {span.low:.3g} to {span.high:.3g} % expected",

@@ -1,6 +1,7 @@
 """How large structures are in the people the network was trained on.
 
-``data/plausible.json`` is written by ``tools/measure_plausible.py`` from their manual labels.
+``data/ranges/PARCELLATION.json`` is written by ``tools/measure_plausible.py`` from their manual
+labels.
 """
 
 import json
@@ -11,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from statistics import mean, stdev
 
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 
 ADULT_YEARS = 18
 WIDE = 3.5
@@ -94,10 +95,36 @@ def pairs(parcellation: Parcellation) -> list[tuple[str, str]]:
     return [(s.name, names[s.mirror]) for s in parcellation.structures if s.code < s.mirror]
 
 
+def load_ranges(parcellation: Parcellation) -> Ranges:
+    """The ranges of a parcellation, if it was measured.
+
+    For a finer one that has all of ``BASE``'s brain they are those of ``BASE``; ``base_volumes``
+    brings its volumes there.
+    """
+    own = _stored(parcellation.name)
+    if own.percent_brain:
+        return own
+    base = load_parcellation(BASE)
+    parents = {s.parent for s in parcellation.structures}
+    covers = parents >= {s.code for s in base.structures if s.is_tissue}
+    return _stored(BASE) if covers else own
+
+
+def base_volumes(volumes: Mapping[str, float], parcellation: Parcellation) -> Mapping[str, float]:
+    """Volumes by name, and those of ``BASE``'s structures as the sums of their parts."""
+    names = {s.code: s.name for s in load_parcellation(BASE).structures}
+    sums = dict[str, float]()
+    for s in parcellation.structures:
+        if s.parent is not None:
+            name = names[s.parent]
+            sums[name] = sums.get(name, 0.0) + volumes.get(s.name, 0.0)
+    return {**volumes, **sums}
+
+
 @cache
-def load_ranges() -> Ranges:
-    """The ranges in the package, if it has any."""
-    path = files("cadiff_cli").joinpath("data/plausible.json")
+def _stored(name: str) -> Ranges:
+    """The ranges of the package for the parcellation ``name``; empty ones if it has none."""
+    path = files("cadiff_cli").joinpath(f"data/ranges/{name}.json")
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def read(key: str) -> dict[str, Range]:
@@ -113,7 +140,7 @@ def measure(
     people: str,
     ages: Sequence[float] = (),
 ) -> dict[str, object]:
-    """Content of ``plausible.json`` from volumes (mm^3 by name), one mapping a person.
+    """Content of ``data/ranges`` from volumes (mm^3 by name), one mapping a person.
 
     Sizes are spread evenly on a logarithmic scale (a ventricle may double, not vanish), asymmetries
     on a linear one.  A structure that somebody lacks gets no range.

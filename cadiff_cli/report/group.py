@@ -66,9 +66,7 @@ def strips(
     return found
 
 
-def report_group(
-    out: Path, group: Group, parcellation: Parcellation, *, wanted: bool = True
-) -> str:
+def report_group(out: Path, group: Group, *, wanted: bool = True) -> str:
     """``group.html`` of what the group table holds; returns what went wrong, if anything.
 
     It is for looking at: whatever happens to it, the table stands.  If none is ``wanted``, an
@@ -76,7 +74,7 @@ def report_group(
     """
     try:
         if wanted:
-            write_group_page(out, group, parcellation)
+            write_group_page(out, group)
         else:
             remove(out / PATH)
         return ""
@@ -86,11 +84,11 @@ def report_group(
         return f"no group page was written ({in_a_line(error)})"
 
 
-def write_group_page(out: Path, group: Group, parcellation: Parcellation) -> Path:
+def write_group_page(out: Path, group: Group) -> Path:
     """``group.html``: rows of the group table, and missing scans with their errors."""
     path = out / PATH
     claim(path)
-    ranges = load_ranges()
+    ranges = load_ranges(group.parcellation)
     judged = group.judged
     far = outliers(judged, ranges)
     text = render_page(
@@ -107,7 +105,7 @@ def write_group_page(out: Path, group: Group, parcellation: Parcellation) -> Pat
             }
             for row in group.rows
         ],
-        strips=strips(judged, parcellation, ranges),
+        strips=strips(judged, group.parcellation, ranges),
         missing=group.missing,
         enough=len(judged) >= FEWEST,
         fewest=FEWEST,

@@ -12,7 +12,7 @@ from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import AGGREGATES, Row
-from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report.case import Case, read_case
@@ -66,11 +66,11 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     from cadiff_cli.report.viewer import viewer_data
 
     begun = time.perf_counter()
-    path, parcellation = page_path(out, result.entities), load_parcellation(BASE)
+    path, parcellation = page_path(out, result.entities), result.parcellation
     claim(path)
     result.provenance.check()
     case = read_case(out, result, scans)
-    ranges = fitting(load_ranges(), case.rows)
+    ranges = fitting(load_ranges(parcellation), case.rows)
     judgement = judge(result, case.rows, case.quality, parcellation, ranges)
     paragraphs, references = methods([result])
     text = render_page(

@@ -18,9 +18,10 @@ SHADES = 64
 
 
 def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
-    """What the script needs: sizes, affine, structures, and two gzipped uint8 volumes.
+    """What the script needs: sizes, affine, structures, and two gzipped volumes.
 
-    Volumes are in C order with x last (an image's row); labels are indices into ``names``.
+    Volumes are in C order with x last (an image's row): the image uint8, labels (indices into
+    ``names``) uint8 too, or int16 if they are ``wide``.
     """
     grid = case.near
     if np.prod(grid.shape) > MOST_VOXELS:
@@ -41,10 +42,12 @@ def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
         "centres": centres,
         "t1": pack(t1 // (256 // SHADES) * (256 // SHADES)),
         "labels": pack(classes),
+        "wide": classes.dtype.itemsize > 1,
     }
 
 
 def pack(volume: np.ndarray) -> str:
-    """(X, Y, Z) uint8 -> base64 of gzip, x running fastest."""
-    raw = np.ascontiguousarray(volume.transpose(2, 1, 0), dtype=np.uint8).tobytes()
+    """(X, Y, Z) -> base64 of gzip, x running fastest, the lower byte first."""
+    little = volume.dtype.newbyteorder("<")
+    raw = np.ascontiguousarray(volume.transpose(2, 1, 0), dtype=little).tobytes()
     return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode()

@@ -1,5 +1,6 @@
 """The group level: one table of every finished scan, and who is missing from it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,22 +54,30 @@ def column(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
-def collect(out: Path, expected: Sequence[str], parcellation: Parcellation) -> Group:
+def collect(out: Path, expected: Sequence[str]) -> Group:
     """Rows of the expected scans that are finished, and why the others are not.
+
+    A table is of one parcellation: that of most results, and the others count as missing.
 
     Raises ``MissingInputError`` if no expected scan is finished.
     """
     wanted = set(expected)
     results = [result for result in finished(out) if result.entities in wanted]
-    journal, missing, notes, ranges = Journal(out), dict[str, str](), list[str](), load_ranges()
+    journal, missing, notes = Journal(out), dict[str, str](), list[str]()
     if not results:
         whys = {_why_missing(journal.read(entities)) for entities in expected} - {NOT_RUN}
         raise MissingInputError(
             "; ".join((f"{out} holds no finished result of these scans", *sorted(whys)[:3])),
             "run the participant level first" if not whys else "see the participant level",
         )
+    parcellation = Counter(result.parcellation for result in results).most_common(1)[0][0]
+    ranges = load_ranges(parcellation)
     judged, rows, sound = dict[str, Judgement](), list[dict[str, Any]](), list[Finished]()
     for result in results:
+        if result.parcellation != parcellation:
+            other = result.parcellation.name
+            missing[result.entities] = f"its labels are of {other}, not of {parcellation.name}"
+            continue
         try:
             lines = read_rows(result.morph)
             found = judge(result, lines, read_mask_quality(result), parcellation, ranges)
@@ -96,7 +105,7 @@ def collect(out: Path, expected: Sequence[str], parcellation: Parcellation) -> G
     far = outliers(judged, ranges)
     for one in rows:
         one["outlier"] = "; ".join(far.get(one["scan"], ())) or None
-    return Group(out / "group_morph.tsv", tuple(rows), judged, missing, tuple(notes))
+    return Group(out / "group_morph.tsv", parcellation, tuple(rows), judged, missing, tuple(notes))
 
 
 def _why_missing(last: Outcome | None) -> str:
@@ -105,9 +114,10 @@ def _why_missing(last: Outcome | None) -> str:
     return f"unsuitable: {last.message}" if last.status == "unsuitable" else last.message
 
 
-def write_group(out: Path, expected: Sequence[str], parcellation: Parcellation) -> Group:
+def write_group(out: Path, expected: Sequence[str]) -> Group:
     """``group_morph.tsv`` with its JSON; expected scans that lack go to ``group_missing.tsv``."""
-    group = collect(out, expected, parcellation)
+    group = collect(out, expected)
+    parcellation = group.parcellation
     volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in AGGREGATES]
     header = ("scan", *ENTITIES, *SUFFIX, *volumes, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))

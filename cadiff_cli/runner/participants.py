@@ -22,7 +22,6 @@ from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
@@ -153,9 +152,9 @@ def group_level(request: Request, listener: Listener) -> int:
     if request.dry_run:
         listener.line("\n".join(expected))
         return 0
-    group = write_group(request.out, expected, load_parcellation(BASE))
+    group = write_group(request.out, expected)
     _cite(request.out, listener)
-    if why := report_group(request.out, group, load_parcellation(BASE), wanted=request.report):
+    if why := report_group(request.out, group, wanted=request.report):
         listener.warn(why)
     for note in group.notes:
         listener.warn(note)
@@ -182,8 +181,8 @@ def rebuild_reports(
         chosen = scan_names(request.dataset, request.selection, request.database)
         code = scan_pages(request.out, request.dataset.root, listener, chosen)
     if pages and "group" in levels:
-        group = collect(request.out, _everybody(request), parcellation := load_parcellation(BASE))
-        listener.line(str(write_group_page(request.out, group, parcellation)))
+        group = collect(request.out, _everybody(request))
+        listener.line(str(write_group_page(request.out, group)))
     return code
 
 

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.labels.parcellation import class_dtype
 from cadiff_cli.spatial.grid import Grid
 
 
 def most_probable(p: Tensor) -> np.ndarray:
-    """(X, Y, Z) uint8: the class with the highest of (classes, X, Y, Z) probabilities.
+    """(X, Y, Z) of ``class_dtype``: the class with the highest of (classes, X, Y, Z) probabilities.
 
     Class by class: twice as fast as ``argmax`` along the axis with the largest stride.
     """
-    highest, best = p[0].clone(), torch.zeros(p.shape[1:], dtype=torch.uint8)
+    highest = p[0].clone()
+    best = torch.from_numpy(np.zeros(p.shape[1:], class_dtype(len(p))))
     for k in range(1, len(p)):
         best.masked_fill_(p[k] > highest, k)
         torch.maximum(highest, p[k], out=highest)
@@ -36,7 +38,7 @@ def uncertainty(p: Tensor) -> np.ndarray:
 
 def native_classes(p: Tensor, grid: Grid, native: Grid) -> np.ndarray:
     """Most probable class at each native voxel: probabilities are interpolated, not labels."""
-    out = np.zeros(native.shape, dtype=np.uint8)
+    out = np.zeros(native.shape, class_dtype(len(p)))
     for index, slab in _slabs(p, grid, native):
         out[index] = slab.argmax(dim=0).numpy()
     return out

@@ -27,9 +27,22 @@ from cadiff_cli.products import Conditions
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BYTES_PER_VOXEL = 700
-"""Peak memory of whole-volume inference per 1 mm voxel, measured; decides about tiling."""
+BYTES_PER_VOXEL, BYTES_PER_CLASS = 208, 12
+"""Peak memory of whole-volume inference per 1 mm voxel; decides about tiling.
+
+700 bytes were measured with 41 classes; 12 of each class are the logits and the probabilities of
+a brain and of its mirror image, in 4 bytes.
+"""
 TILE = 96
+
+
+def bytes_per_voxel(n_classes: int) -> int:
+    """Peak memory of whole-volume inference per 1 mm voxel.
+
+    >>> bytes_per_voxel(41)
+    700
+    """
+    return BYTES_PER_VOXEL + BYTES_PER_CLASS * n_classes
 
 
 def class_probabilities(
@@ -57,7 +70,7 @@ def class_probabilities(
         """In tiles if they are asked for or memory is short, else the whole volume."""
         if tile is not None:
             return predict(seed, tile), tile
-        if image.numel() * BYTES_PER_VOXEL < free_bytes(device):
+        if image.numel() * bytes_per_voxel(model.parcellation.n_classes) < free_bytes(device):
             try:
                 return predict(seed, None), None
             except (MemoryError, RuntimeError) as error:

@@ -8,7 +8,8 @@
     return new Uint8Array(await new Response(stream).arrayBuffer());
   };
   if (typeof DecompressionStream === "undefined") return; // the readout says so already
-  const [t1, labels] = await Promise.all([unpack(data.t1), unpack(data.labels)]);
+  const [t1, packed] = await Promise.all([unpack(data.t1), unpack(data.labels)]);
+  const labels = data.wide ? new Int16Array(packed.buffer) : packed;
   const size = data.shape, stride = [1, size[0], size[0] * size[1]];
   // Across and up of each plane: sagittal y z, coronal x z, axial x y.
   const across = [1, 0, 0], up = [2, 2, 1], ends = [["P", "A"], ["L", "R"], ["L", "R"]];
