@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from cadiff_cli.cli.crossval import command
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
-from cadiff_cli.evaluation import score_classes
+from cadiff_cli.evaluation.scores import score_classes
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.nets.models import Model

@@ -11,19 +11,9 @@ import pytest
 
 from cadiff_cli.cli import cadiff, guarded
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.evaluation import (
-    Pairs,
-    Score,
-    carry,
-    label_maps,
-    overall,
-    pair_up,
-    retest_pair,
-    retest_pairs,
-    scan_of,
-    score_pair,
-    summarise,
-)
+from cadiff_cli.evaluation.pairing import Pairs, label_maps, pair_up, retest_pairs, scan_of
+from cadiff_cli.evaluation.scores import Score, carry, retest_pair, score_pair
+from cadiff_cli.evaluation.tables import overall, summarise
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import say_once
 from cadiff_cli.labels.schemes import load_scheme

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cadiff_cli.config import Config, SampleConfig
-from cadiff_cli.evaluation import score_pair, summarise
+from cadiff_cli.evaluation.scores import score_pair
+from cadiff_cli.evaluation.tables import summarise
 from cadiff_cli.io import models
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, load_templates

@@ -44,7 +44,8 @@ def command(
     import logging
     import time
 
-    from cadiff_cli.cli.evaluate import report
+    from cadiff_cli.cli.evaluate import COLUMNS
+    from cadiff_cli.cli.scores import report
     from cadiff_cli.config import SampleConfig
     from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
@@ -79,4 +80,4 @@ def command(
             workers=workers,
             max_minutes=(until - time.monotonic()) / 60,
         )
-        report(scores, run.joinpath(*(f"fold-{k}" for k in only)))
+        report(scores, run.joinpath(*(f"fold-{k}" for k in only)), "evaluation", COLUMNS)

@@ -42,8 +42,9 @@ def command(
     measured; Dice, NSD and HD95 are after alignment, whose interpolation costs a little.  The
     headline is the mean over structures (background is not included), then over scans.
     """
-    from cadiff_cli.cli.evaluate import claim, progress, report
-    from cadiff_cli.evaluation import retest_pair, retest_pairs, scored_in
+    from cadiff_cli.cli.scores import claim, progress, report
+    from cadiff_cli.evaluation.pairing import retest_pairs
+    from cadiff_cli.evaluation.scores import retest_pair, scored_in
 
     pairs = retest_pairs(derivatives)
     parcellation = scored_in((path for pair in pairs for path in pair), labels)
@@ -53,4 +54,4 @@ def command(
         for first, later in progress(pairs)
         for score in retest_pair(first, later, parcellation, labels, tolerance)
     ]
-    report(scores, out, name="retest", columns=COLUMNS, tolerance_mm=tolerance)
+    report(scores, out, "retest", COLUMNS, tolerance)

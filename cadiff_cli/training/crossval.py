@@ -12,7 +12,7 @@ import numpy as np
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.errors import CadiffError, UsageError
-from cadiff_cli.evaluation import Score, score_classes
+from cadiff_cli.evaluation.scores import Score, score_classes
 from cadiff_cli.io import models
 from cadiff_cli.io.files import write_text
 from cadiff_cli.labels.parcellation import BASE, load_parcellation

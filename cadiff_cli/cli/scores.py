@@ -1,0 +1,76 @@
+"""Scores on the screen and in tables: what evaluate, retest and crossval share."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cadiff_cli.evaluation.scores import Score
+
+
+def tables(out: Path, name: str) -> list[Path]:
+    """Where scores and the means of structures and scans are written."""
+    return [out / f"{name}{part}.tsv" for part in ("", "_structures", "_scans")]
+
+
+def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
+    """Make sure, before anything costly, that the tables can be written and nothing is lost."""
+    from cadiff_cli.errors import OutputError
+    from cadiff_cli.io.files import check_writable
+
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file", "give a folder with -o")
+    if not overwrite and (there := [path for path in tables(out, name) if path.exists()]):
+        raise OutputError(f"{there[0]} is there already", "use --overwrite, or another folder")
+    check_writable(out)
+
+
+def progress(pairs: Sequence[tuple[Path, Path]]) -> Iterable[tuple[Path, Path]]:
+    """The pairs, with a bar if someone is watching."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(pairs, console=console, transient=True, disable=not console.is_terminal)
+
+
+def report(
+    scores: "Sequence[Score]",
+    out: Path | None,
+    name: str,
+    columns: Mapping[str, tuple[str, str]],
+    tolerance_mm: float = 1.0,
+) -> None:
+    """Print the headline and the means of structures and scans; write the tables into ``out``.
+
+    ``columns`` are the title and number format of each measure.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from cadiff_cli.evaluation.tables import overall, summarise, write_scores, write_summaries
+
+    structures, scans = (summarise(scores, key, list(columns)) for key in ("structure", "scan"))
+    headline = overall(scans)
+    if out:
+        paths = tables(out, name)
+        write_scores(paths[0], scores, list(columns))
+        write_summaries(paths[1], "structure", structures)
+        write_summaries(paths[2], "scan", scans)
+    caption = f"NSD at {tolerance_mm:g} mm"
+    if headline.absent:
+        caption += f"; left out: {headline.absent} pairs of scan and structure, on neither side"
+    shown = Table(box=box.SIMPLE, padding=0, show_edge=False, caption=caption)
+    shown.add_column(no_wrap=True)
+    for title in (*(title for title, _ in columns.values()), "n", "missed"):
+        shown.add_column(title, justify="right")
+    for rows in ([headline], structures, scans):
+        for row in rows:
+            numbers = (f"{row.mean[m]:{form}}" for m, (_, form) in columns.items())
+            cells = ("n/a" if number == "nan" else number for number in numbers)
+            shown.add_row(row.name, *cells, str(row.n), str(row.missed))
+        shown.add_section()
+    Console().print(shown)

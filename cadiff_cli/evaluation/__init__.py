@@ -1,0 +1,1 @@
+"""Agreement of label maps: with references, and between scans of one person."""

@@ -1,0 +1,133 @@
+"""Which label map is scored against which: by the entities in their names."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.tables import named_parcellation
+from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
+
+OURS = re.compile(r"_seg-[A-Za-z0-9]+_dseg\.")
+"""What marks a label map in a file name; cadiff drew it if ``seg-`` names a known parcellation."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(prediction, reference) files, and the scans that are on one side only."""
+
+    files: tuple[tuple[Path, Path], ...]
+    without_reference: tuple[str, ...] = ()
+    without_prediction: tuple[str, ...] = ()
+
+
+def pair_up(prediction: Path, reference: Path) -> Pairs:
+    """Two files, or the dseg images of two folders whose names share sub, ses, run, acq...
+
+    Raises ``MissingInputError`` if nothing is shared, ``DataError`` for two references of a scan.
+    """
+    for path in (prediction, reference):
+        if not path.exists():
+            raise MissingInputError(f"no such file or folder: {path}", "check the path")
+    if prediction.is_dir() != reference.is_dir():
+        file, folder = sorted((prediction, reference), key=Path.is_dir)
+        raise UsageError(f"{file} is a file, {folder} a folder", "give two files or two folders")
+    if prediction.is_file():
+        return Pairs(((prediction, reference),))
+    ours = label_maps(prediction, apart_from=reference, prefer_ours=True)
+    theirs = label_maps(reference, apart_from=prediction)
+    shared = [scan for scan in ours if scan in theirs]
+    if not shared:
+        raise MissingInputError(
+            f"no dseg of {prediction} ({listed(ours)}) has a partner in {reference}"
+            f" ({listed(theirs)})",
+            "names must share sub, ses, run, acq",
+        )
+    return Pairs(
+        tuple((ours[scan], theirs[scan]) for scan in shared),
+        tuple(scan for scan in ours if scan not in theirs),
+        tuple(scan for scan in theirs if scan not in ours),
+    )
+
+
+def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
+    """(first, later) label maps of each subject with two or more scans: all against the first.
+
+    Raises ``MissingInputError`` if there are none.
+    """
+    if not derivatives.is_dir():
+        raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
+    subjects: dict[str, list[Path]] = {}
+    for scan, path in label_maps(derivatives, prefer_ours=True).items():
+        if _is_own(path):
+            subjects.setdefault(scan.split("_")[0], []).append(path)
+    pairs = [(first, later) for first, *others in subjects.values() for later in others]
+    if not pairs:
+        raise MissingInputError(
+            f"{len(subjects)} subjects with label maps of cadiff's in {derivatives}, none with two"
+            " scans",
+            "segment two sessions of a person into one folder",
+        )
+    return pairs
+
+
+def label_maps(
+    folder: Path, *, apart_from: Path | None = None, prefer_ours: bool = False
+) -> dict[str, Path]:
+    """The ``*_dseg`` image of each scan in ``folder``, but for a folder ``apart_from`` within it.
+
+    Where a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid.  Raises
+    ``DataError`` if more than one is left.
+    """
+    skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
+    found: dict[str, list[Path]] = {}
+    pattern = "[!.]*_dseg.*"
+    # ``**`` passes links to folders by: people may be linked into a folder of their own.
+    for path in sorted({*folder.rglob(pattern), *folder.glob(f"*/**/{pattern}")}):
+        within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)
+        if path.name.endswith(IMAGE_SUFFIXES) and path.is_file() and not within:
+            found.setdefault(scan_of(path), []).append(path)
+    for scan, paths in found.items():
+        if prefer_ours:
+            own = [p for p in paths if _is_own(p) and "_space-" not in p.name]
+            found[scan] = paths = own or paths
+        if len(paths) > 1:
+            raise DataError(
+                f"{folder} has {len(paths)} label maps of {scan}:"
+                f" {listed(str(p.relative_to(folder)) for p in paths)}",
+                "leave one, or give two files",
+            )
+    return {scan: path for scan, (path,) in found.items()}
+
+
+def scan_of(path: Path) -> str:
+    """Entities of the scan that a dseg was drawn on: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``.
+
+    ``run-01`` and ``run-1`` are one.
+    """
+    image = path.with_name(stem(path).removesuffix("_dseg") + ".nii")
+    parts = (part.split("-", 1) for part in source_entities(image).split("_"))
+    return "_".join(
+        f"run-{int(part[1])}" if part[0] == "run" and part[1].isdigit() else "-".join(part)
+        for part in parts
+        if part[0] not in ("seg", "atlas", "label")
+    )
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names in one line, the first ``most`` of them in full."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return (", ".join(every[:most]) or "none") + more
+
+
+def _is_own(path: Path) -> bool:
+    """Whether cadiff drew a label map, by its name."""
+    return bool(OURS.search(path.name)) and named_parcellation(path) is not None
+
+
+def preprocessed(dseg: Path) -> Path:
+    """The preprocessed T1w image beside a label map of cadiff's."""
+    return dseg.with_name(OURS.sub("_desc-preproc_T1w.", dseg.name))

@@ -1,0 +1,176 @@
+"""Score one label map against another: a reference, or a later scan of the same person.
+
+Background is never scored.  A structure missing on one side counts Dice 0 and NSD 0 and is
+``missed``; missing on both sides it is ``absent`` and left out of every mean.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cadiff_cli.errors import DataError
+from cadiff_cli.evaluation.pairing import preprocessed, scan_of
+from cadiff_cli.io.bids.tables import parcellation_of
+from cadiff_cli.io.images import load_volume
+from cadiff_cli.io.label_maps import load_classes, say_once
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import check_same_grid, resample_labels
+from cadiff_cli.stages.register import rigid
+
+
+@dataclass(frozen=True)
+class Score:
+    """Agreement on one structure of one scan.
+
+    ``dice`` and ``nsd`` are NaN where it is absent on both sides; ``hd95_mm`` is also infinite
+    where it is missing on one.
+    """
+
+    scan: str
+    reference: str
+    structure: str
+    dice: float
+    nsd: float
+    hd95_mm: float
+    volume_mm3: float
+    reference_mm3: float
+
+    @property
+    def missed(self) -> bool:
+        """Whether only one side has the structure."""
+        return math.isinf(self.hd95_mm)
+
+    @property
+    def absent(self) -> bool:
+        """Whether neither side has the structure."""
+        return math.isnan(self.dice)
+
+    @property
+    def volume_error_percent(self) -> float:
+        """Signed, in per cent of the reference; NaN where the reference has no such structure."""
+        if not self.reference_mm3:
+            return math.nan
+        return 100 * (self.volume_mm3 - self.reference_mm3) / self.reference_mm3
+
+    @property
+    def abs_volume_error_percent(self) -> float:
+        """The same without its sign."""
+        return abs(self.volume_error_percent)
+
+    @property
+    def volume_difference_percent(self) -> float:
+        """Unsigned, in per cent of the mean of both volumes."""
+        both = self.volume_mm3 + self.reference_mm3
+        return 200 * abs(self.volume_mm3 - self.reference_mm3) / both if both else math.nan
+
+
+def score_pair(
+    prediction: Path,
+    reference: Path,
+    parcellation: Parcellation,
+    subset: str,
+    reference_mapping: Mapping[int, int],
+    tolerance_mm: float = 1.0,
+) -> list[Score]:
+    """Score one label map of cadiff's against a reference on the same grid.
+
+    ``parcellation`` has the classes that are compared (``scored_in``), ``reference_mapping`` leads
+    to them; a finer prediction is coarsened.  Structures that no id of the reference means are not
+    scored, which is said.  Raises ``DataError`` for unknown codes in the prediction, a reference
+    without any known id, or grids that differ.
+    """
+    p = load_own(prediction, parcellation)
+    r = load_classes(reference, parcellation, reference_mapping, option="--reference-labels")
+    check_same_grid(prediction.name, p.grid, reference.name, r.grid)
+    scores = score_classes(
+        scan_of(reference), p, r, parcellation, subset, tolerance_mm, reference.name
+    )
+    known = {parcellation.structures[k - 1].name for k in parcellation.reached(reference_mapping)}
+    if not any(s.structure in known for s in scores):
+        raise DataError(
+            f"no id of the references means one of the structures of --labels {subset}",
+            "use --labels all, or other --reference-labels",
+        )
+    if unknown := [s.structure for s in scores if s.structure not in known]:
+        say_once(f"not scored, as no id of the references means them: {', '.join(unknown)}")
+    return [s for s in scores if s.structure in known]
+
+
+def scored_in(label_maps: Iterable[Path], subset: str) -> Parcellation:
+    """The parcellation that has ``subset``: that of all ``label_maps``, or else ``BASE``.
+
+    Raises ``UsageError`` if neither has it.
+    """
+    found = {parcellation.name: parcellation for parcellation in map(parcellation_of, label_maps)}
+    base = load_parcellation(BASE)
+    (own,) = found.values() if len(found) == 1 else (base,)
+    chosen = base if subset in base.subsets and subset not in own.subsets else own
+    chosen.subset(subset)
+    return chosen
+
+
+def load_own(path: Path, parcellation: Parcellation) -> Volume:
+    """Classes of ``parcellation`` from a label map of cadiff's, which may be of a finer one."""
+    return load_classes(path, parcellation, parcellation_of(path).mapping_to(parcellation))
+
+
+def score_classes(
+    scan: str,
+    prediction: Volume,
+    reference: Volume,
+    parcellation: Parcellation,
+    subset: str,
+    tolerance_mm: float = 1.0,
+    reference_name: str = "",
+) -> list[Score]:
+    """Score one class map against another on the same grid."""
+    p, r, classes = prediction.data, reference.data, parcellation.subset(subset)
+    spacing_mm = reference.grid.spacing_mm.tolist()
+    numbers = zip(
+        dice(p, r, classes),
+        surface_dice(p, r, classes, spacing_mm, tolerance_mm),
+        hausdorff95_mm(p, r, classes, spacing_mm),
+        _volumes_mm3(prediction, classes),
+        _volumes_mm3(reference, classes),
+        strict=True,
+    )
+    return [
+        Score(scan, reference_name, parcellation.structures[k - 1].name, *map(float, row))
+        for k, row in zip(classes, numbers, strict=True)
+    ]
+
+
+def retest_pair(
+    first: Path, later: Path, parcellation: Parcellation, subset: str, tolerance_mm: float = 1.0
+) -> list[Score]:
+    """Compare the label maps of two scans of one person, both written by cadiff.
+
+    The later brain (``desc-preproc_T1w``) is registered rigidly to the first and its labels are
+    carried along.  Volumes are those on the scans' own grids.
+    """
+    r, p = (load_own(path, parcellation) for path in (first, later))
+    motion = rigid(load_volume(preprocessed(first)), load_volume(preprocessed(later)))
+    moved = Volume(carry(p, motion, r.grid), r.grid)
+    scores = score_classes(
+        scan_of(later), moved, r, parcellation, subset, tolerance_mm, scan_of(first)
+    )
+    volumes = _volumes_mm3(p, parcellation.subset(subset)).tolist()
+    return [replace(s, volume_mm3=mm3) for s, mm3 in zip(scores, volumes, strict=True)]
+
+
+def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
+    """Class map ``labels`` on ``grid``, whose points ``motion`` (4, 4; RAS mm) takes to theirs."""
+    here = Grid(labels.grid.shape, np.linalg.solve(motion, labels.grid.affine))
+    return resample_labels(Volume(labels.data, here), grid).data
+
+
+def _volumes_mm3(labels: Volume, classes: Sequence[int]) -> np.ndarray:
+    """(len(classes),) voxel counts times voxel volume."""
+    counts = np.bincount(labels.data.ravel(), minlength=max(classes) + 1)
+    return counts[list(classes)] * labels.grid.voxel_volume_mm3

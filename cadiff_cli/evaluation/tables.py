@@ -1,0 +1,90 @@
+"""Means of scores over scans and structures, and the tables that hold them."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cadiff_cli.evaluation.scores import Score
+from cadiff_cli.io.files import write_tsv
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of every measure over ``n`` scores; absent ones are left out.
+
+    ``missed`` of the ``n`` have no finite distance and are not in the mean of ``hd95_mm``.
+    """
+
+    name: str
+    n: int
+    missed: int
+    absent: int
+    mean: Mapping[str, float]
+    sd: Mapping[str, float]
+
+
+def summarise(scores: Iterable[Score], key: str, measures: Sequence[str]) -> list[Summary]:
+    """One ``Summary`` for each ``key`` (``scan`` or ``structure``), in the order of the scores."""
+    groups: dict[str, list[Score]] = {}
+    for score in scores:
+        groups.setdefault(getattr(score, key), []).append(score)
+    return [
+        Summary(
+            name,
+            sum(not s.absent for s in group),
+            sum(s.missed for s in group),
+            sum(s.absent for s in group),
+            {m: _mean(getattr(s, m) for s in group) for m in measures},
+            {m: _sd(getattr(s, m) for s in group) for m in measures},
+        )
+        for name, group in groups.items()
+    ]
+
+
+def overall(scans: Sequence[Summary]) -> Summary:
+    """The headline: mean and standard deviation over scans of each scan's foreground mean."""
+    return Summary(
+        "foreground mean",
+        len(scans),
+        sum(s.missed for s in scans),
+        sum(s.absent for s in scans),
+        {m: _mean(s.mean[m] for s in scans) for m in scans[0].mean},
+        {m: _sd(s.mean[m] for s in scans) for m in scans[0].mean},
+    )
+
+
+def write_scores(path: Path, scores: Iterable[Score], measures: Sequence[str]) -> None:
+    """TSV with one row per scan and structure."""
+    columns = ("scan", "reference", "structure", "volume_mm3", "reference_mm3", *measures)
+    write_tsv(path, columns, (_rounded(getattr(s, c) for c in columns) for s in scores))
+
+
+def write_summaries(path: Path, key: str, summaries: Sequence[Summary]) -> None:
+    """TSV with one row per summary: counts, then mean and SD of each measure."""
+    measures = list(summaries[0].mean)
+    spread = [f"{m}_{kind}" for m in measures for kind in ("mean", "sd")]
+    rows = (
+        [s.name, s.n, s.missed, s.absent, *(x for m in measures for x in (s.mean[m], s.sd[m]))]
+        for s in summaries
+    )
+    write_tsv(path, (key, "n", "missed", "absent", *spread), map(_rounded, rows))
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [v for v in values if math.isfinite(v)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = _finite(values)
+    return statistics.fmean(known) if known else math.nan
+
+
+def _sd(values: Iterable[float]) -> float:
+    known = _finite(values)
+    return statistics.stdev(known) if len(known) > 1 else math.nan
+
+
+def _rounded(row: Iterable[object]) -> list[object]:
+    return [f"{x:.4f}" if isinstance(x, float) and math.isfinite(x) else x for x in row]
