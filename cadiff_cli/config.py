@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,25 @@ from cadiff_cli import __version__
 
 REVISION = 8
 """Raise it whenever the same settings give other results: none of before are taken for theirs."""
+
+
+class StripMethod(StrEnum):
+    """What found the brain.  Files hold these values: do not change them."""
+
+    NET = "net"
+    TEMPLATE = "template"
+    AS_IS = "none"
+    MASK_FILE = "mask file"
+
+    @property
+    def found_by(self) -> str:
+        """The method in words."""
+        return {
+            StripMethod.NET: "the network",
+            StripMethod.TEMPLATE: "the template's mask",
+            StripMethod.AS_IS: "what is not background: nothing was stripped",
+            StripMethod.MASK_FILE: "the mask that was given",
+        }[self]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample, resample_labels
@@ -54,7 +55,7 @@ class Carried:
     classes: np.ndarray
     kind: str
     score: float | None
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Fused:
     vote: str
     atlases: Mapping[str, tuple[str, float | None]]
     seconds: Mapping[str, float]
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 def choose_atlases(dataset: Path, t1: Path, exclude: Sequence[str] = ()) -> list[LabelledScan]:
@@ -145,9 +146,9 @@ def fuse(
         {person.name: (person.kind, person.score) for person in carried},
         {"register": round(registered - begun, 3), "fuse": round(ended - registered, 3)},
         (
-            *scan.warnings,
-            *stripped.warnings,
-            *(f"{person.name}: {text}" for person in carried for text in person.warnings),
+            *scan.notes,
+            *stripped.notes,
+            *(note.about(person.name) for person in carried for note in person.notes),
         ),
     )
 
@@ -162,12 +163,13 @@ def carry(
     """Register a labelled, skull-stripped person (0 outside the brain) to ``target``, a brain."""
     scan, labels = load_labelled(atlas, parcellation, mapping)
     grid = scan.t1.grid
-    warnings = [*scan.warnings]
+    notes = [*scan.notes]
     brain = stripped_brain(winsorized(scan.t1))
     if brain is None:
         brain = foreground(scan.t1)
-        warnings.append("does not look skull-stripped, as atlases have to be")
-        log.warning("%s %s", atlas.name, warnings[-1])
+        text = "does not look skull-stripped, as atlases have to be"
+        notes.append(Note(NoteCode.ATLAS_NOT_STRIPPED, text))
+        log.warning("%s %s", atlas.name, text)
     crop = brain_crop(brain)
     image = resample(Volume(normalise(scan.t1.data, brain.data, grid.spacing_mm), grid), crop)
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
@@ -182,7 +184,7 @@ def carry(
         np.rint(carried.data).astype(parcellation.dtype),
         transform.kind,
         transform.score,
-        (*warnings, *transform.warnings),
+        (*notes, *transform.notes),
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.config import Config
+from cadiff_cli.config import Config, StripMethod
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.spatial.grid import Grid, Volume
 
 
@@ -29,7 +30,7 @@ class Scan:
 
     t1: Volume
     path: Path
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     sha256: str = ""
     age_years: float | None = None
 
@@ -76,7 +77,7 @@ class Template:
     labels: Volume | None = None
     source: str = ""
     citation: Citation | None = None
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @cached_property
     def label(self) -> str:
@@ -95,14 +96,6 @@ class Template:
             digest.update(volume.grid.affine.astype("<f8").tobytes())
             digest.update(volume.data.astype("<f4").tobytes())
         return digest.hexdigest()
-
-
-FOUND_BY = {
-    "net": "the network",
-    "template": "the template's mask",
-    "none": "what is not background: nothing was stripped",
-    "mask file": "the mask that was given",
-}
 
 
 @dataclass(frozen=True)
@@ -136,8 +129,8 @@ class Stripped:
 
     t1: Volume
     mask: Volume
-    method: str
-    warnings: tuple[str, ...] = ()
+    method: StripMethod
+    notes: tuple[Note, ...] = ()
     quality: MaskQuality | None = None
     own: Volume | None = None
     bias_ratio: float = 1.0
@@ -145,7 +138,7 @@ class Stripped:
     @property
     def summary(self) -> str:
         """How large the brain is, and what found it."""
-        return f"brain of {self.mask.litres:.2f} l by {FOUND_BY.get(self.method, self.method)}"
+        return f"brain of {self.mask.litres:.2f} l by {self.method.found_by}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +157,7 @@ class Transform:
     kind: str
     score: float
     trusted: bool = True
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +217,7 @@ class Segmentation:
     precision: str = "float32"
     tile: int | None = None
     posteriors: np.ndarray | None = None
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     expected_dice: Mapping[int, float] = field(default_factory=dict)
     volume_sd_mm3: Mapping[int, float] = field(default_factory=dict)
     uncertainty: np.ndarray | None = None
@@ -314,7 +307,7 @@ class Result:
     calibration: Calibration | None = None
 
     @property
-    def warnings(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """Everything a user should know, in the order in which it happened."""
         p = self.prepared
         # One registration may serve several resolutions, or the labels as well.
@@ -324,12 +317,16 @@ class Result:
             if space.registered not in p.registrations
         }
         return (
-            *p.scan.warnings,
-            *(text for template in p.templates for text in template.warnings),
-            *p.stripped.warnings,
-            *(text for r in p.registrations for text in r.transform.warnings),
-            *self.segmentation.warnings,
-            *(text for r in others.values() for text in r.transform.warnings),
+            *p.scan.notes,
+            *(note for template in p.templates for note in template.notes),
+            *p.stripped.notes,
+            *(note for r in p.registrations for note in r.transform.notes),
+            *self.segmentation.notes,
+            *(
+                n.coded(NoteCode.SPACE_REGISTRATION)
+                for r in others.values()
+                for n in r.transform.notes
+            ),
         )
 
 

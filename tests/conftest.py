@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from cadiff_cli.config import StripMethod
 from cadiff_cli.io import models
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import DEFAULT, weights_folder
@@ -368,7 +369,7 @@ def stripped_of():
     def make(head):
         working = head.t1.grid.working()
         t1 = resample(head.t1, working)
-        return Stripped(t1, Volume(t1.data > 0, working), "none")
+        return Stripped(t1, Volume(t1.data > 0, working), StripMethod.AS_IS)
 
     return make
 

@@ -57,8 +57,8 @@ def test_a_natural_bias_is_left_alone(clean):
 
 
 def test_a_strong_bias_is_told(clean):
-    assert not corrected(clean)[1].warnings
-    assert "receive bias" in corrected(biased(clean, 2.5))[1].warnings[0]
+    assert not corrected(clean)[1].notes
+    assert "receive bias" in corrected(biased(clean, 2.5))[1].notes[0].text
 
 
 def test_what_is_outside_the_brain_stays_zero(clean):

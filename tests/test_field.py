@@ -8,6 +8,7 @@ import pytest
 
 from cadiff_cli.config import Config, RegisterConfig
 from cadiff_cli.errors import DataError, DiskError, UsageError
+from cadiff_cli.notes import texts
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -162,7 +163,7 @@ def test_a_deformable_registration_finds_an_oblique_head(
     assert registered.transform.kind == "fast"
     assert registered.transform.score > 1.2
     assert registered.transform.trusted
-    assert not registered.transform.warnings
+    assert not registered.transform.notes
     field = conditions.field
     inside = conditions.mask.data[::2, ::2, ::2]
     extent = np.subtract(template.frame.high_mm, template.frame.low_mm)
@@ -195,7 +196,7 @@ def test_a_failed_deformation_falls_back_to_affine(
     transform = register(t1, template.brain, RegisterConfig("fast"), tmp_path)
     assert transform.kind == "affine"
     assert not transform.trusted
-    assert any("ITK gave up" in text for text in transform.warnings)
+    assert any("ITK gave up" in text for text in texts(transform.notes))
 
 
 def test_a_full_work_folder_is_no_fault_of_the_scan(
@@ -313,4 +314,4 @@ def test_what_cannot_be_bent_is_registered_affinely(
         return
     found = register(*images, RegisterConfig(name), tmp_path)
     assert (found.kind, len(tried)) == ("affine", 2)
-    assert any("affine is used" in text for text in found.warnings)
+    assert any("affine is used" in text for text in texts(found.notes))

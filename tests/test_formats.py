@@ -14,6 +14,7 @@ import pytest
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.images import load_scan, load_volume, save_volume
+from cadiff_cli.notes import texts
 
 SHAPE = (31, 32, 33)
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, 2.2, 0, -40], [0, 0, 2.4, -20], [0, 0, 0, 1]])
@@ -34,7 +35,7 @@ def test_content_counts_whatever_the_suffix_says(tmp_path, kind, pack, suffix):
     scan = load_scan(path)
     np.testing.assert_array_equal(scan.t1.data, DATA)
     np.testing.assert_allclose(scan.t1.grid.affine, AFFINE, atol=1e-6)
-    assert not scan.warnings
+    assert not scan.notes
 
     save_volume(tmp_path / "out.nii.gz", DATA, scan.t1.grid, like=path)
     out = nib.load(tmp_path / "out.nii.gz")
@@ -76,8 +77,8 @@ def test_what_follows_a_whole_image_does_not_spoil_it(tmp_path, members, tail, d
     path.write_bytes(MEMBERS[members] + tail)
     scan = load_scan(path)
     np.testing.assert_array_equal(scan.t1.data, DATA)
-    assert bool(scan.warnings) == doubtful
-    assert all("follows was ignored" in text for text in scan.warnings)
+    assert bool(scan.notes) == doubtful
+    assert all("follows was ignored" in text for text in texts(scan.notes))
 
 
 @pytest.mark.parametrize("members", MEMBERS)
@@ -233,7 +234,7 @@ def test_a_quaternion_longer_than_1_is_a_rotation(tmp_path, length, told):
     np.testing.assert_allclose(
         scan.t1.grid.affine[:3, :3], turn @ np.diag([2, 2.2, 2.4]), atol=1e-6
     )
-    assert any("qform" in text for text in scan.warnings) == told
+    assert any("qform" in text for text in texts(scan.notes)) == told
 
     save_volume(tmp_path / "out.nii.gz", DATA, scan.t1.grid, like=path)
     np.testing.assert_allclose(
@@ -244,4 +245,4 @@ def test_a_quaternion_longer_than_1_is_a_rotation(tmp_path, length, told):
 def test_sform_is_believed_over_any_quaternion(tmp_path):
     scan = load_scan(written(tmp_path / "scan.nii", [0.9] * 3, (1, 1)))
     np.testing.assert_allclose(scan.t1.grid.affine, AFFINE, atol=1e-6)
-    assert any("sform is believed" in text for text in scan.warnings)
+    assert any("sform is believed" in text for text in texts(scan.notes))

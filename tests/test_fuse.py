@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from cadiff_cli.cli import guarded
-from cadiff_cli.config import RegisterConfig
+from cadiff_cli.config import RegisterConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.fusion import SEARCH, carry, choose_atlases, fuse, joint, majority
 from cadiff_cli.io.images import load_scan, save_volume
@@ -150,7 +150,7 @@ def test_wrong_atlases_are_errors_with_a_remedy(dataset, tmp_path):
 def target(dataset):
     """The first person as a scan and as what is registered to."""
     scan = load_scan(image_of(dataset, "sub-1_ses-1", "T1w"))
-    return scan, Stripped(scan.t1, Volume(scan.t1.data > 0, scan.t1.grid), "none")
+    return scan, Stripped(scan.t1, Volume(scan.t1.data > 0, scan.t1.grid), StripMethod.AS_IS)
 
 
 def test_labels_must_be_known_and_on_the_image(dataset, target, parcellation, tmp_path):

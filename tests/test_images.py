@@ -11,6 +11,7 @@ import pytest
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UnsuitableError
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.images import load_scan, load_volume, save_volume
+from cadiff_cli.notes import texts
 
 SHAPE = (70, 72, 74)
 
@@ -173,15 +174,15 @@ def test_some_nan_becomes_zero_with_a_warning(write_image):
     data[3, 4, 5], data[6, 7, 8] = np.nan, np.inf
     scan = load_scan(write_image(data))
     assert scan.t1.data[3, 4, 5] == scan.t1.data[6, 7, 8] == 0
-    assert any(text.startswith("2 voxels") for text in scan.warnings)
+    assert any(text.startswith("2 voxels") for text in texts(scan.notes))
     finite = np.isfinite(data)
     np.testing.assert_array_equal(scan.t1.data[finite], data[finite])
 
 
 def test_coarse_voxels_are_reported(write_image):
     scan = load_scan(write_image(noise((70, 72, 20)), np.diag([1.0, 1, 4, 1])))
-    assert any("coarse" in text for text in scan.warnings)
-    assert not load_scan(write_image(noise())).warnings
+    assert any("coarse" in text for text in texts(scan.notes))
+    assert not load_scan(write_image(noise())).notes
 
 
 def test_one_volume_in_4d_is_a_scan(write_image):
@@ -281,8 +282,8 @@ def test_doubts_about_left_and_right_are_told(phantom, tmp_path, codes, mirror, 
     image.set_qform(other, codes[1])
     path = tmp_path / "sub-01_T1w.nii.gz"
     nib.save(image, path)
-    warnings = " ".join(t for t in load_scan(path).warnings if "left and right" in t)
-    assert (word in warnings) if word else not warnings
+    text = " ".join(t for t in texts(load_scan(path).notes) if "left and right" in t)
+    assert (word in text) if word else not text
 
 
 def test_two_statements_of_a_voxels_size_are_told(phantom, tmp_path):
@@ -291,10 +292,10 @@ def test_two_statements_of_a_voxels_size_are_told(phantom, tmp_path):
     image = nib.Nifti1Image(head.t1.data, head.t1.grid.affine)
     path = tmp_path / "sub-01_T1w.nii.gz"
     nib.save(image, path)
-    assert not any("pixdim" in text for text in load_scan(path).warnings)
+    assert not any("pixdim" in text for text in texts(load_scan(path).notes))
     image.set_sform(head.t1.grid.affine @ np.diag([1.1, 1.0, 1.0, 1.0]), 4)
     nib.save(image, path)
-    (said,) = (text for text in load_scan(path).warnings if "pixdim" in text)
+    (said,) = (text for text in texts(load_scan(path).notes) if "pixdim" in text)
     assert "4.4" in said
 
 
@@ -334,7 +335,7 @@ def test_a_quaternion_that_is_none_leaves_the_sform_to_be_believed(write_image):
     path.write_bytes(raw)
     scan = load_scan(path)
     np.testing.assert_allclose(scan.t1.grid.affine, image.affine)
-    assert any("sform is believed" in text for text in scan.warnings)
+    assert any("sform is believed" in text for text in texts(scan.notes))
 
 
 @pytest.mark.parametrize("turn", [np.diag([-1, -1, 1, 1]), np.eye(4)[[0, 2, 1, 3]]])
@@ -346,7 +347,7 @@ def test_two_statements_of_how_a_scan_lies_are_told(phantom, tmp_path, turn):
     image.set_sform(head.t1.grid.affine, code=1)
     image.set_qform(head.t1.grid.affine @ turn, code=1)
     nib.save(image, path)
-    assert any("disagree" in text for text in load_scan(path).warnings)
+    assert any("disagree" in text for text in texts(load_scan(path).notes))
 
 
 def test_a_qform_that_is_not_a_number_is_told(phantom, tmp_path):
@@ -357,7 +358,7 @@ def test_a_qform_that_is_not_a_number_is_told(phantom, tmp_path):
     image.set_qform(head.t1.grid.affine, code=1)
     image.header["qoffset_x"] = np.nan
     nib.save(image, path)
-    assert any("no rotation" in text for text in load_scan(path).warnings)
+    assert any("no rotation" in text for text in texts(load_scan(path).notes))
 
 
 def test_an_open_image_does_not_change_with_its_file(tmp_path):

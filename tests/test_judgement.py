@@ -9,8 +9,16 @@ import pytest
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.io.volumes import Row
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.quality.group import FAR, outliers, robust_z
-from cadiff_cli.quality.judgement import FAR_BELOW, MOST_SPREAD, POOR_DICE, columns, judge
+from cadiff_cli.quality.judgement import (
+    FAR_BELOW,
+    MOST_SPREAD,
+    POOR_DICE,
+    SAID_OTHERWISE,
+    columns,
+    judge,
+)
 from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, load_ranges, measure
 
 NO_RANGES = Ranges("", {}, {})
@@ -61,7 +69,9 @@ def test_what_is_suspicious_is_said(parcellation):
     assert "Left-Hippocampus" in " ".join(missing.reasons)
     assert "2.90 l" in " ".join(judged(parcellation, mask=2.9e6).reasons)
     poor = replace(
-        MADE, templates=(replace(MADE.templates[0], score=1.01),), warnings=("the FOV cuts",)
+        MADE,
+        templates=(replace(MADE.templates[0], score=1.01),),
+        notes=(Note(NoteCode.MASK_AT_EDGE, "the FOV cuts"),),
     )
     rows = [Row(s.code, s.name, 1.0) for s in parcellation.structures] + [
         Row(None, "Brain-Mask", 1.4e6)
@@ -69,14 +79,20 @@ def test_what_is_suspicious_is_said(parcellation):
     said = judge(Finished("sub-01", Path(), poor), rows, None, parcellation, NO_RANGES).reasons
     assert any("1.010" in text for text in said)
     assert "the FOV cuts" in said
-    # A score is told once; one that is not that of the labels' registration has no other place.
-    score = "the score 1.010 of the registration to"
-    scores = (f"{score} x", f"{score} y", f"skull stripping: {score} x")
-    told = replace(poor, warnings=tuple(f"{text} is low" for text in scores))
-    said = judge(Finished("sub-01", Path(), told), rows, None, parcellation, NO_RANGES).reasons
-    assert f"{score} x is low" not in said
-    assert f"{score} y is low" in said
-    assert f"skull stripping: {score} x is low" in said
+
+
+def test_a_judgement_repeats_no_note_that_it_says_itself(parcellation):
+    def reasons(made):
+        rows = [Row(s.code, s.name, 1.0) for s in parcellation.structures]
+        rows.append(Row(None, "Brain-Mask", 1.4e6))
+        return judge(Finished("sub-01", Path(), made), rows, None, parcellation, NO_RANGES).reasons
+
+    notes = tuple(Note(code, code.value) for code in NoteCode)
+    assert {*reasons(replace(MADE, notes=notes))} == {*NoteCode} - {*SAID_OTHERWISE}
+    # Sidecars of earlier versions hold no codes: all of their warnings are repeated.
+    sidecar = replace(MADE, notes=notes).sidecar()
+    del sidecar["WarningCodes"]
+    assert {*reasons(Provenance.read(sidecar))} == {*NoteCode}
 
 
 def test_a_structure_that_nobody_is_sure_of_is_named(parcellation):

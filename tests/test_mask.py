@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from synthetic_head import stored, synthetic_head
 
 from cadiff_cli.cli.mask import command
-from cadiff_cli.config import Config, StripConfig
+from cadiff_cli.config import Config, StripConfig, StripMethod
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
 from cadiff_cli.io import releases, templates
 from cadiff_cli.io.files import sha256
@@ -73,7 +73,7 @@ def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
     t1, brain = head(orientation)
     scan = Scan(t1, tmp_path / "sub-01_T1w.nii.gz")
     stripped = strip(scan, None, Config(StripConfig("auto")), tmp_path)
-    assert stripped.method == "net"
+    assert stripped.method is StripMethod.NET
     assert set(stripped.quality.as_dict()) == {"largest_share", "symmetry", "at_edge", "in_air"}
     assert overlap(on_scan(stripped, scan).data, brain) > 0.96
 
@@ -204,8 +204,8 @@ def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_thre
     folder = shared(f"heads/mass/sub-{name}/anat")
     scan = load_scan(folder / f"sub-{name}_T1w.nii.gz")
     stripped = strip(scan, None, Config(StripConfig()), tmp_path)
-    assert stripped.method == "net"
-    assert not stripped.warnings
+    assert stripped.method is StripMethod.NET
+    assert not stripped.notes
     truth = np.asarray(load_volume(folder / f"sub-{name}_desc-brain_mask.nii.gz").data) > 0
     assert overlap(on_scan(stripped, scan).data, truth) > 0.915
 
@@ -217,8 +217,8 @@ def test_a_synthetic_head_is_stripped_however_it_is_stored(
     t1, brain = (stored(v.data, v.grid, *turned) for v in synthetic_head(seed=0))
     scan = Scan(t1, tmp_path / "sub-head_T1w.nii.gz")
     stripped = strip(scan, None, Config(StripConfig()), tmp_path)
-    assert stripped.method == "net"
-    assert not stripped.warnings
+    assert stripped.method is StripMethod.NET
+    assert not stripped.notes
     assert overlap(on_scan(stripped, scan).data, brain.data) > 0.9
 
 
@@ -234,7 +234,7 @@ def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_thr
     assert found
     assert found.litres > 1.7
     stripped = strip(scan, None, Config(StripConfig()), tmp_path)
-    assert stripped.method == "net"
+    assert stripped.method is StripMethod.NET
     assert overlap(on_scan(stripped, scan).data, brain.data) > 0.88
 
 

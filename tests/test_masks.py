@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from cadiff_cli.notes import texts
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.masks import doubts, judge_mask
 
@@ -47,22 +48,22 @@ def test_a_missing_hemisphere_is_lopsided():
     """Though it is symmetric enough from top to bottom."""
     half = BRAIN.copy()
     half[SIZE // 2 :] = False
-    assert "lopsided" in " ".join(doubts(judged(half)))
+    assert "lopsided" in " ".join(texts(doubts(judged(half))))
 
 
 def test_a_missing_piece_of_a_side_is_lopsided():
     bitten = BRAIN.copy()
     bitten[: SIZE // 2, : SIZE // 2] = False
-    assert "lopsided" in " ".join(doubts(judged(bitten)))
+    assert "lopsided" in " ".join(texts(doubts(judged(bitten))))
 
 
 def test_pieces_are_said():
     pieces = body(((-60, 0, 0), (40, 40, 40)), ((60, 0, 0), (34, 34, 34)))
-    assert "pieces" in " ".join(doubts(judged(pieces)))
+    assert "pieces" in " ".join(texts(doubts(judged(pieces))))
 
 
 def test_a_cut_is_said():
-    assert "field of view" in " ".join(doubts(judged(BRAIN[:, :, 40:])))
+    assert "field of view" in " ".join(texts(doubts(judged(BRAIN[:, :, 40:]))))
 
 
 def test_a_box_that_just_holds_the_brain_does_not_cut_it():

@@ -107,7 +107,7 @@ def test_half_a_brain_is_doubted_not_refused(brain, atlas, stripped_of, phantom,
     half = whole.mask.data & (np.arange(whole.mask.data.shape[0]) < 80)[:, None, None]
     scan = Scan(brain, Path("sub-01_T1w.nii.gz"))
     checked = verified(scan, replace(whole, mask=Volume(half, whole.mask.grid)), atlas)
-    assert "cannot tell" in checked.warnings[-1]
+    assert "cannot tell" in checked.notes[-1].text
     with pytest.raises(DataError):
         verified(scan, whole, atlas)
 
@@ -120,7 +120,7 @@ def test_where_rotations_fit_alike_the_scan_is_doubted_not_refused(
     monkeypatch.setattr("cadiff_cli.stages.orientation.orientation", lambda *_: lies)
     stripped = stripped_of(phantom("RAS", 2.0))
     checked = verified(Scan(brain, Path("sub-01_T1w.nii.gz")), stripped, atlas)
-    assert "cannot tell" in checked.warnings[-1]
+    assert "cannot tell" in checked.notes[-1].text
 
 
 def test_reorient_mends_the_header_and_nothing_else(

@@ -6,6 +6,7 @@ from scipy.ndimage import gaussian_filter, rotate
 
 from cadiff_cli.errors import UnsuitableError
 from cadiff_cli.io.images import load_scan, save_volume
+from cadiff_cli.notes import texts
 from cadiff_cli.spatial.grid import Grid, border_value
 from cadiff_cli.stages.strip import stripped_brain
 
@@ -92,7 +93,7 @@ def test_padding_becomes_air(tmp_path, kind, pad):
     scan = read(tmp_path, MR[kind](pad))
     wanted = MR[kind](0)
     far = abs(pad) > 0.05 * np.quantile(wanted, 0.98)
-    assert any(f"padding of {pad}: it was set to 0" in text for text in scan.warnings) == far
+    assert any(f"padding of {pad}: it was set to 0" in text for text in texts(scan.notes)) == far
     assert border_value(scan.t1.data) == pytest.approx(border_value(wanted), abs=1.01)
     # Edges of the padding hold mixtures.
     off = abs(np.maximum(scan.t1.data, 0) - np.maximum(wanted, 0)) > 1.01
@@ -110,7 +111,7 @@ def test_without_padding_nothing_changes(tmp_path):
     for data in (mr(), bare(mr(), 0), within(mr(), 0), rng.uniform(-2048, 2048, SHAPE)):
         scan = read(tmp_path, data)
         np.testing.assert_array_equal(scan.t1.data, data.astype(np.float32))
-        assert not any("padding" in text for text in scan.warnings)
+        assert not any("padding" in text for text in texts(scan.notes))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.2, None])

@@ -7,6 +7,7 @@ import pytest
 from cadiff_cli.config import Config, Recipe
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
+from cadiff_cli.notes import Note, NoteCode
 
 RECIPE = Recipe(Config(), "MNIColin27", "cadiff-malc", "0" * 64, spaces=("MNI152NLin2009cAsym",))
 MADE = Provenance(
@@ -33,7 +34,7 @@ MADE = Provenance(
     source_sha256="1" * 64,
     seconds={"strip": 2.5},
     expected_dice={"Calibrated": False},
-    warnings=("coarse voxels",),
+    notes=(Note(NoteCode.COARSE_VOXELS, "coarse voxels"),),
     run_id="20261129-051500_0",
 )
 

@@ -22,6 +22,7 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.io.volumes import read_rows
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import (
     Calibration,
     Prepared,
@@ -75,12 +76,12 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
                 replace(template, name=x),
                 Transform(
                     *(transform, transform, "affine", 1.2, x not in poor),
-                    warnings=("it looks poor",) * (x in poor),
+                    notes=(Note(NoteCode.POOR_SCORE, "it looks poor"),) * (x in poor),
                 ),
             )
             for x in templates
         )
-        scan = Scan(head.t1, path, tuple(warnings))
+        scan = Scan(head.t1, path, tuple(Note(NoteCode.UNKNOWN, text) for text in warnings))
         prepared = Prepared(
             *(scan, stripped_of(head), registrations, conditions_of(head)),
             tuple(r.template for r in registrations),

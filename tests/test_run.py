@@ -65,7 +65,7 @@ def test_a_bad_scan_is_recorded_and_the_rest_goes_on(batch):
     assert "Traceback" not in done.stderr
     # Another one holds what should be looked at in results that are there.
     doubts = done.stderr[done.stderr.index("to look at\n") :]
-    warned = {r.entities for r in finished(out) if r.provenance.warnings}
+    warned = {r.entities for r in finished(out) if r.provenance.notes}
     assert warned
     assert all(entities in doubts for entities in warned)
 

@@ -22,6 +22,7 @@ from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import locked, sha256, write_text, write_tsv
 from cadiff_cli.io.provenance import Provenance, make_recipe
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Calibration
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
@@ -235,7 +236,7 @@ def test_a_journal_remembers_the_last_outcome(tmp_path):
     assert journal.read("sub-01") is None
     for outcome in (
         Outcome("sub-01", "failed", 1.5, "no brain", 65, "sub-01/log/x/crash.txt"),
-        Outcome("sub-01", "done", 2.0, warnings=("look",)),
+        Outcome("sub-01", "done", 2.0, warnings=(Note(NoteCode.BIAS, "look"),)),
     ):
         journal.record(outcome)
         assert journal.read("sub-01") == outcome

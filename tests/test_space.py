@@ -7,9 +7,12 @@ import pytest
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import UsageError
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Prepared, Registered, Result, Segmentation, Transform
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.space import parse_space, standard_grid, to_space
+
+OWN, POOR = (Note(NoteCode.POOR_SCORE, text) for text in ("own", "poor"))
 
 
 @pytest.fixture
@@ -94,15 +97,14 @@ def test_a_poor_registration_to_a_space_is_said_once(
 ):
     """Whatever its resolutions; that of the labels has been said already."""
     own = identity(toy_template(spacing=8.0))
-    own = replace(own, transform=replace(own.transform, warnings=("own",)))
+    own = replace(own, transform=replace(own.transform, notes=(OWN,)))
     result = result_of(phantom("RAS", 8.0), own)
     carried = to_space(result, own.template, "", tmp_path)
-    assert replace(result, spaces=(carried,)).warnings == ("own",)
-    other = Registered(
-        replace(own.template, name="other"), replace(own.transform, warnings=("poor",))
-    )
+    assert replace(result, spaces=(carried,)).notes == (OWN,)
+    other = Registered(replace(own.template, name="other"), replace(own.transform, notes=(POOR,)))
     spaces = tuple(replace(carried, registered=replace(other), resolution=x) for x in "12")
-    assert replace(result, spaces=(carried, *spaces)).warnings == ("own", "poor")
+    of_space = POOR.coded(NoteCode.SPACE_REGISTRATION)
+    assert replace(result, spaces=(carried, *spaces)).notes == (OWN, of_space)
 
 
 def test_names_say_which(toy_template, identity, result_of, phantom, tmp_path):

@@ -9,11 +9,12 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.config import Config, StripConfig
+from cadiff_cli.config import Config, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.nets.brain import BrainConfig
 from cadiff_cli.nets.models import BrainModel
+from cadiff_cli.notes import NoteCode, texts
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -79,9 +80,8 @@ def test_the_network_tells_a_large_brain_from_a_head(
 def test_a_large_brain_is_told(phantom, monkeypatch, tmp_path):
     monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: 0.2)
     scan = Scan(phantom("RAS", 3.0, scale=1.13).t1, tmp_path / "sub-01_T1w.nii.gz")
-    assert any(
-        "taken for a stripped brain" in x for x in strip(scan, None, Config(), tmp_path).warnings
-    )
+    notes = strip(scan, None, Config(), tmp_path).notes
+    assert NoteCode.LARGE_BRAIN in {note.code for note in notes}
 
 
 def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
@@ -109,8 +109,8 @@ def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
 def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):
     head = phantom(orientation, 2.0)
     stripped = strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
-    assert stripped.method == "none"
-    assert not stripped.warnings
+    assert stripped.method is StripMethod.AS_IS
+    assert not stripped.notes
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
     truth = np.count_nonzero(head.codes) * head.t1.grid.voxel_volume_mm3 / 1e6
     assert litres == pytest.approx(truth, rel=0.02)
@@ -168,7 +168,7 @@ def test_a_brain_below_its_background_is_lifted(
     scored = np.where(inside, (head.t1.data - head.t1.data[inside].mean()) / 20, 0)
     moved = type(head)(Volume(scored.astype(np.float32), head.t1.grid), head.codes, 0.8, (0, 0, 0))
     stripped = strip(scan_of(moved), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
-    assert stripped.method == "none"
+    assert stripped.method is StripMethod.AS_IS
     assert stripped.t1.data.min() == 0
     plain = strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
     both = stripped.mask.data & plain.mask.data
@@ -209,7 +209,7 @@ def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
     stripped = strip(
         scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
     )
-    assert stripped.method == "mask file"
+    assert stripped.method is StripMethod.MASK_FILE
     ijk = np.argwhere(stripped.mask.data)
     assert np.median(stripped.mask.grid.to_world(ijk)[:, 0]) > 15
     litres = len(ijk) * stripped.mask.grid.voxel_volume_mm3 / 1e6
@@ -239,7 +239,7 @@ def test_a_stripped_scan_that_rings_is_recognised(phantom, scan_of, tmp_path, me
     scan = scan_of(replace(head, t1=Volume(moved, head.t1.grid)))
     assert foreground(scan.t1).litres > 2 * Volume(head.codes > 0, head.t1.grid).litres
     stripped = strip(scan, None, Config(StripConfig(method)), tmp_path)
-    assert stripped.method == "none"
+    assert stripped.method is StripMethod.AS_IS
     assert stripped.mask.litres == pytest.approx(
         Volume(head.codes > 0, head.t1.grid).litres, rel=0.1
     )
@@ -266,7 +266,7 @@ def test_a_given_mask_keeps_its_parts(phantom, toy_template, scan_of, tmp_path):
     )
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
     assert litres == pytest.approx(np.count_nonzero(parts) * 8e-6, rel=0.02)
-    assert any("pieces" in text for text in stripped.warnings)
+    assert any("pieces" in text for text in texts(stripped.notes))
 
 
 def test_no_unit_of_brightness_is_too_small(phantom, scan_of, tmp_path):
@@ -275,7 +275,7 @@ def test_no_unit_of_brightness_is_too_small(phantom, scan_of, tmp_path):
     stripped = strip(
         scan_of(type(head)(dim, head.codes, 1.0, head.shift_mm)), None, Config(), tmp_path
     )
-    assert stripped.method == "none"
+    assert stripped.method is StripMethod.AS_IS
 
 
 @pytest.mark.parametrize("value", [0.0, -1000.0])
@@ -308,7 +308,7 @@ def test_an_empty_mask_is_refused(phantom, toy_template, scan_of, tmp_path):
 def test_implausible_brains_are_reported(phantom, toy_template, scan_of, tmp_path):
     small = phantom("RAS", 2.0, scale=0.75)
     stripped = strip(scan_of(small), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
-    assert any("look at it" in text for text in stripped.warnings)
+    assert any("look at it" in text for text in texts(stripped.notes))
 
 
 def test_a_head_left_unstripped_is_reported(phantom, head_of, toy_template, scan_of, tmp_path):
@@ -317,7 +317,7 @@ def test_a_head_left_unstripped_is_reported(phantom, head_of, toy_template, scan
     stripped = strip(
         scan_of(head), toy_template(spacing=8.0), Config(StripConfig("none")), tmp_path
     )
-    assert any("does not look skull-stripped" in text for text in stripped.warnings)
+    assert any("does not look skull-stripped" in text for text in texts(stripped.notes))
 
 
 def test_a_template_without_a_skull_cannot_strip(phantom, head_of, toy_template, scan_of, tmp_path):
@@ -357,7 +357,7 @@ def test_a_mask_that_leaves_the_head_is_reported(
         moved = np.roll(brain.codes > 0, shift, axis=2)
         save_volume(path, moved, t1.grid)
         stripped = strip(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
-        assert any("outside the head" in text for text in stripped.warnings) is said
+        assert any("outside the head" in text for text in texts(stripped.notes)) is said
         assert (stripped.quality.in_air > 0.01) == said
 
 

@@ -27,6 +27,7 @@ from cadiff_cli.io.templates import (
     parse_specs,
     registry,
 )
+from cadiff_cli.notes import texts
 from cadiff_cli.products import Citation, Frame
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -66,7 +67,7 @@ def test_the_embedded_template_needs_nothing():
     assert 1 < litres < 2.2
     assert (template.brain.data[~inside] == 0).all()
     assert template.head is None
-    assert not template.warnings
+    assert not template.notes
     # Its origin lies in the brain, and x extents are symmetric so that 0.5 is the midplane.
     ijk = np.linalg.solve(template.brain.grid.affine, [*template.frame.ac_mm, 1])[:3]
     assert inside[tuple(np.round(ijk).astype(int))]
@@ -108,7 +109,7 @@ def test_an_installed_template_loads(install, good):
     install(head, mask)
     template, embedded = load_templates("auto", offline=True)
     assert (template.name, embedded.name) == (PREFERRED, EMBEDDED)
-    assert not template.warnings + embedded.warnings
+    assert not template.notes + embedded.notes
     np.testing.assert_array_equal(template.mask.data, mask > 0)
     np.testing.assert_array_equal(template.brain.data, np.where(mask > 0, head, 0))
 
@@ -116,7 +117,7 @@ def test_an_installed_template_loads(install, good):
 def test_auto_falls_back_and_says_so(home):
     (template,) = load_templates("auto", offline=True)
     assert template.name == EMBEDDED
-    (warning,) = template.warnings
+    (warning,) = texts(template.notes)
     assert PREFERRED in warning
     assert "offline" in warning
 
@@ -128,7 +129,7 @@ def test_a_cache_that_may_not_be_read_is_as_none(home, monkeypatch):
     monkeypatch.setattr(templateflow, "_is_there", refuse)
     (template,) = load_templates("auto", offline=True)
     assert template.name == EMBEDDED
-    assert "Permission denied" in template.warnings[0]
+    assert "Permission denied" in template.notes[0].text
 
 
 def damaged(kind, head, mask):
@@ -166,7 +167,7 @@ def test_damage_names_its_remedy(install, home, good, kind):
         assert advice in caught.value.remedy
     (fallback,) = load_templates("auto", offline=True)
     assert fallback.name == EMBEDDED
-    assert fallback.warnings
+    assert fallback.notes
 
 
 def test_a_failed_download_is_one_clear_error(home, monkeypatch):
@@ -198,7 +199,7 @@ def test_without_a_network_the_client_is_not_asked(home, monkeypatch):
         load_template(PREFERRED)
     (fallback,) = load_templates("auto")
     assert fallback.name == EMBEDDED
-    assert "no network" in fallback.warnings[0]
+    assert "no network" in fallback.notes[0].text
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ class RunConsole:
         """Print a scan's line and its warnings."""
         head = f"[{number}/{total}] {outcome.entities}  {outcome.status}  {outcome.seconds:.0f} s"
         self.console.print(escape(f"{head}  {outcome.message}".rstrip()))
-        for text in outcome.warnings:
-            self.warn(f"{outcome.entities}: {text}")
+        for note in outcome.warnings:
+            self.warn(f"{outcome.entities}: {note.text}")
 
     def summary(self, summary: Summary) -> None:
         """Print tables of the failed, the unsuitable and the doubtful scans, and the counts."""
@@ -45,7 +45,7 @@ class RunConsole:
         if unsuitable := (*summary.plan.unsuitable, *summary.of("unsuitable")):
             reasons = [(o.entities, o.message) for o in unsuitable]
             self._table("unsuitable", ("scan", "why"), reasons)
-        if doubts := [(o.entities, text) for o in summary.outcomes for text in o.warnings]:
+        if doubts := [(o.entities, note.text) for o in summary.outcomes for note in o.warnings]:
             self._table("to look at", ("scan", "warning"), doubts)
         counts = ", ".join(f"{n} {status}" for status, n in summary.counts.items() if n)
         self.console.print(f"{counts or 'nothing to do'}: {escape(str(summary.out))}")

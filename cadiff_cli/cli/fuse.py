@@ -116,7 +116,7 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
     from cadiff_cli.fusion import BETA, RADIUS, SEARCH
     from cadiff_cli.io.files import write_json
     from cadiff_cli.io.images import save_volume
-    from cadiff_cli.io.provenance import software
+    from cadiff_cli.io.provenance import software, told
 
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
     sidecar.unlink(missing_ok=True)
@@ -137,6 +137,6 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
         "Registration": as_dict(config.register),
         "SkullStripping": stripped.method,
         "Seconds": dict(fused.seconds),
-        "Warnings": list(fused.warnings),
+        **told(fused.notes),
     }
     write_json(sidecar, about)

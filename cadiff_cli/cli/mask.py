@@ -38,8 +38,8 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
     scan = load_scan(t1)
-    for text in scan.warnings:
-        click.echo(warning(text), err=True)
+    for note in scan.notes:
+        click.echo(warning(note.text), err=True)
     place, journal = Derivatives(out, t1), Journal(out)
 
     def claim() -> None:

@@ -14,6 +14,7 @@ from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.releases import DEFAULT
 from cadiff_cli.io.templates import load_templates, parse_specs
+from cadiff_cli.notes import texts
 from cadiff_cli.products import Result
 from cadiff_cli.runner.journal import Journal, alone
 from cadiff_cli.runner.logs import LOGGER, ON_SCREEN, capture_warnings, logged
@@ -56,8 +57,8 @@ def segment_file(
         journal.make_room(place, *inputs, overwrite=overwrite)
         LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, t1, scan.t1)
         LOGGER.info("settings %s", config)
-        for text in scan.warnings:
-            LOGGER.warning(text)
+        for note in scan.notes:
+            LOGGER.warning(note.text)
         if show:
             console.print(f"[bold]cadiff {cadiff_cli.__version__}[/]  {escape(t1.name)}")
 
@@ -97,7 +98,7 @@ def segment_file(
             took = time.perf_counter() - begun
             console.print(f"  {took:6.1f} s  done: {escape(str(place.folder))}")
             console.print(f"            {result.prepared.stripped.summary}")
-            for text in result.warnings:
+            for text in texts(result.notes):
                 console.print(f"            [yellow]look[/]: {escape(text)}")
         return result
 

@@ -30,6 +30,7 @@ from cadiff_cli.io.formats import (
     unpacked,
 )
 from cadiff_cli.io.intensities import LARGEST, is_ct, usable, without_padding
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
 
@@ -70,12 +71,12 @@ class _Read(NamedTuple):
 
     volume: Volume
     header: Any
-    warnings: list[str]
+    notes: list[Note]
 
 
 def _read(path: Path) -> _Read:
     name = path.name
-    with _opened(path) as (header, stream, warnings):
+    with _opened(path) as (header, stream, notes):
         shape = tuple(int(n) for n in header.get_data_shape())
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
@@ -93,16 +94,17 @@ def _read(path: Path) -> _Read:
         data = np.asanyarray(ArrayProxy(stream, header, mmap=False)).reshape(shape)
         end = stream.tell()
         if isinstance(stream, gzip.GzipFile) and _has_junk(path, stream, end):
-            warnings.append(f"{name} goes on after its gzip stream: what follows was ignored")
+            text = f"{name} goes on after its gzip stream: what follows was ignored"
+            notes.append(Note(NoteCode.TRAILING_BYTES, text))
     if data.dtype.kind not in "iufb":
         raise UnsuitableError(
             f"{name} holds {data.dtype} values", "give a scalar image (not RGB or complex)"
         )
-    return _Read(Volume(data, grid), header, warnings)
+    return _Read(Volume(data, grid), header, notes)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[str]]]:
+def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[Note]]]:
     """The header of an image, its bytes, and doubts about the header.
 
     Errors while it is read become ``DataError``.
@@ -180,7 +182,7 @@ def _sound_bytes(path: Path) -> int:
     return count
 
 
-def _unit_quaternion(header: Any, name: str) -> list[str]:
+def _unit_quaternion(header: Any, name: str) -> list[Note]:
     """Scale a qform's quaternion that is longer than 1 to a rotation, as ITK does.
 
     nibabel would refuse it.  Returns a warning, unless the excess is only a rounding error.
@@ -196,7 +198,8 @@ def _unit_quaternion(header: Any, name: str) -> list[str]:
     if length < 1 + ROUNDING_OF_TEXT:
         return []
     believed = "sform is believed" if header["sform_code"] else "it was scaled to 1"
-    return [f"the qform of {name} is no rotation (its quaternion is {length:.3g} long): {believed}"]
+    text = f"the qform of {name} is no rotation (its quaternion is {length:.3g} long): {believed}"
+    return [Note(NoteCode.HEADER_ORIENTATION, text)]
 
 
 def load_scan(path: Path) -> Scan:
@@ -206,7 +209,7 @@ def load_scan(path: Path) -> Scan:
     ``UnsuitableError`` for readable images that cannot be segmented, and the errors of
     ``load_volume``.
     """
-    volume, header, warnings = _read(path)
+    volume, header, notes = _read(path)
     grid, name = volume.grid, path.name
     _check_extent(grid, name)
     good = usable(volume.data)
@@ -217,27 +220,27 @@ def load_scan(path: Path) -> Scan:
             f"{name} holds only NaN, infinite or absurd values", "check how it was written"
         )
     if bad:
-        warnings.append(
-            f"{bad:,} voxels of {name} that are NaN, infinite or above {LARGEST:g} were set to 0"
-        )
+        text = f"{bad:,} voxels of {name} that are NaN, infinite or above {LARGEST:g} were set to 0"
+        notes.append(Note(NoteCode.BAD_VALUES, text))
     if data.min() == data.max():
         kind = "all zero" if data.max() == 0 else f"constant ({data.max():g} everywhere)"
         raise UnsuitableError(f"{name} is {kind}", "give a T1-weighted image")
-    plain, said = without_padding(data, name)
+    plain, padding = without_padding(data, name)
     if is_ct(data, plain):
         raise UnsuitableError(
             f"{name} looks like a CT in Hounsfield units ({border_value(data):.0f} at its faces)",
             "give a T1-weighted MR image",
         )
     data = plain
-    warnings.extend(said)
+    notes.extend(padding)
     if grid.spacing_mm.max() > 3.0:
-        warnings.append(
+        text = (
             f"voxels of {np.round(grid.spacing_mm, 2).tolist()} mm are coarse:"
             " small structures will be unreliable"
         )
-    warnings.extend(_frame_warnings(header, name))
-    return Scan(Volume(data, grid), path, tuple(warnings), sha256(path))
+        notes.append(Note(NoteCode.COARSE_VOXELS, text))
+    notes.extend(_frame_notes(header, name))
+    return Scan(Volume(data, grid), path, tuple(notes), sha256(path))
 
 
 def _check_extent(grid: Grid, name: str) -> None:
@@ -272,34 +275,38 @@ def _check_extent(grid: Grid, name: str) -> None:
         )
 
 
-def _frame_warnings(header: Any, name: str) -> list[str]:
+def _frame_notes(header: Any, name: str) -> list[Note]:
     """Reasons to doubt the orientation or the voxel size of a NIfTI header."""
     if not isinstance(header, nib.Nifti1Header):
         return []
     sform, s_code = header.get_sform(coded=True)
     qform, q_code = header.get_qform(coded=True)
     if q_code and not np.isfinite(qform).all():
-        return [f"the qform of {name} is no rotation: sform is believed"]
+        text = f"the qform of {name} is no rotation: sform is believed"
+        return [Note(NoteCode.HEADER_ORIENTATION, text)]
     if not s_code and not q_code:
-        return [
+        text = (
             f"{name} does not say how it lies (qform and sform codes are 0):"
             " left and right are a guess"
-        ]
-    warnings = []
+        )
+        return [Note(NoteCode.HEADER_ORIENTATION, text)]
+    notes = []
     if s_code and q_code:
         ours, theirs = ("".join(map(str, aff2axcodes(form))) for form in (sform, qform))
         if ours != theirs:
-            warnings.append(
+            text = (
                 f"sform and qform of {name} disagree about left and right, front or top"
                 f" ({ours} and {theirs}): sform is believed"
             )
+            notes.append(Note(NoteCode.HEADER_ORIENTATION, text))
     said, used = np.array(header.get_zooms()[:3]), voxel_sizes(header.get_best_affine())
     if (abs(used / said - 1) > SAME_SIZE).any():
-        warnings.append(
+        text = (
             f"voxels of {name} are {np.round(said, 3).tolist()} mm by its pixdim and"
             f" {np.round(used, 3).tolist()} mm by its sform, which is believed: volumes follow it"
         )
-    return warnings
+        notes.append(Note(NoteCode.HEADER_SIZES, text))
+    return notes
 
 
 def save_volume(

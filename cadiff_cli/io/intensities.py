@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.spatial.grid import border_value
 
 LARGEST = 1e15
@@ -31,7 +32,7 @@ def usable(data: np.ndarray) -> np.ndarray:
     return np.asarray(np.isfinite(data) & (abs(data) < LARGEST))
 
 
-def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
+def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[Note]]:
     """``data`` with air in place of padding, and warnings that tell it.
 
     Padding is a constant far from all other values: tools that turn or enlarge a field of view fill
@@ -52,7 +53,8 @@ def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]
     else:
         return data, []
     share = f"{np.mean(padded):.1%} of {name} is padding of {pad:g}"
-    return np.where(padded, np.float32(air), data), [f"{share}: it was set to {air:g}"]
+    note = Note(NoteCode.PADDING, f"{share}: it was set to {air:g}")
+    return np.where(padded, np.float32(air), data), [note]
 
 
 def is_ct(data: np.ndarray, plain: np.ndarray) -> bool:

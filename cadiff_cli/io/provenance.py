@@ -2,14 +2,14 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import cadiff_cli
 from cadiff_cli import machine
-from cadiff_cli.config import Config, Recipe, StripConfig, fingerprint
+from cadiff_cli.config import Config, Recipe, StripConfig, StripMethod, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import strip_weights_sha256
@@ -17,6 +17,7 @@ from cadiff_cli.io.templates import joint_name, own_contents
 from cadiff_cli.io.volumes import about_expected_dice
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.machine import ITK_THREADS
+from cadiff_cli.notes import Note, NoteCode, texts
 from cadiff_cli.products import Calibration, Citation, Result, Scan, Stripped, Template, sound
 
 
@@ -138,7 +139,7 @@ class Provenance:
     source_sha256: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     expected_dice: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     run_id: str = ""
     gaps: tuple[str, ...] = ()
 
@@ -196,7 +197,7 @@ class Provenance:
             source_sha256=prepared.scan.sha256 or sha256(prepared.scan.path),
             seconds=dict(result.seconds),
             expected_dice=about_expected_dice(result),
-            warnings=tuple(machine.without_home(text) for text in result.warnings),
+            notes=tuple(replace(n, text=machine.without_home(n.text)) for n in result.notes),
             run_id=run_id,
         )
 
@@ -236,7 +237,7 @@ class Provenance:
             source_sha256=top.optional("SourceSHA256", str) or "",
             seconds={stage: s for stage, s in seconds if isinstance(s, int | float)},
             expected_dice=top.optional("ExpectedDice", dict) or {},
-            warnings=tuple(map(str, top.optional("Warnings", list) or ())),
+            notes=read_notes(sidecar),
             run_id=top.optional("RunId", str) or "",
             gaps=tuple(dict.fromkeys(top.gaps)),
         )
@@ -263,7 +264,7 @@ class Provenance:
             "SourceSHA256": self.source_sha256,
             "Seconds": dict(self.seconds),
             "ExpectedDice": dict(self.expected_dice),
-            "Warnings": list(self.warnings),
+            **told(self.notes),
             **({"RunId": self.run_id} if self.run_id else {}),
             "SpatialReference": self.source,
         }
@@ -296,7 +297,7 @@ class Provenance:
     @property
     def has_own_mask(self) -> bool:
         """Whether the user gave the brain mask."""
-        return self.skull_stripping == "mask file"
+        return self.skull_stripping == StripMethod.MASK_FILE
 
     @property
     def is_registered(self) -> bool:
@@ -327,6 +328,24 @@ class Provenance:
     def output_spaces(self) -> tuple[str, ...]:
         """Standard spaces that the result was resampled to."""
         return tuple(map(str, _Reader(self.settings).optional("output_spaces", list) or ()))
+
+
+def told(notes: Iterable[Note]) -> dict[str, Any]:
+    """Entries of a sidecar: ``Warnings`` for people, ``WarningCodes`` in the same order."""
+    notes = list(notes)
+    return {"Warnings": texts(notes), "WarningCodes": [note.code.value for note in notes]}
+
+
+def read_notes(sidecar: Mapping[str, Any]) -> tuple[Note, ...]:
+    """The notes of a sidecar; all of unknown code where it has no codes, as before them."""
+    top = _Reader(sidecar)
+    warnings = top.optional("Warnings", list) or []
+    codes = top.optional("WarningCodes", list) or []
+    if len(codes) != len(warnings):
+        codes = [NoteCode.UNKNOWN] * len(warnings)
+    return tuple(
+        Note(NoteCode(code), str(text)) for code, text in zip(codes, warnings, strict=True)
+    )
 
 
 T = TypeVar("T")
@@ -381,7 +400,7 @@ def _short(value: object) -> str:
 
 def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:
     """What made a brain mask that stands alone."""
-    learned = stripped.method == "net"
+    learned = stripped.method is StripMethod.NET
     return {
         "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
         "Packages": software(),

@@ -22,6 +22,7 @@ from cadiff_cli.io.files import read_json
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.templateflow import fetch, listed, packaged_json, templateflow_home
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Citation, Frame, Template
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
 from cadiff_cli.spatial.resample import same_grid
@@ -50,7 +51,7 @@ def registry() -> dict[str, dict[str, Any]]:
 def load_templates(specs: str = "auto", *, offline: bool = False) -> tuple[Template, ...]:
     """Templates by name or folder, joined by ``+``; ``"auto"`` is Colin27 and the embedded one.
 
-    Where Colin27 cannot be had, the embedded one carries a warning and serves alone.  ``offline``
+    Where Colin27 cannot be had, the embedded one carries a note and serves alone.  ``offline``
     forbids downloads.  Raises what ``load_template`` raises, ``UsageError`` for two of one name.
     """
     if specs != "auto":
@@ -67,12 +68,12 @@ def load_templates(specs: str = "auto", *, offline: bool = False) -> tuple[Templ
         return load_template(PREFERRED, offline=offline), embedded
     except CadiffError as error:
         reason = error.message
-    warning = (
+    text = (
         f"template {PREFERRED} is not available ({reason}); {EMBEDDED}, which comes with nilearn,"
         " serves alone: labels are a little less accurate"
     )
-    log.warning(warning)
-    return (replace(embedded, warnings=(warning,)),)
+    log.warning(text)
+    return (replace(embedded, notes=(Note(NoteCode.TEMPLATE_MISSING, text),)),)
 
 
 def joint_name(templates: Iterable[Template]) -> str:

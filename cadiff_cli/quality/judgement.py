@@ -10,6 +10,7 @@ from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import Row
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.notes import NoteCode
 from cadiff_cli.products import MaskQuality
 from cadiff_cli.quality.limits import PLAUSIBLE_LITRES, POOR_SCORE
 from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, base_volumes, brain_mm3, pairs
@@ -26,6 +27,11 @@ POOR_DICE = 0.6
 MOST_SPREAD = 10.0
 """Per cent of its volume by which samples of a structure may differ (SD): a good scan's largest was
 2.4 % (docs/report.md)."""
+SAID_OTHERWISE = (NoteCode.TEMPLATE_MISSING, NoteCode.MASK_VOLUME, NoteCode.POOR_SCORE)
+"""Notes that are not about the result, or that a judgement says in its own words.
+
+Results of versions that stored no codes repeat them.
+"""
 COLUMNS = {
     "verdict": "'fine', or 'look' where something is suspicious",
     "age": "Age in years, of participants.tsv; ranges are adults'",
@@ -232,12 +238,7 @@ def _reasons(found: Judgement, ranges: Ranges, made: Provenance) -> Iterator[str
                 f"{side.name}: left and right differ by"
                 f" {side.percent:+.0f} %, {span.low:+.0f} to {span.high:+.0f} % expected"
             )
-    # Those that are not about the result, or were said above in other words.
-    scored = [used.name for used in made.templates if used.score is not None]
-    known = ("serves alone", " l, outside ", *(f"the registration to {x} " for x in scored))
-    for text in made.warnings:
-        if text.startswith("skull stripping:") or not any(part in text for part in known):
-            yield text
+    yield from (note.text for note in made.notes if note.code not in SAID_OTHERWISE)
 
 
 def columns(judgement: Judgement) -> dict[str, Any]:

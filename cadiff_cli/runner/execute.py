@@ -19,6 +19,7 @@ from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.templates import load_template, load_templates, own_contents
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template
 from cadiff_cli.report.page import report_scan
@@ -47,7 +48,7 @@ def execute(job: Job) -> Outcome:
                     return Outcome(job.entities, "busy")
                 if job.is_finished():
                     failed = report_scan(job.out, job.t1) if job.lacks_page() else ""
-                    outcome = Outcome(job.entities, "done", warnings=(failed,) if failed else ())
+                    outcome = Outcome(job.entities, "done", warnings=_no_page(failed))
                     journal.record(outcome)
                     return outcome
                 with logged(job.log_dir / f"{job.entities}.log"):
@@ -57,19 +58,24 @@ def execute(job: Job) -> Outcome:
                     result = _segment(job)
                     failed = report_scan(job.out, job.t1, wanted=job.report)
                 seconds = round(time.perf_counter() - begun, 1)
-                said = (*result.warnings, failed) if failed else result.warnings
-                outcome = Outcome(job.entities, "done", seconds, warnings=said)
+                notes = (*result.notes, *_no_page(failed))
+                outcome = Outcome(job.entities, "done", seconds, warnings=notes)
                 journal.record(outcome)
                 return outcome
         except Exception as error:
             return failure(job, error, time.perf_counter() - begun)
 
 
+def _no_page(failed: str) -> tuple[Note, ...]:
+    """What a page failed of, as a note; nothing if it did not."""
+    return (Note(NoteCode.NO_PAGE, failed),) if failed else ()
+
+
 def _segment(job: Job) -> Result:
     device = prepare_torch(job.threads, job.recipe.config.sample.device)
     scan = replace(load_scan(job.t1), age_years=job.age_years)
-    for text in scan.warnings:
-        LOGGER.warning(text)
+    for note in scan.notes:
+        LOGGER.warning(note.text)
     with tempfile.TemporaryDirectory(
         prefix=f"{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
     ) as work:
@@ -161,7 +167,7 @@ def _model(name: str, sha256: str) -> "Model":
 
 @lru_cache(maxsize=1)
 def _templates(
-    specs: str, contents: tuple[tuple[str, str], ...], notes: tuple[str, ...]
+    specs: str, contents: tuple[tuple[str, str], ...], notes: tuple[Note, ...]
 ) -> tuple[Template, ...]:
     """Loaded once per process; ``notes`` are what was said when they were chosen."""
     templates = load_templates(specs, offline=True)
@@ -170,7 +176,7 @@ def _templates(
             f"the templates {specs} changed while cadiff was running", "run it again from the start"
         )
     first, *others = templates
-    return replace(first, warnings=notes), *others
+    return replace(first, notes=notes), *others
 
 
 @lru_cache(maxsize=4)

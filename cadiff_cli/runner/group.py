@@ -175,7 +175,7 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
         "registration": "+".join(dict.fromkeys(used.registration for used in made.templates)),
         "template": "+".join(used.name for used in made.templates),
         "skull_stripping": made.skull_stripping,
-        "n_warnings": len(made.warnings),
+        "n_warnings": len(made.notes),
         "seconds": round(sum(made.seconds.values()), 1),
         "version": made.version,
         "fingerprint": made.fingerprint,

@@ -9,6 +9,7 @@ from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import sha256
+from cadiff_cli.notes import Note
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Job:
     """One scan: all that a worker needs to know, with absolute paths.
 
     ``source`` is the scan's BIDS URI. ``templates`` is what ``load_templates`` takes,
-    ``weights`` what ``io.models.load`` does. ``notes`` are warnings about the template.
+    ``weights`` what ``io.models.load`` does. ``notes`` are about the template.
     ``overwrite`` allows it to replace a result of other settings. A job that finds another
     process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``report`` asks for
     a page to look at. ``age_years`` is that of the person, if it is known.
@@ -31,7 +32,7 @@ class Job:
     run_id: str
     work_dir: Path | None = None
     threads: int | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     overwrite: bool = False
     wait: bool = False
     report: bool = True
@@ -120,6 +121,6 @@ class Outcome:
     message: str = ""
     exit_code: int = 0
     crash_file: str = ""
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Note, ...] = ()
     input_sha256: str = ""
     fingerprint: str = ""

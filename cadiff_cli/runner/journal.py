@@ -24,6 +24,7 @@ from cadiff_cli.errors import (
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import NO_SPACE, locked, read_json, remove_partial, write_json, write_text
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.runner.job import Job, Outcome
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,11 @@ class Journal:
     def read(self, entities: str) -> Outcome | None:
         """What became of a scan when it was last tried."""
         found = read_json(self.folder / f"{entities}.json")
+        if not found:
+            return None
         try:
-            return Outcome(**{**found, "warnings": tuple(found["warnings"])}) if found else None
+            notes = tuple(Note(NoteCode(x["code"]), x["text"]) for x in found["warnings"])
+            return Outcome(**{**found, "warnings": notes})
         except (TypeError, KeyError):  # another version's
             return None
 

@@ -5,7 +5,7 @@ Nothing here prints: a ``Listener`` hears of every event, and an exit code comes
 
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.notes import Note, texts
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
@@ -118,8 +120,8 @@ def participant_level(request: Request, listener: Listener) -> int:
         _validate(request.dataset, listener)
     job = _any_job(request)
     plan = make_plan(request.dataset, request.selection, job, request.database)
-    for note in (*job.notes, *plan.notes):
-        listener.warn(note)
+    for text in (*texts(job.notes), *plan.notes):
+        listener.warn(text)
     if request.dry_run:
         for job, error in plan.failed:
             listener.warn(f"{job.entities}: {in_a_line(error)}")
@@ -260,7 +262,7 @@ def _any_job(request: Request) -> Job:
         run_id=new_run_id(),
         work_dir=request.work_dir,
         threads=request.executor.omp_nthreads,
-        notes=templates[0].warnings,
+        notes=templates[0].notes,
         overwrite=request.overwrite,
         report=request.report,
     )
@@ -329,9 +331,10 @@ def _execute(request: Request, plan: Plan, listener: Listener) -> list[Outcome]:
     return outcomes
 
 
-def _without(outcome: Outcome, known: Collection[str]) -> Outcome:
-    """The outcome but for warnings that were said once for all scans."""
-    return replace(outcome, warnings=tuple(w for w in outcome.warnings if w not in known))
+def _without(outcome: Outcome, known: Iterable[Note]) -> Outcome:
+    """The outcome but for notes that were said once for all scans."""
+    codes = {note.code for note in known}
+    return replace(outcome, warnings=tuple(x for x in outcome.warnings if x.code not in codes))
 
 
 def _is_last(request: Request, outcome: Outcome) -> bool:

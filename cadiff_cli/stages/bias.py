@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
 from cadiff_cli.stages.register import n4
@@ -45,15 +46,16 @@ class Bias:
     converged: bool
 
     @property
-    def warnings(self) -> tuple[str, ...]:
+    def notes(self) -> tuple[Note, ...]:
         """Reasons to look at the result."""
         if self.converged and self.ratio < STRONG:
             return ()
         left = "" if self.converged else ", though not wholly"
-        return (
+        text = (
             f"the brightness of the brain varies by a factor of {self.ratio:.1f} (receive bias),"
-            f" which is evened out before registration{left}",
+            f" which is evened out before registration{left}"
         )
+        return (Note(NoteCode.BIAS, text),)
 
     def at(self, grid: Grid) -> np.ndarray:
         """The field's factor at each voxel of ``grid``; its outermost values beyond its own."""

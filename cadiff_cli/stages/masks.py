@@ -3,6 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import MaskQuality
 from cadiff_cli.spatial.grid import Volume, faces
 from cadiff_cli.spatial.resample import resample, resample_mask
@@ -23,20 +24,22 @@ TILT_DEG = 45.0
 """How far a head may be turned out of the axes that its header names."""
 
 
-def doubts(quality: MaskQuality) -> tuple[str, ...]:
-    """What is suspicious about a mask, in words."""
-    texts = []
+def doubts(quality: MaskQuality) -> tuple[Note, ...]:
+    """What is suspicious about a mask."""
+    notes = []
     if quality.largest_share < LEAST_SHARE:
-        texts.append(f"the brain fell into pieces (the largest holds {quality.largest_share:.0%})")
+        text = f"the brain fell into pieces (the largest holds {quality.largest_share:.0%})"
+        notes.append(Note(NoteCode.MASK_PIECES, text))
     if quality.symmetry < LEAST_SYMMETRY:
-        texts.append(f"the brain mask is lopsided (symmetry {quality.symmetry:.2f})")
+        text = f"the brain mask is lopsided (symmetry {quality.symmetry:.2f})"
+        notes.append(Note(NoteCode.MASK_SYMMETRY, text))
     if quality.at_edge > MOST_AT_EDGE:
-        texts.append(
-            f"the field of view cuts the brain ({quality.at_edge:.0%} of the mask's border)"
-        )
+        text = f"the field of view cuts the brain ({quality.at_edge:.0%} of the mask's border)"
+        notes.append(Note(NoteCode.MASK_AT_EDGE, text))
     if quality.in_air is not None and quality.in_air > MOST_IN_AIR:
-        texts.append(f"{quality.in_air:.0%} of the brain mask lie outside the head")
-    return tuple(texts)
+        text = f"{quality.in_air:.0%} of the brain mask lie outside the head"
+        notes.append(Note(NoteCode.MASK_IN_AIR, text))
+    return tuple(notes)
 
 
 def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:

@@ -13,6 +13,7 @@ from scipy import ndimage, optimize
 from scipy.spatial.transform import Rotation
 
 from cadiff_cli.errors import DataError
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
@@ -180,7 +181,7 @@ def reoriented(grid: Grid, rotation: np.ndarray) -> Grid:
 
 
 def verified(scan: Scan, stripped: Stripped, template: Template) -> Stripped:
-    """``stripped``, with a warning where it is unclear whether the brain lies as its header says.
+    """``stripped``, with a note where it is unclear whether the brain lies as its header says.
 
     Raises ``DataError`` where a whole brain clearly lies otherwise.
     """
@@ -195,7 +196,7 @@ def verified(scan: Scan, stripped: Stripped, template: Template) -> Stripped:
     if not (lies.is_clear and whole):
         text = f"cadiff cannot tell whether {name} lies as its header says (axes {grid.axes})"
         log.warning(text)
-        return replace(stripped, warnings=(*stripped.warnings, text))
+        return replace(stripped, notes=(*stripped.notes, Note(NoteCode.ORIENTATION, text)))
     raise DataError(
         f"{name} is turned by {lies.turn}: its header says {grid.axes}, its image looks like"
         f" {reoriented(grid, lies.rotation).axes} (left and right cannot be seen)",

@@ -20,6 +20,7 @@ import numpy as np
 from cadiff_cli import machine
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import DataError, DiskError, OutputError, UsageError
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -57,10 +58,10 @@ def register(
     """Register ``moving`` to ``fixed``: two images, 0 outside the object that both show.
 
     Transforms are written into ``folder``; ``name`` is what messages call the moving image.  If a
-    deformable registration fails, the affine one is used, with a warning.  Raises ``DataError`` if
+    deformable registration fails, the affine one is used, with a note.  Raises ``DataError`` if
     that fails too, ``DiskError`` on a full disk, ``UsageError`` for unknown settings.
     """
-    warnings: list[str] = []
+    notes: list[Note] = []
     folder.mkdir(parents=True, exist_ok=True)
     for kind in dict.fromkeys((config.name, "affine")):
         try:
@@ -77,22 +78,22 @@ def register(
                     f"{name} cannot be registered ({_first_line(error)})",
                     "is this a T1-weighted brain?",
                 ) from error
-            warnings.append(
-                f"deformable registration failed ({_first_line(error)}); affine is used"
-            )
+            text = f"deformable registration failed ({_first_line(error)}); affine is used"
+            notes.append(Note(NoteCode.AFFINE_ONLY, text))
     transform = Transform(forward, inverse, kind, 0.0)
     warped = warp(moving, transform, fixed.grid.coarsen(2))
     score = similarity(resample(fixed, warped.grid).data, warped.data)
     log.info("registration score (normalised mutual information) %.3f", score)
     if score < POOR_SCORE:
-        warnings.append(
+        text = (
             f"the score {score:.3f} of the registration to {name} is below {POOR_SCORE}:"
             " look at the result with care"
         )
-    for text in warnings:
-        log.warning(text)
+        notes.append(Note(NoteCode.POOR_SCORE, text))
+    for note in notes:
+        log.warning(note.text)
     trusted = kind == config.name and score >= POOR_SCORE
-    return Transform(forward, inverse, kind, score, trusted, tuple(warnings))
+    return Transform(forward, inverse, kind, score, trusted, tuple(notes))
 
 
 def register_template(

@@ -10,6 +10,7 @@ from cadiff_cli.device import enough_memory, precision, usable_device
 from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.nets.models import Model
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Conditions, Scan, Segmentation
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
@@ -59,9 +60,10 @@ def segment(
     if config.uncertainty or several:
         entropy = resample(Volume(uncertainty(p), grid), native).data
         entropy = np.where(mask.data, entropy, 0).astype(np.float32)
-    warnings: tuple[str, ...] = (trouble,) if trouble else ()
+    notes: tuple[Note, ...] = (Note(NoteCode.DEVICE, trouble),) if trouble else ()
     if tile is not None and tile != config.tile:
-        warnings += (f"memory was short: the volume was segmented in tiles of {tile} voxels",)
+        text = f"memory was short: the volume was segmented in tiles of {tile} voxels"
+        notes += (Note(NoteCode.TILES, text),)
     return Segmentation(
         Volume(np.where(mask.data, parcellation.codes[classes], 0).astype(np.int16), native),
         parcellation,
@@ -71,7 +73,7 @@ def segment(
         precision=str(precision(device)).removeprefix("torch."),
         tile=tile,
         posteriors=posteriors,
-        warnings=warnings,
+        notes=notes,
         expected_dice=by_code(parcellation, of_drawn(expected_dice(p.numpy(), drawn), drawn)),
         volume_sd_mm3=by_code(parcellation, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
         uncertainty=entropy,

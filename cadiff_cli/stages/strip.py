@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cadiff_cli.config import Config, RegisterConfig, StripConfig
+from cadiff_cli.config import Config, RegisterConfig, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.releases import strip_weights_sha256
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.quality.limits import PLAUSIBLE_LITRES
 from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METHODS = ("auto", "net", "template", "none")
+METHODS = ("auto", StripMethod.NET, StripMethod.TEMPLATE, StripMethod.AS_IS)
 STRIPPED_LITRES = (0.4, 2.3)
 """Volume of a stripped brain; most heads hold more, a child's in air that was set to 0 does not."""
 LARGE_LITRES = 1.7
@@ -72,27 +73,28 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     may_ask = config.strip.method == "auto" and strip_weights_sha256(config.strip)
     brain = stripped_brain(full, _brain_model() if may_ask else None)
     lifted = _lifted(full, brain)
-    method, warnings = _method(config.strip, stripped_already=brain is not None)
+    method, notes = _method(config.strip, stripped_already=brain is not None)
     own: Volume | None = None
     if config.strip.mask is not None:
         own = given_mask(config.strip.mask, scan)
-    elif method == "none":
+    elif method is StripMethod.AS_IS:
         if brain:
             _has_tissues(full, brain)
         own = brain or foreground(full)
     if own:
         mask = resample_mask(own, working)
-    elif method == "net":
+    elif method is StripMethod.NET:
         from cadiff_cli.stages.brain import brain_mask
 
         mask = brain_mask(full, working, _brain_model())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
-        mask, said = _from_template(head, template, config.register, work_dir)
-        warnings.extend(f"skull stripping: {text}" for text in said)
+        mask, registration = _from_template(head, template, config.register, work_dir)
+        code = NoteCode.STRIP_REGISTRATION
+        notes.extend(note.about("skull stripping", code) for note in registration)
     quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(full))
     log.info("brain mask (%s): %s", method, quality)
-    warnings.extend(f"skull stripping: {text}" for text in doubts(quality))
+    notes.extend(note.about("skull stripping") for note in doubts(quality))
     # What people drew or cut out is theirs, but for specks; what was found here is one piece.
     whole = tidy(mask.data, SPECK if own else 1.0)
     if specks := np.count_nonzero(mask.data & ~whole):
@@ -105,26 +107,28 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
             "check the input, or give --mask FILE",
         )
     if not PLAUSIBLE_LITRES[0] <= mask.litres <= PLAUSIBLE_LITRES[1]:
-        warnings.append(
+        text = (
             f"the brain mask ({method}) holds {mask.litres:.2f} l, outside"
             f" {PLAUSIBLE_LITRES[0]} to {PLAUSIBLE_LITRES[1]} l: look at it"
         )
+        notes.append(Note(NoteCode.MASK_VOLUME, text))
     t1 = _cubic(lifted, working, bounding_box(mask.data))
     inside = Volume(np.where(mask.data, t1.data, 0).astype(np.float32), working)
     if inside.data.max() < DARK * lifted.data.max():
         raise DataError("the scan is dark everywhere inside the mask", "check --mask FILE")
     bias = find_bias(inside, mask)
-    warnings.extend(bias.warnings)
-    if method == "none" and brain and brain.litres > LARGE_LITRES:
-        warnings.append(
+    notes.extend(bias.notes)
+    if method is StripMethod.AS_IS and brain and brain.litres > LARGE_LITRES:
+        text = (
             f"{brain.litres:.2f} l are taken for a stripped brain: if it is a whole head, give"
             " --skull-strip net"
         )
-    for text in warnings:
-        log.warning(text)
+        notes.append(Note(NoteCode.LARGE_BRAIN, text))
+    for note in notes:
+        log.warning(note.text)
     if own:
         own = Volume(tidy(own.data, SPECK), own.grid)
-    return Stripped(evened(inside, bias), mask, method, tuple(warnings), quality, own, bias.ratio)
+    return Stripped(evened(inside, bias), mask, method, tuple(notes), quality, own, bias.ratio)
 
 
 def winsorized(t1: Volume) -> Volume:
@@ -146,27 +150,27 @@ def winsorized(t1: Volume) -> Volume:
     return Volume(np.where(t1.data == air, air, np.clip(t1.data, low, high)), t1.grid)
 
 
-def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[str, list[str]]:
-    """What finds the brain, as the products name it, and doubts about what was asked for."""
-    method = wanted.method
+def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[StripMethod, list[Note]]:
+    """What finds the brain, and doubts about what was asked for."""
     if wanted.mask is not None:
-        return "mask file", []
-    if method not in METHODS:
-        raise UsageError(f"unknown --skull-strip {method!r}", f"use {', '.join(METHODS)}")
-    if method == "auto":
+        return StripMethod.MASK_FILE, []
+    if wanted.method not in METHODS:
+        raise UsageError(f"unknown --skull-strip {wanted.method!r}", f"use {', '.join(METHODS)}")
+    if wanted.method == "auto":
         log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
-        learned = "net" if strip_weights_sha256(wanted) else "template"
-        return "none" if stripped_already else learned, []
-    if method != "none" and stripped_already:
-        return method, [
-            "the scan looks skull-stripped already: --skull-strip none would leave it alone"
-        ]
-    if method == "none" and not stripped_already:
-        return method, [
-            "the scan does not look skull-stripped, and --skull-strip none was asked for:"
-            " labels will be unreliable outside the brain"
-        ]
-    return method, []
+        if stripped_already:
+            return StripMethod.AS_IS, []
+        return StripMethod.NET if strip_weights_sha256(wanted) else StripMethod.TEMPLATE, []
+    method = StripMethod(wanted.method)
+    if (method is StripMethod.AS_IS) == stripped_already:
+        return method, []
+    text = (
+        "the scan looks skull-stripped already: --skull-strip none would leave it alone"
+        if stripped_already
+        else "the scan does not look skull-stripped, and --skull-strip none was asked for:"
+        " labels will be unreliable outside the brain"
+    )
+    return method, [Note(NoteCode.STRIP_CHOICE, text)]
 
 
 def _lifted(t1: Volume, brain: Volume | None) -> Volume:
@@ -292,8 +296,8 @@ def _brain_model() -> "BrainModel":
 
 def _from_template(
     t1: Volume, template: Template | None, config: RegisterConfig, work_dir: Path
-) -> tuple[Volume, tuple[str, ...]]:
-    """Register the template's whole head and carry its brain mask over; mask and warnings."""
+) -> tuple[Volume, tuple[Note, ...]]:
+    """Register the template's whole head and carry its brain mask over; mask and notes."""
     from cadiff_cli.stages.register import register, warp
 
     if template is None or template.head is None or template.mask is None:
@@ -309,4 +313,4 @@ def _from_template(
     transform = register(t1, template.head, config, work_dir / template.label, template.name)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
     mask = Volume(warp(inside, transform, t1.grid).data > 0.5, t1.grid)
-    return mask, transform.warnings
+    return mask, transform.notes

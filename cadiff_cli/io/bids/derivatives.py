@@ -5,6 +5,7 @@ Every file appears under a temporary name and is renamed when it is complete.
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from cadiff_cli.io.bids.names import (
 from cadiff_cli.io.bids.tables import save_table, table_name
 from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.provenance import Provenance, mask_provenance
+from cadiff_cli.io.provenance import Provenance, mask_provenance, told
 from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, volume_rows
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import (
@@ -141,14 +142,17 @@ def save_result(
 def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
     """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path."""
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
-    said = [machine.without_home(text) for text in (*scan.warnings, *stripped.warnings)]
+    notes = [
+        replace(note, text=machine.without_home(note.text))
+        for note in (*scan.notes, *stripped.notes)
+    ]
     save_dataset_files(out)
     save_table(out, load_parcellation(BASE))  # as in every dataset of ours
     brain = np.where(mask.data, scan.t1.data, 0).astype(np.float32)
     write.image(BRAIN, brain, mask.grid, like=scan.path)
     write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)
     write.image(MASK, mask.data, mask.grid, like=scan.path)
-    about = about_mask(stripped) | ({"Warnings": said} if said else {})
+    about = about_mask(stripped) | (told(notes) if notes else {})
     write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped))
     return write.place.path(f"{MASK}.nii.gz")
 
@@ -159,7 +163,7 @@ def about_mask(stripped: Stripped) -> dict[str, Any]:
         "Description": f"Brain mask ({stripped.method})",
         "Type": "Brain",
         **({"Quality": stripped.quality.as_dict()} if stripped.quality else {}),
-        **({"Warnings": list(stripped.warnings)} if stripped.warnings else {}),
+        **(told(stripped.notes) if stripped.notes else {}),
     }
 
 
@@ -218,7 +222,7 @@ class _Writer:
                 To=end,
                 Registration=transform.kind,
                 Score=transform.score,
-                **({"Warnings": list(transform.warnings)} if transform.warnings else {}),
+                **(told(transform.notes) if transform.notes else {}),
             )
 
     def standard(self, space: InSpace, dseg: str) -> None:
