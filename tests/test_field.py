@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cadiff_cli.config import Config, RegisterConfig
+from cadiff_cli.config import Config, RegisterConfig, StripMethod
 from cadiff_cli.errors import DataError, DiskError, UsageError
 from cadiff_cli.notes import texts
 from cadiff_cli.pipeline import prepare
@@ -113,7 +113,7 @@ def moved_template(toy_template, tmp_path_factory):
     affine = template.brain.grid.affine.copy()
     affine[0, 3] += 10
     t1 = Volume(template.brain.data, Grid(template.brain.grid.shape, affine))
-    stripped = Stripped(t1, Volume(t1.data > 0, t1.grid), "none")
+    stripped = Stripped(t1, Volume(t1.data > 0, t1.grid), StripMethod.AS_IS)
     work = tmp_path_factory.mktemp("moved")
     return stripped, register_template(stripped, template, RegisterConfig("affine"), work)
 
