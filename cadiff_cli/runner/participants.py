@@ -22,7 +22,6 @@ from cadiff_cli.io.files import write_text
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import DEFAULT, find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.notes import Note, texts
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.quality.group import Group
