@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,57 @@ class StripMethod(StrEnum):
 
 
 @dataclass(frozen=True)
+class Option:
+    """How a command line offers a field.
+
+    ``names`` are its flags (default: the field's own name).  Numbers lie between ``low`` and
+    ``high``; a word is one of ``choices``.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    low: int | None = None
+    high: int | None = None
+    metavar: str | None = None
+
+
+def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
+    """A dataclass field that is an option of the command line too (``cli/options``)."""
+    return field(default=default, metadata={"option": Option(help, names, **limits)})
+
+
+def seed_option() -> Any:
+    """The seed is one option for registration and noise."""
+    names = ("--seed", "--random-seed")
+    return option(0, "Of registration and noise.", *names, low=0, high=2**31 - 2)
+
+
+@dataclass(frozen=True)
 class StripConfig:
     """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides."""
 
-    method: str = "auto"
-    mask: Path | None = None
+    method: str = option(
+        "auto",
+        "auto leaves a stripped scan alone and strips a whole head with the network.",
+        "--skull-strip",
+        choices=("auto", "net", "template", "none"),
+    )
+    mask: Path | None = option(None, "Your own brain mask (T1's grid).")
 
 
 @dataclass(frozen=True)
 class RegisterConfig:
     """Which named settings (``data/registration/*.json``, or ``none``) and seed ANTs runs with."""
 
-    name: str = "fast"
-    seed: int = 0
+    name: str = option(
+        "fast",
+        "fast: affine and SyN at 2 mm. fine: more iterations, three times as long. none: the"
+        " network finds the field together with the labels.",
+        "--registration",
+        choices=("fast", "fine", "affine", "none"),
+    )
+    seed: int = seed_option()
 
 
 @dataclass(frozen=True)
@@ -55,27 +93,99 @@ class SampleConfig:
 
     ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the last step with that
     of the mirrored brain.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
-    the whole volume at once.  ``samples`` predictions, from noise of as many seeds, are averaged.
-    ``uncertainty`` asks for a map of it, which several samples give unasked.
+    the whole volume at once: tiles change probabilities a little, so they are no matter of the
+    ``Machine``.  ``samples`` predictions, from noise of as many seeds, are averaged.
     """
 
-    steps: int = 5
-    seed: int = 0
-    flip: bool = True
-    tile: int | None = None
-    device: str = "auto"
-    posteriors: bool = False
-    samples: int = 1
-    uncertainty: bool = False
+    steps: int = option(
+        5,
+        "Diffusion steps. 0 skips the network: labels from the registered prior alone.",
+        low=0,
+        high=1000,
+    )
+    seed: int = seed_option()
+    samples: int = option(
+        1,
+        "Average predictions from this many noises; tells how far volumes vary.",
+        low=1,
+        high=100,
+    )
+    flip: bool = option(True, "Average the last step with the mirrored brain's [on].")
+    tile: int | None = option(None, "Tile edge in mm (default: whole volume).", low=32)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The files that a run writes besides label map, mask, brain, transforms and volumes.
+
+    ``posteriors`` is the 4-D probseg; ``uncertainty`` the entropy of the probabilities, which
+    several samples give unasked; ``field`` the distance field; ``spaces`` are standard spaces
+    (``NAME[:res-N]``) that results are resampled to; ``report`` is the page.
+    """
+
+    posteriors: bool = option(False, "Also write the 4-D probseg.")
+    uncertainty: bool = option(
+        False, "Also write a map of uncertainty (--samples 2 and more always do)."
+    )
+    field: bool = option(False, "Also write the distance field.", "--save-field")
+    spaces: tuple[str, ...] = option(
+        (),
+        "Also resample results to MNI152NLin2009cAsym, MNIColin27...",
+        "--output-spaces",
+        metavar="SPACE[:res-N]...",
+    )
+    report: bool = option(True, "Write pages to look at (OUT/SCAN.html) [on].")
+
+    def __post_init__(self) -> None:
+        """Each space is wanted once."""
+        object.__setattr__(self, "spaces", tuple(dict.fromkeys(self.spaces)))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a segmentation, but for the template and the weights."""
+    """Everything that decides a result, but for the template and the weights."""
 
     strip: StripConfig = StripConfig()
     register: RegisterConfig = RegisterConfig()
     sample: SampleConfig = SampleConfig()
+    output: OutputConfig = OutputConfig()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a scan is computed.  It never decides a result: fingerprints do not know it."""
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:1...")
+    threads: int | None = option(None, "CPU threads for the network.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A wish to segment, whichever scans: the settings, and names that are not looked up yet.
+
+    ``work_dir`` is the folder for temporary files (default: the system's).
+    """
+
+    config: Config = Config()
+    template: str = option(
+        "auto",
+        "MNIColin27, MNI152NLin2009aSym (embedded), another of TemplateFlow's such as"
+        " MNIPediatricAsym:cohort-5, or a folder in its layout; several, joined by +, share in the"
+        " field. auto: Colin27, if it can be had, and the embedded one.",
+        "--template",
+        "--atlas",
+    )
+    model: str = option("cadiff-malc", "cadiff-malc; cadiff-synth, for any contrast; or a file.")
+    offline: bool = option(False, "Never try to download a template.")
+    machine: Machine = Machine()
+    work_dir: Path | None = option(
+        None, "Folder for temporary files [system's].", "--work-dir", "-w"
+    )
+    overwrite: bool = option(
+        False,
+        "Replace earlier results, and files that cadiff did not write; cadiff run replaces only"
+        " results of other settings.",
+    )
 
 
 @dataclass(frozen=True)
@@ -85,8 +195,7 @@ class Recipe:
     ``template`` holds names, joined by ``+``, never ``auto``; ``template_sha256`` the (name,
     checksum) of those whose name does not tell their content.  ``strip_sha256`` is that of the
     network which may have found the brain, ``calibration`` the fingerprint of what calibrates the
-    expected Dice; both are empty without one.  ``spaces`` are the standard spaces that results are
-    carried into; ``field`` tells whether the distance field is written.
+    expected Dice; both are empty without one.
     """
 
     config: Config
@@ -95,16 +204,22 @@ class Recipe:
     weights_sha256: str
     strip_sha256: str = ""
     calibration: str = ""
-    spaces: tuple[str, ...] = ()
-    field: bool = False
     template_sha256: tuple[tuple[str, str], ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """Plain values that decide the result: neither the device nor where files lie."""
+        """Plain values that decide the result; neither its page nor where files lie.
+
+        Keys and their places stay as they are: results that are finished hold a checksum of them.
+        """
         plain = as_dict(self.config)
-        plain["sample"].pop("device")
         if self.config.strip.mask is not None:
             plain["strip"]["mask"] = self.config.strip.mask.name
+        sample, output = plain["sample"], plain.pop("output")
+        sample |= {
+            "posteriors": output["posteriors"],
+            "samples": sample.pop("samples"),
+            "uncertainty": output["uncertainty"],
+        }
         return {
             "version": __version__,
             "revision": REVISION,
@@ -115,8 +230,8 @@ class Recipe:
             "weights_sha256": self.weights_sha256,
             "strip_sha256": self.strip_sha256,
             "calibration": self.calibration,
-            "output_spaces": list(self.spaces),
-            "field": self.field,
+            "output_spaces": output["spaces"],
+            "field": output["field"],
             **plain,
         }
 

@@ -72,10 +72,11 @@ def run(
     work_dir: Path,
     announce: Announce | None = None,
     gate: AbstractContextManager[object] | None = None,
+    device: str = "auto",
 ) -> Result:
     """From a scan to labels and volumes; nothing is written but the transforms in ``work_dir``.
 
-    ``gate`` is entered for the inference, where several processes share a GPU.
+    ``gate`` is entered for the inference on the ``device``, where several processes share a GPU.
     """
     from cadiff_cli.stages.segment import segment
 
@@ -83,7 +84,7 @@ def run(
     prepared = prepare(scan, templates, config, work_dir, watch)
     with gate or nullcontext(), watch.stage("segment"):
         mask = on_scan(prepared.stripped, scan)
-        segmentation = segment(scan, prepared.conditions, mask, model, config.sample)
+        segmentation = segment(scan, prepared.conditions, mask, model, config, device)
     return Result(
         prepared,
         mask,

@@ -239,9 +239,10 @@ def test_torch_uses_the_threads_that_a_container_has(tmp_path):
         "os.sched_getaffinity = lambda _: set(range(64));"
         "from cadiff_cli.cli import guarded\n"
         "def call():\n"
-        "    import torch; from cadiff_cli.runner.execute import prepare_torch\n"
+        "    import torch; from cadiff_cli.config import Machine\n"
+        "    from cadiff_cli.runner.execute import prepare_torch\n"
         "    for given in (None, 2):\n"
-        "        prepare_torch(given, 'cpu'); print(torch.get_num_threads())\n"
+        "        prepare_torch(Machine('cpu', given)); print(torch.get_num_threads())\n"
         "guarded(call)"
     )
     environment = {k: v for k, v in os.environ.items() if k not in machine.THREAD_VARIABLES}

@@ -71,7 +71,7 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     settings = {
         "n_folds": 2,
         "net_config": tiny_config,
-        "sampling": SampleConfig(steps=1, flip=False, device="cpu"),
+        "sampling": SampleConfig(steps=1, flip=False),
     }
     scores = cross_validate([toy_sample, other], tmp_path, QUICK, **settings)
     structures = [parcellation.structures[k - 1].name for k in parcellation.subset("malc27")]
@@ -133,7 +133,7 @@ def test_options_of_the_command_reach_the_folds(toy_sample, parcellation, tmp_pa
 def test_an_unfinished_fold_is_not_scored(toy_sample, tiny_config, tmp_path):
     """Out of time after its first steps; going on afterwards finishes it."""
     people = [toy_sample, replace(toy_sample, name="sub-other", subject="other")]
-    sampling = SampleConfig(steps=1, flip=False, device="cpu")
+    sampling = SampleConfig(steps=1, flip=False)
 
     def first_fold(**limits):
         return cross_validate(

@@ -13,7 +13,7 @@ from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.training.loop import Interval, State
 from cadiff_cli.training.monitor import RunMonitor, overlay, segment_sample
 
-ONE_STEP = SampleConfig(steps=1, flip=False, device="cpu")
+ONE_STEP = SampleConfig(steps=1, flip=False)
 LARGE = (2, 41, 3, 42)
 REPORT = Interval({"total": 2.0, "label": 1.5}, rate=1e-3, seconds_per_step=0.5, data_share=0.1)
 

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from cadiff_cli.config import Config, Recipe
+from cadiff_cli.config import Config, OutputConfig, Recipe
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.notes import Note, NoteCode
 
-RECIPE = Recipe(Config(), "MNIColin27", "cadiff-malc", "0" * 64, spaces=("MNI152NLin2009cAsym",))
+CONFIG = Config(output=OutputConfig(spaces=("MNI152NLin2009cAsym",)))
+RECIPE = Recipe(CONFIG, "MNIColin27", "cadiff-malc", "0" * 64)
 MADE = Provenance(
     fingerprint=RECIPE.fingerprint(),
     settings=RECIPE.settings(),
@@ -49,7 +50,7 @@ def test_what_is_written_is_read():
     read = Provenance.read(stored())
     read.check()
     assert (read.samples, read.flip) == (1, True)
-    assert read.output_spaces == RECIPE.spaces
+    assert read.output_spaces == CONFIG.output.spaces
     assert read.differs(RECIPE) == ""
     assert read.registration_score == 1.2
     assert read.is_registered

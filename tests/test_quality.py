@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_probabilities import random_p
 
-from cadiff_cli.config import SampleConfig
+from cadiff_cli.config import Config, OutputConfig, SampleConfig
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.metrics.overlap import dice
@@ -64,7 +64,8 @@ def small_conditions(conditions_of, small_head):
 def segmented(small_head, small_conditions, tiny_model):
     """Segment the small head with other settings."""
 
-    def run(config):
+    def run(sample, **output):
+        config = Config(sample=sample, output=OutputConfig(**output))
         mask = Volume(small_head.codes > 0, small_head.t1.grid)
         return segment(
             Scan(small_head.t1, Path("x.nii")), small_conditions, mask, tiny_model, config
@@ -117,8 +118,10 @@ def test_expected_dice_is_told_of_what_is_there(segmented):
 
 def test_the_map_lies_on_the_scan_and_in_the_mask(segmented, small_head):
     assert segmented(QUICK).uncertainty is None
-    for config in (replace(QUICK, uncertainty=True), replace(QUICK, samples=2)):
-        found = segmented(config).uncertainty
+    for found in (
+        segmented(QUICK, uncertainty=True).uncertainty,
+        segmented(replace(QUICK, samples=2)).uncertainty,
+    ):
         assert found.dtype == np.float32
         assert found.shape == small_head.t1.grid.shape
         assert found.min() == 0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bids_dataset import environment
 
-from cadiff_cli.config import Config
+from cadiff_cli.config import Config, OutputConfig
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import finished
@@ -89,7 +89,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         labels = Volume(head.codes, head.t1.grid)
         segmentation = Segmentation(labels, parcellation, 5, 0, **found)
         mask = Volume(head.codes > 0, head.t1.grid)
-        config, seconds = Config(), {"segment": 1.0}
+        config, seconds = Config(output=OutputConfig(field=True)), {"segment": 1.0}
         volumes = volumes_mm3(segmentation)
         result = Result(
             prepared, mask, segmentation, volumes, model, config, seconds, (), calibration

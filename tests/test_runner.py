@@ -15,7 +15,14 @@ from click.testing import CliRunner
 from cadiff_cli import machine
 from cadiff_cli.cli.options import Memory, Words
 from cadiff_cli.cli.run import command
-from cadiff_cli.config import Config, Recipe, RegisterConfig, SampleConfig, StripConfig
+from cadiff_cli.config import (
+    Config,
+    OutputConfig,
+    Recipe,
+    RegisterConfig,
+    SampleConfig,
+    StripConfig,
+)
 from cadiff_cli.errors import DataError, DiskError, OutputError, UnsuitableError
 from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.raw import Dataset
@@ -31,20 +38,19 @@ from cadiff_cli.runner.journal import Journal, failure
 from cadiff_cli.runner.plan import make_plan, scan_names
 
 
-def recipe_of(template="MNIColin27", device="cpu", **sample):
-    config = Config(sample=SampleConfig(device=device, **sample))
+def recipe_of(template="MNIColin27", posteriors=False, **sample):
+    config = Config(sample=SampleConfig(**sample), output=OutputConfig(posteriors=posteriors))
     return Recipe(config, template, "cadiff-malc", "0" * 64)
 
 
-def job_of(out, entities="sub-01_ses-a", **sample):
+def job_of(out, entities="sub-01_ses-a", **recipe):
     t1 = out.parent / f"{entities}_T1w.nii.gz"
-    return Job(t1, out, f"bids:raw:{t1.name}", recipe_of(**sample), "auto", "cadiff-malc", "run-1")
+    return Job(t1, out, f"bids:raw:{t1.name}", recipe_of(**recipe), "auto", "cadiff-malc", "run-1")
 
 
 def test_a_fingerprint_changes_with_what_decides_the_result(monkeypatch):
     base = recipe_of().fingerprint()
     assert recipe_of().fingerprint() == base
-    assert recipe_of(device="cuda").fingerprint() == base
     assert recipe_of(steps=1).fingerprint() != base
     assert recipe_of("MNI152NLin2009aSym").fingerprint() != base
     assert replace(recipe_of(), calibration="0" * 12).fingerprint() != base
@@ -340,7 +346,9 @@ def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
         F={"T1w.nii.gz": b"changed"},
         G={"T1w.nii.gz": b"finished"},
     )
-    like = replace(job_of(tmp_path / "out"), report=False)
+    like = job_of(tmp_path / "out")
+    config = replace(like.recipe.config, output=OutputConfig(report=False))
+    like = replace(like, recipe=replace(like.recipe, config=config))
     made = {"Fingerprint": like.recipe.fingerprint(), "Settings": like.recipe.settings()}
     for name, content in (("F", b"before"), ("G", b"finished")):
         place = Derivatives(like.out, Path(f"sub-{name}_T1w.nii.gz"))

@@ -12,7 +12,7 @@ from conftest import awake
 from test_cli import call
 
 from cadiff_cli.cli import guarded
-from cadiff_cli.config import SampleConfig
+from cadiff_cli.config import Config, OutputConfig, SampleConfig
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.metrics.overlap import dice
@@ -33,9 +33,10 @@ LARGE = (2, 41, 3, 42)
 PRIOR = SampleConfig(steps=0)
 
 
-def labels_of(head, model, conditions, config):
+def labels_of(head, model, conditions, sample, device="auto", **output):
     mask = Volume(head.codes > 0, head.t1.grid)
-    return segment(Scan(head.t1, "sub-01_T1w.nii.gz"), conditions, mask, model, config)
+    config = Config(sample=sample, output=OutputConfig(**output))
+    return segment(Scan(head.t1, "sub-01_T1w.nii.gz"), conditions, mask, model, config, device)
 
 
 @pytest.fixture(scope="module")
@@ -285,8 +286,8 @@ def test_posteriors_are_probabilities_whose_best_is_the_label(
     phantom, conditions_of, tiny_model, parcellation, steps
 ):
     head = phantom("oblique", (2.0, 2.0, 2.5), scale=0.5)
-    config = SampleConfig(steps=steps, flip=False, posteriors=True)
-    segmentation = labels_of(head, tiny_model, conditions_of(head), config)
+    config = SampleConfig(steps=steps, flip=False)
+    segmentation = labels_of(head, tiny_model, conditions_of(head), config, posteriors=True)
     posteriors = segmentation.posteriors
     assert posteriors.shape == (41, *head.t1.grid.shape)
     np.testing.assert_allclose(posteriors.astype(np.float32).sum(0), 1, atol=5e-3)
@@ -296,7 +297,7 @@ def test_posteriors_are_probabilities_whose_best_is_the_label(
     classes = parcellation.encode(segmentation.labels.data, parcellation.class_of)[None]
     chosen = np.take_along_axis(posteriors, classes.astype(np.intp), axis=0)[0]
     np.testing.assert_array_equal(chosen[~outside], posteriors.max(axis=0)[~outside])
-    plain = labels_of(head, tiny_model, conditions_of(head), SampleConfig(steps=steps, flip=False))
+    plain = labels_of(head, tiny_model, conditions_of(head), config)
     # Half precision may turn a tie the other way.
     assert (plain.labels.data == segmentation.labels.data).mean() > 0.999
 
@@ -304,21 +305,23 @@ def test_posteriors_are_probabilities_whose_best_is_the_label(
 def test_labels_do_not_leave_the_mask(small_head, small_conditions, tiny_model):
     half = Volume((small_head.codes > 0) & (small_head.codes < 40), small_head.t1.grid)
     scan = Scan(small_head.t1, "x.nii")
-    segmentation = segment(scan, small_conditions, half, tiny_model, PRIOR)
+    segmentation = segment(scan, small_conditions, half, tiny_model, Config(sample=PRIOR))
     assert segmentation.labels.data[half.data].any()
     assert not segmentation.labels.data[~half.data].any()
 
 
 @pytest.mark.parametrize(
-    "config",
-    [SampleConfig(steps=-1), SampleConfig(device="abacus"), SampleConfig(device="cuda:99")],
+    ("config", "device"),
+    [(SampleConfig(steps=-1), "cpu"), (PRIOR, "abacus"), (PRIOR, "cuda:99")],
     ids=["steps", "device", "cuda"],
 )
-def test_senseless_requests_are_usage_errors(small_head, small_conditions, tiny_model, config):
-    if config.device.startswith("cuda") and torch.cuda.is_available():
+def test_senseless_requests_are_usage_errors(
+    small_head, small_conditions, tiny_model, config, device
+):
+    if device.startswith("cuda") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError) as caught:
-        labels_of(small_head, tiny_model, small_conditions, config)
+        labels_of(small_head, tiny_model, small_conditions, config, device)
     assert caught.value.remedy
 
 

@@ -1,17 +1,62 @@
 """A person's view of a run: lines as scans end, tables when all have ended."""
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import cadiff_cli
+from cadiff_cli.io.bids.layout import Derivatives
+from cadiff_cli.notes import texts
+from cadiff_cli.products import Result
 from cadiff_cli.quality.group import Group
 from cadiff_cli.runner.job import Outcome
-from cadiff_cli.runner.logs import warning
+from cadiff_cli.runner.logs import ON_SCREEN, warning
 from cadiff_cli.runner.participants import Summary
+
+
+class ScanConsole:
+    """A ``Watcher`` of one scan: a line per stage, and at the end its warnings again.
+
+    ``verbosity`` is -1 for warnings and errors alone; 0 shows stages in a terminal only.
+    """
+
+    def __init__(self, t1: Path, out: Path, verbosity: int = 0) -> None:
+        self.t1, self.folder = t1, Derivatives(out, t1).folder
+        self.console = Console(stderr=True, highlight=False)
+        self.shown = verbosity > 0 or (verbosity == 0 and self.console.is_terminal)
+        self.screen = logging.StreamHandler(self.console.file)
+        self.screen.setFormatter(logging.Formatter(ON_SCREEN))
+        levels = {-1: logging.WARNING, 0: logging.WARNING, 1: logging.INFO}
+        self.screen.setLevel(levels.get(verbosity, logging.DEBUG))
+        self.begun: float | None = None
+
+    def stage(self, name: str) -> None:
+        """Print a stage and the seconds until it; before the first one, which scan it is."""
+        if self.begun is None:
+            self.begun = time.perf_counter()
+            self._print(f"[bold]cadiff {cadiff_cli.__version__}[/]  {escape(self.t1.name)}")
+        self._print(f"  {self._seconds:6.1f} s  {name}")
+
+    def done(self, result: Result) -> None:
+        """Print where the results are, and everything to look at."""
+        self._print(f"  {self._seconds:6.1f} s  done: {escape(str(self.folder))}")
+        self._print(f"            {result.prepared.stripped.summary}")
+        for text in texts(result.notes):
+            self._print(f"            [yellow]look[/]: {escape(text)}")
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - (self.begun or time.perf_counter())
+
+    def _print(self, text: str) -> None:
+        if self.shown:
+            self.console.print(text)
 
 
 class RunConsole:

@@ -46,7 +46,6 @@ def command(
 
     from cadiff_cli.cli.evaluate import COLUMNS
     from cadiff_cli.cli.scores import report
-    from cadiff_cli.config import SampleConfig
     from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
@@ -76,7 +75,7 @@ def command(
             n_folds=folds,
             only=only,
             net_config=net,
-            sampling=SampleConfig(device=device),
+            device=device,
             workers=workers,
             max_minutes=(until - time.monotonic()) / 60,
         )

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import SKULL_STRIP
+from cadiff_cli.cli.options import options_of
+from cadiff_cli.config import StripConfig
 
 if TYPE_CHECKING:
-    from cadiff_cli.config import StripConfig
     from cadiff_cli.products import Scan, Template
 
 
 @click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
-@SKULL_STRIP
+@options_of(StripConfig, without=("mask",))
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier mask.")
 def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: bool) -> None:
@@ -27,7 +27,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     import logging
     from tempfile import TemporaryDirectory
 
-    from cadiff_cli.config import Config, StripConfig
+    from cadiff_cli.config import Config
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.bids.derivatives import save_mask
     from cadiff_cli.io.bids.layout import Derivatives

@@ -1,141 +1,105 @@
-"""Options that ``cadiff seg`` and ``cadiff run`` share, so that they cannot drift apart."""
+"""Options made from the fields of dataclasses, and dataclasses made from their values."""
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
 import click
 
+from cadiff_cli.config import Config, Option
 from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.files import read_text
 
 if TYPE_CHECKING:
-    from cadiff_cli.config import Config
-
     Converter = click.ParamType[int]
 else:
     Converter = click.ParamType  # generic only in the newest versions
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-SKULL_STRIP = click.option(
-    "--skull-strip",
-    type=click.Choice(["auto", "net", "template", "none"]),
-    default="auto",
-    show_default=True,
-    help="auto leaves a stripped scan alone and strips a whole head with the network.",
-)
-SEGMENTATION = (
-    SKULL_STRIP,
-    click.option(
-        "--template",
-        "--atlas",
-        default="auto",
-        show_default=True,
-        help="MNIColin27, MNI152NLin2009aSym (embedded), another of TemplateFlow's such as"
-        " MNIPediatricAsym:cohort-5, or a folder in its layout; several, joined by +, share in the"
-        " field. auto: Colin27, if it can be had, and the embedded one.",
-    ),
-    click.option(
-        "--registration",
-        type=click.Choice(["fast", "fine", "affine", "none"]),
-        default="fast",
-        show_default=True,
-        help="fast: affine and SyN at 2 mm. fine: more iterations, three times as long. none: the"
-        " network finds the field together with the labels.",
-    ),
-    click.option("--offline", is_flag=True, help="Never try to download a template."),
-    click.option(
-        "--model",
-        default="cadiff-malc",
-        show_default=True,
-        help="cadiff-malc; cadiff-synth, for any contrast; or a file.",
-    ),
-    click.option(
-        "--steps",
-        type=click.IntRange(0, 1000),
-        default=5,
-        show_default=True,
-        help="Diffusion steps. 0 skips the network: labels from the registered prior alone.",
-    ),
-    click.option(
-        "--seed",
-        "--random-seed",
-        type=click.IntRange(0, 2**31 - 2),
-        default=0,
-        show_default=True,
-        help="Of registration and noise.",
-    ),
-    click.option(
-        "--samples",
-        type=click.IntRange(1, 100),
-        default=1,
-        show_default=True,
-        help="Average predictions from this many noises; tells how far volumes vary.",
-    ),
-    click.option(
-        "--flip/--no-flip",
-        default=True,
-        help="Average the last step with the mirrored brain's [on].",
-    ),
-    click.option(
-        "--tile", type=click.IntRange(32), help="Tile edge in mm (default: whole volume)."
-    ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
-    click.option("--posteriors", is_flag=True, help="Also write the 4-D probseg."),
-    click.option(
-        "--uncertainty",
-        is_flag=True,
-        help="Also write a map of uncertainty (--samples 2 and more always do).",
-    ),
-    click.option("--save-field", is_flag=True, help="Also write the distance field."),
-)
-"""What decides a segmentation."""
-CONFIG = (
-    *("skull_strip", "registration", "steps", "seed", "samples", "flip", "tile", "device"),
-    *("posteriors", "uncertainty", "save_field"),
-)
-"""Those of them that ``make_config`` takes."""
+T = TypeVar("T")
 
 
-def segmentation_options(command: F) -> F:
-    """Add them to a command, in this order."""
-    for option in reversed(SEGMENTATION):
-        command = option(command)
-    return command
+def options_of(kind: type, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """A decorator that adds every option of the dataclass ``kind``, in the order of its fields.
+
+    Fields that are dataclasses add theirs.  ``without`` are parameters to leave out.
+    """
+    wanted = {name: field for name, field in _offered(kind) if name not in without}
+
+    def add(command: F) -> F:
+        for field in reversed(wanted.values()):
+            command = _click_option(field)(command)
+        return command
+
+    return add
 
 
-def make_config(
-    *,
-    skull_strip: str,
-    registration: str,
-    steps: int,
-    seed: int,
-    samples: int,
-    flip: bool,
-    tile: int | None,
-    device: str,
-    posteriors: bool,
-    uncertainty: bool,
-    save_field: bool = False,
-    mask: Any = None,
-) -> "Config":
-    """Settings from the values of these options."""
-    from cadiff_cli.config import Config, RegisterConfig, SampleConfig, StripConfig
+def made(kind: type[T], values: Mapping[str, Any], **given: Any) -> T:
+    """A dataclass of the ``kind`` from values of its options; fields without one may be given."""
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name in given:
+            continue
+        if is_dataclass(field.type):
+            given[field.name] = made(field.type, values)  # type: ignore[arg-type]
+        elif "option" in field.metadata and _parameter(field) in values:
+            given[field.name] = values[_parameter(field)]
+    return kind(**given)
 
-    if tile is not None and tile % 32:
-        raise click.BadParameter(f"{tile} is not a multiple of 32", param_hint="--tile")
-    if samples > 1 and not steps:
+
+def check(config: Config) -> Config:
+    """The same settings; raises ``click.UsageError`` for some that contradict one another."""
+    sample, kind = config.sample, config.register.name
+    if sample.tile is not None and sample.tile % 32:
+        raise click.BadParameter(f"{sample.tile} is not a multiple of 32", param_hint="--tile")
+    if sample.samples > 1 and not sample.steps:
         raise click.UsageError("--samples needs a step: the prior (--steps 0) gives one answer")
-    if registration == "none" and (save_field or not steps):
+    if kind == "none" and (config.output.field or not sample.steps):
         raise click.UsageError("--save-field and --steps 0 need a registration")
-    return Config(
-        strip=StripConfig(skull_strip, mask),
-        register=RegisterConfig(registration, seed),
-        sample=SampleConfig(steps, seed, flip, tile, device, posteriors, samples, uncertainty),
-    )
+    return config
+
+
+def _offered(kind: type) -> Iterator[tuple[str, "Field[Any]"]]:
+    """(parameter, field) of every option; the same parameter may come twice."""
+    for field in fields(kind):
+        if is_dataclass(field.type):
+            yield from _offered(field.type)  # type: ignore[arg-type]
+        elif "option" in field.metadata:
+            yield _parameter(field), field
+
+
+def _flags(field: "Field[Any]") -> tuple[str, ...]:
+    about: Option = field.metadata["option"]
+    return about.names or (f"--{field.name.replace('_', '-')}",)
+
+
+def _parameter(field: "Field[Any]") -> str:
+    """The option's name among a command's values: that of its first flag."""
+    return _flags(field)[0].lstrip("-").replace("-", "_")
+
+
+def _click_option(field: "Field[Any]") -> Callable[[F], F]:
+    about: Option = field.metadata["option"]
+    flags, default = _flags(field), field.default
+    kinds = set(get_args(field.type)) or {field.type}
+    more: dict[str, Any] = {"default": default, "help": about.help}
+    if field.type is bool:
+        if default:
+            flags = tuple(f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags)
+        else:
+            more["is_flag"] = True
+        return click.option(_parameter(field), *flags, **more)
+    if get_origin(field.type) is tuple:
+        return click.option(*flags, cls=Words, metavar=about.metavar, help=about.help)
+    if about.choices:
+        more["type"] = click.Choice(about.choices)
+    elif int in kinds:
+        more["type"] = click.IntRange(about.low, about.high)
+    elif Path in kinds:
+        more["type"] = click.Path(path_type=Path)
+    return click.option(*flags, show_default=default is not None, **more)
 
 
 class Words(click.Option):

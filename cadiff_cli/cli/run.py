@@ -11,14 +11,15 @@ from click.core import ParameterSource
 
 from cadiff_cli import __version__
 from cadiff_cli.cli.options import (
-    CONFIG,
     Memory,
     Words,
+    check,
     entity_labels,
-    make_config,
+    made,
+    options_of,
     read_filters,
-    segmentation_options,
 )
+from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import AnalysisLevelError, MissingInputError, UsageError
 
 LEVELS = ("participant", "group")
@@ -90,13 +91,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     is_flag=True,
     help="Do not call bids-validator-deno where it is installed.",
 )
-@segmentation_options
-@click.option(
-    "--output-spaces",
-    cls=Words,
-    metavar="SPACE[:res-N]...",
-    help="Also resample results to MNI152NLin2009cAsym, MNIColin27...",
-)
+@options_of(Request, without=("mask", "threads"))
 @click.option(
     "--nprocs",
     "--nthreads",
@@ -113,7 +108,6 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     type=Memory(),
     help="Memory that may be used, as 16G; a bare number is MB [what is free].",
 )
-@click.option("-w", "--work-dir", type=PATH, help="Folder for temporary files [system's].")
 @click.option(
     "--executor",
     type=click.Choice(["local", "dask"]),
@@ -134,14 +128,6 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     is_eager=True,
     callback=_configured,
     help="TOML of an earlier run (OUT/logs/cadiff_*.toml); flags win over it.",
-)
-@click.option(
-    "--report/--no-report", default=True, help="Write a page for each scan and the group [on]."
-)
-@click.option(
-    "--overwrite",
-    is_flag=True,
-    help="Redo scans that were made with other settings, replace files that no run has written.",
 )
 @click.option("--dry-run", is_flag=True, help="List what would be done (may fetch templates).")
 @click.option("--stop-on-first-crash", is_flag=True, help="Do not go on after a failed scan.")
@@ -180,12 +166,13 @@ def command(
     source = click.get_current_context().get_parameter_source("dask_address")
     if options["executor"] != "dask" and source is ParameterSource.COMMANDLINE:
         raise UsageError("--dask-address means nothing without Dask", "add --executor dask")
+    check(made(Request, options).config)
     from cadiff_cli.cli.console import RunConsole, show_log
     from cadiff_cli.io.bids.raw import Dataset
     from cadiff_cli.io.bids.selection import Selection
     from cadiff_cli.runner.executor import Executor
     from cadiff_cli.runner.participants import (
-        Request,
+        DatasetRequest,
         group_level,
         participant_level,
         rebuild_reports,
@@ -193,7 +180,9 @@ def command(
 
     o = SimpleNamespace(**options)
     dataset = Dataset(bids_dir.absolute())
-    request = Request(
+    request = made(
+        DatasetRequest,
+        options,
         dataset=dataset,
         out=output_dir.absolute(),
         selection=Selection(
@@ -201,20 +190,13 @@ def command(
             entity_labels(o.session_label, "ses-", dataset.sessions()),
             read_filters(o.bids_filter_file) if o.bids_filter_file else None,
         ),
-        config=make_config(**{name: options[name] for name in CONFIG}),
+        machine=Machine(o.device, o.omp_nthreads),
         executor=Executor(o.executor, o.dask_address, o.nprocs, o.omp_nthreads, o.mem),
         options={name: value for name, value in options.items() if name not in ONCE},
-        template=o.template,
-        model=o.model,
-        offline=o.offline,
-        spaces=o.output_spaces,
-        field=o.save_field,
         work_dir=o.work_dir.absolute() if o.work_dir else None,
         database=o.bids_database_dir,
         link=_raw_link(o.dataset_links),
         validate=not o.skip_bids_validation,
-        report=o.report,
-        overwrite=o.overwrite,
         dry_run=o.dry_run,
         stop_on_first_crash=o.stop_on_first_crash,
     )

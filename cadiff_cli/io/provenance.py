@@ -27,8 +27,6 @@ def make_recipe(
     model: str,
     weights_sha256: str,
     calibration: Calibration | None,
-    spaces: Sequence[str] = (),
-    field: bool = False,
 ) -> Recipe:
     """The recipe of results that this installation makes, or has just made, with these settings."""
     return Recipe(
@@ -38,8 +36,6 @@ def make_recipe(
         weights_sha256,
         strip_weights_sha256(config.strip),
         fingerprint(calibration.as_dict()) if calibration else "",
-        tuple(spaces),
-        field,
         own_contents(templates),
     )
 
@@ -144,13 +140,8 @@ class Provenance:
     gaps: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, result: Result, source: str, *, field: bool = False, run_id: str = ""
-    ) -> "Provenance":
-        """The provenance of a result that this process has made.
-
-        ``field`` tells whether its distance field is written too.
-        """
+    def of(cls, result: Result, source: str, *, run_id: str = "") -> "Provenance":
+        """The provenance of a result that this process has made."""
         prepared, segmentation = result.prepared, result.segmentation
         transforms = {r.template.name: r.transform for r in prepared.registrations}
         in_field = {r.template.name for r in sound(prepared.registrations)}
@@ -160,8 +151,6 @@ class Provenance:
             result.model.name,
             result.model.sha256,
             result.calibration,
-            [space.name for space in result.spaces],
-            field,
         )
         return cls(
             fingerprint=recipe.fingerprint(),

@@ -6,11 +6,11 @@ A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha2
 
 from pathlib import Path
 
-from cadiff_cli.config import StripConfig
+from cadiff_cli.config import Request, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import sha256
 
-DEFAULT = "cadiff-malc"
+DEFAULT: str = Request.model
 DEFAULT_BRAIN = "brain-mask"
 
 

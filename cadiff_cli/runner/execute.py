@@ -1,5 +1,6 @@
 """Execute a job: the same function in this process, in a worker process or on another machine."""
 
+import logging
 import os
 import tempfile
 import threading
@@ -9,36 +10,50 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import cadiff_cli
-from cadiff_cli import machine
+from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids.derivatives import save_result
-from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import load_scan
-from cadiff_cli.io.templates import load_template, load_templates, own_contents
+from cadiff_cli.io.templates import load_template, load_templates, own_contents, parse_specs
+from cadiff_cli.machine import cores
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Result, Scan, Template
+from cadiff_cli.report.methods import cite
 from cadiff_cli.report.page import report_scan
-from cadiff_cli.runner.job import Job, Outcome
-from cadiff_cli.runner.journal import Journal, failure
-from cadiff_cli.runner.logs import LOGGER, logged
+from cadiff_cli.runner.job import Job, Outcome, job_of
+from cadiff_cli.runner.journal import Journal, alone, failure
+from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
+from cadiff_cli.stages.strip import given_mask
 
 if TYPE_CHECKING:
     import torch
 
-    from cadiff_cli.config import Config
     from cadiff_cli.nets.models import Model
+
+
+class Watcher(Protocol):
+    """Sees one scan being segmented."""
+
+    @property
+    def screen(self) -> logging.Handler:
+        """Handles the package's log records as well."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
 
 _ONE_AT_A_TIME = threading.Lock()
 """ANTs' output is silenced for the whole process: jobs must not share one at the same time."""
 
 
 def execute(job: Job) -> Outcome:
-    """Segment one scan and write its results.  Whatever goes wrong with it is in the outcome."""
+    """Segment one scan of a dataset.  Errors do not rise: the outcome holds them."""
     begun = time.perf_counter()
     with _ONE_AT_A_TIME:
         try:
@@ -52,11 +67,9 @@ def execute(job: Job) -> Outcome:
                     journal.record(outcome)
                     return outcome
                 with logged(job.log_dir / f"{job.entities}.log"):
-                    LOGGER.info("cadiff %s, input %s", cadiff_cli.__version__, job.t1)
-                    LOGGER.info("settings %s", job.recipe.settings())
-                    journal.make_room(job.place, job.t1, overwrite=job.overwrite)
-                    result = _segment(job)
-                    failed = report_scan(job.out, job.t1, wanted=job.report)
+                    scan = replace(load_scan(job.t1), age_years=job.age_years)
+                    templates = _templates(job.templates, job.recipe.template_sha256, job.notes)
+                    result, failed = make_result(job, scan, templates)
                 seconds = round(time.perf_counter() - begun, 1)
                 notes = (*result.notes, *_no_page(failed))
                 outcome = Outcome(job.entities, "done", seconds, warnings=notes)
@@ -71,31 +84,78 @@ def _no_page(failed: str) -> tuple[Note, ...]:
     return (Note(NoteCode.NO_PAGE, failed),) if failed else ()
 
 
-def _segment(job: Job) -> Result:
-    device = prepare_torch(job.threads, job.recipe.config.sample.device)
-    scan = replace(load_scan(job.t1), age_years=job.age_years)
+def segment_file(t1: Path, out: Path, request: Request, watcher: Watcher) -> Result:
+    """Segment one file outside of a dataset, and write its derivatives.  Errors rise.
+
+    Input and output are checked before anything costly begins.  Results that stand are refused
+    unless ``request.overwrite`` is set; remains of a killed run are replaced.
+    """
+    capture_warnings()
+    scan = load_scan(t1)
+    if mask := request.config.strip.mask:
+        given_mask(mask, scan)
+    parse_specs(request.template)
+    place, journal = Derivatives(out, t1), Journal(out)
+    journal.make_room(place, t1, mask, overwrite=request.overwrite)
+    log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
+    with alone(out, place.stem), logged(log_path, watcher.screen):
+        watcher.stage("load")
+        prepare_torch(request.machine)
+        job, templates = job_of(request, out)
+        result, _ = make_result(job.of(t1, ""), scan, templates, watcher.stage)
+        if trouble := cite(out):
+            LOGGER.warning(trouble)
+    return result
+
+
+def make_result(
+    job: Job, scan: Scan, templates: Sequence[Template], announce: Announce | None = None
+) -> tuple[Result, str]:
+    """Segment the job's scan and write results and page, under the lock that the caller holds.
+
+    Returns the result, and why the page could not be written (empty if it was).
+    """
+    from cadiff_cli.stages.field import mean_field
+    from cadiff_cli.stages.space import parse_space, to_space
+
+    def begin(stage: str) -> None:
+        LOGGER.info("stage %s", stage)
+        if announce:
+            announce(stage)
+
+    config = job.recipe.config
+    LOGGER.info("cadiff %s, input %s, %r", cadiff_cli.__version__, job.t1, scan.t1)
+    LOGGER.info("settings %s", job.recipe.settings())
     for note in scan.notes:
         LOGGER.warning(note.text)
+    journal = Journal(job.out)
+    journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
+    device = prepare_torch(job.machine)
+    model = _model(job.weights, job.recipe.weights_sha256)
     with tempfile.TemporaryDirectory(
-        prefix=f"{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
-    ) as work:
-        return segment_scan(
-            scan,
-            _templates(job.templates, job.recipe.template_sha256, job.notes),
-            _model(job.weights, job.recipe.weights_sha256),
-            job.recipe.config,
-            job.out,
-            Path(work),
-            field=job.recipe.field,
-            spaces=job.recipe.spaces,
-            source=job.source,
-            run_id=job.run_id,
-            announce=lambda stage: LOGGER.info("stage %s", stage),
-            gate=gate(device),
-        )
+        prefix=f"cadiff-{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
+    ) as folder:
+        work = Path(folder)
+        result = run(scan, templates, model, config, work, begin, gate(device), job.machine.device)
+        own = {template.name: template for template in templates}
+        for text in config.output.spaces:
+            name, resolution = parse_space(text, templates)
+            space = to_space(result, own.get(name) or _template(name), resolution, work)
+            result = replace(result, spaces=(*result.spaces, space))
+        begin("write")
+        wanted = config.output.field
+        field = mean_field(result.prepared.registrations, scan.t1.grid) if wanted else None
+        with journal.writing(job.entities):
+            save_result(
+                result, job.out, field, source=job.source or None, run_id=job.run_id or None
+            )
+    LOGGER.info("seconds per stage: %s", dict(result.seconds))
+    if config.output.report:
+        begin("report")
+    return result, report_scan(job.out, job.t1, wanted=config.output.report)
 
 
-def prepare_torch(threads: int | None, device: str) -> "torch.device":
+def prepare_torch(machine: Machine) -> "torch.device":
     """Settle how this process uses the machine, before torch is first imported.
 
     Returns the device that is meant; raises ``UsageError`` for one that is not there.
@@ -106,49 +166,15 @@ def prepare_torch(threads: int | None, device: str) -> "torch.device":
 
     from cadiff_cli.device import pick_device
 
-    if threads:
-        torch.set_num_threads(threads)
-    LOGGER.info("%d threads of %d cores", torch.get_num_threads(), machine.cores())
-    return pick_device(device)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    LOGGER.info("%d threads of %d cores", torch.get_num_threads(), cores())
+    return pick_device(machine.device)
 
 
 def gate(device: "torch.device") -> AbstractContextManager[object]:
     """What inference passes through: one process at a time on a GPU."""
     return _gpu(device) if device.type == "cuda" else nullcontext()
-
-
-def segment_scan(
-    scan: Scan,
-    templates: Sequence[Template],
-    model: "Model",
-    config: "Config",
-    out: Path,
-    work_dir: Path,
-    *,
-    field: bool = False,
-    spaces: Sequence[str] = (),
-    source: str | None = None,
-    run_id: str | None = None,
-    announce: Announce | None = None,
-    gate: AbstractContextManager[object] | None = None,
-) -> Result:
-    """Run the pipeline on one scan and write everything it gives into ``out``."""
-    from cadiff_cli.stages.field import mean_field
-    from cadiff_cli.stages.space import parse_space, to_space
-
-    result = run(scan, templates, model, config, work_dir, announce, gate)
-    own = {template.name: template for template in templates}
-    for text in spaces:
-        name, resolution = parse_space(text, templates)
-        space = to_space(result, own.get(name) or _template(name), resolution, work_dir)
-        result = replace(result, spaces=(*result.spaces, space))
-    if announce:
-        announce("write")
-    asked = mean_field(result.prepared.registrations, scan.t1.grid) if field else None
-    with Journal(out).writing(source_entities(scan.path)):
-        save_result(result, out, asked, source=source, run_id=run_id)
-    LOGGER.info("seconds per stage: %s", dict(result.seconds))
-    return result
 
 
 @lru_cache(maxsize=1)

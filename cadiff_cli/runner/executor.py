@@ -38,7 +38,7 @@ class Executor:
         """
         nprocs = self.nprocs or machine.cores()
         need = SCAN_BYTES
-        if any(job.recipe.config.sample.posteriors for job in jobs):
+        if any(job.recipe.config.output.posteriors for job in jobs):
             need += POSTERIORS_BYTES
         if any(job.recipe.config.sample.samples > 1 for job in jobs):
             need += SAMPLES_BYTES

@@ -4,12 +4,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from cadiff_cli.config import Recipe
+from cadiff_cli.config import Machine, Recipe, Request
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import sha256
+from cadiff_cli.io.provenance import make_recipe
+from cadiff_cli.io.releases import find_weights
+from cadiff_cli.io.templates import joint_spec, load_template, load_templates
 from cadiff_cli.notes import Note
+from cadiff_cli.products import Template
+from cadiff_cli.quality.calibration import calibration
+from cadiff_cli.stages.space import parse_space
 
 
 @dataclass(frozen=True)
@@ -19,8 +25,9 @@ class Job:
     ``source`` is the scan's BIDS URI. ``templates`` is what ``load_templates`` takes,
     ``weights`` what ``io.models.load`` does. ``notes`` are about the template.
     ``overwrite`` allows it to replace a result of other settings. A job that finds another
-    process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``report`` asks for
-    a page to look at. ``age_years`` is that of the person, if it is known.
+    process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``age_years`` is that
+    of the person, if it is known. ``source`` and ``run_id`` are empty for a scan that is not
+    segmented as part of a dataset.
     """
 
     t1: Path
@@ -29,13 +36,12 @@ class Job:
     recipe: Recipe
     templates: str
     weights: str
-    run_id: str
+    run_id: str = ""
     work_dir: Path | None = None
-    threads: int | None = None
+    machine: Machine = Machine()
     notes: tuple[Note, ...] = ()
     overwrite: bool = False
     wait: bool = False
-    report: bool = True
     age_years: float | None = None
 
     def of(self, t1: Path, source: str) -> "Job":
@@ -95,7 +101,7 @@ class Job:
 
     def lacks_page(self) -> bool:
         """Whether a page is wanted that is not there: a run may be killed before it writes one."""
-        return self.report and not page_path(self.out, self.entities).exists()
+        return self.recipe.config.output.report and not page_path(self.out, self.entities).exists()
 
     def refuse(self, entities: str, why: str) -> None:
         """Raise ``OutputError`` for a result that was made otherwise, if there is a ``why``."""
@@ -105,6 +111,34 @@ class Job:
                 "use another output folder, the same settings (--config-file with a file of its"
                 " logs), or --overwrite to make the selected scans again",
             )
+
+
+def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Template, ...]]:
+    """A job for no scan in particular, and its templates, downloaded if need be.
+
+    Raises ``MissingInputError`` or ``DataError`` for weights and templates that cannot be had.
+    """
+    path, label, checksum = find_weights(request.model)
+    templates = load_templates(request.template, offline=request.offline)
+    spaces = {parse_space(text, templates)[0] for text in request.config.output.spaces}
+    for name in spaces - {template.name for template in templates}:
+        load_template(name, offline=request.offline)
+    job = Job(
+        t1=Path(),
+        out=out,
+        source="",
+        recipe=make_recipe(
+            request.config, templates, label, checksum, calibration(request.config, checksum)
+        ),
+        templates=joint_spec(templates),
+        weights=str(path.absolute()) if Path(request.model).suffix else request.model,
+        run_id=run_id,
+        work_dir=request.work_dir,
+        machine=request.machine,
+        notes=templates[0].notes,
+        overwrite=request.overwrite,
+    )
+    return job, templates
 
 
 @dataclass(frozen=True)

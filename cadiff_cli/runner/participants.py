@@ -12,50 +12,42 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import cadiff_cli
-from cadiff_cli.config import Config
+from cadiff_cli.config import Request
 from cadiff_cli.errors import DiskError, MissingInputError, UsageError, in_a_line
 from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.provenance import make_recipe
-from cadiff_cli.io.releases import DEFAULT, find_weights
-from cadiff_cli.io.templates import joint_spec, load_template, load_templates
 from cadiff_cli.notes import Note, texts
-from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.report.methods import cite, write_citations
 from cadiff_cli.report.page import write_page
+from cadiff_cli.runner.execute import prepare_torch
 from cadiff_cli.runner.executor import Executor
 from cadiff_cli.runner.group import collect, write_group
-from cadiff_cli.runner.job import Job, Outcome
+from cadiff_cli.runner.job import Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
 
-@dataclass(frozen=True)
-class Request:
-    """The user's request.  ``options`` are kept in the logs for ``--config-file``."""
+@dataclass(frozen=True, kw_only=True)
+class DatasetRequest(Request):
+    """A wish to segment the selected scans of a dataset.
+
+    ``options`` are kept in the logs for ``--config-file``.  ``database`` is the folder of pybids'
+    index, ``link`` the URI of the dataset.
+    """
 
     dataset: Dataset
     out: Path
     selection: Selection
-    config: Config
     executor: Executor
     options: Mapping[str, Any]
-    template: str = "auto"
-    model: str = DEFAULT
-    offline: bool = False
-    spaces: tuple[str, ...] = ()
-    field: bool = False
-    work_dir: Path | None = None
     database: Path | None = None
     link: str | None = None
     validate: bool = True
-    report: bool = True
-    overwrite: bool = False
     dry_run: bool = False
     stop_on_first_crash: bool = False
 
@@ -112,12 +104,14 @@ class Listener(Protocol):
         """The group table is written; it should hold ``expected`` scans."""
 
 
-def participant_level(request: Request, listener: Listener) -> int:
+def participant_level(request: DatasetRequest, listener: Listener) -> int:
     """Segment the selected scans; returns the exit code."""
     check_folders(request)
     if request.validate:
         _validate(request.dataset, listener)
-    job = _any_job(request)
+    if request.executor.kind == "local" and not request.dry_run:
+        prepare_torch(request.machine)
+    job, _ = job_of(request, request.out, new_run_id())
     plan = make_plan(request.dataset, request.selection, job, request.database)
     for text in (*texts(job.notes), *plan.notes):
         listener.warn(text)
@@ -141,7 +135,7 @@ def _cite(out: Path, listener: Listener) -> None:
         listener.warn(why)
 
 
-def group_level(request: Request, listener: Listener) -> int:
+def group_level(request: DatasetRequest, listener: Listener) -> int:
     """Collect finished scans in one table; returns the exit code.
 
     The group is the dataset, but for scans that a filter file leaves out: a table of the
@@ -155,7 +149,8 @@ def group_level(request: Request, listener: Listener) -> int:
         return 0
     group = write_group(request.out, expected)
     _cite(request.out, listener)
-    if why := report_group(request.out, group, wanted=request.report):
+    wanted = request.config.output.report
+    if why := report_group(request.out, group, wanted=wanted):
         listener.warn(why)
     for note in group.notes:
         listener.warn(note)
@@ -165,14 +160,14 @@ def group_level(request: Request, listener: Listener) -> int:
     return 0
 
 
-def _everybody(request: Request) -> list[str]:
+def _everybody(request: DatasetRequest) -> list[str]:
     """Scans of the group, whichever participants and sessions were named."""
     selection = replace(request.selection, participants=(), sessions=())
     return scan_names(request.dataset, selection, request.database)
 
 
 def rebuild_reports(
-    request: Request, levels: Collection[str], listener: Listener, *, pages: bool
+    request: DatasetRequest, levels: Collection[str], listener: Listener, *, pages: bool
 ) -> int:
     """Write citations, and pages of the ``levels``, again from finished results; the exit code."""
     check_folders(request)
@@ -206,7 +201,7 @@ def scan_pages(
     return code
 
 
-def check_folders(request: Request) -> None:
+def check_folders(request: DatasetRequest) -> None:
     """The dataset is one, and the output and work folders are not in its way."""
     _ = request.dataset.description
     root, out = request.dataset.root.resolve(), request.out.resolve()
@@ -231,43 +226,7 @@ def _validate(dataset: Dataset, listener: Listener, shown: int = 5) -> None:
         listener.warn(f"BIDS validator: and {len(errors) - shown} more errors")
 
 
-def _any_job(request: Request) -> Job:
-    """A job for no scan in particular; what all need is looked for, and downloaded, now."""
-    from cadiff_cli.device import pick_device
-    from cadiff_cli.stages.space import parse_space
-
-    if request.executor.kind == "local" and not request.dry_run:
-        pick_device(request.config.sample.device)
-    path, label, sha256 = find_weights(request.model)
-    spaces = tuple(dict.fromkeys(request.spaces))
-    templates = load_templates(request.template, offline=request.offline)
-    for name in {parse_space(text, templates)[0] for text in spaces} - {t.name for t in templates}:
-        load_template(name, offline=request.offline)
-    return Job(
-        t1=Path(),
-        out=request.out,
-        source="",
-        templates=joint_spec(templates),
-        recipe=make_recipe(
-            request.config,
-            templates,
-            label,
-            sha256,
-            calibration(request.config, sha256),
-            spaces,
-            request.field,
-        ),
-        weights=str(path.absolute()) if Path(request.model).suffix else request.model,
-        run_id=new_run_id(),
-        work_dir=request.work_dir,
-        threads=request.executor.omp_nthreads,
-        notes=templates[0].notes,
-        overwrite=request.overwrite,
-        report=request.report,
-    )
-
-
-def _keep_options(request: Request, job: Job) -> None:
+def _keep_options(request: DatasetRequest, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
     values = {**request.options, "template": job.templates, "model": job.weights}
     chosen = request.selection  # labels may have come from a file, found from here only
@@ -290,7 +249,7 @@ def _anywhere(value: object) -> object:
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
-def _execute(request: Request, plan: Plan, listener: Listener) -> list[Outcome]:
+def _execute(request: DatasetRequest, plan: Plan, listener: Listener) -> list[Outcome]:
     """Execute every job once; those that another process was at, when the others are done."""
     jobs = (*plan.jobs, *plan.pages)
     by_entities = {job.entities: job for job in jobs}
@@ -336,7 +295,7 @@ def _without(outcome: Outcome, known: Iterable[Note]) -> Outcome:
     return replace(outcome, warnings=tuple(x for x in outcome.warnings if x.code not in codes))
 
 
-def _is_last(request: Request, outcome: Outcome) -> bool:
+def _is_last(request: DatasetRequest, outcome: Outcome) -> bool:
     """A full disk is no scan's fault: the others would fail as well."""
     failed = outcome.status == "failed"
     return failed and (request.stop_on_first_crash or outcome.exit_code == DiskError.exit_code)

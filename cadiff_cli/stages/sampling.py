@@ -50,12 +50,13 @@ def class_probabilities(
     model: Model,
     config: SampleConfig,
     each: Callable[[Tensor], None] | None = None,
+    device_name: str = "auto",
 ) -> tuple[Tensor, int | None]:
     """(classes, X, Y, Z) float32 on the crop's 1 mm grid, and the edge of the tiles if any.
 
     They are the mean over the samples; ``each`` is called with every sample.
     """
-    device = pick_device(config.device)
+    device = pick_device(device_name)
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
     known = conditions.field
     field = None if known is None else torch.from_numpy(known.data.copy())[None]

@@ -1,11 +1,9 @@
 """Segment a scan: the network's probabilities become label codes on the scan's own grid."""
 
-from dataclasses import replace
-
 import numpy as np
 from torch import Tensor
 
-from cadiff_cli.config import SampleConfig
+from cadiff_cli.config import Config
 from cadiff_cli.device import enough_memory, precision, usable_device
 from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import Parcellation
@@ -25,13 +23,22 @@ from cadiff_cli.stages.sampling import class_probabilities
 
 
 def segment(
-    scan: Scan, conditions: Conditions, mask: Volume, model: Model, config: SampleConfig
+    scan: Scan,
+    conditions: Conditions,
+    mask: Volume,
+    model: Model,
+    config: Config,
+    device_name: str = "auto",
 ) -> Segmentation:
-    """Label codes on the scan's own grid, 0 outside ``mask`` (which is on the scan's grid)."""
-    if config.steps < 0:
-        raise UsageError(f"--steps is {config.steps}", "use 5 (the default), or 0 for the prior")
-    if config.samples < 1:
-        raise UsageError(f"--samples is {config.samples}", "use 1 (the default) or more")
+    """Label codes on the scan's own grid, 0 outside ``mask`` (which is on the scan's grid).
+
+    ``config.sample`` tells how, ``config.output`` what is wanted besides labels.
+    """
+    sample, output = config.sample, config.output
+    if sample.steps < 0:
+        raise UsageError(f"--steps is {sample.steps}", "use 5 (the default), or 0 for the prior")
+    if sample.samples < 1:
+        raise UsageError(f"--samples is {sample.samples}", "use 1 (the default) or more")
     parcellation, inside = model.parcellation, conditions.mask.data
     grid, native = conditions.image.grid, scan.t1.grid
     volumes: list[np.ndarray] = []
@@ -40,11 +47,11 @@ def segment(
         counts = np.bincount(most_probable(p)[inside], minlength=parcellation.n_classes)
         volumes.append(counts * grid.voxel_volume_mm3)
 
-    several = config.samples > 1
-    device, trouble = usable_device(config.device)
-    on_device = replace(config, device=str(device))
+    several = sample.samples > 1
+    device, trouble = usable_device(device_name)
     with enough_memory():
-        p, tile = class_probabilities(conditions, model, on_device, count if several else None)
+        each = count if several else None
+        p, tile = class_probabilities(conditions, model, sample, each, str(device))
     best = most_probable(p)
     drawn = best * inside
     if same_lattice(grid.voxel_map(native)):
@@ -52,23 +59,23 @@ def segment(
     else:
         classes = native_classes(p, grid, native)
     posteriors = None
-    if config.posteriors:
+    if output.posteriors:
         posteriors = native_posteriors(p, grid, native)
         posteriors[1:, ~mask.data] = 0
         posteriors[0, ~mask.data] = 1
     entropy = None
-    if config.uncertainty or several:
+    if output.uncertainty or several:
         entropy = resample(Volume(uncertainty(p), grid), native).data
         entropy = np.where(mask.data, entropy, 0).astype(np.float32)
     notes: tuple[Note, ...] = (Note(NoteCode.DEVICE, trouble),) if trouble else ()
-    if tile is not None and tile != config.tile:
+    if tile is not None and tile != sample.tile:
         text = f"memory was short: the volume was segmented in tiles of {tile} voxels"
         notes += (Note(NoteCode.TILES, text),)
     return Segmentation(
         Volume(np.where(mask.data, parcellation.codes[classes], 0).astype(np.int16), native),
         parcellation,
-        steps=config.steps,
-        seed=config.seed,
+        steps=sample.steps,
+        seed=sample.seed,
         device=str(device),
         precision=str(precision(device)).removeprefix("torch."),
         tile=tile,

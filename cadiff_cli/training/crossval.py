@@ -61,6 +61,7 @@ def cross_validate(
     only: Sequence[int] | None = None,
     net_config: NetConfig | None = None,
     sampling: SampleConfig | None = None,
+    device: str = "auto",
     subset: str = "malc27",
     workers: int = 0,
     max_minutes: float = math.inf,
@@ -91,7 +92,7 @@ def cross_validate(
             config,
             hold_out=held_out,
             net_config=net_config,
-            device=sampling.device,
+            device=device,
             workers=workers,
             validate_minutes=math.inf,
             max_minutes=(until - time.monotonic()) / 60,
@@ -105,7 +106,8 @@ def cross_validate(
         for sample in (s for s in samples if s.subject in held_out):
             shape = sample.classes.shape
             grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-            predicted = Volume(segment_sample(model.net, sample, parcellation, sampling), grid)
+            classes = segment_sample(model.net, sample, parcellation, sampling, device)
+            predicted = Volume(classes, grid)
             reference = Volume(sample.classes, grid)
             known = {
                 parcellation.structures[k - 1].name

@@ -42,10 +42,11 @@ class RunMonitor:
         parcellation: Parcellation,
         minutes: float = 15.0,
         sampling: SampleConfig | None = None,
+        device: str = "auto",
     ) -> None:
         self.folder, self.held_out, self.parcellation = folder, held_out, parcellation
         self.minutes = minutes
-        self.sampling = sampling or SampleConfig(flip=False)
+        self.sampling, self.device = sampling or SampleConfig(flip=False), device
         self.last = time.monotonic()
         self.turn = 0
         self.board = _board(folder / "tensorboard")
@@ -68,7 +69,7 @@ class RunMonitor:
         """Score the next held-out scan; returns its mean foreground Dice (27 structures)."""
         sample = self.held_out[self.turn % len(self.held_out)]
         self.turn += 1
-        predicted = segment_sample(state.ema, sample, self.parcellation, self.sampling)
+        predicted = segment_sample(state.ema, sample, self.parcellation, self.sampling, self.device)
         classes = sample.scored(self.parcellation.subset("malc27")) or sample.drawn
         score = float(np.nanmean(dice(predicted, sample.classes, classes)))
         log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
@@ -97,11 +98,16 @@ class RunMonitor:
 
 
 def segment_sample(
-    net: CADiffNet, sample: Sample, parcellation: Parcellation, config: SampleConfig
+    net: CADiffNet,
+    sample: Sample,
+    parcellation: Parcellation,
+    config: SampleConfig,
+    device: str = "auto",
 ) -> np.ndarray:
     """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code of inference."""
     conditions = sample_conditions(sample)
-    p, _ = class_probabilities(conditions, Model(net, parcellation=parcellation), config)
+    model = Model(net, parcellation=parcellation)
+    p, _ = class_probabilities(conditions, model, config, device_name=device)
     return np.asarray(most_probable(p) * sample.mask)
 
 

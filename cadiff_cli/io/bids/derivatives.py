@@ -104,7 +104,7 @@ def save_result(
                 for r in registrations
             ],
         )
-    made = Provenance.of(result, write.raw, field=field is not None, run_id=run_id or "")
+    made = Provenance.of(result, write.raw, run_id=run_id or "")
     segmented_from = [write.raw, t1w, mask, *to_scan]
     if segmentation.posteriors is not None:
         write.image(probseg, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)

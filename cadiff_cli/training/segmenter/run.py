@@ -98,8 +98,8 @@ def train(
             for model in (session.state.net, session.state.ema):
                 model.prior.logits.copy_(prior)
     held_out = [s for s in (*samples, *also) if s.subject in set(hold_out)]
-    sampling = SampleConfig(flip=False, device=device)
-    monitor = RunMonitor(run, held_out, parcellation, validate_minutes, sampling)
+    sampling = SampleConfig(flip=False)
+    monitor = RunMonitor(run, held_out, parcellation, validate_minutes, sampling, device)
     mirror = torch.from_numpy(parcellation.mirror_classes)
     draws = Draws(
         chosen,
