@@ -628,7 +628,9 @@ def test_the_command_trains_on_folders(label_map, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def call(*options):
-        return CliRunner().invoke(command, ["-o", str(run), *options], standalone_mode=False)
+        return CliRunner().invoke(
+            command, ["brain-mask", "-o", str(run), *options], standalone_mode=False
+        )
 
     done = call("--label-maps", str(maps), "--steps", "7", "--rate", "1e-4", "--max-minutes", "3")
     assert done.exception is None

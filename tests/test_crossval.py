@@ -114,7 +114,7 @@ def test_options_of_the_command_reach_the_folds(toy_sample, parcellation, tmp_pa
     monkeypatch.setattr("cadiff_cli.training.crossval.cross_validate", fake_validate)
 
     def call(*options):
-        arguments = [str(tmp_path), "-o", str(tmp_path / "run"), *options]
+        arguments = ["cadiff", str(tmp_path), "-o", str(tmp_path / "run"), *options]
         return CliRunner().invoke(command, arguments, standalone_mode=False)
 
     settings = ("--fraction", "0.5", "--steps", "60", "--decay", "20", "--max-minutes", "5")

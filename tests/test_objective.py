@@ -10,24 +10,28 @@ from torch.nn.functional import one_hot
 from cadiff_cli.device import autocast
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.training.batch import stack
+from cadiff_cli.training.segmenter.config import load
 from cadiff_cli.training.segmenter.losses import Losses
-from cadiff_cli.training.segmenter.objective import METHODS, Objective, Times
+from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import Patch, draw_patch
+from cadiff_cli.training.settings import CONFIGS
 
 MANY = 40_000
 UNIFORM = Times(0.0, 0.0, 0.0)
 PARTS = tuple(Losses.__dataclass_fields__)
+
+METHODS = sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "brain-mask")
 
 
 def net_of(name):
     """A method's network in small, every layer awake."""
     sizes = ("channels", "head_channels", "head_blocks", "time_channels", "embed_channels")
     small = {key: getattr(TINY, key) for key in (*sizes, "prior_shape", "taca_sizes")}
-    return channels_last(awake(replace(METHODS[name].net, **small)))
+    return channels_last(awake(replace(load(name).net, **small)))
 
 
 def objective_of(name, **settings):
-    return replace(METHODS[name].objective, fine=32, **settings)
+    return replace(load(name).train.objective, fine=32, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,7 @@ def test_the_members_of_a_batch_have_times_of_their_own():
 
 
 def test_a_dual_field_is_always_known():
-    t_d, t_m = METHODS["dual"].objective.times.draw(MANY, seeded())
+    t_d, t_m = load("dual").train.objective.times.draw(MANY, seeded())
     assert not t_d.any()
     assert t_m.std() > 0.1
 

@@ -20,8 +20,7 @@ from cadiff_cli.training.paint import (
     paint_t1,
     tissues,
 )
-from cadiff_cli.training.segmenter.config import recipe
-from cadiff_cli.training.segmenter.objective import METHODS
+from cadiff_cli.training.segmenter.config import load
 from cadiff_cli.training.segmenter.patches import AugmentConfig
 
 
@@ -177,8 +176,7 @@ def test_synthseg_codes_join_the_structures_that_they_lie_in(parcellation):
 
 def test_every_patch_of_synth_gets_a_new_contrast():
     """Unless the share is asked for."""
-    _, config = recipe("synth")
-    assert config.augment.synthesis.share == 1
-    assert config.augment.synthesis.random > AugmentConfig().synthesis.random
-    assert recipe("synth", 0.25)[1].augment.synthesis.share == 0.25
-    assert recipe()[1].augment == METHODS["cadiff"].augment
+    augment = load("synth").train.augment
+    assert augment.synthesis.share == 1
+    assert augment.synthesis.random > AugmentConfig().synthesis.random
+    assert load("synth", synthetic=0.25).train.augment.synthesis.share == 0.25

@@ -38,9 +38,9 @@ from cadiff_cli.training.loop import (
     train_step,
 )
 from cadiff_cli.training.segmenter import data
-from cadiff_cli.training.segmenter.config import TrainConfig, recipe
+from cadiff_cli.training.segmenter.config import TrainConfig, load
 from cadiff_cli.training.segmenter.losses import Losses
-from cadiff_cli.training.segmenter.objective import METHODS, Objective, Times
+from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.run import train
@@ -361,6 +361,7 @@ def test_a_sample_is_built_as_inference_would(
         save_volume(path, voxels, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(data, "load_atlas", lambda name: template)
+    monkeypatch.setattr(data, "frame", str)
     monkeypatch.setattr(pipeline, "register_template", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = data.load(
@@ -398,7 +399,7 @@ def test_labels_that_do_not_fit_their_image_are_refused(
     save_volume(paths[1], np.where(head.codes > 0, code, 0).astype(np.int16), grid)
     scan = LabelledScan("sub-1", "1", *paths)
     with pytest.raises(DataError, match=said):
-        data.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
+        data.build(scan, ["MNIColin27"], parcellation, parcellation.class_of, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -413,6 +414,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
         save_volume(path, voxels, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(data, "load_atlas", lambda name: replace(template, name=name))
+    monkeypatch.setattr(data, "frame", str)
 
     def register(_stripped, template, *_):
         found = identity(template)
@@ -650,7 +652,7 @@ def test_a_run_begins_with_the_weights_it_is_given(toy_sample, parcellation, tmp
     with pytest.raises(UsageError, match=r"'toy'.*--init"):
         train([toy_sample, other], tmp_path / "c", QUICK, init=now, hold_out=["toy"])
     with pytest.raises(UsageError, match="another network"):
-        train([other], tmp_path / "d", QUICK, init=was, net_config=METHODS["unet"].net)
+        train([other], tmp_path / "d", QUICK, init=was, net_config=load("unet").net)
 
 
 def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellation, toy_sample):
@@ -676,7 +678,9 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellatio
     also = ["--also", here[1], "dlmuse", "--also", here[2], "freesurfer", "--also-share", "0.4"]
 
     def call(*options):
-        return CliRunner().invoke(command, [here[0], *run, *options], standalone_mode=False)
+        return CliRunner().invoke(
+            command, ["cadiff", here[0], *run, *options], standalone_mode=False
+        )
 
     assert call(*also, "--steps", "7", "--hold-out", "sub-more").exception is None
     assert trained["hold_out"] == ("more",)
@@ -727,22 +731,9 @@ def test_the_prior_is_counted_over_the_wanted_scans(
 
 def test_a_network_without_field_starts_without_prior(toy_sample, tmp_path, tiny_config):
     """It goes from a run to weights and back, and still does not read the field."""
-    config = replace(QUICK, steps=1, objective=replace(METHODS["unet"].objective, fine=32))
+    config = replace(QUICK, steps=1, objective=replace(load("unet").train.objective, fine=32))
     blind = replace(tiny_config, reads_field=False, reads_labels=False, attention=False)
     path = train([toy_sample], tmp_path, config, net_config=blind)
     net = models.load(Model, str(path)).net
     assert net.config == blind
     assert not net.prior.logits.any()
-
-
-def test_a_recipe_is_a_method_and_settings():
-    for name, method in METHODS.items():
-        net, config = recipe(name, synthetic=0.25, steps=7, batch=2, seed=3)
-        assert net == method.net
-        assert config.objective == method.objective
-        assert config.augment.synthesis.share == 0.25
-        assert (config.steps, config.batch, config.seed) == (7, 2, 3)
-        assert replace(config.augment, synthesis=method.augment.synthesis) == method.augment
-    assert recipe()[0] == METHODS["cadiff"].net == recipe("finish")[0]
-    with pytest.raises(UsageError, match="cadif"):
-        recipe("cadif")

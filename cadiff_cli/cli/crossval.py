@@ -9,6 +9,7 @@ from cadiff_cli.cli.train import training_options
 
 
 @click.command(name="crossval", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--folds", type=click.IntRange(2), default=3, show_default=True)
 @click.option("--fold", multiple=True, type=int, help="Run only this fold, from 1 (repeatable).")
@@ -17,24 +18,25 @@ from cadiff_cli.cli.train import training_options
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Of --steps and --decay, to try the protocol out.",
+    help="Of steps and decay, to try the protocol out.",
 )
 @training_options
 def command(
+    config: str,
     dataset: Path,
     folds: int,
     fold: tuple[int, ...],
     fraction: float,
     run: Path,
-    labels: str,
     cache: Path | None,
-    templates: tuple[str, ...],
     device: str,
     workers: int,
     max_minutes: float,
     **settings: Any,
 ) -> None:
-    """Cross-validate a method on DATASET: train on some people, score the others, in turn.
+    """Cross-validate CONFIG on DATASET: train on some people, score the others, in turn.
+
+    CONFIG is what `cadiff train` takes.
 
     Repeat scans stay with their person.  RUN gets a folder per fold and the tables of `cadiff
     evaluate`; with --fold the tables lie in the fold's own folder, and the command without it
@@ -53,28 +55,28 @@ def command(
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
     from cadiff_cli.training.crossval import folds as split
-    from cadiff_cli.training.segmenter.config import recipe
+    from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    net, config = recipe(**settings)
+    training = load(config, **settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
-    mapping, scans = load_scheme(labels, load_parcellation(BASE)), labelled_scans(dataset)
+    mapping, scans = load_scheme(training.labels, load_parcellation(BASE)), labelled_scans(dataset)
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)
     for folder in (run, cache or run):
         check_writable(folder)
-    samples = prepare_scans(scans, mapping, templates, cache or run / "cache")
+    samples = prepare_scans(scans, mapping, training.templates, cache or run / "cache")
     until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(
             samples,
             run,
-            shortened(config, fraction),
+            shortened(training.train, fraction),
             n_folds=folds,
             only=only,
-            net_config=net,
+            net_config=training.net,
             device=device,
             workers=workers,
             max_minutes=(until - time.monotonic()) / 60,

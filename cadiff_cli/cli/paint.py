@@ -15,7 +15,7 @@ def command(label_maps: Path, out: Path, seed: int) -> None:
     """Paint a T1-weighted brain for every label map in the folder LABEL_MAPS.
 
     Label maps hold FreeSurfer's codes, and 500 to 999 for what is around the brain, if anything is.
-    OUT is what `cadiff train OUT --labels synthseg --method synth` trains on.
+    OUT is what `cadiff train synth OUT --labels synthseg` trains on.
     """
     from cadiff_cli.training.paint import paint_dataset
 

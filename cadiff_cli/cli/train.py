@@ -11,9 +11,8 @@ OPTIONS = (
     ),
     click.option(
         "--labels",
-        default="neuromorphometrics",
-        show_default=True,
-        help="neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or a TSV (source, index).",
+        help="Instead of the config's: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or"
+        " a TSV (source, index).",
     ),
     click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache]."),
     click.option(
@@ -21,32 +20,22 @@ OPTIONS = (
         "--atlas",
         "templates",
         multiple=True,
-        default=("MNIColin27", "MNI152NLin2009aSym"),
-        show_default=True,
         help="Templates whose fields are trained on, or a stripped scan (repeatable).",
     ),
-    click.option(
-        "--method",
-        default="cadiff",
-        show_default=True,
-        help="cadiff; finish, its last part from --init; synth, for painted scans and any contrast;"
-        " or a variant of the ablation: unet,"
-        " diffusion, dual, label, collaborative, consistency, consistency-dice, taca, paper.",
-    ),
-    click.option("--steps", type=click.IntRange(1), default=3000, show_default=True),
+    click.option("--steps", type=click.IntRange(1), help="Instead of the config's."),
     click.option(
         "--decay",
         type=click.IntRange(1),
-        help="Last steps, rate to 0 [1000, at most a third of --steps].",
+        help="Last steps, rate to 0 [the config's; with --steps, at most the same share].",
     ),
-    click.option("--rate", type=float, default=1e-3, show_default=True),
-    click.option("--batch", type=click.IntRange(1), default=1, show_default=True),
+    click.option("--rate", type=float, help="Learning rate, instead of the config's."),
+    click.option("--batch", type=click.IntRange(1), help="Instead of the config's."),
     click.option(
         "--synthetic",
         type=click.FloatRange(0, 1),
-        help="Share of patches with resampled contrast [0.1; of synth, 1].",
+        help="Share of patches with resampled contrast, instead of the config's.",
     ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(0), help="Instead of the config's."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
     click.option(
         "--workers", type=click.IntRange(0), default=0, show_default=True, help="Drawing processes."
@@ -68,6 +57,7 @@ def training_options(command: Any) -> Any:
 
 
 @click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
 @click.option(
@@ -95,6 +85,7 @@ def training_options(command: Any) -> Any:
 )
 @training_options
 def command(
+    config: str,
     dataset: Path,
     hold_out: tuple[str, ...],
     also: tuple[tuple[Path, str], ...],
@@ -103,15 +94,17 @@ def command(
     recount_prior: bool,
     validate_minutes: float,
     run: Path,
-    labels: str,
     cache: Path | None,
-    templates: tuple[str, ...],
     device: str,
     workers: int,
     max_minutes: float,
     **settings: Any,
 ) -> None:
-    """Train on DATASET, a BIDS-like folder of T1w images with dseg label maps.
+    """Train as CONFIG says on DATASET, a BIDS-like folder of T1w images with dseg label maps.
+
+    CONFIG is a TOML file or the name of a shipped one: cadiff; finish, its last part from --init;
+    synth, for painted scans and any contrast; or a variant of the ablation (unet, diffusion, dual,
+    label, collaborative, consistency, consistency-dice, taca, paper).  Options override it.
 
     Scans are prepared once by the same code that inference runs.  The same command continues after
     a kill, and goes on further with more --steps.
@@ -127,7 +120,7 @@ def command(
     from cadiff_cli.labels.parcellation import BASE, load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import Model
-    from cadiff_cli.training.segmenter.config import recipe
+    from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
     from cadiff_cli.training.segmenter.run import check_people, train
 
@@ -138,35 +131,35 @@ def command(
         settings["also_share"] = also_share
     if recount_prior and not init:
         raise UsageError("--recount-prior is for --init", "without it the prior is counted anyway")
-    net, config = recipe(**settings)
+    training = load(config, **settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
     model = models.load(Model, init) if init else None
     pick_device(device)
     sources = [
         (labelled_scans(path), load_scheme(name, load_parcellation(BASE)))
-        for path, name in ((dataset, labels), *also)
+        for path, name in ((dataset, training.labels), *also)
     ]
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
     counted = Counter(name for group in others for name in group)
     if both := sorted(name for name, n in counted.items() if n > 1):
         raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
     held = tuple(name.removeprefix("sub-") for name in hold_out)
-    check_people(subjects, set().union(*others), held, model, net)
+    check_people(subjects, set().union(*others), held, model, training.net)
     for folder in (run, cache or run):
         check_writable(folder)
     folder = cache or run / "cache"
     samples, *less_trusted = (
-        prepare_scans(scans, mapping, templates, folder) for scans, mapping in sources
+        prepare_scans(scans, mapping, training.templates, folder) for scans, mapping in sources
     )
     path = train(
         samples,
         run,
-        config,
+        training.train,
         also=[sample for other in less_trusted for sample in other],
         init=model,
         recount_prior=recount_prior,
         hold_out=held,
-        net_config=net,
+        net_config=training.net,
         device=device,
         workers=workers,
         validate_minutes=validate_minutes,

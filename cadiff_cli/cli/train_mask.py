@@ -7,6 +7,7 @@ import click
 
 
 @click.command(name="train-mask", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", metavar="CONFIG")
 @click.option(
     "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
 )
@@ -29,46 +30,45 @@ import click
 )
 @click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
 @click.option("--cache", type=click.Path(path_type=Path), help="Prepared heads [RUN/cache].")
+@click.option("--steps", type=click.IntRange(1), help="Instead of CONFIG's.")
 @click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path),
-    help="TOML of settings (training/heads.HeadConfig); the options below win over it.",
+    "--decay",
+    type=click.IntRange(1),
+    help="Last steps, the rate falling [CONFIG's; with --steps, at most the same share].",
 )
-@click.option("--steps", type=click.IntRange(1), help="[4000]")
-@click.option("--decay", type=click.IntRange(1), help="Last steps, the rate falling [800].")
-@click.option("--rate", type=float, help="[1e-3]")
-@click.option("--batch", type=click.IntRange(1), help="[1]")
-@click.option("--seed", type=click.IntRange(0), help="[0]")
+@click.option("--rate", type=float, help="Learning rate, instead of CONFIG's.")
+@click.option("--batch", type=click.IntRange(1), help="Instead of CONFIG's.")
+@click.option("--seed", type=click.IntRange(0), help="Instead of CONFIG's.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1...")
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--max-minutes", type=float, default=float("inf"), help="Stop after this.")
 def command(
+    config: str,
     run: Path,
     label_maps: tuple[Path, ...],
     heads: tuple[Path, ...],
     hold_out_source: tuple[str, ...],
     init: str | None,
     cache: Path | None,
-    config_file: Path | None,
     device: str,
     workers: int,
     max_minutes: float,
     **options: Any,
 ) -> None:
-    """Train the network that finds the brain in a whole head.
+    """Train the network that finds the brain in a whole head, as CONFIG says.
+
+    CONFIG is a TOML file or brain-mask, which is shipped; options override it.
 
     Label maps become images of every contrast; real heads join them.  The same command continues
     after a kill.  Held-out sources are scored at the end.
     """
     import logging
-    from dataclasses import replace
 
     from cadiff_cli.device import pick_device
     from cadiff_cli.io import models
-    from cadiff_cli.io.files import check_writable, read_settings
+    from cadiff_cli.io.files import check_writable
     from cadiff_cli.nets.models import BrainModel
-    from cadiff_cli.training.brain_mask.config import HeadConfig
+    from cadiff_cli.training.brain_mask.config import load
     from cadiff_cli.training.brain_mask.data import prepare_heads
     from cadiff_cli.training.brain_mask.run import check_sources, train_mask
 
@@ -77,10 +77,7 @@ def command(
         raise click.UsageError("give --label-maps, --heads, or both")
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
-    config = (
-        read_settings(config_file, HeadConfig) if config_file else HeadConfig(decay=800, steps=4000)
-    )
-    config = replace(config, **{key: value for key, value in options.items() if value is not None})
+    training = load(config, **options)
     model = models.load(BrainModel, init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     for folder in (run, cache or run):
@@ -89,8 +86,9 @@ def command(
     path = train_mask(
         prepared,
         run,
-        config,
+        training.train,
         init=model,
+        net_config=training.net,
         hold_out=hold_out_source,
         device=device,
         workers=workers,

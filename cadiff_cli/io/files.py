@@ -14,15 +14,12 @@ import math
 import os
 import shutil
 import tempfile
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cadiff_cli.errors import DiskError, MissingInputError, OutputError, UsageError
+from cadiff_cli.errors import DiskError, OutputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -154,32 +151,6 @@ def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "n/a"
     return " ".join(str(value).split())
-
-
-def read_settings(path: Path, kind: type[S]) -> S:
-    """A settings object from a TOML file of its fields; absent fields keep their defaults.
-
-    Raises ``MissingInputError`` if the file cannot be read; ``UsageError`` if it is not TOML, or
-    for an unknown key or a value of another type.
-    """
-    try:
-        values = tomllib.loads(read_text(path))
-    except OSError as error:
-        raise MissingInputError(f"cannot read {path} ({error.strerror})", "check it") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not TOML ({error})", "correct it") from error
-    defaults = {f.name: f.default for f in fields(kind)}
-    for key, value in values.items():
-        if key not in defaults:
-            near = get_close_matches(key, defaults, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{path} has an unknown key {key!r}{hint}", f"use {[*defaults]}")
-        wanted = type(defaults[key])
-        if wanted is float and type(value) is int:
-            values[key] = float(value)
-        elif type(value) is not wanted:
-            raise UsageError(f"{path}: {key} is {value!r}", f"give a value of {wanted.__name__}")
-    return kind(**values)
 
 
 def sha256(path: Path) -> str:

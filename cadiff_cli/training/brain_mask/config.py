@@ -1,8 +1,11 @@
 """Settings of a training of the brain mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from cadiff_cli.nets.brain import BrainConfig
 from cadiff_cli.training.loop import Schedule
+from cadiff_cli.training.settings import load_training, overridden
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,20 @@ class HeadConfig(Schedule):
     stripped: float = 0.12
     zeroed_air: float = 0.25
     noisy_air: float = 0.1
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of the brain mask as a file: its network and its run."""
+
+    kind: ClassVar[str] = "brain-mask"
+    command: ClassVar[str] = "cadiff train-mask"
+    net: BrainConfig = field(default_factory=BrainConfig)
+    train: HeadConfig = field(default_factory=HeadConfig)
+
+
+def load(
+    name: str, *, steps: int | None = None, decay: int | None = None, **settings: Any
+) -> Training:
+    """A training by name or from a ``.toml`` file; what else is given overrides the file."""
+    return overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)

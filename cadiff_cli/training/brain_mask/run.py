@@ -38,6 +38,7 @@ def train_mask(
     config: HeadConfig,
     *,
     init: BrainModel | None = None,
+    net_config: BrainConfig | None = None,
     hold_out: Sequence[str] = (),
     device: str = "auto",
     workers: int = 0,
@@ -57,7 +58,7 @@ def train_mask(
             "hold out real heads",
         )
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
-    net = new_net(BrainNet, BrainConfig(), init, config.seed, device)
+    net = new_net(BrainNet, net_config or BrainConfig(), init, config.seed, device)
     if init:
         config = replace(config, coarse_steps=0)
     identity = HeadsIdentity(

@@ -1,13 +1,15 @@
-"""Settings of a training of the segmenter, by method."""
+"""Settings of a training of the segmenter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.training.loop import Schedule
-from cadiff_cli.training.segmenter.objective import METHODS, Objective
+from cadiff_cli.training.segmenter.objective import Objective
 from cadiff_cli.training.segmenter.patches import AugmentConfig
+from cadiff_cli.training.settings import load_training, overridden
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,43 @@ class TrainConfig(Schedule):
             raise UsageError(f"patch is {self.patch}", "use 64 or more, a multiple of 32")
 
 
-def recipe(
-    method: str = "cadiff",
+@dataclass(frozen=True)
+class Training:
+    """A training of the segmenter as a file: its network, its run and its data.
+
+    ``templates`` are those whose fields are trained on (names, folders or stripped scans);
+    ``labels`` is a known scheme of ids, or a TSV file of one.
+    """
+
+    kind: ClassVar[str] = "segmenter"
+    command: ClassVar[str] = "cadiff train"
+    net: NetConfig = field(default_factory=NetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    templates: tuple[str, ...] = ("MNIColin27", "MNI152NLin2009aSym")
+    labels: str = "neuromorphometrics"
+
+
+def load(
+    name: str,
+    *,
     synthetic: float | None = None,
-    steps: int = TrainConfig.steps,
+    templates: Sequence[str] = (),
+    labels: str | None = None,
+    steps: int | None = None,
     decay: int | None = None,
     **settings: Any,
-) -> tuple[NetConfig, TrainConfig]:
-    """Network and training settings of a named method; ``settings`` are ``TrainConfig``'s own.
+) -> Training:
+    """A training by name or from a ``.toml`` file; what else is given overrides the file.
 
-    ``synthetic`` is the share of patches with resampled contrast, if not the method's own.
-    The rate falls over the last third of a run that is shorter than three usual ``decay``s.
+    ``synthetic`` is the share of patches with resampled contrast.
     """
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}", f"choose from {', '.join(METHODS)}")
-    chosen = METHODS[method]
-    augment = chosen.augment
+    training = overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)
     if synthetic is not None:
+        augment = training.train.augment
         augment = replace(augment, synthesis=replace(augment.synthesis, share=synthetic))
-    return chosen.net, TrainConfig(
-        objective=chosen.objective,
-        steps=steps,
-        decay=decay or max(1, min(TrainConfig.decay, steps // 3)),
-        prior_scans=chosen.prior_scans,
-        augment=augment,
-        **settings,
+        training = replace(training, train=replace(training.train, augment=augment))
+    return replace(
+        training,
+        templates=tuple(templates) or training.templates,
+        labels=labels or training.labels,
     )

@@ -1,19 +1,14 @@
-"""What a training step minimises: how times are drawn, what is corrupted, which losses count.
-
-``METHODS`` names the variants of the paper's ablation (Tables II to IV) and the plain U-Net; each
-is a network configuration and an ``Objective``, and the loop does not know which one it runs.
-"""
+"""What a training step minimises: how times are drawn, what is corrupted, which losses count."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cadiff_cli.diffusion.process import expand
-from cadiff_cli.nets.unet import FIELD_STD, STRIDE, CADiffNet, NetConfig
+from cadiff_cli.nets.unet import STRIDE, CADiffNet
 from cadiff_cli.training.segmenter.losses import (
-    SIMILARITIES,
     Consistency,
     Losses,
     central,
@@ -22,8 +17,7 @@ from cadiff_cli.training.segmenter.losses import (
     field_mse,
     fractions,
 )
-from cadiff_cli.training.segmenter.patches import AugmentConfig, Patch
-from cadiff_cli.training.segmenter.synthesis import SynthesisConfig
+from cadiff_cli.training.segmenter.patches import Patch
 
 
 @dataclass(frozen=True)
@@ -147,62 +141,3 @@ class Objective:
         first = net.trunk(patch.image, d_t, m_t, lost, torch.ones_like(t_d))
         field_1 = torch.where(expand(lost, field_0) > 0, first.field, field_0)
         return field_1, 2 * first.logits.softmax(dim=1) - 1
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of an ablation table: what the network is, and what it is trained on."""
-
-    net: NetConfig = field(default_factory=NetConfig)
-    objective: Objective = field(default_factory=Objective)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    prior_scans: int | None = None
-
-
-def _methods() -> dict[str, Method]:
-    plain = NetConfig(attention=False)
-    blind = Objective(field_weight=0.0, consistency=None)
-    joint = Objective(consistency=None)
-    known = replace(blind, times=Times(known_field=1.0, lost_field=0.0))
-    similar, dice = (replace(joint, consistency=Consistency(name, 0.1)) for name in SIMILARITIES)
-    mild = AugmentConfig(
-        deform=0.35,
-        thick_slices=0.06,
-        bad_mask=0.1,
-        intensity=0.6,
-        synthesis=SynthesisConfig(contrast=0.1),
-    )
-    any_contrast = AugmentConfig(synthesis=SynthesisConfig(share=1.0, random=0.4, contrast=0.1))
-    printed = Objective(
-        Times(0.0, 0.0, 0.0),
-        recycle=0.0,
-        focus=0.0,
-        field_weight=FIELD_STD**2 / 4,
-        consistency=Consistency(),
-    )
-    return {
-        "cadiff": Method(),
-        "finish": Method(augment=mild),
-        "synth": Method(augment=any_contrast),
-        "unet": Method(replace(plain, reads_field=False, reads_labels=False), blind),
-        "diffusion": Method(replace(plain, reads_field=False), blind),
-        "dual": Method(plain, known, prior_scans=0),
-        "label": Method(replace(plain, reads_coordinates=False), known, prior_scans=1),
-        "collaborative": Method(plain, joint, prior_scans=0),
-        "consistency": Method(plain, similar, prior_scans=0),
-        "consistency-dice": Method(plain, dice, prior_scans=0),
-        "taca": Method(objective=similar, prior_scans=0),
-        "paper": Method(objective=printed, prior_scans=0),
-    }
-
-
-METHODS = _methods()
-"""``cadiff`` is what ships, and ``finish`` its last part, with milder augmentation; ``synth`` is
-``cadiff`` with a new contrast in every patch, for painted scans.
-
-The others take it apart, and none but ``label`` has a label prior: ``unet`` denoises nothing;
-``diffusion`` has no field; ``dual`` has a field that is always known; ``label`` has one person's
-labels, carried over through the template, in its place (Table V); ``collaborative`` diffuses the
-field too; ``consistency`` adds eqs. 5-8 (Dice instead of cosine in ``consistency-dice``), and
-``taca`` the attention.  ``paper`` is ``taca`` with both times uniform, nothing recycled, cubes that
-lie anywhere, and field and consistency weighed as in eqs. 4 and 8; the 2 mm label loss stays."""

@@ -69,7 +69,7 @@ def train(
     trusted_less = [s for s in also if s.subject not in set(hold_out)]
     net = new_net(CADiffNet, net_config or NetConfig(), init, config.seed, device)
     if recount_prior and not (net.config.reads_field and config.prior_scans != 0):
-        raise UsageError("--recount-prior: this method counts no prior", "leave it out")
+        raise UsageError("--recount-prior: this config counts no prior", "leave it out")
     identity = ScansIdentity(
         net=as_dict(net.config),
         init=init.sha256 if init else None,
@@ -137,8 +137,8 @@ def check_people(
         )
     if init and net_config not in (None, init.net.config):
         raise UsageError(
-            f"--init {init.name} is another network than the --method's",
-            "use the method that it was trained by",
+            f"--init {init.name} is another network than the config's",
+            "use a config of its network",
         )
     if not people - held:
         raise UsageError("every subject is held out", "leave some to train on")

@@ -1,0 +1,123 @@
+"""A training is a file: what is absent is the default, what is wrong is named."""
+
+import tomllib
+from dataclasses import asdict, replace
+
+import pytest
+
+from cadiff_cli.errors import MissingInputError, UsageError
+from cadiff_cli.io.releases import weights_folder
+from cadiff_cli.training.brain_mask import config as brain_mask
+from cadiff_cli.training.segmenter import config as segmenter
+from cadiff_cli.training.settings import CONFIGS
+
+TENANTS = {module.Training.kind: module for module in (segmenter, brain_mask)}
+FILES = sorted((*CONFIGS.glob("*.toml"), *weights_folder().glob("*/recipe/*.toml")))
+
+
+def load(path):
+    """Whatever kind of training a file holds."""
+    return TENANTS[tomllib.loads(path.read_text())["kind"]].load(str(path))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, kind="segmenter"):
+        path = tmp_path / "config.toml"
+        path.write_text(f'kind = "{kind}"\n{text}')
+        return str(path)
+
+    return write
+
+
+def leaves(values, key=""):
+    """(key, value) of every leaf of nested tables."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{key}{name}.")
+        else:
+            yield f"{key}{name}", value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: "/".join(p.parts[-3:]))
+def test_every_file_is_read_as_it_says(path):
+    """Shipped configs and recipes: each key reaches the field of its name."""
+    values = tomllib.loads(path.read_text())
+    del values["kind"]
+    training = dict(leaves(asdict(load(path))))
+    for key, value in leaves(values):
+        wanted = tuple(value) if isinstance(value, list) else value
+        assert training[key] == (None if value == "none" else wanted), key
+
+
+def test_the_shipped_config_names_every_key_with_its_default():
+    values = tomllib.loads((CONFIGS / "cadiff.toml").read_text())
+    assert segmenter.load("cadiff") == segmenter.Training()
+    named = {key for key, _ in leaves(values)} - {"kind"} | {"train.prior_scans"}
+    assert named == {key for key, _ in leaves(asdict(segmenter.Training()))}
+
+
+def test_absent_keys_keep_the_default_of_their_place(write):
+    """A table changes what is there: the default weight of consistency is the objective's."""
+    default = segmenter.Training()
+    changed = segmenter.load(write('[train.objective.consistency]\nsimilarity = "dice"\n'))
+    was = default.train.objective
+    wanted = replace(was, consistency=replace(was.consistency, similarity="dice"))
+    assert changed == replace(default, train=replace(default.train, objective=wanted))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stepps = 3\n", "'stepps' is unknown|stepps is unknown"),
+        ("[train]\nstepps = 3\n", "train.stepps is unknown, the nearest key is 'steps'"),
+        ("[train.objective.times]\npure_nois = 1.0\n", "nearest key is 'pure_noise'"),
+        ('[train]\nsteps = "3"\n', "train.steps is '3'.*a value of int"),
+        ("[train]\nsteps = 3.5\n", "train.steps is 3.5.*a value of int"),
+        ("[train]\nsteps = true\n", "train.steps is True.*a value of int"),
+        ("[train]\nobjective = 3\n", "train.objective is 3.*a table"),
+        ("[train.objective]\nconsistency = 3\n", 'consistency is 3.*a table or "none"'),
+        ("[net]\nprior_shape = [1, 2]\n", r"net.prior_shape is \[1, 2\]"),
+        ("[net]\nchannels = [8, 8.5]\n", r"net.channels\[1\] is 8.5.*int"),
+        ("[train]\nbatch = 0\n", "batch is 0"),
+        ("= 3\n", "not TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(write, text, said):
+    with pytest.raises(UsageError) as caught:
+        segmenter.load(write(text))
+    assert caught.match(said) or pytest.fail(str(caught.value))
+    assert caught.value.remedy
+
+
+def test_whole_numbers_are_numbers(write):
+    rate = segmenter.load(write("[train]\nrate = 1\n")).train.rate
+    assert (rate, type(rate)) == (1.0, float)
+
+
+@pytest.mark.parametrize(("tenant", "other"), [(segmenter, "brain-mask"), (brain_mask, "cadiff")])
+def test_a_command_takes_trainings_of_its_kind(tenant, other):
+    with pytest.raises(UsageError, match="has kind"):
+        tenant.load(other)
+    with pytest.raises(MissingInputError, match="cadif") as caught:
+        tenant.load("cadif")
+    assert "collaborative" in caught.value.remedy
+
+
+def test_options_override_the_file(write):
+    path = write('labels = "dlmuse"\n[train]\nsteps = 90\ndecay = 60\nrate = 0.5\n')
+    plain = segmenter.load(path)
+    assert (plain.labels, plain.train.steps, plain.train.rate) == ("dlmuse", 90, 0.5)
+    assert segmenter.load(path, steps=None, seed=None) == plain
+    other = segmenter.load(path, labels="cadiff", templates=["x"], synthetic=0.25, seed=3)
+    assert (other.labels, other.templates, other.train.seed) == ("cadiff", ("x",), 3)
+    assert other.train.augment.synthesis.share == 0.25
+    assert other.train.rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay", "wanted"), [(30, None, 20), (900, None, 60), (30, 5, 5), (1, None, 1)]
+)
+def test_the_decay_of_a_shorter_run_shrinks_with_it(write, steps, decay, wanted):
+    path = write("[train]\nsteps = 90\ndecay = 60\n")
+    assert segmenter.load(path, steps=steps, decay=decay).train.decay == wanted
