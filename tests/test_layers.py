@@ -13,7 +13,7 @@ RANKS = {
     **dict.fromkeys(("device", "io", "diffusion", "nets", "metrics"), 3),
     **dict.fromkeys(("stages", "quality"), 4),
     **dict.fromkeys(("pipeline", "fusion"), 5),
-    **dict.fromkeys(("training", "evaluation"), 6),
+    **dict.fromkeys(("training", "evaluation", "api"), 6),
     "report": 7,
     "runner": 8,
     **dict.fromkeys(("cli", "__main__"), 9),

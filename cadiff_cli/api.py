@@ -1,0 +1,51 @@
+"""The functions that the package shows to Python programs."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cadiff_cli.config import Config, Request
+from cadiff_cli.io import images, models
+from cadiff_cli.io.templates import load_templates
+from cadiff_cli.nets.models import Model
+from cadiff_cli.pipeline import run
+from cadiff_cli.products import Result, Scan, Template
+
+
+def load_scan(path: str | Path) -> Scan:
+    """The T1-weighted scan in a NIfTI or MGH file, checked.
+
+    Raises ``MissingInputError`` or ``DataError`` for a file that cannot be segmented.
+    """
+    return images.load_scan(Path(path))
+
+
+def load_model(name: str = Request.model) -> Model:
+    """A released network by name, or one in a ``.safetensors`` file."""
+    return models.load(Model, name)
+
+
+def segment(
+    scan: Scan,
+    templates: Sequence[Template] = (),
+    model: Model | None = None,
+    config: Config | None = None,
+    *,
+    device: str = "auto",
+    work_dir: Path | None = None,
+) -> Result:
+    """Segment a scan in memory: labels, volumes (mm3 by code), and everything they were made from.
+
+    Without ``templates``, ``model`` and ``config`` those of ``cadiff-seg`` are taken.  Transforms
+    are files in ``work_dir``; without one they are removed, and ``save_result`` cannot copy them.
+    """
+    with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="cadiff-") as folder:
+        return run(
+            scan,
+            templates or load_templates(),
+            model or load_model(),
+            config or Config(),
+            Path(folder),
+            device=device,
+        )
