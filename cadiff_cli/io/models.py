@@ -18,7 +18,7 @@ from cadiff_cli.config import as_dict
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel, Model, Trained
@@ -36,8 +36,26 @@ def _no_facts(_: Any) -> dict[str, Any]:
     return {}
 
 
+def _facts_of(model: Model) -> dict[str, Any]:
+    """The parcellation by name; one that is not shipped travels with its table."""
+    parcellation = model.parcellation
+    facts = {"parcellation": parcellation.name, "codes": parcellation.codes.tolist()}
+    is_shipped = parcellation.name in shipped_names()
+    return facts if is_shipped else {**facts, "table": parcellation.as_tsv()}
+
+
 def _parcellation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    parcellation = load_parcellation(BASE)
+    """The parcellation that the weights name; ``BASE`` if they are older than names."""
+    name = metadata.get("parcellation", BASE)
+    if "table" in metadata:
+        parcellation = parse(name, metadata["table"])
+    elif name in shipped_names():
+        parcellation = load_parcellation(name)
+    else:
+        raise DataError(
+            f"it draws the parcellation {name!r}, not {' or '.join(shipped_names())}",
+            "use the version of cadiff that it was made for",
+        )
     if metadata["codes"] != parcellation.codes.tolist():
         raise DataError("it was trained on another label table", "use weights for this version")
     return {"parcellation": parcellation}
@@ -67,7 +85,7 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
         DEFAULT,
         lambda settings: CADiffNet(NetConfig.from_dict(settings)),
         int8_step={"prior.logits": PRIOR_STEP},
-        facts=lambda model: {"codes": model.parcellation.codes.tolist()},
+        facts=_facts_of,
         restore=_parcellation_of,
     ),
     BrainModel: Kind(
