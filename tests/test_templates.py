@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -501,9 +502,15 @@ def test_files_not_yet_downloaded_are_known(home):
     assert not listed("tpl-MNI153")
 
 
-def test_queries_find_one_file():
-    common = {"extension": ".nii.gz", "template": "MNI152NLin2009cAsym", "resolution": 1}
-    for name, more in (("T1w", {"desc": None}), ("desc-brain_mask", {"desc": "brain"})):
-        query = query_of(f"tpl-MNI152NLin2009cAsym_res-01_{name}.nii.gz")
-        assert query == common | more | {"suffix": name.split("_")[-1]}
-    assert query_of("tpl-X_cohort-3_T1w.nii.gz")["cohort"] == "3"
+@pytest.mark.filterwarnings("ignore:TemplateFlow:ResourceWarning")
+def test_queries_find_one_file(home):
+    """In the layout of TemplateFlow's own client, which installs it without a network."""
+    from templateflow.client import TemplateFlowClient
+
+    client = TemplateFlowClient(root=home, use_datalad=False, autoupdate=False)
+    for name in (
+        *(str(Path(entry["head"]).name) for entry in registry().values() if "head" in entry),
+        "tpl-MNIPediatricAsym_cohort-5_res-1_desc-brain_mask.nii.gz",
+        "tpl-fsaverage_res-01_T1w.nii.gz",
+    ):
+        assert [path.name for path in client.ls(**query_of(name))] == [name]

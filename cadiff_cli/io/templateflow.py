@@ -122,7 +122,8 @@ def query_of(name: str) -> dict[str, Any]:
         query["cohort"] = cohort
     if resolution := entities.get("res"):
         query["resolution"] = int(resolution)
-    return query | {"desc": entities.get("desc"), "suffix": suffix, "extension": f".{extension}"}
+    others = {"desc": entities.get("desc"), "density": None}
+    return query | others | {"suffix": suffix, "extension": f".{extension}"}
 
 
 def _is_there(path: Path) -> bool:
