@@ -37,23 +37,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(path):
-    """(name, only for type checkers) of every module that ``path`` imports, anywhere in it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
+    """Names of every module that ``path`` imports, anywhere in it, if only for type checkers."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from ((name, id(node) in typing_only) for name in names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def rank(name):
@@ -67,8 +57,8 @@ def test_imports_point_downwards(path):
     here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     upward = [
         name
-        for name, typing_only in imported(path)
-        if name.startswith("cadiff_cli.") and not typing_only and rank(name) > RANKS[here]
+        for name in imported(path)
+        if name.startswith("cadiff_cli.") and rank(name) > RANKS[here]
     ]
     assert not upward
 
@@ -76,14 +66,14 @@ def test_imports_point_downwards(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_foreign_libraries_come_through_their_door(path):
     place = path.relative_to(PACKAGE).as_posix()
-    for name, _ in imported(path):
+    for name in imported(path):
         doors = DOORS.get(name.split(".")[0], ("",))
         assert place.startswith(doors), f"{place} imports {name}"
 
 
 def test_every_door_is_used():
     """A door that nothing passes is a rule about a library that has left."""
-    used = {name.split(".")[0] for path in MODULES for name, _ in imported(path)}
+    used = {name.split(".")[0] for path in MODULES for name in imported(path)}
     assert set(DOORS) <= used
 
 
@@ -92,7 +82,7 @@ def test_the_core_does_not_know_brains():
     for path in (PACKAGE / "diffusion").glob("*.py"):
         assert all(
             not name.startswith("cadiff_cli.") or name.startswith("cadiff_cli.diffusion.")
-            for name, _ in imported(path)
+            for name in imported(path)
         )
 
 
