@@ -439,3 +439,11 @@ def test_a_config_file_with_a_typo_is_refused(tmp_path):
     answer = CliRunner().invoke(command, ["a", "b", "participant", "--config-file", str(path)])
     assert answer.exit_code == 2
     assert "did you mean 'steps'" in answer.output
+
+
+def test_a_config_file_may_use_an_options_older_name(tmp_path):
+    """Logs of runs from before ``--template`` say ``atlas``."""
+    path = tmp_path / "x.toml"
+    path.write_text('atlas = "MNIColin27"\n')
+    with command.make_context("run", ["a", "b", "group", "--config-file", str(path)]) as context:
+        assert context.params["template"] == "MNIColin27"

@@ -1,4 +1,4 @@
-"""The atlases to train with: templates by name, or one person (the paper's Table VI)."""
+"""Templates to train with: by name or folder, or one person (the paper's Table VI)."""
 
 from functools import lru_cache
 from pathlib import Path
