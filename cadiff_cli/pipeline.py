@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cadiff_cli.config import Config
-from cadiff_cli.products import Prepared, Result, Scan, Template
+from cadiff_cli.io.images import given_mask
+from cadiff_cli.io.releases import strip_weights_sha256
+from cadiff_cli.products import Prepared, Result, Scan, Stripped, Template
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
@@ -16,7 +19,7 @@ from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
 if TYPE_CHECKING:
-    from cadiff_cli.nets.models import Model
+    from cadiff_cli.nets.models import BrainModel, Model
 
 Announce = Callable[[str], None]
 """Called with a stage's name when it begins."""
@@ -38,6 +41,28 @@ class Stopwatch:
         self.seconds[name] = round(time.perf_counter() - begun, 3)
 
 
+def strip_scan(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
+    """``strip`` with the mask that the user names, or the released network."""
+    mask = config.strip.mask
+    return strip(
+        scan,
+        template,
+        config,
+        work_dir,
+        given_mask(mask, scan) if mask else None,
+        brain_model if strip_weights_sha256(config.strip) else None,
+    )
+
+
+@cache
+def brain_model() -> "BrainModel":
+    """The released network that finds the brain, loaded once per process."""
+    from cadiff_cli.io import models
+    from cadiff_cli.nets.models import BrainModel
+
+    return models.load(BrainModel)
+
+
 def prepare(
     scan: Scan,
     templates: Sequence[Template],
@@ -52,7 +77,7 @@ def prepare(
     watch = watch or Stopwatch()
     with watch.stage("strip"):
         stripped = verified(
-            scan, strip(scan, strip_template(templates), config, work_dir), templates[0]
+            scan, strip_scan(scan, strip_template(templates), config, work_dir), templates[0]
         )
     with watch.stage("register"):
         wanted = () if config.register.name == "none" else templates

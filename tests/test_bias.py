@@ -7,10 +7,11 @@ from scipy import ndimage
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.images import save_volume
+from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.bias import NATURAL, evened, find_bias
-from cadiff_cli.stages.strip import strip, winsorized
+from cadiff_cli.stages.strip import winsorized
 
 
 def biased(volume, k):
@@ -93,7 +94,7 @@ def test_masks_over_nothing_or_next_to_nothing_are_refused(clean, tmp_path, valu
     save_volume(path, mask, clean.grid)
     scan = Scan(Volume(data, clean.grid), tmp_path / "sub-01_T1w.nii.gz")
     with pytest.raises(DataError, match=r"at least 0.02 l" if value else "dark everywhere"):
-        strip(scan, None, Config(strip=StripConfig(mask=path)), tmp_path)
+        strip_scan(scan, None, Config(strip=StripConfig(mask=path)), tmp_path)
 
 
 def test_a_scan_without_extremes_is_not_copied(clean):
@@ -108,4 +109,4 @@ def test_negative_extremes_are_clipped_too(clean):
 
 def test_the_stripped_image_is_corrected(clean, tmp_path):
     scan = Scan(biased(clean, 1.5), tmp_path / "sub-01_T1w.nii.gz")
-    assert strip(scan, None, Config(), tmp_path).bias_ratio > 2
+    assert strip_scan(scan, None, Config(), tmp_path).bias_ratio > 2

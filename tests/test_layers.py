@@ -98,3 +98,9 @@ def test_a_work_folder_that_cannot_be_removed_fails_no_scan():
     assert calls
     for call in calls:
         assert "ignore_cleanup_errors=True" in ast.unparse(call)
+
+
+def test_stages_read_no_disk():
+    """Files are read by whoever calls them: products come in, products go out."""
+    for path in (PACKAGE / "stages").glob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("cadiff_cli.io")]

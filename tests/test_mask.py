@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from scipy.ndimage import gaussian_filter
 from synthetic_head import stored, synthetic_head
 
+from cadiff_cli import pipeline
 from cadiff_cli.cli.mask import command
 from cadiff_cli.config import Config, StripConfig, StripMethod
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
@@ -19,10 +20,10 @@ from cadiff_cli.io.images import load_scan, load_volume, save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.nets.brain import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
+from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages import strip as stage
-from cadiff_cli.stages.strip import LARGE_LITRES, on_scan, strip, stripped_brain
+from cadiff_cli.stages.strip import LARGE_LITRES, on_scan, stripped_brain
 from cadiff_cli.training.brain_mask.target import signed_distance
 
 
@@ -42,8 +43,8 @@ BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright")
 
 @pytest.fixture
 def bright(monkeypatch):
-    monkeypatch.setattr(stage, "_brain_model", lambda: BRIGHT)
-    for module in (stage, releases):
+    monkeypatch.setattr(pipeline, "brain_model", lambda: BRIGHT)
+    for module in (pipeline, releases):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)
 
 
@@ -72,7 +73,7 @@ def overlap(a, b):
 def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
     t1, brain = head(orientation)
     scan = Scan(t1, tmp_path / "sub-01_T1w.nii.gz")
-    stripped = strip(scan, None, Config(StripConfig("auto")), tmp_path)
+    stripped = strip_scan(scan, None, Config(StripConfig("auto")), tmp_path)
     assert stripped.method is StripMethod.NET
     assert set(stripped.quality.as_dict()) == {"largest_share", "symmetry", "at_edge", "in_air"}
     assert overlap(on_scan(stripped, scan).data, brain) > 0.96
@@ -149,7 +150,7 @@ def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monke
 
     monkeypatch.setattr(templates, "load_template", load)
     monkeypatch.setattr(templates, "load_templates", load)
-    for module in (stage, releases):
+    for module in (pipeline, releases):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: weights)
 
     def run(t1, name):
@@ -165,7 +166,7 @@ def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monke
         run(head()[0], "sub-head")
     assert asked == [templates.PREFERRED]
     weights = "0" * 64
-    monkeypatch.setattr(stage, "_brain_model", lambda: BRIGHT)
+    monkeypatch.setattr(pipeline, "brain_model", lambda: BRIGHT)
     run(head()[0], "sub-net")
     assert len(asked) == 1
 
@@ -196,14 +197,14 @@ def test_no_brain_is_found_where_there_is_none(released_mask, kind, tmp_path, al
     grid = Grid(shape, np.diag([2.0, 2.0, 2.0, 1.0]))
     scan = Scan(Volume(images[kind].astype(np.float32), grid), tmp_path / "x.nii.gz")
     with pytest.raises(DataError, match="brain"):
-        strip(scan, None, Config(StripConfig("net")), tmp_path)
+        strip_scan(scan, None, Config(StripConfig("net")), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mass04", "mass07"])  # never trained on
 def test_real_heads_are_stripped(released_mask, shared, name, tmp_path, all_threads):
     folder = shared(f"heads/mass/sub-{name}/anat")
     scan = load_scan(folder / f"sub-{name}_T1w.nii.gz")
-    stripped = strip(scan, None, Config(StripConfig()), tmp_path)
+    stripped = strip_scan(scan, None, Config(StripConfig()), tmp_path)
     assert stripped.method is StripMethod.NET
     assert not stripped.notes
     truth = np.asarray(load_volume(folder / f"sub-{name}_desc-brain_mask.nii.gz").data) > 0
@@ -216,7 +217,7 @@ def test_a_synthetic_head_is_stripped_however_it_is_stored(
 ):
     t1, brain = (stored(v.data, v.grid, *turned) for v in synthetic_head(seed=0))
     scan = Scan(t1, tmp_path / "sub-head_T1w.nii.gz")
-    stripped = strip(scan, None, Config(StripConfig()), tmp_path)
+    stripped = strip_scan(scan, None, Config(StripConfig()), tmp_path)
     assert stripped.method is StripMethod.NET
     assert not stripped.notes
     assert overlap(on_scan(stripped, scan).data, brain.data) > 0.9
@@ -233,14 +234,14 @@ def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_thr
     found = stripped_brain(scan.t1)
     assert found
     assert found.litres > 1.7
-    stripped = strip(scan, None, Config(StripConfig()), tmp_path)
+    stripped = strip_scan(scan, None, Config(StripConfig()), tmp_path)
     assert stripped.method is StripMethod.NET
     assert overlap(on_scan(stripped, scan).data, brain.data) > 0.88
 
 
 def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):
     """MNI152's brain holds 1.9 l, as many a child's whole head."""
-    found = stripped_brain(load_template(EMBEDDED).brain, stage._brain_model())
+    found = stripped_brain(load_template(EMBEDDED).brain, pipeline.brain_model)
     assert found
     assert found.litres > LARGE_LITRES
 
@@ -248,13 +249,12 @@ def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):
 def test_a_version_without_a_network_says_so(head, tmp_path, monkeypatch):
     monkeypatch.setattr(releases, "weights_folder", lambda: tmp_path)
     monkeypatch.setattr("cadiff_cli.io.models.find_weights", releases.find_weights)
-    stage._brain_model.cache_clear()
     scan = Scan(head()[0], tmp_path / "x.nii.gz")
     with pytest.raises(MissingInputError, match="no network"):
-        strip(scan, None, Config(StripConfig("net")), tmp_path)
+        strip_scan(scan, None, Config(StripConfig("net")), tmp_path)
     # auto falls back on the template, and needs one.
     with pytest.raises(MissingInputError, match="no skull"):
-        strip(scan, None, Config(StripConfig("auto")), tmp_path)
+        strip_scan(scan, None, Config(StripConfig("auto")), tmp_path)
 
 
 def test_errors_are_ours(tmp_path):

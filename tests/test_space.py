@@ -7,10 +7,11 @@ import pytest
 
 from cadiff_cli.config import Config
 from cadiff_cli.errors import UsageError
+from cadiff_cli.io.templates import parse_space
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Prepared, Registered, Result, Segmentation, Transform
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.space import parse_space, standard_grid, to_space
+from cadiff_cli.stages.space import standard_grid, to_space
 
 OWN, POOR = (Note(NoteCode.POOR_SCORE, text) for text in ("own", "poor"))
 

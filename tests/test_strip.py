@@ -15,7 +15,7 @@ from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.nets.brain import BrainConfig
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.notes import NoteCode, texts
-from cadiff_cli.pipeline import prepare
+from cadiff_cli.pipeline import prepare, strip_scan
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.brain import share_of_brain
@@ -25,7 +25,6 @@ from cadiff_cli.stages.strip import (
     SPECK,
     foreground,
     on_scan,
-    strip,
     stripped_brain,
 )
 
@@ -72,15 +71,15 @@ def test_the_network_tells_a_large_brain_from_a_head(
     monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: share)
     head = phantom("RAS", 3.0, scale=1.13)
     assert LARGE_LITRES < foreground(head.t1).litres < 2.3
-    assert (stripped_brain(head.t1, model=object()) is not None) is stripped
+    assert (stripped_brain(head.t1, lambda: object()) is not None) is stripped
     # One that is no larger than most brains need not be asked for.
-    assert stripped_brain(phantom("RAS", 3.0).t1, model=object())
+    assert stripped_brain(phantom("RAS", 3.0).t1, lambda: object())
 
 
 def test_a_large_brain_is_told(phantom, monkeypatch, tmp_path):
     monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: 0.2)
     scan = Scan(phantom("RAS", 3.0, scale=1.13).t1, tmp_path / "sub-01_T1w.nii.gz")
-    notes = strip(scan, None, Config(), tmp_path).notes
+    notes = strip_scan(scan, None, Config(), tmp_path).notes
     assert NoteCode.LARGE_BRAIN in {note.code for note in notes}
 
 
@@ -108,7 +107,7 @@ def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
 
 def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):
     head = phantom(orientation, 2.0)
-    stripped = strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
+    stripped = strip_scan(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
     assert stripped.method is StripMethod.AS_IS
     assert not stripped.notes
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
@@ -131,7 +130,7 @@ def test_a_template_with_a_skull_is_stripped_by(
         asked.append(template.name)
         raise DataError("stop", "")
 
-    monkeypatch.setattr("cadiff_cli.pipeline.strip", witness)
+    monkeypatch.setattr("cadiff_cli.pipeline.strip_scan", witness)
     bare = toy_template(spacing=8.0)
     whole = replace(bare, name="whole", head=head_of(), mask=bare.brain)
     for templates, expected in (
@@ -150,7 +149,7 @@ def test_a_dark_background_does_not_lift_the_brain(phantom, toy_template, scan_o
     lowered = np.where(head.codes > 0, head.t1.data - 50, -50).astype(np.float32)
     dark = type(head)(Volume(lowered, head.t1.grid), head.codes, 0.8, head.shift_mm)
     plain, moved = (
-        strip(scan_of(h), toy_template(spacing=8.0), Config(StripConfig("none")), tmp_path)
+        strip_scan(scan_of(h), toy_template(spacing=8.0), Config(StripConfig("none")), tmp_path)
         for h in (head, dark)
     )
     np.testing.assert_array_equal(plain.mask.data, moved.mask.data)
@@ -167,10 +166,12 @@ def test_a_brain_below_its_background_is_lifted(
     inside = head.codes > 0
     scored = np.where(inside, (head.t1.data - head.t1.data[inside].mean()) / 20, 0)
     moved = type(head)(Volume(scored.astype(np.float32), head.t1.grid), head.codes, 0.8, (0, 0, 0))
-    stripped = strip(scan_of(moved), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
+    stripped = strip_scan(
+        scan_of(moved), toy_template(spacing=8.0), Config(StripConfig()), tmp_path
+    )
     assert stripped.method is StripMethod.AS_IS
     assert stripped.t1.data.min() == 0
-    plain = strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
+    plain = strip_scan(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
     both = stripped.mask.data & plain.mask.data
     assert np.corrcoef(plain.t1.data[both], stripped.t1.data[both])[0, 1] > 0.995
 
@@ -182,7 +183,7 @@ def test_one_wrapped_voxel_does_not_flatten_the_brain(phantom, toy_template, sca
     moved = type(head)(Volume(wrapped, head.t1.grid), head.codes, 0.8, (0, 0, 0))
     config = Config(StripConfig())
     plain, spoilt = (
-        strip(scan_of(h), toy_template(spacing=8.0), config, tmp_path) for h in (head, moved)
+        strip_scan(scan_of(h), toy_template(spacing=8.0), config, tmp_path) for h in (head, moved)
     )
     top = np.percentile(plain.t1.data, 99)
     assert np.percentile(spoilt.t1.data, 99) == pytest.approx(top, rel=0.05)
@@ -198,7 +199,7 @@ def test_a_mask_half_a_voxel_off_at_a_corner_is_refused(phantom, scan_of, tmp_pa
     path = tmp_path / "mask.nii.gz"
     save_volume(path, head.codes > 0, Grid(head.codes.shape, turned))
     with pytest.raises(DataError, match="lies on"):
-        strip(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
+        strip_scan(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
 
 
 def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
@@ -206,7 +207,7 @@ def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
     only_right = (head.codes > 0) & (head.codes >= 40)
     path = tmp_path / "mask.nii.gz"
     save_volume(path, only_right, head.t1.grid)
-    stripped = strip(
+    stripped = strip_scan(
         scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
     )
     assert stripped.method is StripMethod.MASK_FILE
@@ -225,7 +226,7 @@ def test_a_mask_that_was_drawn_stays_as_it_was_drawn(phantom, scan_of, tmp_path,
     save_volume(path, drawn, head.t1.grid)
     scan, centre = scan_of(head), head.t1.grid.to_world(np.argwhere(drawn)).mean(axis=0)
     for chosen in (StripConfig("none"), StripConfig(mask=path)):
-        stripped = strip(scan, None, Config(chosen), tmp_path)
+        stripped = strip_scan(scan, None, Config(chosen), tmp_path)
         np.testing.assert_array_equal(on_scan(stripped, scan).data, tidy(drawn, SPECK))
         ijk = np.argwhere(stripped.mask.data)
         assert stripped.mask.grid.to_world(ijk).mean(axis=0) == pytest.approx(centre, abs=0.05)
@@ -238,7 +239,7 @@ def test_a_stripped_scan_that_rings_is_recognised(phantom, scan_of, tmp_path, me
     moved = ndimage.shift(head.t1.data.astype(np.float32), (0.3, 0.4, 0.2), order=3)
     scan = scan_of(replace(head, t1=Volume(moved, head.t1.grid)))
     assert foreground(scan.t1).litres > 2 * Volume(head.codes > 0, head.t1.grid).litres
-    stripped = strip(scan, None, Config(StripConfig(method)), tmp_path)
+    stripped = strip_scan(scan, None, Config(StripConfig(method)), tmp_path)
     assert stripped.method is StripMethod.AS_IS
     assert stripped.mask.litres == pytest.approx(
         Volume(head.codes > 0, head.t1.grid).litres, rel=0.1
@@ -261,7 +262,7 @@ def test_a_given_mask_keeps_its_parts(phantom, toy_template, scan_of, tmp_path):
     parts = (head.codes > 0) & (abs(np.arange(head.codes.shape[0]) - 44) > 6)[:, None, None]
     path = tmp_path / "mask.nii.gz"
     save_volume(path, parts, head.t1.grid)
-    stripped = strip(
+    stripped = strip_scan(
         scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
     )
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
@@ -272,7 +273,7 @@ def test_a_given_mask_keeps_its_parts(phantom, toy_template, scan_of, tmp_path):
 def test_no_unit_of_brightness_is_too_small(phantom, scan_of, tmp_path):
     head = phantom("RAS", 2.0)
     dim = Volume((head.t1.data * 1e-8).astype(np.float32), head.t1.grid)
-    stripped = strip(
+    stripped = strip_scan(
         scan_of(type(head)(dim, head.codes, 1.0, head.shift_mm)), None, Config(), tmp_path
     )
     assert stripped.method is StripMethod.AS_IS
@@ -285,7 +286,7 @@ def test_a_body_of_one_brightness_is_no_brain(phantom, scan_of, tmp_path, value)
     ball = np.where(head.codes > 0, 80 + noise, value).astype(np.float32)
     phantom_scan = type(head)(Volume(ball, head.t1.grid), head.codes, 1.0, head.shift_mm)
     with pytest.raises(DataError, match="no brain found"):
-        strip(scan_of(phantom_scan), None, Config(StripConfig()), tmp_path)
+        strip_scan(scan_of(phantom_scan), None, Config(StripConfig()), tmp_path)
 
 
 def test_a_mask_on_another_grid_is_refused(phantom, toy_template, scan_of, tmp_path):
@@ -293,7 +294,9 @@ def test_a_mask_on_another_grid_is_refused(phantom, toy_template, scan_of, tmp_p
     path = tmp_path / "mask.nii.gz"
     save_volume(path, other.codes > 0, other.t1.grid)
     with pytest.raises(DataError, match="mask") as caught:
-        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path)
+        strip_scan(
+            scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
+        )
     assert caught.value.remedy
 
 
@@ -302,19 +305,23 @@ def test_an_empty_mask_is_refused(phantom, toy_template, scan_of, tmp_path):
     path = tmp_path / "mask.nii.gz"
     save_volume(path, np.zeros(head.t1.grid.shape, dtype=np.uint8), head.t1.grid)
     with pytest.raises(DataError, match="empty"):
-        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path)
+        strip_scan(
+            scan_of(head), toy_template(spacing=8.0), Config(StripConfig(mask=path)), tmp_path
+        )
 
 
 def test_implausible_brains_are_reported(phantom, toy_template, scan_of, tmp_path):
     small = phantom("RAS", 2.0, scale=0.75)
-    stripped = strip(scan_of(small), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
+    stripped = strip_scan(
+        scan_of(small), toy_template(spacing=8.0), Config(StripConfig()), tmp_path
+    )
     assert any("look at it" in text for text in texts(stripped.notes))
 
 
 def test_a_head_left_unstripped_is_reported(phantom, head_of, toy_template, scan_of, tmp_path):
     brain = phantom("RAS", 2.0)
     head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
-    stripped = strip(
+    stripped = strip_scan(
         scan_of(head), toy_template(spacing=8.0), Config(StripConfig("none")), tmp_path
     )
     assert any("does not look skull-stripped" in text for text in texts(stripped.notes))
@@ -324,10 +331,12 @@ def test_a_template_without_a_skull_cannot_strip(phantom, head_of, toy_template,
     brain = phantom("RAS", 2.0)
     head = type(brain)(head_of(), brain.codes, 1.0, brain.shift_mm)
     with pytest.raises(MissingInputError, match="no skull") as caught:
-        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("template")), tmp_path)
+        strip_scan(
+            scan_of(head), toy_template(spacing=8.0), Config(StripConfig("template")), tmp_path
+        )
     assert "--mask" in caught.value.remedy
     with pytest.raises(UsageError, match="skull-strip"):
-        strip(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("magic")), tmp_path)
+        strip_scan(scan_of(head), toy_template(spacing=8.0), Config(StripConfig("magic")), tmp_path)
 
 
 def test_tidy_keeps_the_largest_part_and_fills_it():
@@ -356,7 +365,7 @@ def test_a_mask_that_leaves_the_head_is_reported(
     for shift, said in ((0, False), (16, True)):
         moved = np.roll(brain.codes > 0, shift, axis=2)
         save_volume(path, moved, t1.grid)
-        stripped = strip(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
+        stripped = strip_scan(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
         assert any("outside the head" in text for text in texts(stripped.notes)) is said
         assert (stripped.quality.in_air > 0.01) == said
 

@@ -79,7 +79,7 @@ def command(
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.labels.parcellation import BASE, load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
-    from cadiff_cli.stages.strip import strip
+    from cadiff_cli.pipeline import strip_scan
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     scan, parcellation = load_scan(t1), load_parcellation(BASE)
@@ -89,7 +89,7 @@ def command(
     _claim(out, path, overwrite)
     config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
     with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
-        stripped = strip(scan, load_template(EMBEDDED), config, Path(work))
+        stripped = strip_scan(scan, load_template(EMBEDDED), config, Path(work))
     fused = fuse(scan, stripped, people, parcellation, mapping, config.register, vote, jobs)
     save_dataset_files(out)
     save_table(out, parcellation)

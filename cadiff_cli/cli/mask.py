@@ -32,9 +32,10 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.io.bids.derivatives import save_mask
     from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.images import load_scan
+    from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.runner.journal import Journal, alone
     from cadiff_cli.runner.logs import ON_SCREEN, warning
-    from cadiff_cli.stages.strip import on_scan, strip
+    from cadiff_cli.stages.strip import on_scan
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
     scan = load_scan(t1)
@@ -58,7 +59,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
         TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work,
     ):
         claim()  # again: another process may have finished meanwhile
-        stripped = strip(scan, template, Config(strip=method), Path(work))
+        stripped = strip_scan(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)
         mask = on_scan(stripped, scan)
         if journal.interrupted(place.stem):

@@ -29,8 +29,8 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.io.images import load_scan, load_volume, save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
+    from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.stages.orientation import orientation, reoriented
-    from cadiff_cli.stages.strip import strip
 
     if not out.name.endswith((".nii", ".nii.gz")):
         raise UsageError(f"{out.name} is no NIfTI name", "end it with .nii or .nii.gz")
@@ -40,7 +40,7 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     check_writable(out.parent)
     config = Config(strip=StripConfig(mask=mask))
     with TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
-        brain = strip(scan, template, config, Path(work)).t1
+        brain = strip_scan(scan, template, config, Path(work)).t1
     lies = orientation(brain, template.brain)
     grid = reoriented(scan.t1.grid, lies.rotation)
     if not lies.is_clear:

@@ -33,6 +33,7 @@ from cadiff_cli.io.intensities import LARGEST, is_ct, usable, without_padding
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
+from cadiff_cli.spatial.resample import check_same_grid
 
 MIN_EDGE_VOXELS = 8
 """A scan with fewer voxels along an axis cannot hold a brain."""
@@ -359,3 +360,16 @@ _STALE = [
     "slice_duration",
 ]
 """Header fields about the scan's acquisition or time."""
+
+
+def given_mask(path: Path, scan: Scan) -> Volume:
+    """A user's brain mask (bool) on the scan's own grid.
+
+    Raises ``DataError`` if it lies elsewhere or is empty.
+    """
+    mask = load_volume(path)
+    check_same_grid(path.name, mask.grid, scan.path.name, scan.t1.grid)
+    inside = np.nan_to_num(np.asarray(mask.data, dtype=np.float32)) > 0.5
+    if not inside.any():
+        raise DataError(f"mask {path.name} is empty", "give a mask with the brain above 0.5")
+    return Volume(inside, mask.grid)

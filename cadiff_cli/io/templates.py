@@ -377,3 +377,21 @@ def _refetch(name: str) -> str:
         f" 'TEMPLATEFLOW_HOME={templateflow_home()} cadiff fetch {name}', or use --template"
         f" {EMBEDDED}"
     )
+
+
+def parse_space(text: str, templates: Sequence[Template] = ()) -> tuple[str, str]:
+    """``NAME[:cohort-X][:res-N]`` -> (template's name, ``N`` or nothing).
+
+    The template is a shipped one, or one of the run's own ``templates``.
+
+    >>> parse_space("MNI152NLin2009cAsym:res-2")
+    ('MNI152NLin2009cAsym', '2')
+    """
+    match = re.fullmatch(rf"({NAME.pattern})(?::res-(0?[1-4]))?", text)
+    known = tuple(dict.fromkeys((*registry(), *(template.name for template in templates))))
+    if match is None or match[1] not in known:
+        raise UsageError(
+            f"unknown output space {text!r}",
+            f"use {', '.join(known)}, with :res-2 for voxels of twice the size",
+        )
+    return match[1], match[4] or ""

@@ -18,7 +18,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.files import locked
-from cadiff_cli.io.images import load_scan
+from cadiff_cli.io.images import given_mask, load_scan
 from cadiff_cli.io.templates import load_template, load_templates, own_contents, parse_specs
 from cadiff_cli.machine import cores
 from cadiff_cli.notes import Note, NoteCode
@@ -29,7 +29,6 @@ from cadiff_cli.report.page import report_scan
 from cadiff_cli.runner.job import Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
-from cadiff_cli.stages.strip import given_mask
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +114,9 @@ def make_result(
 
     Returns the result, and why the page could not be written (empty if it was).
     """
+    from cadiff_cli.io.templates import parse_space
     from cadiff_cli.stages.field import mean_field
-    from cadiff_cli.stages.space import parse_space, to_space
+    from cadiff_cli.stages.space import to_space
 
     def begin(stage: str) -> None:
         LOGGER.info("stage %s", stage)

@@ -11,11 +11,10 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import find_weights
-from cadiff_cli.io.templates import joint_spec, load_template, load_templates
+from cadiff_cli.io.templates import joint_spec, load_template, load_templates, parse_space
 from cadiff_cli.notes import Note
 from cadiff_cli.products import Template
 from cadiff_cli.quality.calibration import calibration
-from cadiff_cli.stages.space import parse_space
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,13 @@
 """Carry a result into a template's space (``--output-spaces``)."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import UsageError
-from cadiff_cli.io.templates import NAME, registry
 from cadiff_cli.products import InSpace, Result, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import register_template, warp
-
-
-def parse_space(text: str, templates: Sequence[Template] = ()) -> tuple[str, str]:
-    """``NAME[:cohort-X][:res-N]`` -> (template's name, ``N`` or nothing).
-
-    The template is a shipped one, or one of the run's own ``templates``.
-
-    >>> parse_space("MNI152NLin2009cAsym:res-2")
-    ('MNI152NLin2009cAsym', '2')
-    """
-    match = re.fullmatch(rf"({NAME.pattern})(?::res-(0?[1-4]))?", text)
-    known = tuple(dict.fromkeys((*registry(), *(template.name for template in templates))))
-    if match is None or match[1] not in known:
-        raise UsageError(
-            f"unknown output space {text!r}",
-            f"use {', '.join(known)}, with :res-2 for voxels of twice the size",
-        )
-    return match[1], match[4] or ""
 
 
 def to_space(result: Result, template: Template, resolution: str, work_dir: Path) -> InSpace:

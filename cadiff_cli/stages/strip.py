@@ -1,17 +1,14 @@
 """Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from cadiff_cli.config import Config, RegisterConfig, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.images import load_volume
-from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.quality.limits import PLAUSIBLE_LITRES
@@ -19,7 +16,6 @@ from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
 from cadiff_cli.spatial.resample import (
     all_voxels,
     bounding_box,
-    check_same_grid,
     resample_in,
     resample_mask,
 )
@@ -31,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Network: TypeAlias = Callable[[], "BrainModel"]
+"""Loads the network that finds the brain, when it is needed."""
 METHODS = ("auto", StripMethod.NET, StripMethod.TEMPLATE, StripMethod.AS_IS)
 STRIPPED_LITRES = (0.4, 2.3)
 """Volume of a stripped brain; most heads hold more, a child's in air that was set to 0 does not."""
@@ -63,21 +61,26 @@ STILL = 1e-4
 """The same where most of the background lies; air is noisier by far."""
 
 
-def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
+def strip(
+    scan: Scan,
+    template: Template | None,
+    config: Config,
+    work_dir: Path,
+    given: Volume | None = None,
+    network: Network | None = None,
+) -> Stripped:
     """The brain on the working grid, 0 outside its mask; only ``template`` needs a template.
 
-    Its brightness is evened out (``stages/bias``).
+    ``given`` is the user's mask (bool, on the scan's grid) and wins; ``network`` loads the one that
+    finds brains.  The brain's brightness is evened out (``stages/bias``).
     """
     full = winsorized(scan.t1)
     working = full.grid.working()
-    may_ask = config.strip.method == "auto" and strip_weights_sha256(config.strip)
-    brain = stripped_brain(full, _brain_model() if may_ask else None)
+    brain = stripped_brain(full, network if config.strip.method == "auto" else None)
     lifted = _lifted(full, brain)
-    method, notes = _method(config.strip, stripped_already=brain is not None)
-    own: Volume | None = None
-    if config.strip.mask is not None:
-        own = given_mask(config.strip.mask, scan)
-    elif method is StripMethod.AS_IS:
+    method, notes = _method(config.strip, given, network, stripped_already=brain is not None)
+    own = given
+    if method is StripMethod.AS_IS:
         if brain:
             _has_tissues(full, brain)
         own = brain or foreground(full)
@@ -86,7 +89,12 @@ def strip(scan: Scan, template: Template | None, config: Config, work_dir: Path)
     elif method is StripMethod.NET:
         from cadiff_cli.stages.brain import brain_mask
 
-        mask = brain_mask(full, working, _brain_model())
+        if network is None:
+            raise MissingInputError(
+                "this version carries no network that finds the brain",
+                "use --skull-strip template, or give --mask FILE",
+            )
+        mask = brain_mask(full, working, network())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
         mask, registration = _from_template(head, template, config.register, work_dir)
@@ -150,9 +158,11 @@ def winsorized(t1: Volume) -> Volume:
     return Volume(np.where(t1.data == air, air, np.clip(t1.data, low, high)), t1.grid)
 
 
-def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[StripMethod, list[Note]]:
+def _method(
+    wanted: StripConfig, given: Volume | None, network: Network | None, *, stripped_already: bool
+) -> tuple[StripMethod, list[Note]]:
     """What finds the brain, and doubts about what was asked for."""
-    if wanted.mask is not None:
+    if given:
         return StripMethod.MASK_FILE, []
     if wanted.method not in METHODS:
         raise UsageError(f"unknown --skull-strip {wanted.method!r}", f"use {', '.join(METHODS)}")
@@ -160,7 +170,7 @@ def _method(wanted: StripConfig, *, stripped_already: bool) -> tuple[StripMethod
         log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         if stripped_already:
             return StripMethod.AS_IS, []
-        return StripMethod.NET if strip_weights_sha256(wanted) else StripMethod.TEMPLATE, []
+        return StripMethod.NET if network else StripMethod.TEMPLATE, []
     method = StripMethod(wanted.method)
     if (method is StripMethod.AS_IS) == stripped_already:
         return method, []
@@ -205,12 +215,12 @@ def on_scan(stripped: Stripped, scan: Scan) -> Volume:
     return stripped.own or resample_mask(stripped.mask, scan.t1.grid)
 
 
-def stripped_brain(t1: Volume, model: "BrainModel | None" = None) -> Volume | None:
+def stripped_brain(t1: Volume, network: Network | None = None) -> Volume | None:
     """Where the brain is (bool) in a scan that is stripped already; None for a whole head.
 
     Stripped means that one constant value surrounds an object as large as a brain that keeps away
     from the faces of its field of view.  A large one may be a head in air that was set to 0: the
-    network, if its ``model`` is given, finds a brain inside a head.
+    ``network``, which is loaded for nothing else, finds a brain inside a head.
     """
     found = _surrounded(t1)
     if found is None:
@@ -220,11 +230,11 @@ def stripped_brain(t1: Volume, model: "BrainModel | None" = None) -> Volume | No
     low, high = STRIPPED_LITRES
     if not (apart and low < found.litres < high):
         return None
-    if model is None or found.litres < LARGE_LITRES:
+    if network is None or found.litres < LARGE_LITRES:
         return found
     from cadiff_cli.stages.brain import share_of_brain
 
-    share = share_of_brain(t1, found, model)
+    share = share_of_brain(t1, found, network())
     log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, found.litres)
     return found if share < MOST_SHARE else None
 
@@ -264,34 +274,6 @@ def _has_tissues(t1: Volume, brain: Volume) -> None:
 def foreground(t1: Volume) -> Volume:
     """What has another value than the image's faces: all of a stripped brain (bool)."""
     return Volume(t1.data != border_value(t1.data), t1.grid)
-
-
-def given_mask(path: Path, scan: Scan) -> Volume:
-    """A user's brain mask (bool) on the scan's own grid.
-
-    Raises ``DataError`` if it lies elsewhere or is empty.
-    """
-    mask = load_volume(path)
-    check_same_grid(path.name, mask.grid, scan.path.name, scan.t1.grid)
-    inside = np.nan_to_num(np.asarray(mask.data, dtype=np.float32)) > 0.5
-    if not inside.any():
-        raise DataError(f"mask {path.name} is empty", "give a mask with the brain above 0.5")
-    return Volume(inside, mask.grid)
-
-
-@cache
-def _brain_model() -> "BrainModel":
-    """The released network, loaded once."""
-    from cadiff_cli.io import models
-    from cadiff_cli.nets.models import BrainModel
-
-    try:
-        return models.load(BrainModel)
-    except MissingInputError as error:
-        raise MissingInputError(
-            "this version carries no network that finds the brain",
-            "use --skull-strip template, or give --mask FILE",
-        ) from error
 
 
 def _from_template(
