@@ -14,6 +14,7 @@ from cadiff_cli.cli import guarded
 from cadiff_cli.config import RegisterConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.fusion import SEARCH, carry, choose_atlases, fuse, joint, majority
+from cadiff_cli.io.bids.tables import parcellation_of
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.products import Stripped
@@ -248,6 +249,32 @@ def test_the_sidecar_names_the_voters(run):
     }
 
 
+def test_another_parcellation_names_the_labels_that_are_in_it(dataset, lobes, tmp_path):
+    """Its table lies beside, so that the label map is read by it."""
+    table, ids = tmp_path / "lobes.tsv", tmp_path / "ids.tsv"
+    table.write_text(lobes.as_tsv())
+    rows = ((2, 1001), (3, 1002), (41, 2001), (42, 2002), (16, 16))
+    ids.write_text("source\tindex\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    out = tmp_path / "out"
+    done = run_fuse(
+        *(image_of(dataset, "sub-1_ses-1", "T1w"), "--atlases", dataset, "-o", out),
+        *("--mask", image_of(dataset, "sub-1_ses-1", "mask"), "--labels", ids),
+        *("--parcellation", table, "--vote", "majority", "--registration", "affine"),
+        *("--exclude", "3", "--exclude", "4"),
+    )
+    assert done.returncode == 0, done.stderr
+    path = image_of(out, "sub-1_ses-1", "seg-lobes_desc-majority_dseg")
+    assert parcellation_of(path) == lobes
+    found = np.asarray(nib.load(path).dataobj)
+    assert {*np.unique(found)} == {0, *lobes.class_of}
+    truth = np.asarray(nib.load(image_of(dataset, "sub-1_ses-1", "dseg")).dataobj)
+    inside = np.isin(truth, [3, 42])
+    assert (found[inside] == np.where(truth == 3, 1002, 2002)[inside]).mean() > 0.8
+    about = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
+    assert about["Parcellation"] == "lobes"
+    assert about["Description"].endswith("seg-lobes_dseg.tsv")
+
+
 def test_results_are_not_lost(dataset, run, capsys):
     from cadiff_cli.cli.fuse import command
 
@@ -267,6 +294,7 @@ def test_results_are_not_lost(dataset, run, capsys):
         (["--exclude", "7"], 64),
         (["--exclude", "2", "--exclude", "3", "--exclude", "4"], 64),
         (["--labels", "aparc"], 66),
+        (["--parcellation", "aparc"], 66),
         (["--vote", "magic"], 64),
         (["--jobs", "0"], 64),
     ],

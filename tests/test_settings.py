@@ -4,6 +4,7 @@ import tomllib
 from dataclasses import asdict, replace
 
 import pytest
+from conftest import LOBES
 
 from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.releases import weights_folder
@@ -53,7 +54,8 @@ def test_every_file_is_read_as_it_says(path):
 def test_the_shipped_config_names_every_key_with_its_default():
     values = tomllib.loads((CONFIGS / "cadiff.toml").read_text())
     assert segmenter.load("cadiff") == segmenter.Training()
-    named = {key for key, _ in leaves(values)} - {"kind"} | {"train.prior_scans"}
+    named = {key for key, _ in leaves(values)} - {"kind"}
+    named |= {"train.prior_scans", "net.n_classes"}  # absent, they follow the data
     assert named == {key for key, _ in leaves(asdict(segmenter.Training()))}
 
 
@@ -88,6 +90,25 @@ def test_what_is_wrong_is_named(write, text, said):
         segmenter.load(write(text))
     assert caught.match(said) or pytest.fail(str(caught.value))
     assert caught.value.remedy
+
+
+def test_the_number_of_classes_follows_the_parcellation(write, tmp_path):
+    table = tmp_path / "lobes.tsv"
+    table.write_text(LOBES)
+    named = f'parcellation = "{table}"\n'
+    for training in (
+        segmenter.load("cadiff", parcellation=str(table)),
+        segmenter.load(write(named)),
+    ):
+        assert (training.parcellation, training.net.n_classes) == (str(table), 6)
+    assert segmenter.load(write(f"{named}[net]\nn_classes = 6\n")) == segmenter.load(write(named))
+    for text, numbers in (
+        (f"{named}[net]\nn_classes = 41\n", "41.*6"),
+        ("[net]\nn_classes = 6", "6.*41"),
+    ):
+        with pytest.raises(UsageError, match=numbers) as caught:
+            segmenter.load(write(text))
+        assert "leave n_classes out" in caught.value.remedy
 
 
 def test_whole_numbers_are_numbers(write):

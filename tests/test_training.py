@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import NO_CHANGE, TINY, seeded
+from conftest import NO_CHANGE, TINY, make_conditions, seeded
 
 from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
@@ -23,10 +23,12 @@ from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.models import PRIOR_STEP
+from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet
-from cadiff_cli.spatial.grid import Grid
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
 from cadiff_cli.training import loop
 from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.batch import stack
@@ -39,6 +41,7 @@ from cadiff_cli.training.loop import (
 )
 from cadiff_cli.training.segmenter import data
 from cadiff_cli.training.segmenter.config import TrainConfig, load
+from cadiff_cli.training.segmenter.data import Sample, pool
 from cadiff_cli.training.segmenter.losses import Losses
 from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
@@ -352,7 +355,7 @@ def test_structures_that_nobody_drew_are_not_scored(toy_sample, parcellation):
 
 
 def test_a_sample_is_built_as_inference_would(
-    phantom, toy_template, identity, parcellation, monkeypatch, tmp_path
+    phantom, toy_template, identity, parcellation, lobes, monkeypatch, tmp_path
 ):
     """From files to a sample; registration alone is taken on trust."""
     head = phantom("LPS", 1.0, scale=0.8)
@@ -367,11 +370,17 @@ def test_a_sample_is_built_as_inference_would(
     sample = data.load(
         data.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
     )
-    relabelled = data.sample_path(scan, ["toy"], {10: 1}, tmp_path)
-    assert relabelled.name != data.sample_path(scan, ["toy"], {10: 2}, tmp_path).name
+
+    def stored_as(mapping, drawn=parcellation):
+        return data.sample_path(scan, ["toy"], drawn, mapping, tmp_path)
+
+    relabelled = stored_as({10: 1})
+    assert relabelled.name != stored_as({10: 2}).name
+    others = (lobes, replace(lobes, structures=lobes.structures[:4]))
+    assert len({relabelled, *(stored_as({10: 1}, drawn) for drawn in others)}) == 3
     with monkeypatch.context() as patched:  # another network may find another brain
         patched.setattr(data, "strip_weights_sha256", lambda _: "another")
-        assert relabelled != data.sample_path(scan, ["toy"], {10: 1}, tmp_path)
+        assert relabelled != stored_as({10: 1})
     for code in (2, 41, 3, 42, 10):
         k = int(np.flatnonzero(parcellation.codes == code)[0])
         assert np.count_nonzero(sample.classes == k) == np.count_nonzero(head.codes == code)
@@ -427,7 +436,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
     assert set(sample.fields) == set(kept)
 
 
-def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
+def test_a_person_may_be_the_atlas(phantom, orientation, parcellation, tmp_path):
     """Its frame lies about where a template's does, whatever way its voxels run."""
     head = phantom(orientation, 2.0)
     path = tmp_path / "sub-1_T1w.nii.gz"
@@ -443,9 +452,11 @@ def test_a_person_may_be_the_atlas(phantom, orientation, tmp_path):
     left = np.isin(head.codes, [2, 3, 10])[atlas.brain.data > 0]
     assert np.median(position[left, 0]) < 0.5
     scan = LabelledScan("sub-2", "2", path, path)
-    assert data.sample_path(scan, [str(path)], {}, tmp_path) != data.sample_path(
-        scan, ["MNIColin27"], {}, tmp_path
+    files = (
+        data.sample_path(scan, [atlas], parcellation, {}, tmp_path)
+        for atlas in (str(path), "MNIColin27")
     )
+    assert len({*files}) == 2
 
 
 def test_a_whole_head_is_no_atlas(phantom, tmp_path):
@@ -589,6 +600,59 @@ def test_a_run_from_before_noise_processes_had_names_goes_on(
     assert model.training["steps"] == 2
 
 
+def test_another_parcellation_is_trained(small_head, lobes, tiny_config, tmp_path):
+    """Two steps and a validation; the weights carry the table, and no run changes it on the way."""
+    sample = lobes_sample(small_head, lobes)
+    people = [sample, replace(sample, name="sub-other", subject="other")]
+    net, begin = replace(tiny_config, n_classes=lobes.n_classes), partial(train, people, tmp_path)
+    options = {"hold_out": ["other"], "net_config": net, "validate_minutes": 0}
+    config = replace(QUICK, steps=2, warmup=1, decay=1)
+    model = models.load(Model, str(begin(config, parcellation=lobes, **options)))
+    assert model.parcellation == lobes
+    assert model.net.config.n_classes == len(lobes) + 1
+    assert model.structures == {*lobes.class_of}
+    counted = count_prior([sample], lobes, net.prior_shape)
+    torch.testing.assert_close(model.net.prior.logits, counted, atol=PRIOR_STEP, rtol=0)
+    rows = (tmp_path / "validation.tsv").read_text().splitlines()[1:]
+    assert all(0 < float(row.split("\t")[3]) <= 1 for row in rows)
+    assert len(rows) == 2
+    recoloured = replace(lobes.structures[0], color="#123456")
+    other = replace(lobes, structures=(recoloured, *lobes.structures[1:]))
+    with pytest.raises(UsageError, match="parcellation lobes-"):
+        begin(config, parcellation=other, **options)
+    with pytest.raises(UsageError, match="draws the parcellation lobes"):
+        train(people, tmp_path / "new", config, init=model)
+
+
+def lobes_sample(head, lobes):
+    """The phantom in four lobes and a stem, as a training sample."""
+    conditions = make_conditions(head)
+    front = np.arange(head.codes.shape[1]) > head.codes.shape[1] // 2
+    sides = np.where(np.isin(head.codes, (42, 41, 51, 43, 49)), 2001, 1001)
+    codes = np.select([head.codes == 0, head.codes == 16], [0, 16], sides + ~front[:, None])
+    codes = resample(Volume(codes, head.t1.grid), conditions.image.grid, order=0).data
+    return Sample(
+        "sub-toy",
+        "toy",
+        np.round(conditions.image.data * 255).astype(np.uint8),
+        conditions.mask.data.copy(),
+        lobes.encode(codes, lobes.class_of),
+        {"toy": pool(conditions.field.data, 2).astype(np.float16)},
+    )
+
+
+def test_a_run_from_before_parcellations_had_names_goes_on(toy_sample, tmp_path, tiny_config):
+    """It drew ``BASE``."""
+    begin = partial(train, [toy_sample], tmp_path, net_config=tiny_config)
+    begin(replace(QUICK, steps=1))
+    path = tmp_path / "config.json"
+    described = json.loads(path.read_text())
+    assert described.pop("parcellation") == BASE
+    path.write_text(json.dumps(described))
+    model = models.load(Model, str(begin(replace(QUICK, steps=2))))
+    assert model.training["steps"] == 2
+
+
 def test_scans_trusted_less_are_trained_on_but_do_not_vote(
     toy_sample, parcellation, tmp_path, tiny_config
 ):
@@ -659,7 +723,8 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellatio
     """Datasets, their labels and the share; what is wrong is said before anything is prepared."""
     prepared, trained = [], {}
 
-    def prepare(scans, mapping, _templates, _folder):
+    def prepare(scans, _templates, drawn, mapping, _folder):
+        assert drawn == parcellation
         prepared.append(([scan.subject for scan in scans], mapping))
         return [replace(toy_sample, subject=scan.subject) for scan in scans]
 

@@ -51,7 +51,7 @@ def command(
     from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
-    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
     from cadiff_cli.training.crossval import folds as split
@@ -61,19 +61,23 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     training = load(config, **settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
-    mapping, scans = load_scheme(training.labels, load_parcellation(BASE)), labelled_scans(dataset)
+    parcellation = load_parcellation(training.parcellation)
+    mapping, scans = load_scheme(training.labels, parcellation), labelled_scans(dataset)
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)
     for folder in (run, cache or run):
         check_writable(folder)
-    samples = prepare_scans(scans, mapping, training.templates, cache or run / "cache")
+    samples = prepare_scans(
+        scans, training.templates, parcellation, mapping, cache or run / "cache"
+    )
     until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(
             samples,
             run,
             shortened(training.train, fraction),
+            parcellation=parcellation,
             n_folds=folds,
             only=only,
             net_config=training.net,

@@ -8,10 +8,11 @@ import click
 if TYPE_CHECKING:
     from cadiff_cli.config import Config
     from cadiff_cli.fusion import Fused
+    from cadiff_cli.labels.parcellation import Parcellation
     from cadiff_cli.products import Stripped
 
 SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
-"""The entity ``seg-`` of a vote's label map."""
+"""What a vote is called in file names."""
 
 
 @click.command(name="fuse", context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,6 +25,13 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @click.option("--exclude", multiple=True, help="Subject label that may not vote (repeatable).")
+@click.option(
+    "--parcellation",
+    "drawn",
+    default="cadiff40",
+    show_default=True,
+    help="What is drawn: a shipped name, or a TSV.",
+)
 @click.option(
     "--labels",
     default="neuromorphometrics",
@@ -54,6 +62,7 @@ def command(
     atlases: Path,
     out: Path,
     exclude: tuple[str, ...],
+    drawn: str,
     labels: str,
     mask: Path | None,
     registration: str,
@@ -65,7 +74,7 @@ def command(
     """Label T1, a skull-stripped scan, by multi-atlas label fusion.
 
     Every person of the atlases but the one in T1 (known by the subject label) is registered to it
-    and votes with one scan.  Writes a dseg on T1's own grid with cadiff's codes.
+    and votes with one scan.  Writes a dseg on T1's own grid with the parcellation's codes.
     """
     import logging
     import tempfile
@@ -77,15 +86,15 @@ def command(
     from cadiff_cli.io.bids.tables import save_table
     from cadiff_cli.io.images import load_scan
     from cadiff_cli.io.templates import EMBEDDED, load_template
-    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.pipeline import strip_scan
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    scan, parcellation = load_scan(t1), load_parcellation(BASE)
+    scan, parcellation = load_scan(t1), load_parcellation(drawn)
     mapping = load_scheme(labels, parcellation)
     people = choose_atlases(atlases, t1, exclude)
-    path = Derivatives(out, t1).path(f"seg-{SEGMENTATIONS[vote]}_dseg.nii.gz")
+    path = Derivatives(out, t1).path(f"{_name(vote, parcellation)}.nii.gz")
     _claim(out, path, overwrite)
     config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
     with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
@@ -93,8 +102,20 @@ def command(
     fused = fuse(scan, stripped, people, parcellation, mapping, config.register, vote, jobs)
     save_dataset_files(out)
     save_table(out, parcellation)
-    _save(path, t1, fused, stripped, config)
+    _save(path, t1, fused, stripped, config, parcellation)
     click.echo(path)
+
+
+def _name(vote: str, parcellation: "Parcellation") -> str:
+    """``seg-`` names a parcellation, so that ``parcellation_of`` finds its table; or else the vote.
+
+    A vote for ``BASE``, whose codes are the default, goes by its own name alone.
+    """
+    from cadiff_cli.labels.parcellation import BASE
+
+    if parcellation.name == BASE:
+        return f"seg-{SEGMENTATIONS[vote]}_dseg"
+    return f"seg-{parcellation.segmentation}_desc-{SEGMENTATIONS[vote]}_dseg"
 
 
 def _claim(out: Path, path: Path, overwrite: bool) -> None:
@@ -109,11 +130,19 @@ def _claim(out: Path, path: Path, overwrite: bool) -> None:
     check_writable(path.parent)
 
 
-def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "Config") -> None:
+def _save(
+    path: Path,
+    t1: Path,
+    fused: "Fused",
+    stripped: "Stripped",
+    config: "Config",
+    parcellation: "Parcellation",
+) -> None:
     """The label map, and last the sidecar that says what made it."""
     import cadiff_cli
     from cadiff_cli.config import as_dict
     from cadiff_cli.fusion import BETA, RADIUS, SEARCH
+    from cadiff_cli.io.bids.tables import table_name
     from cadiff_cli.io.files import write_json
     from cadiff_cli.io.images import save_volume
     from cadiff_cli.io.provenance import software, told
@@ -123,7 +152,9 @@ def _save(path: Path, t1: Path, fused: "Fused", stripped: "Stripped", config: "C
     save_volume(path, fused.labels.data, fused.labels.grid, like=t1)
     joint = {"Radius": RADIUS, "Search": SEARCH, "Beta": BETA} if fused.vote == "joint" else {}
     about = {
-        "Description": "Brain structures by multi-atlas label fusion; codes in dseg.tsv",
+        "Description": "Brain structures by multi-atlas label fusion; codes in "
+        + table_name(parcellation),
+        "Parcellation": parcellation.name,
         "Manual": False,
         "Sources": [t1.name],
         "SpatialReference": t1.name,

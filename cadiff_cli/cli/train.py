@@ -9,6 +9,7 @@ OPTIONS = (
     click.option(
         "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
     ),
+    click.option("--parcellation", help="Instead of the config's: a shipped name, or a TSV."),
     click.option(
         "--labels",
         help="Instead of the config's: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or"
@@ -117,7 +118,7 @@ def command(
     from cadiff_cli.io import models
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
-    from cadiff_cli.labels.parcellation import BASE, load_parcellation
+    from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import Model
     from cadiff_cli.training.segmenter.config import load
@@ -135,8 +136,9 @@ def command(
     # Whatever is wrong with a name is said before hours of preparation, not after.
     model = models.load(Model, init) if init else None
     pick_device(device)
+    parcellation = load_parcellation(training.parcellation)
     sources = [
-        (labelled_scans(path), load_scheme(name, load_parcellation(BASE)))
+        (labelled_scans(path), load_scheme(name, parcellation))
         for path, name in ((dataset, training.labels), *also)
     ]
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
@@ -144,17 +146,19 @@ def command(
     if both := sorted(name for name, n in counted.items() if n > 1):
         raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
     held = tuple(name.removeprefix("sub-") for name in hold_out)
-    check_people(subjects, set().union(*others), held, model, training.net)
+    check_people(subjects, set().union(*others), held, model, training.net, parcellation)
     for folder in (run, cache or run):
         check_writable(folder)
     folder = cache or run / "cache"
     samples, *less_trusted = (
-        prepare_scans(scans, mapping, training.templates, folder) for scans, mapping in sources
+        prepare_scans(scans, training.templates, parcellation, mapping, folder)
+        for scans, mapping in sources
     )
     path = train(
         samples,
         run,
         training.train,
+        parcellation=parcellation,
         also=[sample for other in less_trusted for sample in other],
         init=model,
         recount_prior=recount_prior,

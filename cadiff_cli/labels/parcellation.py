@@ -21,6 +21,8 @@ BASE = "cadiff40"
 """The parcellation of networks that name none; finer ones name its codes in ``parent``."""
 OWN_SEGMENTATION = "cadiff"
 """What ``BASE`` is called in file names; others are called by their names."""
+PAPER = "malc27"
+"""The subset that the CA-Diff paper scores; other parcellations may name one so, too."""
 CSF_TISSUE, NON_BRAIN_TISSUE = 3, 6
 """BIDS' standard tissue classes, column ``mapping`` of a table."""
 COLUMNS = ("index", "name", "abbreviation", "color", "mapping", "mirror")
@@ -108,6 +110,11 @@ class Parcellation:
     def subsets(self) -> tuple[str, ...]:
         """Names that ``subset`` knows."""
         return ("all", *dict.fromkeys(name for s in self.structures for name in s.subsets))
+
+    @property
+    def headline(self) -> str:
+        """The subset by which a training is scored: the paper's, or all where there is none."""
+        return PAPER if PAPER in self.subsets else "all"
 
     def subset(self, name: str) -> tuple[int, ...]:
         """Classes of a named subset: ``"all"``, or a name from the table.

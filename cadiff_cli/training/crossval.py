@@ -15,7 +15,7 @@ from cadiff_cli.errors import CadiffError, UsageError
 from cadiff_cli.evaluation.scores import Score, score_classes
 from cadiff_cli.io import models
 from cadiff_cli.io.files import write_text
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -57,12 +57,12 @@ def cross_validate(
     run: Path,
     config: TrainConfig,
     *,
+    parcellation: Parcellation | None = None,
     n_folds: int = 3,
     only: Sequence[int] | None = None,
     net_config: NetConfig | None = None,
     sampling: SampleConfig | None = None,
     device: str = "auto",
-    subset: str = "malc27",
     workers: int = 0,
     max_minutes: float = math.inf,
 ) -> list[Score]:
@@ -71,8 +71,11 @@ def cross_validate(
     Fold k (from 1) lives in ``run/fold-k``; one that is finished is not trained again.  ``only``
     runs some of them.  Scores are taken on the 1 mm crop that the network sees.  A fold that runs
     out of ``max_minutes``, or is interrupted, ends it all with a ``CadiffError``.
+
+    ``parcellation`` is that of the samples' classes (None: ``BASE``); its ``headline`` is scored.
     """
-    parcellation, sampling = load_parcellation(BASE), sampling or SampleConfig()
+    parcellation = parcellation or load_parcellation(BASE)
+    subset, sampling = parcellation.headline, sampling or SampleConfig()
     until = time.monotonic() + 60 * max_minutes
     check_folds(only or (), n_folds)
     split = folds([s.subject for s in samples], n_folds, config.seed)
@@ -90,6 +93,7 @@ def cross_validate(
             samples,
             run / f"fold-{k}",
             config,
+            parcellation=parcellation,
             hold_out=held_out,
             net_config=net_config,
             device=device,

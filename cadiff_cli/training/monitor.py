@@ -66,11 +66,13 @@ class RunMonitor:
             self.validate(state)
 
     def validate(self, state: State[CADiffNet]) -> float:
-        """Score the next held-out scan; returns its mean foreground Dice (27 structures)."""
+        """Score the next held-out scan; returns the mean Dice of the ``headline`` structures."""
         sample = self.held_out[self.turn % len(self.held_out)]
         self.turn += 1
         predicted = segment_sample(state.ema, sample, self.parcellation, self.sampling, self.device)
-        classes = sample.scored(self.parcellation.subset("malc27")) or sample.drawn
+        classes = (
+            sample.scored(self.parcellation.subset(self.parcellation.headline)) or sample.drawn
+        )
         score = float(np.nanmean(dice(predicted, sample.classes, classes)))
         log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
         self._record(state, sample.name, score)
@@ -104,7 +106,7 @@ def segment_sample(
     config: SampleConfig,
     device: str = "auto",
 ) -> np.ndarray:
-    """Classes (X, Y, Z) uint8 of a cached scan on its 1 mm crop, by the code of inference."""
+    """Classes (X, Y, Z) of a cached scan on its 1 mm crop, by the code of inference."""
     conditions = sample_conditions(sample)
     model = Model(net, parcellation=parcellation)
     p, _ = class_probabilities(conditions, model, config, device_name=device)

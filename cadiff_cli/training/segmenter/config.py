@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from cadiff_cli.errors import UsageError
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.unet import NetConfig
 from cadiff_cli.training.loop import Schedule
 from cadiff_cli.training.segmenter.objective import Objective
@@ -40,7 +41,8 @@ class Training:
     """A training of the segmenter as a file: its network, its run and its data.
 
     ``templates`` are those whose fields are trained on (names, folders or stripped scans);
-    ``labels`` is a known scheme of ids, or a TSV file of one.
+    ``parcellation`` is drawn: a shipped name, or a TSV file of one.  ``labels`` is a known scheme
+    of ids for it, or a TSV file of one.
     """
 
     kind: ClassVar[str] = "segmenter"
@@ -48,7 +50,12 @@ class Training:
     net: NetConfig = field(default_factory=NetConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     templates: tuple[str, ...] = ("MNIColin27", "MNI152NLin2009aSym")
+    parcellation: str = BASE
     labels: str = "neuromorphometrics"
+
+
+FOLLOWS = 0
+"""``n_classes`` of a file that names none: that of the parcellation."""
 
 
 def load(
@@ -56,6 +63,7 @@ def load(
     *,
     synthetic: float | None = None,
     templates: Sequence[str] = (),
+    parcellation: str | None = None,
     labels: str | None = None,
     steps: int | None = None,
     decay: int | None = None,
@@ -63,15 +71,26 @@ def load(
 ) -> Training:
     """A training by name or from a ``.toml`` file; what else is given overrides the file.
 
-    ``synthetic`` is the share of patches with resampled contrast.
+    ``synthetic`` is the share of patches with resampled contrast.  ``net.n_classes`` follows the
+    parcellation; a file that names another number is a ``UsageError``.
     """
-    training = overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)
+    file = load_training(name, Training(net=NetConfig(n_classes=FOLLOWS)))
+    training = overridden(file, steps=steps, decay=decay, **settings)
     if synthetic is not None:
         augment = training.train.augment
         augment = replace(augment, synthesis=replace(augment.synthesis, share=synthetic))
         training = replace(training, train=replace(training.train, augment=augment))
+    drawn = load_parcellation(parcellation or training.parcellation)
+    if training.net.n_classes not in (FOLLOWS, drawn.n_classes):
+        raise UsageError(
+            f"net.n_classes is {training.net.n_classes}, but {drawn.name} has {drawn.n_classes}"
+            " classes with background",
+            "leave n_classes out, or train another parcellation",
+        )
     return replace(
         training,
+        net=replace(training.net, n_classes=drawn.n_classes),
+        parcellation=parcellation or training.parcellation,
         templates=tuple(templates) or training.templates,
         labels=labels or training.labels,
     )

@@ -1,6 +1,6 @@
 """Labelled scans to learn from: each prepared once, by the very code that inference runs.
 
-A prepared scan holds the image crop as uint8, classes as uint8, and the distance field of each
+A prepared scan holds the image crop as uint8, its classes, and the distance field of each
 template at 4 mm in half precision (it is smooth).
 """
 
@@ -19,7 +19,7 @@ from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.releases import strip_weights_sha256
-from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, shipped_names
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
 from cadiff_cli.spatial.resample import resample_labels
@@ -43,10 +43,10 @@ STORED_STRIDE = 4
 class Sample:
     """A prepared training scan.
 
-    ``image`` (X, Y, Z) uint8, 255 = 1.0; ``mask`` (X, Y, Z) bool; ``classes`` (X, Y, Z) uint8;
-    ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.  ``labels`` is the fingerprint
-    of the mapping that the classes were made with, ``drawn`` the classes that it can give, ``key``
-    tells files of other content apart.
+    ``image`` (X, Y, Z) uint8, 255 = 1.0; ``mask`` (X, Y, Z) bool; ``classes`` (X, Y, Z) of the
+    parcellation's type; ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.
+    ``labels`` is the fingerprint of the mapping that the classes were made with, ``drawn`` the
+    classes that it can give, ``key`` tells files of other content apart.
     """
 
     name: str
@@ -65,10 +65,16 @@ class Sample:
 
 
 def prepare_scans(
-    scans: Sequence[LabelledScan], mapping: dict[int, int], templates: Sequence[str], folder: Path
+    scans: Sequence[LabelledScan],
+    templates: Sequence[str],
+    parcellation: Parcellation,
+    mapping: dict[int, int],
+    folder: Path,
 ) -> list[Sample]:
-    """Prepare every scan once (kept in ``folder``) and load them all."""
-    parcellation = load_parcellation(BASE)
+    """Prepare every scan once (kept in ``folder``) and load them all.
+
+    ``mapping`` turns the ids of their label maps into classes of ``parcellation``.
+    """
     for name in templates:  # whatever is wrong with one is said before the first scan
         load_atlas(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,11 @@ def prepare_scans(
 
 
 def sample_path(
-    scan: LabelledScan, templates: Sequence[str], mapping: dict[int, int], folder: Path
+    scan: LabelledScan,
+    templates: Sequence[str],
+    parcellation: Parcellation,
+    mapping: dict[int, int],
+    folder: Path,
 ) -> Path:
     """Where a scan's sample lies: all that decides its content is in its name."""
     for path in (scan.t1, scan.dseg):
@@ -88,8 +98,16 @@ def sample_path(
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
     frames = [frame(name) for name in templates]
     made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
-    content = (FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made)
+    content = [FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made]
+    if parcellation.name != BASE:  # the names of its samples are older than other parcellations
+        content.append(identity(parcellation))
     return store.stored_path(folder, scan.name, content)
+
+
+def identity(parcellation: Parcellation) -> str:
+    """Tells a parcellation from all others: its name, and of one's own the table's fingerprint."""
+    own = parcellation.name not in shipped_names()
+    return f"{parcellation.name}-{fingerprint(parcellation.as_tsv())}" if own else parcellation.name
 
 
 def build(
@@ -105,7 +123,7 @@ def build(
     out, as inference does.
     """
     return store.once(
-        sample_path(scan, templates, mapping, folder),
+        sample_path(scan, templates, parcellation, mapping, folder),
         scan.name,
         lambda: _arrays(scan, templates, parcellation, mapping),
     )

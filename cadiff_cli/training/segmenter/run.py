@@ -10,12 +10,12 @@ import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import UsageError
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.unet import CADiffNet, NetConfig
 from cadiff_cli.training.monitor import RunMonitor
 from cadiff_cli.training.segmenter.config import TrainConfig
-from cadiff_cli.training.segmenter.data import Sample, structures
+from cadiff_cli.training.segmenter.data import Sample, identity, structures
 from cadiff_cli.training.segmenter.patches import Draws
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
@@ -33,6 +33,7 @@ class ScansIdentity(Identity):
     templates: Sequence[str]
     labels: Sequence[str]
     also_labels: Sequence[str]
+    parcellation: str = BASE
     recount_prior: bool = False
     scan_files: str = UNTOLD
     also_files: str = UNTOLD
@@ -43,6 +44,7 @@ def train(
     run: Path,
     config: TrainConfig,
     *,
+    parcellation: Parcellation | None = None,
     also: Sequence[Sample] = (),
     init: Model | None = None,
     recount_prior: bool = False,
@@ -55,22 +57,25 @@ def train(
 ) -> Path:
     """Fit on every subject not in ``hold_out``; returns the exported weights (the EMA's).
 
-    ``also`` are scans with labels that are trusted less: a share of the patches comes from them
-    (``config.also_share``), and the prior is not counted over them.  ``init`` is a model to begin
-    with; nobody it was trained on can be held out.  Its prior stays, unless ``recount_prior`` asks
-    for that of these subjects.
+    ``parcellation`` is that of the samples' classes (None: ``BASE``).  ``also`` are scans with
+    labels that are trusted less: a share of the patches comes from them (``config.also_share``),
+    and the prior is not counted over them.  ``init`` is a model to begin with; nobody it was
+    trained on can be held out.  Its prior stays, unless ``recount_prior`` asks for that of these
+    subjects.
+
     ``run/checkpoint.pt`` is continued when it is there.  ``run/config.json`` says what was run,
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
-    parcellation = load_parcellation(BASE)
+    parcellation = parcellation or load_parcellation(BASE)
     people, others = ({s.subject for s in group} for group in (samples, also))
-    check_people(people, others, hold_out, init, net_config)
+    check_people(people, others, hold_out, init, net_config, parcellation)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
     trusted_less = [s for s in also if s.subject not in set(hold_out)]
-    net = new_net(CADiffNet, net_config or NetConfig(), init, config.seed, device)
+    sizes = net_config or NetConfig(n_classes=parcellation.n_classes)
+    net = new_net(CADiffNet, sizes, init, config.seed, device)
     if recount_prior and not (net.config.reads_field and config.prior_scans != 0):
         raise UsageError("--recount-prior: this config counts no prior", "leave it out")
-    identity = ScansIdentity(
+    told = ScansIdentity(
         net=as_dict(net.config),
         init=init.sha256 if init else None,
         trained_on=sorted({s.subject for s in chosen}),
@@ -78,6 +83,7 @@ def train(
         templates=sorted({name for s in (*samples, *also) for name in s.fields}),
         labels=sorted({s.labels for s in samples}),
         also_labels=sorted({s.labels for s in also}),
+        parcellation=identity(parcellation),
         recount_prior=recount_prior,
         scan_files=fingerprint(sorted(s.key for s in chosen)),
         also_files=fingerprint(sorted(s.key for s in trusted_less)),
@@ -90,7 +96,7 @@ def train(
             | (init.structures if init else set())
         ),
     }
-    session = Session.open(run, net, config, identity, facts, max_minutes)
+    session = Session.open(run, net, config, told, facts, max_minutes)
     if net.config.reads_field and not session.resumed and (recount_prior or not init):
         order = np.random.default_rng(config.seed).permutation(len(chosen))
         if voters := [chosen[i] for i in order[: config.prior_scans]]:
@@ -121,6 +127,7 @@ def check_people(
     hold_out: Sequence[str],
     init: Model | None,
     net_config: NetConfig | None,
+    parcellation: Parcellation,
 ) -> None:
     """Raise ``UsageError`` unless these subjects can be trained on, and held out, as asked for.
 
@@ -134,6 +141,12 @@ def check_people(
     if init and (seen := sorted(init.seen & held)):
         raise UsageError(
             f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
+        )
+    if init and init.parcellation != parcellation:
+        raise UsageError(
+            f"--init {init.name} draws the parcellation {init.parcellation.name}, and the config"
+            f" names {parcellation.name}, another table",
+            "give --parcellation that of the weights, or begin anew",
         )
     if init and net_config not in (None, init.net.config):
         raise UsageError(
