@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from test_probabilities import random_p
 
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
+from cadiff_cli.data import shipped
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.metrics.overlap import dice
@@ -186,7 +186,7 @@ def test_a_map_is_for_its_weights_alone():
 
 
 def test_the_released_map_is_of_the_released_weights(released, parcellation):
-    if not files("cadiff_cli").joinpath("data/calibration/cadiff-malc.json").is_file():
+    if not shipped("calibration/cadiff-malc.json").is_file():
         pytest.skip("this version has no calibration")
     calibrate = load_calibration(sha256(released))
     assert calibrate is not None, "measure again: tools/measure_quality.py"

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cadiff_cli.data import read
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.files import read_json
 from cadiff_cli.io.images import load_volume
@@ -44,7 +44,7 @@ LEAST_HEAD = 0.1
 
 def registry() -> dict[str, dict[str, Any]]:
     """Shipped names and where their origin and extents lie (``data/templates.json``)."""
-    text = files("cadiff_cli").joinpath("data/templates.json").read_text(encoding="utf-8")
+    text = read("templates.json")
     return dict(json.loads(text))
 
 

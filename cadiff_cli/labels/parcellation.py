@@ -9,12 +9,12 @@ import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from scipy.spatial import KDTree
 
+from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 
 BASE = "cadiff40"
@@ -227,14 +227,14 @@ def load_parcellation(name: str | Path) -> Parcellation:
 
 @cache
 def _shipped(name: str) -> Parcellation:
-    path = files("cadiff_cli").joinpath(f"data/labels/{name}.tsv")
+    path = shipped(f"labels/{name}.tsv")
     return parse(name, path.read_text(encoding="utf-8"))
 
 
 @cache
 def shipped_names() -> tuple[str, ...]:
     """Parcellations that ship with the package."""
-    folder = files("cadiff_cli").joinpath("data/labels")
+    folder = shipped("labels")
     names = (Path(each.name) for each in folder.iterdir())
     return tuple(sorted(path.stem for path in names if path.suffix == ".tsv"))
 

@@ -6,10 +6,10 @@ they mean; 0 is background, and a negative code means it or its mirror image, wh
 """
 
 import csv
-from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation, shipped_names
 
@@ -81,4 +81,4 @@ def parse(name: str, text: str, parcellation: Parcellation) -> dict[int, int]:
 
 
 def _folder(parcellation: Parcellation) -> Traversable:
-    return files("cadiff_cli").joinpath(f"data/labels/schemes/{parcellation.name}")
+    return shipped(f"labels/schemes/{parcellation.name}")

@@ -8,12 +8,12 @@ one was expected.  Weights know their parcellation, so a calibration belongs to 
 import json
 from dataclasses import replace
 from functools import cache
-from importlib.resources import files
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
 from cadiff_cli.config import Config
+from cadiff_cli.data import shipped
 from cadiff_cli.products import Calibration
 
 KNOTS = 16
@@ -33,7 +33,7 @@ def calibration(config: Config, weights_sha256: str) -> Calibration | None:
 @cache
 def load_calibration(weights_sha256: str) -> Calibration | None:
     """The map that was measured with these weights; None if the package has none."""
-    for path in files("cadiff_cli").joinpath("data/calibration").iterdir():
+    for path in shipped("calibration").iterdir():
         found = Calibration.from_dict(json.loads(path.read_text(encoding="utf-8")))
         if found.weights_sha256 == weights_sha256:
             return found

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from statistics import mean, stdev
 
+from cadiff_cli.data import shipped
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 
 ADULT_YEARS = 18
@@ -124,7 +124,7 @@ def base_volumes(volumes: Mapping[str, float], parcellation: Parcellation) -> Ma
 @cache
 def _stored(name: str) -> Ranges:
     """The ranges of the package for the parcellation ``name``; empty ones if it has none."""
-    path = files("cadiff_cli").joinpath(f"data/ranges/{name}.json")
+    path = shipped(f"ranges/{name}.json")
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def read(key: str) -> dict[str, Range]:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
+from cadiff_cli.data import read
 from cadiff_cli.errors import MissingInputError, in_a_line
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import locked, write_text
@@ -63,7 +63,7 @@ class Source:
 @cache
 def sources() -> dict[str, Source]:
     """Every work that the text may cite, by key (``data/references.bib``, a field a line)."""
-    text = files("cadiff_cli").joinpath("data/references.bib").read_text(encoding="utf-8")
+    text = read("references.bib")
     return {
         entry[1]: Source(entry[0], dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", entry[0], re.M)))
         for entry in re.finditer(r"^@\w+\{(\w+),\n.*?^\}\n", text, re.M | re.S)

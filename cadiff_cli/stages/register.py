@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from cadiff_cli import machine
 from cadiff_cli.config import RegisterConfig
+from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, DiskError, OutputError, UsageError
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Registered, Stripped, Template, Transform
@@ -40,7 +40,7 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 def settings(name: str) -> dict[str, Any]:
     """Named registration settings (``data/registration/NAME.json``)."""
-    folder = files("cadiff_cli").joinpath("data/registration")
+    folder = shipped("registration")
     path = folder.joinpath(f"{name}.json")
     if not path.is_file():
         known = sorted(p.name.removesuffix(".json") for p in folder.iterdir())
