@@ -19,7 +19,7 @@ from cadiff_cli.io.releases import DEFAULT, weights_folder
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.unet import CADiffNet, NetConfig
+from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.products import (
     Conditions,
     CoordinateField,

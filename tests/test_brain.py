@@ -16,10 +16,10 @@ from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.nets.brain import REACH_MM, BrainConfig, BrainNet
+from cadiff_cli.nets.brain_mask import REACH_MM, BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel, Model
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.brain import (
+from cadiff_cli.stages.brain_mask import (
     brain_distance,
     brain_mask,
     network_image,

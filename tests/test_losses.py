@@ -8,7 +8,7 @@ import torch
 from conftest import seeded
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.unet import FIELD_STD, Coarse
+from cadiff_cli.nets.segmenter import FIELD_STD, Coarse
 from cadiff_cli.training.segmenter.losses import (
     SIMILARITIES,
     Consistency,

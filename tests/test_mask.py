@@ -18,7 +18,7 @@ from cadiff_cli.io import releases, templates
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import load_scan, load_volume, save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
-from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan

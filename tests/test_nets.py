@@ -19,7 +19,7 @@ from cadiff_cli.nets.blocks import (
     shuffle,
     unshuffle,
 )
-from cadiff_cli.nets.unet import CADiffNet, LabelPrior, NetConfig
+from cadiff_cli.nets.segmenter import CADiffNet, LabelPrior, NetConfig
 
 SPACE = (32, 16, 48)
 HALF = tuple(n // 2 for n in SPACE)

@@ -12,13 +12,13 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.config import Config, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.images import load_scan, save_volume
-from cadiff_cli.nets.brain import BrainConfig
+from cadiff_cli.nets.brain_mask import BrainConfig
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.notes import NoteCode, texts
 from cadiff_cli.pipeline import prepare, strip_scan
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.brain import share_of_brain
+from cadiff_cli.stages.brain_mask import share_of_brain
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.strip import (
     LARGE_LITRES,
@@ -68,7 +68,7 @@ def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
 def test_the_network_tells_a_large_brain_from_a_head(
     phantom, monkeypatch, tmp_path, share, stripped
 ):
-    monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: share)
+    monkeypatch.setattr("cadiff_cli.stages.brain_mask.share_of_brain", lambda *_: share)
     head = phantom("RAS", 3.0, scale=1.13)
     assert LARGE_LITRES < foreground(head.t1).litres < 2.3
     assert (stripped_brain(head.t1, lambda: object()) is not None) is stripped
@@ -77,7 +77,7 @@ def test_the_network_tells_a_large_brain_from_a_head(
 
 
 def test_a_large_brain_is_told(phantom, monkeypatch, tmp_path):
-    monkeypatch.setattr("cadiff_cli.stages.brain.share_of_brain", lambda *_: 0.2)
+    monkeypatch.setattr("cadiff_cli.stages.brain_mask.share_of_brain", lambda *_: 0.2)
     scan = Scan(phantom("RAS", 3.0, scale=1.13).t1, tmp_path / "sub-01_T1w.nii.gz")
     notes = strip_scan(scan, None, Config(), tmp_path).notes
     assert NoteCode.LARGE_BRAIN in {note.code for note in notes}

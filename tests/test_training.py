@@ -26,7 +26,7 @@ from cadiff_cli.io.models import PRIOR_STEP
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.unet import CADiffNet
+from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.training import loop

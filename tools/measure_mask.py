@@ -32,7 +32,7 @@ from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
-from cadiff_cli.stages.brain import brain_mask, network_image
+from cadiff_cli.stages.brain_mask import brain_mask, network_image
 from cadiff_cli.stages.masks import doubts, judge_mask, tidy
 from cadiff_cli.training.brain_mask.data import brain_of
 from cadiff_cli.training.brain_mask.target import closed, signed_distance

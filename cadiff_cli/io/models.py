@@ -20,9 +20,9 @@ from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
 from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel, Model, Trained
-from cadiff_cli.nets.unet import CADiffNet, NetConfig
+from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 
 METADATA_KEY = "cadiff"
 """The only key: safetensors writes several in changing order, and the checksum with them."""

@@ -7,8 +7,8 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.nets.brain import BrainNet
-from cadiff_cli.nets.unet import CADiffNet
+from cadiff_cli.nets.brain_mask import BrainNet
+from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.products import ModelInfo
 
 N = TypeVar("N", bound=nn.Module)

@@ -21,7 +21,7 @@ from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.blocks import shuffle, unshuffle
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.unet import STRIDE, CADiffNet
+from cadiff_cli.nets.segmenter import STRIDE, CADiffNet
 from cadiff_cli.products import Conditions
 
 log = logging.getLogger(__name__)

@@ -87,7 +87,7 @@ def strip(
     if own:
         mask = resample_mask(own, working)
     elif method is StripMethod.NET:
-        from cadiff_cli.stages.brain import brain_mask
+        from cadiff_cli.stages.brain_mask import brain_mask
 
         if network is None:
             raise MissingInputError(
@@ -232,7 +232,7 @@ def stripped_brain(t1: Volume, network: Network | None = None) -> Volume | None:
         return None
     if network is None or found.litres < LARGE_LITRES:
         return found
-    from cadiff_cli.stages.brain import share_of_brain
+    from cadiff_cli.stages.brain_mask import share_of_brain
 
     share = share_of_brain(t1, found, network())
     log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, found.litres)

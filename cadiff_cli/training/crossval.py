@@ -17,7 +17,7 @@ from cadiff_cli.io import models
 from cadiff_cli.io.files import write_text
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.unet import NetConfig
+from cadiff_cli.nets.segmenter import NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.monitor import segment_sample
 from cadiff_cli.training.segmenter.config import TrainConfig

@@ -16,7 +16,7 @@ from cadiff_cli.io.files import replacing
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.unet import CADiffNet
+from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.probabilities import most_probable

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from cadiff_cli.nets.brain import BrainConfig
+from cadiff_cli.nets.brain_mask import BrainConfig
 from cadiff_cli.training.loop import Schedule
 from cadiff_cli.training.settings import load_training, overridden
 

@@ -19,7 +19,7 @@ from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
-from cadiff_cli.stages.brain import normalise
+from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, distance_at_2mm, is_brain
 

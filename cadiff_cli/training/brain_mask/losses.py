@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cadiff_cli.nets.brain import REACH_MM
+from cadiff_cli.nets.brain_mask import REACH_MM
 
 
 @dataclass(frozen=True, eq=False)

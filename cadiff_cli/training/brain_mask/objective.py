@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.brain import BrainNet
+from cadiff_cli.nets.brain_mask import BrainNet
 from cadiff_cli.training.brain_mask.losses import MaskLosses, distance_loss
 from cadiff_cli.training.brain_mask.patches import HeadPatch
 

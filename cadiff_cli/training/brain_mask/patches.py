@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.nets.brain import REACH_MM, SPACING_MM
-from cadiff_cli.stages.brain import normalise
+from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
+from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.training.batch import Batch
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head

@@ -11,9 +11,9 @@ import numpy as np
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.files import write_tsv
-from cadiff_cli.nets.brain import BrainConfig, BrainNet
+from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
-from cadiff_cli.stages.brain import predict_distance
+from cadiff_cli.stages.brain_mask import predict_distance
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, content
 from cadiff_cli.training.brain_mask.objective import MaskObjective

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.nets.brain import REACH_MM, SPACING_MM
+from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
 

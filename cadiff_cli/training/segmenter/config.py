@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.nets.unet import NetConfig
+from cadiff_cli.nets.segmenter import NetConfig
 from cadiff_cli.training.loop import Schedule
 from cadiff_cli.training.segmenter.objective import Objective
 from cadiff_cli.training.segmenter.patches import AugmentConfig

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.unet import FIELD_STD, STRIDE, Coarse
+from cadiff_cli.nets.segmenter import FIELD_STD, STRIDE, Coarse
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cadiff_cli.diffusion.process import expand
-from cadiff_cli.nets.unet import STRIDE, CADiffNet
+from cadiff_cli.nets.segmenter import STRIDE, CADiffNet
 from cadiff_cli.training.segmenter.losses import (
     Consistency,
     Losses,

@@ -12,7 +12,7 @@ from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.unet import CADiffNet, NetConfig
+from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.training.monitor import RunMonitor
 from cadiff_cli.training.segmenter.config import TrainConfig
 from cadiff_cli.training.segmenter.data import Sample, identity, structures

@@ -6,7 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.device import autocast
 from cadiff_cli.errors import DataError
-from cadiff_cli.nets.brain import REACH_MM, SPACING_MM, BrainNet
+from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM, BrainNet
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import (
