@@ -86,6 +86,11 @@ class RegisterConfig:
     )
     seed: int = seed_option()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the brain is registered to templates; if not, the network finds the field."""
+        return self.name != "none"
+
 
 @dataclass(frozen=True)
 class SampleConfig:

@@ -80,7 +80,7 @@ def prepare(
             scan, strip_scan(scan, strip_template(templates), config, work_dir), templates[0]
         )
     with watch.stage("register"):
-        wanted = () if config.register.name == "none" else templates
+        wanted = templates if config.register.wanted else ()
         registrations = tuple(
             register_template(stripped, template, config.register, work_dir) for template in wanted
         )

@@ -51,12 +51,12 @@ def made(kind: type[T], values: Mapping[str, Any], **given: Any) -> T:
 
 def check(config: Config) -> Config:
     """The same settings; raises ``click.UsageError`` for some that contradict one another."""
-    sample, kind = config.sample, config.register.name
+    sample = config.sample
     if sample.tile is not None and sample.tile % 32:
         raise click.BadParameter(f"{sample.tile} is not a multiple of 32", param_hint="--tile")
     if sample.samples > 1 and not sample.steps:
         raise click.UsageError("--samples needs a step: the prior (--steps 0) gives one answer")
-    if kind == "none" and (config.output.field or not sample.steps):
+    if not config.register.wanted and (config.output.field or not sample.steps):
         raise click.UsageError("--save-field and --steps 0 need a registration")
     return config
 

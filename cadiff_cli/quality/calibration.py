@@ -26,7 +26,7 @@ def calibration(config: Config, weights_sha256: str) -> Calibration | None:
     It was with a network that is given the field: the prior alone (``--steps 0``) and a field that
     the network has to find (``--registration none``) have probabilities of another kind.
     """
-    alike = config.sample.steps and config.register.name != "none"
+    alike = config.sample.steps and config.register.wanted
     return load_calibration(weights_sha256) if alike else None
 
 

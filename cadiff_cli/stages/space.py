@@ -22,10 +22,10 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
     made = {r.template.name: r for r in known}
     registered = made.get(template.name)
     if registered is None:
-        wanted = result.config.register
-        if wanted.name == "none":  # for the labels; the space still needs one
-            wanted = RegisterConfig(seed=wanted.seed)
-        registered = register_template(stripped, template, wanted, work_dir)
+        config = result.config.register
+        if not config.wanted:  # for the labels; the space still needs one
+            config = RegisterConfig(seed=config.seed)
+        registered = register_template(stripped, template, config, work_dir)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
     labels = result.segmentation.labels
 

@@ -290,7 +290,7 @@ def _from_template(
             " MNIColin27 ('cadiff fetch MNIColin27' on a machine with a network), or give --mask"
             " FILE",
         )
-    if config.name == "none":  # of the brain; the mask still needs one of the head
+    if not config.wanted:  # of the brain; the mask still needs one of the head
         config = RegisterConfig(seed=config.seed)
     transform = register(t1, template.head, config, work_dir / template.label, template.name)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
