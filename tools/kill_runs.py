@@ -62,9 +62,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return found
 
 
-def without_seconds(parcellation: bytes) -> bytes:
+def without_seconds(table: bytes) -> bytes:
     """A table without its column of times, which no two runs share."""
-    rows = [line.split(b"\t") for line in parcellation.splitlines()]
+    rows = [line.split(b"\t") for line in table.splitlines()]
     kept = [k for k, name in enumerate(rows[0]) if name != b"seconds"] if rows else []
     return b"\n".join(b"\t".join(row[k] for k in kept if k < len(row)) for row in rows)
 

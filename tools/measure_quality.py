@@ -161,8 +161,8 @@ class Measured:
         return Measured(*(getattr(self, name)[rows] for name in (*WORDS, *NUMBERS)))
 
 
-def read(parcellation):
-    with parcellation.open(encoding="utf-8") as stream:
+def read(table):
+    with table.open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
     words = [np.array([row[name] for row in rows]) for name in WORDS]
     return Measured(*words, *(np.array([float(r[name]) for r in rows]) for name in NUMBERS))
@@ -254,14 +254,14 @@ def main():
         parser.error("two people at least: each is predicted from the others")
     model = models.load(Model, wanted.model)
     config = SampleConfig(steps=wanted.steps, flip=wanted.flip)
-    new = not wanted.parcellation.exists()
-    known = read(wanted.parcellation) if not new else None
+    new = not wanted.table.exists()
+    known = read(wanted.table) if not new else None
     if known and set(known.made_with) != {made_with(model, config)}:
         parser.error(
             f"{wanted.table} was made with {', '.join(set(known.made_with))}: give another"
         )
     done = set(zip(known.scan, known.degradation, strict=True)) if known else set()
-    with wanted.parcellation.open("a", newline="", encoding="utf-8") as stream:
+    with wanted.table.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         if new:
             writer.writerow((*WORDS, *NUMBERS))
@@ -272,7 +272,7 @@ def main():
                     if (scan, name) not in done:
                         writer.writerows(measure(path, name, model, config))
                         stream.flush()
-    measured = read(wanted.parcellation)
+    measured = read(wanted.table)
     measured = measured.where(~np.isin(measured.structure, wanted.without))
     helps = report(measured)
     if wanted.write:

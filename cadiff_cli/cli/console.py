@@ -100,10 +100,10 @@ class RunConsole:
         self.console.print(f"{len(group.scans)} of {expected} scans: {escape(str(group.path))}")
 
     def _table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        parcellation = Table(*columns, title=title)
+        table = Table(*columns, title=title)
         for row in rows:
-            parcellation.add_row(*map(escape, row))
-        self.console.print(parcellation)
+            table.add_row(*map(escape, row))
+        self.console.print(table)
 
 
 def show_log(verbosity: int) -> None:
