@@ -346,6 +346,24 @@ def test_a_head_needs_a_mask(write_template, good):
     assert load_template(str(write_template(mask=mask))).head is None
 
 
+@pytest.mark.parametrize(("litres", "neck"), [(2.2, False), (1.5, True)], ids=["large", "neck"])
+def test_a_head_in_air_of_0_needs_a_mask_too(write_template, good, litres, neck):
+    """It is larger than a brain, or goes on downwards."""
+    ijk = np.moveaxis(np.indices(good[0].shape), 0, -1) - (np.array(good[0].shape) - 1) / 2
+    x, y, z = np.moveaxis(2 * ijk, -1, 0)
+    head = x**2 + y**2 + z**2 < (0.75 / np.pi * litres * 1e6) ** (2 / 3)
+    if neck:
+        head |= (x**2 + y**2 < 50**2) & (z < 0)
+    image = np.where(head, 100 + x, 0).astype(np.float32)
+    with pytest.raises(DataError, match="neck" if neck else r"2\.2. l are not 0") as caught:
+        load_template(str(write_template(head=image)))
+    assert "tpl-toy_desc-brain_mask.nii.gz" in caught.value.remedy
+    # A brain whose spinal cord is cut by the field of view is one.
+    head, _ = good
+    cord = (x**2 + (y + 40) ** 2 < 8**2) & (z < 0) & (head == 0)
+    assert load_template(str(write_template(head=np.where(cord, 80, head)))).head is None
+
+
 def test_a_cohort_has_files_of_its_own(write_template, tmp_path):
     """Its description goes before that of all cohorts; the finest resolution is taken."""
     about = {"Name": "Toys", "Authors": ["Doe J"]}

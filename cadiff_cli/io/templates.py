@@ -24,7 +24,7 @@ from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.templateflow import fetch, listed, packaged_json, templateflow_home
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Citation, Frame, Template
-from cadiff_cli.spatial.grid import Grid, Volume, border_value
+from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
 from cadiff_cli.spatial.resample import same_grid
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ LABELS = "seg-cadiff_dseg"
 DESCRIPTION = "template_description.json"
 LITRES = (0.02, 2.5)
 """Of a brain, a preterm child's and a large adult's by far within."""
+STRIPPED_LITRES = (0.02, 2.0)
+"""Of a brain that no mask vouches for: the embedded one holds 1.89 l, a head in air of 0 more."""
+MOST_CUT = 0.05
+"""Share of a face of the field of view that a brain touches, or its spinal cord; a neck fills more
+of the lowest one."""
 LEAST_HEAD = 0.1
 """How much of a head lies outside its brain, as a share of the brain; far more in all of them."""
 
@@ -241,10 +246,9 @@ def _read(
     outside = t1.data != border_value(t1.data)
     if mask is None:
         inside = Volume(outside, t1.grid)
-        if not LITRES[0] < inside.litres < LITRES[1] or border_value(t1.data) != 0:
+        if doubt := _not_stripped(t1, inside):
             raise DataError(
-                f"{head.name} is no stripped brain ({inside.litres:.2f} l are not background,"
-                f" {LITRES[0]} to {LITRES[1]} l in a brain), and {name} has no brain mask",
+                f"{head.name} is no stripped brain ({doubt}), and {name} has no brain mask",
                 f"give {head.name.replace('_T1w', '_desc-brain_mask')}, or set the image to 0"
                 " outside the brain",
             )
@@ -267,6 +271,22 @@ def _read(
     whole = beyond > LEAST_HEAD * np.count_nonzero(inside.data)
     frame = frame or _told_frame(name, told, inside) or measured_frame(inside)
     return Template(name, brain, frame, head=t1 if whole else None, mask=inside)
+
+
+def _not_stripped(t1: Volume, inside: Volume) -> str:
+    """Why what is not background is no brain alone; empty if it may be one."""
+    low, high = STRIPPED_LITRES
+    if (background := border_value(t1.data)) != 0:
+        return f"its background is {background:g}, and 0 around a stripped brain"
+    if not low < inside.litres < high:
+        return f"{inside.litres:.2f} l are not 0, {low} to {high} l in a brain"
+    touched = max(float(face.mean()) for face in faces(inside.data))
+    if touched > MOST_CUT:
+        return (
+            f"{touched:.0%} of a face of its field of view are not 0, at most {MOST_CUT:.0%} where"
+            " a brain touches it: is this a neck?"
+        )
+    return ""
 
 
 def _description(folder: Path) -> dict[str, Any]:
