@@ -328,6 +328,26 @@ def test_a_run_goes_on_only_with_what_it_began_with(toy_sample, tmp_path, tiny_c
         train([people[0], replace(people[1], key="c")], run, config, net_config=tiny_config)
     with pytest.raises(UsageError, match="2 steps already"):
         train(people, run, replace(config, steps=1), net_config=tiny_config)
+    changed = [replace(person, contents={"toy": "another"}) for person in people]
+    with pytest.raises(UsageError, match="template_contents"):
+        train(changed, run, config, net_config=tiny_config)
+    # A run of before, which did not write down the content of templates, goes on.
+    described = json.loads((run / "config.json").read_text())
+    del described["template_contents"]
+    (run / "config.json").write_text(json.dumps(described))
+    train(changed, run, config, net_config=tiny_config)
+
+
+def test_samples_know_the_content_of_templates_that_are_not_shipped(
+    toy_sample, toy_template, parcellation, monkeypatch, tmp_path
+):
+    shipped, own = load_atlas("MNI152NLin2009aSym"), toy_template(spacing=8.0)
+    monkeypatch.setattr(data, "load_atlas", {"shipped": shipped, "own": own}.get)
+    monkeypatch.setattr(data, "build", lambda *_: tmp_path)
+    monkeypatch.setattr(data, "load", lambda _: toy_sample)
+    scan = LabelledScan("sub-1", "1", tmp_path, tmp_path)
+    (sample,) = data.prepare_scans([scan], ["shipped", "own"], parcellation, {}, tmp_path)
+    assert sample.contents == {"toy": own.sha256}
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(start, tmp_path, monkeypatch):

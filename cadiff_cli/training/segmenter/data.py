@@ -6,8 +6,8 @@ template at 4 mm in half precision (it is smooth).
 
 import logging
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.releases import strip_weights_sha256
+from cadiff_cli.io.templates import own_contents
 from cadiff_cli.labels.parcellation import BASE, Parcellation, shipped_names
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
@@ -46,7 +47,8 @@ class Sample:
     ``image`` (X, Y, Z) uint8, 255 = 1.0; ``mask`` (X, Y, Z) bool; ``classes`` (X, Y, Z) of the
     parcellation's type; ``fields`` maps a template's name to (3, X/4, Y/4, Z/4) float16.
     ``labels`` is the fingerprint of the mapping that the classes were made with, ``drawn`` the
-    classes that it can give, ``key`` tells files of other content apart.
+    classes that it can give, ``key`` tells files of other content apart.  ``contents`` maps its
+    templates that are not shipped to their SHA-256.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Sample:
     labels: str = ""
     drawn: tuple[int, ...] = ()
     key: str = ""
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     def scored(self, classes: Sequence[int]) -> tuple[int, ...]:
         """Those of ``classes`` that somebody may have drawn."""
@@ -75,13 +78,14 @@ def prepare_scans(
 
     ``mapping`` turns the ids of their label maps into classes of ``parcellation``.
     """
-    for name in templates:  # whatever is wrong with one is said before the first scan
-        load_atlas(name)
+    # Whatever is wrong with one is said before the first scan.
+    contents = dict(own_contents(load_atlas(name) for name in templates))
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for index, scan in enumerate(scans, start=1):
         log.info("preparing %s, %d of %d", scan.name, index, len(scans))
-        samples.append(load(build(scan, templates, parcellation, mapping, folder)))
+        sample = load(build(scan, templates, parcellation, mapping, folder))
+        samples.append(replace(sample, contents=contents))
     return samples
 
 

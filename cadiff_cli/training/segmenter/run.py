@@ -1,7 +1,7 @@
 """``cadiff train`` as one function: count the prior, fit, export.  Resumes by itself."""
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
 class ScansIdentity(Identity):
     """The scans of a run: people, templates, fingerprints of labels and of files.
 
-    ``also_*`` are those whose labels are trusted less.
+    ``also_*`` are those whose labels are trusted less.  ``template_contents`` maps templates that
+    are not shipped to their SHA-256.
     """
 
     trained_on: Sequence[str]
@@ -34,6 +35,7 @@ class ScansIdentity(Identity):
     labels: Sequence[str]
     also_labels: Sequence[str]
     parcellation: str = BASE
+    template_contents: Mapping[str, str] | str = UNTOLD
     recount_prior: bool = False
     scan_files: str = UNTOLD
     also_files: str = UNTOLD
@@ -84,6 +86,7 @@ def train(
         labels=sorted({s.labels for s in samples}),
         also_labels=sorted({s.labels for s in also}),
         parcellation=identity(parcellation),
+        template_contents=dict(pair for s in (*samples, *also) for pair in s.contents.items()),
         recount_prior=recount_prior,
         scan_files=fingerprint(sorted(s.key for s in chosen)),
         also_files=fingerprint(sorted(s.key for s in trusted_less)),
