@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from cadiff_cli.config import Config, Request
-from cadiff_cli.io import images, models
+from cadiff_cli.io import images
 from cadiff_cli.io.templates import load_templates
-from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import run
 from cadiff_cli.products import Result, Scan, Template
+
+if TYPE_CHECKING:
+    from cadiff_cli.nets.models import Model
 
 
 def load_scan(path: str | Path) -> Scan:
@@ -21,15 +24,18 @@ def load_scan(path: str | Path) -> Scan:
     return images.load_scan(Path(path))
 
 
-def load_model(name: str = Request.model) -> Model:
+def load_model(name: str = Request.model) -> "Model":
     """A released network by name, or one in a ``.safetensors`` file."""
+    from cadiff_cli.io import models
+    from cadiff_cli.nets.models import Model
+
     return models.load(Model, name)
 
 
 def segment(
     scan: Scan,
     templates: Sequence[Template] = (),
-    model: Model | None = None,
+    model: "Model | None" = None,
     config: Config | None = None,
     *,
     device: str = "auto",
@@ -37,8 +43,10 @@ def segment(
 ) -> Result:
     """Segment a scan in memory: labels, volumes (mm3 by code), and everything they were made from.
 
-    Without ``templates``, ``model`` and ``config`` those of ``cadiff-seg`` are taken.  Transforms
-    are files in ``work_dir``; without one they are removed, and ``save_result`` cannot copy them.
+    Without ``templates``, ``model`` and ``config`` those of ``cadiff-seg`` are taken.  No files are
+    written but transforms in ``work_dir``, which are removed without one: of ``config.output`` only
+    ``posteriors`` and ``uncertainty`` have an effect.  For the distance field, standard spaces and
+    files use ``cadiff-seg``.
     """
     with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="cadiff-") as folder:
         return run(

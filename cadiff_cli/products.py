@@ -66,7 +66,7 @@ class Template:
     (``MNIInfant:cohort-2``).  ``head`` and ``mask`` allow skull stripping; templates without a
     skull have ``head=None``.  ``labels`` are cadiff's codes (int16) on the brain's grid, where
     somebody drew them.  ``source`` is the folder that it was read from, or the library.
-    ``citation`` is its makers' own; the shipped templates are cited from ``data/citations.json``.
+    ``citation`` is its makers' own; the shipped templates are cited from ``data/references.bib``.
     """
 
     name: str

@@ -67,6 +67,11 @@ def test_importing_is_quick():
     assert cpu_s("-c", "import cadiff_cli") - cpu_s("-c", "pass") < IMPORT_S
 
 
+def test_a_scan_is_loaded_without_torch():
+    code = "import sys; from cadiff_cli import load_scan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_is_quick():
     call = "from cadiff_cli.cli import segment_main; segment_main()"
     assert cpu_s("-c", call, "--help") < HELP_S

@@ -81,6 +81,15 @@ def test_what_is_suspicious_is_said(parcellation):
     assert "the FOV cuts" in said
 
 
+def test_a_brain_without_any_structure_is_judged(parcellation):
+    nothing = {s.abbreviation: 0.0 for s in parcellation.structures}
+    empty = judged(parcellation, load_ranges(parcellation), **nothing)
+    assert {*empty.missing} == {s.name for s in parcellation.structures if s.is_tissue}
+    assert not empty.implausible
+    assert empty.largest_side is None
+    assert columns(empty)["verdict"] == "look"
+
+
 def test_a_judgement_repeats_no_note_that_it_says_itself(parcellation):
     def reasons(made):
         rows = [Row(s.code, s.name, 1.0) for s in parcellation.structures]

@@ -1,6 +1,7 @@
 """Parcellations: the one meeting place of classes and codes, left and right, fine and coarse."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -266,6 +267,18 @@ def test_a_fine_label_map_becomes_a_coarse_one(lobes, parcellation):
     np.testing.assert_array_equal(parcellation.coarsen(coarse), coarse)
     with pytest.raises(DataError, match="no parts"):
         parcellation.mapping_to(lobes)
+
+
+def test_what_has_no_parents_becomes_nothing_coarser(lobes, parcellation):
+    """All of it would be background."""
+    structures = tuple(replace(s, parent=None) for s in lobes.structures)
+    foreign = Parcellation("regions", structures)
+    assert not foreign.has_parents
+    assert lobes.has_parents
+    for own, other in ((foreign, parcellation), (parcellation, foreign)):
+        with pytest.raises(DataError, match="no parts") as caught:
+            own.mapping_to(other)
+        assert caught.value.remedy == f"compare with {own.name}"
 
 
 @pytest.mark.parametrize("name", shipped_names())

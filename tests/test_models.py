@@ -97,6 +97,14 @@ def test_another_label_table_is_refused(copy):
         models.load(Model, str(path))
 
 
+def test_a_network_of_another_number_of_classes_is_refused(tiny_net, lobes, tmp_path):
+    path = tmp_path / "x.safetensors"
+    models.save(path, Model(tiny_net, parcellation=lobes))
+    with pytest.raises(DataError, match=r"x\.safetensors: .* 41 classes, .* lobes .* 6") as caught:
+        models.load(Model, str(path))
+    assert caught.value.remedy
+
+
 def test_foreign_weights_are_refused(copy):
     path = copy(record=False)
     save_file({"w": torch.zeros(3)}, path)

@@ -146,6 +146,23 @@ def test_fine_label_maps_are_scored_fine_and_coarse(dseg, lobes, tmp_path):
     assert found <= cortex | {"Brain-Stem"}
 
 
+def test_a_parcellation_without_parents_is_scored_in_its_own_structures(dseg, lobes, tmp_path):
+    """Nothing in it corresponds to ``cadiff40``, so no score of ``cadiff40`` makes sense."""
+    table = replace(
+        lobes, name="regions", structures=tuple(replace(s, parent=None) for s in lobes.structures)
+    )
+    (tmp_path / "seg-regions_dseg.tsv").write_text(table.as_tsv())
+    path = tmp_path / "sub-01_seg-regions_dseg.nii.gz"
+    path.write_bytes(dseg.read_bytes())
+    (tmp_path / "dataset_description.json").write_text("{}")
+    present = {s.name for s in lobes.structures if (codes_of(dseg) == s.code).any()}
+    scores = score(tmp_path, path, path, "--reference-labels", "cadiff")
+    assert {name for name, row in scores.items() if row["dice"] == "1.0000"} == present
+    done = call("cadiff", "evaluate", str(path), str(path), "--labels", "malc27")
+    assert done.returncode == 64
+    assert "unknown label subset 'malc27' of regions" in done.stderr
+
+
 def test_a_rerun_with_another_parcellation_leaves_nothing(out, dseg, tmp_path):
     """Other programs' segmentations stay."""
     (tmp_path / "seg-lobes_dseg.tsv").write_bytes((out / "seg-lobes_dseg.tsv").read_bytes())

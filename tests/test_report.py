@@ -65,6 +65,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         poor=(),
         model=tiny_model.info,
         calibration=None,
+        labelled=True,
         **found,
     ):
         head = phantom(orientation)
@@ -86,7 +87,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
             *(scan, stripped_of(head), registrations, conditions_of(head)),
             tuple(r.template for r in registrations),
         )
-        labels = Volume(head.codes, head.t1.grid)
+        labels = Volume(head.codes * labelled, head.t1.grid)
         segmentation = Segmentation(labels, parcellation, 5, 0, **found)
         mask = Volume(head.codes > 0, head.t1.grid)
         config, seconds = Config(output=OutputConfig(field=True)), {"segment": 1.0}
@@ -304,6 +305,13 @@ def test_uncertainty_glows_where_it_is():
     rows = figures.cut(shown, 1, 0)
     assert rows.shape == (2, 2, 3)
     assert (rows[:, 1] == figures.ALARM).all()
+
+
+def test_a_result_without_any_structure_has_a_page(write_result, tmp_path):
+    out = tmp_path / "out"
+    path = write_result(out, labelled=False)
+    assert report_scan(out, path) == ""
+    assert "not found" in (out / "sub-01.html").read_text()
 
 
 def test_the_scan_is_known_by_its_content(write_result, tmp_path):

@@ -20,9 +20,8 @@ COLUMNS = {
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.option(
     "--labels",
-    default="malc27",
-    show_default=True,
-    help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40.",
+    help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40"
+    " [malc27; all where no structure has a parent in cadiff40].",
 )
 @click.option(
     "--reference-labels",
@@ -42,7 +41,7 @@ COLUMNS = {
 def command(
     prediction: Path,
     reference: Path,
-    labels: str,
+    labels: str | None,
     reference_labels: str,
     tolerance: float,
     out: Path | None,
@@ -69,7 +68,7 @@ def command(
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
     pairs = pair_up(prediction, reference)
-    parcellation = scored_in((p for p, _ in pairs.files), labels)
+    parcellation, subset = scored_in((p for p, _ in pairs.files), labels)
     scheme = load_scheme(reference_labels, parcellation)
 
     def mapping(path: Path) -> Mapping[int, int]:
@@ -90,6 +89,6 @@ def command(
     scores = [
         score
         for p, r in progress(pairs.files)
-        for score in score_pair(p, r, parcellation, labels, mapping(r), tolerance)
+        for score in score_pair(p, r, parcellation, subset, mapping(r), tolerance)
     ]
     report(scores, out, "evaluation", COLUMNS, tolerance)

@@ -17,9 +17,8 @@ COLUMNS = {
 @click.argument("derivatives", type=click.Path(path_type=Path))
 @click.option(
     "--labels",
-    default="malc27",
-    show_default=True,
-    help="Structures to compare: all, or a subset of the label maps' parcellation or of cadiff40.",
+    help="Structures to compare: all, or a subset of the label maps' parcellation or of cadiff40"
+    " [malc27; all where no structure has a parent in cadiff40].",
 )
 @click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
 @click.option(
@@ -31,7 +30,7 @@ COLUMNS = {
 )
 @click.option("--overwrite", is_flag=True, help="Replace these tables if they are there.")
 def command(
-    derivatives: Path, labels: str, tolerance: float, out: Path | None, overwrite: bool
+    derivatives: Path, labels: str | None, tolerance: float, out: Path | None, overwrite: bool
 ) -> None:
     """Test-retest reproducibility of a folder DERIVATIVES that cadiff wrote.
 
@@ -47,11 +46,11 @@ def command(
     from cadiff_cli.evaluation.scores import retest_pair, scored_in
 
     pairs = retest_pairs(derivatives)
-    parcellation = scored_in((path for pair in pairs for path in pair), labels)
+    parcellation, subset = scored_in((path for pair in pairs for path in pair), labels)
     claim(out, "retest", overwrite=overwrite)
     scores = [
         score
         for first, later in progress(pairs)
-        for score in retest_pair(first, later, parcellation, labels, tolerance)
+        for score in retest_pair(first, later, parcellation, subset, tolerance)
     ]
     report(scores, out, "retest", COLUMNS, tolerance)

@@ -102,17 +102,21 @@ def score_pair(
     return [s for s in scores if s.structure in known]
 
 
-def scored_in(label_maps: Iterable[Path], subset: str) -> Parcellation:
-    """The parcellation that has ``subset``: that of all ``label_maps``, or else ``BASE``.
+def scored_in(label_maps: Iterable[Path], subset: str | None) -> tuple[Parcellation, str]:
+    """The parcellation to compare in, and the subset of it.
 
-    Raises ``UsageError`` if neither has it.
+    The parcellation is that of all ``label_maps`` if it has ``subset``, or else ``BASE``, if it
+    names parents there.  Without a ``subset`` the paper's is taken, or all structures where neither
+    has it.  Raises ``UsageError`` for a subset that neither has.
     """
     found = {parcellation.name: parcellation for parcellation in map(parcellation_of, label_maps)}
     base = load_parcellation(BASE)
     (own,) = found.values() if len(found) == 1 else (base,)
-    chosen = base if subset in base.subsets and subset not in own.subsets else own
+    subset = subset or (base if own.has_parents else own).headline
+    coarser = own.has_parents and subset in base.subsets and subset not in own.subsets
+    chosen = base if coarser else own
     chosen.subset(subset)
-    return chosen
+    return chosen, subset
 
 
 def load_own(path: Path, parcellation: Parcellation) -> Volume:

@@ -58,6 +58,13 @@ def _parcellation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         )
     if metadata["codes"] != parcellation.codes.tolist():
         raise DataError("it was trained on another label table", "use weights for this version")
+    n_classes = NetConfig.from_dict(metadata["net"]).n_classes
+    if n_classes != parcellation.n_classes:
+        raise DataError(
+            f"its network has {n_classes} classes, its parcellation {name} with background"
+            f" {parcellation.n_classes}",
+            "export the network with the parcellation that it was trained on",
+        )
     return {"parcellation": parcellation}
 
 

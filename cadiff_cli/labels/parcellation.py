@@ -107,6 +107,11 @@ class Parcellation:
         return OWN_SEGMENTATION if self.name == BASE else self.name
 
     @property
+    def has_parents(self) -> bool:
+        """Whether structures of ``BASE`` can be put together from its own."""
+        return any(s.parent is not None for s in self.structures)
+
+    @property
     def subsets(self) -> tuple[str, ...]:
         """Names that ``subset`` knows."""
         return ("all", *dict.fromkeys(name for s in self.structures for name in s.subsets))
@@ -157,14 +162,15 @@ class Parcellation:
         """Code -> class of ``other``: of itself, or of ``BASE`` by the column ``parent``.
 
         A structure without a parent becomes background.  Raises ``DataError`` where ``other`` is
-        neither.
+        neither, and where no structure has a parent.
         """
         if other == self:
             return dict(self.class_of)
-        if other.name != BASE:
+        if other.name != BASE or not self.has_parents:
+            known = (self.name, *([BASE] if self.has_parents else []))
             raise DataError(
                 f"structures of {self.name} are no parts of those of {other.name}",
-                f"compare with {self.name} or {BASE}",
+                f"compare with {' or '.join(known)}",
             )
         return {s.code: other.class_of.get(s.parent or 0, 0) for s in self.structures}
 

@@ -83,8 +83,9 @@ class Coarse:
 class LabelPrior(nn.Module):
     """How likely each class is at each position of the field: a grid of log-probabilities.
 
-    Counted over the training people (``training.prior``) and then fixed: the paper's idea, that a
-    position in the field predicts an anatomy, written down as the network's starting point.
+    Counted over the training people (``training/segmenter/prior``) and then fixed: the paper's
+    idea, that a position in the field predicts an anatomy, written down as the network's starting
+    point.
     """
 
     def __init__(self, n_classes: int, shape: tuple[int, int, int]) -> None:

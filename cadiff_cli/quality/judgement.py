@@ -158,10 +158,9 @@ def judge(
             r.name: 100 * r.sd_mm3 / r.mm3 for r in of_tissue if r.sd_mm3 is not None and r.mm3
         },
     )
-    present = {
-        n: 100 * mm3 / brain for n, mm3 in base_volumes(volumes, parcellation).items() if mm3
-    }
-    found = replace(found, implausible=dict(_implausible(present, ranges)) if brain else {})
+    sizes = base_volumes(volumes, parcellation) if brain else {}
+    present = {name: 100 * mm3 / brain for name, mm3 in sizes.items() if mm3}
+    found = replace(found, implausible=dict(_implausible(present, ranges)))
     return replace(
         found,
         reasons=tuple(_reasons(found, ranges, made)),

@@ -1,7 +1,7 @@
 """T1-weighted brains painted from label maps: scans to learn from where there are none.
 
 A painted brain looks enough like a T1-weighted image to be registered to a template; training then
-gives its structures other contrasts, patch by patch (``training/synthesis.py``).
+gives its structures other contrasts, patch by patch (``training/segmenter/synthesis``).
 """
 
 from collections.abc import Iterator, Mapping
