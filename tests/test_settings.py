@@ -81,7 +81,11 @@ def test_absent_keys_keep_the_default_of_their_place(write):
         ("[train.objective]\nconsistency = 3\n", 'consistency is 3.*a table or "none"'),
         ("[net]\nprior_shape = [1, 2]\n", r"net.prior_shape is \[1, 2\]"),
         ("[net]\nchannels = [8, 8.5]\n", r"net.channels\[1\] is 8.5.*int"),
-        ("[train]\nbatch = 0\n", "batch is 0"),
+        ("[train]\nbatch = 0\n", r"config\.toml: train: batch is 0"),
+        (
+            '[net]\nprocess = "drift"\n',
+            "net: the noise process is 'drift', not.*gaussian",
+        ),
         ("= 3\n", "not TOML"),
     ],
 )

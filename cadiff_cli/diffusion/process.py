@@ -32,7 +32,8 @@ class Process(Protocol):
         """Mean and standard deviation of the clean state, given nothing but the state at ``t``.
 
         Clean states have mean 0 and standard deviation ``spread``.  At t = 0 the mean is the state
-        itself and the deviation 0; at t = 1 they are 0 and ``spread``.
+        itself and the deviation 0; at t = 1 they are 0 and ``spread``.  The mean has the shape of
+        ``x_t``; that of the deviation need only broadcast to it.
         """
 
 

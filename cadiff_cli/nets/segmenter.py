@@ -58,6 +58,14 @@ class NetConfig:
     attention: bool = True
     process: str = DEFAULT
 
+    def __post_init__(self) -> None:
+        """Raise ``DataError`` for a noise process that is not there."""
+        if self.process not in PROCESSES:
+            raise DataError(
+                f"the noise process is {self.process!r}, not one of {list(PROCESSES)}",
+                "name one of these; for weights, use the version of cadiff that wrote them",
+            )
+
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
         """Read back what ``config.as_dict`` made for a weights file's metadata."""
@@ -105,11 +113,6 @@ class CADiffNet(nn.Module):
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
-        if config.process not in PROCESSES:
-            raise DataError(
-                f"the network's noise process is {config.process!r}, not one of {list(PROCESSES)}",
-                "use the version of cadiff that it was trained with",
-            )
         self.config, self.process = config, PROCESSES[config.process]
         c, e, k = config.channels, config.time_channels, config.n_classes
         self.time_field, self.time_label = TimeEmbedding(e), TimeEmbedding(e)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
-from cadiff_cli.errors import MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
 from cadiff_cli.io.files import read_text
 from cadiff_cli.training.loop import Schedule
 
@@ -85,7 +85,10 @@ def _changed(defaults: Any, values: Mapping[str, Any], where: str) -> Any:
                 f"{where}{key} is unknown, the nearest key is {near!r}", f"use {', '.join(known)}"
             )
         changes[key] = _value(value, types[key], getattr(defaults, key), f"{where}{key}")
-    return replace(defaults, **changes)
+    try:
+        return replace(defaults, **changes)
+    except CadiffError as error:
+        raise UsageError(f"{where.rstrip('.: ')}: {error.message}", error.remedy) from error
 
 
 def _value(value: object, wanted: Any, default: object, where: str) -> Any:
