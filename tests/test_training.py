@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import NO_CHANGE, TINY, make_conditions, seeded
+from torch import nn
 
 from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
@@ -38,6 +39,7 @@ from cadiff_cli.training.loop import (
     rate_factor,
     save_checkpoint,
     train_step,
+    update_ema,
 )
 from cadiff_cli.training.segmenter import data
 from cadiff_cli.training.segmenter.config import TrainConfig, load
@@ -142,6 +144,16 @@ def test_the_loader_goes_on_where_the_run_stands(toy_sample, mirror):
         expected = stack([draws[2 * step], draws[2 * step + 1]])
         assert torch.equal(batch.image, expected.image)
         assert torch.equal(batch.field, expected.field)
+
+
+def test_what_a_network_counts_is_exported():
+    """A batch norm's mean is no parameter, and its average would forget it."""
+    state = new_state(nn.BatchNorm3d(1), QUICK)
+    state.net(torch.full((1, 1, 2, 2, 2), 3.0))
+    update_ema(state, QUICK)
+    assert state.ema.num_batches_tracked == 1
+    assert torch.equal(state.ema.running_mean, state.net.running_mean)
+    assert state.ema.running_mean != 0
 
 
 def test_a_step_is_a_function_of_its_seed_and_number(start, toy_sample, mirror):

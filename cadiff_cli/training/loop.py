@@ -294,7 +294,9 @@ def train_step(state: State[N], batch: Any, objective: Objective, config: Schedu
 
 @torch.no_grad()
 def update_ema(state: State[N], config: Schedule) -> None:
-    """Exponential moving average of the weights, faster in the beginning."""
+    """Exponential moving average of the weights, faster in the beginning; buffers are copied."""
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     for average, current in zip(state.ema.parameters(), state.net.parameters(), strict=True):
         average.lerp_(current, 1 - decay)
+    for copied, buffer in zip(state.ema.buffers(), state.net.buffers(), strict=True):
+        copied.copy_(buffer)
