@@ -16,6 +16,7 @@ from bids_dataset import environment
 
 from cadiff_cli.config import Config, OutputConfig
 from cadiff_cli.errors import OutputError
+from cadiff_cli.io.bids import derivatives
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import page_path
@@ -305,6 +306,13 @@ def test_uncertainty_glows_where_it_is():
     rows = figures.cut(shown, 1, 0)
     assert rows.shape == (2, 2, 3)
     assert (rows[:, 1] == figures.ALARM).all()
+
+
+def test_no_file_is_written_that_overwriting_would_forget(write_result, tmp_path, monkeypatch):
+    monkeypatch.setattr(derivatives, "FIELD", "desc-new_field")
+    with pytest.raises(ValueError, match=r"desc-new_field\.nii\.gz matches no pattern"):
+        write_result(tmp_path / "out")
+    assert not [*tmp_path.rglob("*desc-new*")]
 
 
 def test_a_result_without_any_structure_has_a_page(write_result, tmp_path):

@@ -6,6 +6,7 @@ Every file appears under a temporary name and is renamed when it is complete.
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cadiff_cli.io.bids.names import (
     FIELD,
     MASK,
     MORPH,
+    OURS,
     PROBSEG,
     T1W,
     UNCERTAINTY,
@@ -175,7 +177,7 @@ def read_mask_quality(result: Finished) -> MaskQuality | None:
 
 
 class _Writer:
-    """Files of one scan and their sidecars; ``written`` collects both."""
+    """Files of one scan and their sidecars; ``written`` collects the paths of both."""
 
     def __init__(self, place: Derivatives, raw: str) -> None:
         self.place, self.raw = place, raw
@@ -183,6 +185,17 @@ class _Writer:
 
     def uri(self, name: str) -> str:
         return self.place.uri(f"{name}.nii.gz")
+
+    def path(self, name: str) -> Path:
+        """Where to write a file that follows the scan's entities in its ``name``.
+
+        Raises ``ValueError`` for one that ``--overwrite`` would not find again.
+        """
+        if not any(fnmatchcase(name, pattern) for pattern in OURS):
+            raise ValueError(f"{name} matches no pattern of io/bids/names.OURS: add one")
+        path = self.place.path(name)
+        self.written.add(path)
+        return path
 
     def image(
         self,
@@ -193,15 +206,12 @@ class _Writer:
         like: Path | None = None,
         code: str = "scanner",
     ) -> None:
-        path = self.place.path(f"{name}.nii.gz")
-        save_volume(path, data, grid, like, code)
-        self.written.add(path)
+        save_volume(self.path(f"{name}.nii.gz"), data, grid, like, code)
 
     def sidecar(self, name: str, sources: Sequence[str], **values: Any) -> None:
-        path = self.place.path(f"{name}.json")
         reference = {} if name.startswith("space-") else {"SpatialReference": self.raw}
+        path = self.path(f"{name}.json")
         write_json(path, {**values, "Sources": list(sources), **reference})
-        self.written.add(path)
 
     def transforms(self, registered: Registered, sources: Sequence[str]) -> None:
         """Both directions, as ITK composite transforms."""
@@ -211,9 +221,8 @@ class _Writer:
             ("T1w", template, transform.to_moving),
         ):
             name = xfm_name(start, end)
-            with replacing(self.place.path(name)) as temporary:
+            with replacing(self.path(name)) as temporary:
                 shutil.copyfile(path, temporary)
-            self.written.add(self.place.path(name))
             self.sidecar(
                 name.removesuffix(".h5"),
                 sources,
@@ -249,7 +258,6 @@ class _Writer:
 
     def volumes(self, result: Result, sources: Sequence[str]) -> None:
         """The volume table and what its columns mean."""
-        path = self.place.path(f"{MORPH}.tsv")
         described: dict[str, dict[str, Any]] = {
             "volume-mm3": {
                 "Description": "Label count times voxel volume on the scan's own grid",
@@ -267,7 +275,7 @@ class _Writer:
                 "Units": "mm3",
             }
         header = ("index", "name", "abbreviation", *described)
-        write_tsv(path, header, ([row.get(name) for name in header] for row in volume_rows(result)))
-        self.written.add(path)
+        rows = ([row.get(name) for name in header] for row in volume_rows(result))
+        write_tsv(self.path(f"{MORPH}.tsv"), header, rows)
         aggregates = {name: {"Description": text} for name, text in AGGREGATES.items()}
         self.sidecar(MORPH, sources, **described, **aggregates)
