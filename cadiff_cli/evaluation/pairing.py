@@ -1,4 +1,4 @@
-"""Which label map is scored against which: by the entities in their names."""
+"""Pair label maps to be scored against each other, by the entities in their names."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from cadiff_cli.io.bids.tables import named_parcellation
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
 
 OURS = re.compile(r"_seg-[A-Za-z0-9]+_dseg\.")
-"""What marks a label map in a file name; cadiff drew it if ``seg-`` names a known parcellation."""
+"""The mark of a label map in a file name; it is cadiff's if ``seg-`` names a known parcellation."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Pairs:
 
 
 def pair_up(prediction: Path, reference: Path) -> Pairs:
-    """Two files, or the dseg images of two folders whose names share sub, ses, run, acq...
+    """Pair two files, or the dseg images of two folders whose names share sub, ses, run, acq...
 
-    Raises ``MissingInputError`` if nothing is shared, ``DataError`` for two references of a scan.
+    Raises ``MissingInputError`` if no scan has both, ``DataError`` for two references of a scan.
     """
     for path in (prediction, reference):
         if not path.exists():
@@ -53,9 +53,9 @@ def pair_up(prediction: Path, reference: Path) -> Pairs:
 
 
 def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
-    """(first, later) label maps of each subject with two or more scans: all against the first.
+    """Pair the first label map of each subject with each later one.
 
-    Raises ``MissingInputError`` if there are none.
+    Raises ``MissingInputError`` if no subject has two.
     """
     if not derivatives.is_dir():
         raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
@@ -76,36 +76,36 @@ def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
 def label_maps(
     folder: Path, *, apart_from: Path | None = None, prefer_ours: bool = False
 ) -> dict[str, Path]:
-    """The ``*_dseg`` image of each scan in ``folder``, but for a folder ``apart_from`` within it.
+    """The ``*_dseg`` image of each scan in ``folder``, without those in the folder ``apart_from``.
 
-    Where a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid.  Raises
+    If a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid.  Raises
     ``DataError`` if more than one is left.
     """
     skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
-    found: dict[str, list[Path]] = {}
+    by_scan: dict[str, list[Path]] = {}
     pattern = "[!.]*_dseg.*"
-    # ``**`` passes links to folders by: people may be linked into a folder of their own.
+    # ``**`` skips links to folders, but a subject's folder may be a link.
     for path in sorted({*folder.rglob(pattern), *folder.glob(f"*/**/{pattern}")}):
         within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)
         if path.name.endswith(IMAGE_SUFFIXES) and path.is_file() and not within:
-            found.setdefault(scan_of(path), []).append(path)
-    for scan, paths in found.items():
+            by_scan.setdefault(scan_of(path), []).append(path)
+    for scan, paths in by_scan.items():
         if prefer_ours:
             own = [p for p in paths if _is_own(p) and "_space-" not in p.name]
-            found[scan] = paths = own or paths
+            by_scan[scan] = paths = own or paths
         if len(paths) > 1:
             raise DataError(
                 f"{folder} has {len(paths)} label maps of {scan}:"
                 f" {listed(str(p.relative_to(folder)) for p in paths)}",
                 "leave one, or give two files",
             )
-    return {scan: path for scan, (path,) in found.items()}
+    return {scan: path for scan, (path,) in by_scan.items()}
 
 
 def scan_of(path: Path) -> str:
-    """Entities of the scan that a dseg was drawn on: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``.
+    """Entities of a label map's scan: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``.
 
-    ``run-01`` and ``run-1`` are one.
+    ``run-01`` and ``run-1`` are the same.
     """
     image = path.with_name(stem(path).removesuffix("_dseg") + ".nii")
     parts = (part.split("-", 1) for part in source_entities(image).split("_"))
@@ -117,14 +117,14 @@ def scan_of(path: Path) -> str:
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names in one line, the first ``most`` of them in full."""
+    """List at most ``most`` names in one line, and count the others."""
     every = list(names)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return (", ".join(every[:most]) or "none") + more
 
 
 def _is_own(path: Path) -> bool:
-    """Whether cadiff drew a label map, by its name."""
+    """Whether a label map's name says that cadiff wrote it."""
     return bool(OURS.search(path.name)) and named_parcellation(path) is not None
 
 

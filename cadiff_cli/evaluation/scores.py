@@ -28,8 +28,8 @@ from cadiff_cli.stages.register import rigid
 class Score:
     """Agreement on one structure of one scan.
 
-    ``dice`` and ``nsd`` are NaN where it is absent on both sides; ``hd95_mm`` is also infinite
-    where it is missing on one.
+    ``dice``, ``nsd`` and ``hd95_mm`` are NaN if the structure is absent on both sides; if it is
+    missing on one, ``hd95_mm`` is infinite.
     """
 
     scan: str
@@ -60,7 +60,7 @@ class Score:
 
     @property
     def abs_volume_error_percent(self) -> float:
-        """The same without its sign."""
+        """The absolute volume error, in per cent of the reference."""
         return abs(self.volume_error_percent)
 
     @property
@@ -80,10 +80,10 @@ def score_pair(
 ) -> list[Score]:
     """Score one label map of cadiff's against a reference on the same grid.
 
-    ``parcellation`` has the classes that are compared (``scored_in``), ``reference_mapping`` leads
-    to them; a finer prediction is coarsened.  Structures that no id of the reference means are not
-    scored, which is said.  Raises ``DataError`` for unknown codes in the prediction, a reference
-    without any known id, or grids that differ.
+    ``parcellation`` (``scored_in``) has the compared classes, ``reference_mapping`` maps the
+    reference's ids to them; a finer prediction is coarsened.  Structures without an id in the
+    mapping are not scored; a warning names them.  Raises ``DataError`` for unknown codes in the
+    prediction, a reference without any known id, or grids that differ.
     """
     p = load_own(prediction, parcellation)
     r = load_classes(reference, parcellation, reference_mapping, option="--reference-labels")
@@ -103,15 +103,15 @@ def score_pair(
 
 
 def scored_in(label_maps: Iterable[Path], subset: str | None) -> tuple[Parcellation, str]:
-    """The parcellation to compare in, and the subset of it.
+    """Choose the parcellation to compare in, and its subset of structures.
 
-    The parcellation is that of all ``label_maps`` if it has ``subset``, or else ``BASE``, if it
-    names parents there.  Without a ``subset`` the paper's is taken, or all structures where neither
-    has it.  Raises ``UsageError`` for a subset that neither has.
+    The parcellation is that of all ``label_maps`` if it has ``subset``, else ``BASE`` if its
+    structures have parents there.  Without a ``subset``, the paper's is used, or all structures if
+    neither parcellation has it.  Raises ``UsageError`` for a subset that neither has.
     """
-    found = {parcellation.name: parcellation for parcellation in map(parcellation_of, label_maps)}
+    by_name = {each.name: each for each in map(parcellation_of, label_maps)}
     base = load_parcellation(BASE)
-    (own,) = found.values() if len(found) == 1 else (base,)
+    (own,) = by_name.values() if len(by_name) == 1 else (base,)
     subset = subset or (base if own.has_parents else own).headline
     coarser = own.has_parents and subset in base.subsets and subset not in own.subsets
     chosen = base if coarser else own
@@ -120,7 +120,7 @@ def scored_in(label_maps: Iterable[Path], subset: str | None) -> tuple[Parcellat
 
 
 def load_own(path: Path, parcellation: Parcellation) -> Volume:
-    """Classes of ``parcellation`` from a label map of cadiff's, which may be of a finer one."""
+    """Read classes of ``parcellation`` from a label map of cadiff's, which may be finer."""
     return load_classes(path, parcellation, parcellation_of(path).mapping_to(parcellation))
 
 
@@ -155,8 +155,8 @@ def retest_pair(
 ) -> list[Score]:
     """Compare the label maps of two scans of one person, both written by cadiff.
 
-    The later brain (``desc-preproc_T1w``) is registered rigidly to the first and its labels are
-    carried along.  Volumes are those on the scans' own grids.
+    The later brain (``desc-preproc_T1w``) is registered rigidly to the first, and its labels are
+    carried with it.  Volumes are measured on the scans' own grids.
     """
     r, p = (load_own(path, parcellation) for path in (first, later))
     motion = rigid(load_volume(preprocessed(first)), load_volume(preprocessed(later)))
@@ -169,7 +169,7 @@ def retest_pair(
 
 
 def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
-    """Class map ``labels`` on ``grid``, whose points ``motion`` (4, 4; RAS mm) takes to theirs."""
+    """Carry a class map to ``grid``; ``motion`` (4, 4; RAS mm) maps points of ``grid`` to it."""
     here = Grid(labels.grid.shape, np.linalg.solve(motion, labels.grid.affine))
     return resample_labels(Volume(labels.data, here), grid).data
 

@@ -56,13 +56,13 @@ def overall(scans: Sequence[Summary]) -> Summary:
 
 
 def write_scores(path: Path, scores: Iterable[Score], measures: Sequence[str]) -> None:
-    """TSV with one row per scan and structure."""
+    """Write a TSV with one row per scan and structure."""
     columns = ("scan", "reference", "structure", "volume_mm3", "reference_mm3", *measures)
     write_tsv(path, columns, (_rounded(getattr(s, c) for c in columns) for s in scores))
 
 
 def write_summaries(path: Path, key: str, summaries: Sequence[Summary]) -> None:
-    """TSV with one row per summary: counts, then mean and SD of each measure."""
+    """Write a TSV with one row per summary: counts, then mean and SD of each measure."""
     measures = list(summaries[0].mean)
     spread = [f"{m}_{kind}" for m in measures for kind in ("mean", "sd")]
     rows = (
@@ -77,13 +77,13 @@ def _finite(values: Iterable[float]) -> list[float]:
 
 
 def _mean(values: Iterable[float]) -> float:
-    known = _finite(values)
-    return statistics.fmean(known) if known else math.nan
+    numbers = _finite(values)
+    return statistics.fmean(numbers) if numbers else math.nan
 
 
 def _sd(values: Iterable[float]) -> float:
-    known = _finite(values)
-    return statistics.stdev(known) if len(known) > 1 else math.nan
+    numbers = _finite(values)
+    return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
 
 def _rounded(row: Iterable[object]) -> list[object]:

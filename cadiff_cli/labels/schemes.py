@@ -1,8 +1,8 @@
 """Label ids of other software: tables from their ids to the codes of a parcellation.
 
 ``data/labels/schemes/PARCELLATION/SCHEME.tsv`` has columns ``source`` (an id), ``last`` (the last
-id, where all from ``source`` on mean the same; may be empty or absent) and ``index`` (the code that
-they mean; 0 is background, and a negative code means it or its mirror image, whichever is nearer).
+id of a range that begins at ``source``; may be empty or absent) and ``index`` (the code; 0 is
+background, and a negative code stands for the structure or its mirror image, the nearer one).
 """
 
 import csv
@@ -18,11 +18,11 @@ OWN = "cadiff"
 
 
 def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
-    """Id -> class of ``parcellation``: a scheme by name (``scheme_names``), or your table by path.
+    """Read id -> class of ``parcellation`` from a scheme (``scheme_names``) or from a table's path.
 
-    The name of a shipped parcellation means its codes.  A class is negative where the side is to be
-    found (``Parcellation.encode``).  Raises ``MissingInputError`` if there is no such scheme,
-    ``DataError`` if it is not one.
+    The name of a shipped parcellation stands for its codes.  A class is negative if its side must
+    be found (``Parcellation.encode``).  Raises ``MissingInputError`` if there is no such scheme,
+    ``DataError`` for an invalid table.
     """
     if name == OWN:
         return dict(parcellation.class_of)
@@ -38,7 +38,7 @@ def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
             f"use {', '.join(scheme_names(parcellation))}, or a TSV with source and index",
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel's begins with a mark
+        text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
     except ValueError as error:
         raise DataError(f"{name} is not a mapping ({error})", "save it as TSV in UTF-8") from error
     return parse(name, text, parcellation)
@@ -52,7 +52,7 @@ def scheme_names(parcellation: Parcellation) -> list[str]:
 
 
 def parse(name: str, text: str, parcellation: Parcellation) -> dict[int, int]:
-    """Id -> class from the text of a scheme's table, checked; raises ``DataError``."""
+    """Parse id -> class from the text of a scheme's table; raises ``DataError``."""
     try:
         lines = list(csv.DictReader(text.splitlines(), delimiter="\t"))
         rows = [

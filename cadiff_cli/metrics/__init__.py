@@ -1,1 +1,1 @@
-"""Agreement of two label maps: thin over MONAI."""
+"""Agreement of two label maps: a thin layer over MONAI."""

@@ -24,10 +24,10 @@ def dice(prediction: np.ndarray, reference: np.ndarray, classes: Sequence[int]) 
 def masks(
     prediction: np.ndarray, reference: np.ndarray, classes: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Boolean masks of each class on both sides, cropped to the box around the two."""
-    found = [ndimage.find_objects(side, max(classes)) for side in (prediction, reference)]
+    """Yield boolean masks of each class on both sides, cropped to the box around the two."""
+    objects = [ndimage.find_objects(side, max(classes)) for side in (prediction, reference)]
     for k in classes:
-        boxes = [of_class[k - 1] for of_class in found if of_class[k - 1]]
+        boxes = [of_class[k - 1] for of_class in objects if of_class[k - 1]]
         box = tuple(
             slice(
                 max(min(s.start for s in axis) - MARGIN_VOXELS, 0),
@@ -35,6 +35,6 @@ def masks(
             )
             for axis in zip(*boxes, strict=True)
         )
-        # Absent on both sides: nothing is left.
+        # Absent on both sides: the crop is empty.
         box = box or (slice(0),)
         yield prediction[box] == k, reference[box] == k

@@ -21,8 +21,9 @@ def surface_dice(
 ) -> np.ndarray:
     """(len(classes),) normalised surface Dice (Nikolov et al., 2018) at ``tolerance_mm``.
 
-    MONAI's sub-voxel surfaces, which equal DeepMind's reference implementation.  A class missing
-    on one side counts 0, on both sides NaN.  Raises ``UsageError`` for an impossible tolerance.
+    MONAI's sub-voxel surfaces give the values of DeepMind's reference implementation.  A class
+    missing on one side counts 0, on both sides NaN.  Raises ``UsageError`` for a negative or
+    infinite tolerance.
     """
     if not 0 <= tolerance_mm < math.inf:
         raise UsageError(f"the tolerance is {tolerance_mm} mm", "give a number from 0 upwards")
@@ -45,9 +46,9 @@ def hausdorff95_mm(
 ) -> np.ndarray:
     """(len(classes),) 95th percentile Hausdorff distance: the larger of the two directions.
 
-    Unlike the surface Dice, MONAI's distance knows no sub-voxel surfaces: it runs between the
-    centres of border voxels, each counting the same, so it moves in steps of the voxel size.  A
-    class missing on one side is infinitely far, on both sides NaN.
+    Unlike the surface Dice, MONAI's distance has no sub-voxel surfaces: it is measured between the
+    centres of border voxels, all with equal weight, so it changes in steps of the voxel size.  A
+    class missing on one side gives infinity, on both sides NaN.
     """
     return _per_class(
         lambda *pair: compute_hausdorff_distance(*pair, percentile=95, spacing=list(spacing_mm)),

@@ -1,1 +1,1 @@
-"""Pages that people look at: one per scan, one per group, made from files on disk alone."""
+"""HTML pages, one per scan and one per group, made from the files on disk alone."""

@@ -1,4 +1,4 @@
-"""One finished result as a page needs it, read back from its files.  Loads no torch."""
+"""Read a finished result back from its files, as a page needs it.  Loads no torch."""
 
 import glob
 import logging
@@ -28,20 +28,20 @@ from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels,
 log = logging.getLogger(__name__)
 
 MARGIN_MM = 8.0
-"""How much is shown around the brain."""
+"""Width of the margin shown around the brain."""
 FIELD_COARSER = 4
-"""The field is smooth: it is carried to every fourth voxel and interpolated between."""
+"""The field is smooth: compute it at every fourth voxel and interpolate between them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
     """A scan and its labels on the working grid (RAS axes, 1 mm).
 
-    ``t1`` is the whole scan where it was found (``whole``), else its brain.  ``near`` is the grid
-    around the brain.  ``registered`` is the first registration that shares in the field;
-    ``template`` (its template's brain carried onto the scan) and ``coordinates`` (the distance
-    field) live on ``near``.  They are None with the reason in ``notes``.  ``uncertainty`` lives on
-    ``near`` too, if there is a map of it.
+    ``t1`` is the whole scan if it was found (``whole``), else its brain.  ``near`` is the grid
+    around the brain.  ``registered`` is the first registration that contributes to the field.  Its
+    template's brain, carried onto the scan (``template``), and the distance field (``coordinates``)
+    are on ``near``; where they are None, ``notes`` hold the reason.  ``uncertainty`` is on ``near``
+    too, if the result has such a map.
     """
 
     result: Finished
@@ -68,7 +68,7 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     """Read everything that a page of ``result`` shows.
 
     ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels,
-    mask or volumes cannot be read; what else is missing becomes a note.
+    mask or volumes cannot be read; any other missing file becomes a note.
     """
     parcellation = result.parcellation
     labels = load_classes(result.commit.with_suffix(".nii.gz"), parcellation, parcellation.class_of)
@@ -105,26 +105,26 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
 
 
 def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | None:
-    """The scan that ``result`` was made from, known by its SHA-256; None if it is not there."""
-    named = result.provenance.source
-    inner = named.removeprefix("bids:raw:")
+    """Find the scan that ``result`` was made from, by its SHA-256; None if it is not there."""
+    source = result.provenance.source
+    inner = source.removeprefix("bids:raw:")
     raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
     places = [scans] if scans is not None and scans.is_file() else []
     if scans is not None:
         name = Path(inner).name
         inside = scans / result.entities.split("_")[0]
         places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
-    if inner != named:
+    if inner != source:
         places.append(out / raw / inner)
-    wanted = result.provenance.source_sha256
+    checksum = result.provenance.source_sha256
     for place in places:
-        if place.is_file() and sha256(place) == wanted:
+        if place.is_file() and sha256(place) == checksum:
             return place
     return None
 
 
 def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
-    """The part of the mask's grid that holds it, with a margin where there is room."""
+    """Crop the mask's grid to the mask, with a margin where the grid has room."""
     if not mask.data.any():
         raise DataError("the brain mask is empty", "segment the scan again")
     margin = np.ceil(margin_mm / mask.grid.spacing_mm).astype(int)
@@ -135,16 +135,17 @@ def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
 
 
 def _registration(case: Case) -> dict[str, Any]:
-    """What a case holds of its registrations; nothing if there was none."""
+    """The fields of a ``Case`` about its registrations; empty without a registration."""
     if not case.result.provenance.is_registered:
         return {}
     from cadiff_cli.stages.field import mean_field
     from cadiff_cli.stages.register import warp
 
-    made = [_registered(case.result, used) for used in case.result.provenance.templates]
-    coarse = mean_field(made, case.near.coarsen(FIELD_COARSER))
+    result = case.result
+    registrations = [_registered(result, used) for used in result.provenance.templates]
+    coarse = mean_field(registrations, case.near.coarsen(FIELD_COARSER))
     channels = [resample(Volume(x, coarse.grid), case.near, fill=np.nan).data for x in coarse.data]
-    first = sound(made)[0]
+    first = sound(registrations)[0]
     return {
         "registered": first,
         "template": warp(first.template.brain, first.transform, case.near),
@@ -153,11 +154,13 @@ def _registration(case: Case) -> dict[str, Any]:
 
 
 def _registered(result: Finished, used: UsedTemplate) -> Registered:
-    """A registration from its stored transform and what the sidecar tells of it."""
+    """Read a registration from its stored transform and its entry in the sidecar."""
     source = str(Path(used.source).expanduser())
     template = load_template(spec_of(used.name, source), offline=True)
     if used.sha256 not in ("", template.sha256):
-        raise DataError(f"template {template.name} has changed since", "segment the scan again")
+        raise DataError(
+            f"template {template.name} has changed since this result", "segment the scan again"
+        )
     to_scan, to_template = (
         _beside(result, xfm_name(*ends))
         for ends in ((template.label, "T1w"), ("T1w", template.label))

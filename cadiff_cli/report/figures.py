@@ -23,26 +23,26 @@ PLANES = ("sagittal", "coronal", "axial")
 MARKS = (("P", "A"), ("L", "R"), ("L", "R"))
 SLICES = 8
 FINE = 4
-"""Outlines are written in whole quarters of a voxel."""
+"""Outlines are written in whole steps of a quarter of a voxel."""
 QUALITY = 82
 TISSUES = (0.35, 0.72)
-"""Levels of a template's intensity (of its 98th percentile) that separate CSF, grey and white."""
+"""Shares of a template's 98th percentile of intensity that separate CSF, grey and white matter."""
 AIR = 16
-"""Shades of 255 that may be noise."""
+"""Shades (of 255) up to this one may be noise."""
 FIELD_STEP = 0.05
 COLOURS = ("#ff6b6b", "#51cf66", "#4dabf7")
-"""Of x, y and z."""
+"""Colours of x, y and z."""
 TINT = 0.5
 """How much of a voxel's colour is the field's."""
 UNCERTAIN = 0.4
-"""The uncertainty that is shown in full; borders, between two equal structures, have 0.19."""
+"""Uncertainty shown in the full colour; a border between two equal structures has 0.19."""
 CALM, ALARM = np.array((255.0, 60.0, 0.0)), np.array((255.0, 255.0, 80.0))
-"""Colours of little uncertainty and of much."""
+"""Colours of low and of high uncertainty."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A path in SVG's words; ``name`` is shown when a pointer rests on it."""
+    """An SVG path; ``name`` is shown when the pointer rests on it."""
 
     name: str
     color: str
@@ -51,7 +51,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Slice:
-    """One picture: ``width`` x ``height`` voxels, an image and what lies over it."""
+    """One picture of ``width`` x ``height`` voxels: an image and the outlines over it."""
 
     caption: str
     width: int
@@ -71,7 +71,7 @@ class Plane:
 
 
 def near_mask(case: Case, grid: Grid | None = None) -> np.ndarray:
-    """(X, Y, Z) bool: the brain on the grid around it, or on another."""
+    """(X, Y, Z) bool: the brain on ``grid``, by default on the grid around it."""
     mask = Volume(case.mask.data.astype(np.float32), case.mask.grid)
     return np.asarray(resample(mask, grid or case.near).data > 0.5)
 
@@ -88,7 +88,7 @@ def grey(t1: Volume, mask: np.ndarray | None = None) -> np.ndarray:
 
 
 def cut(data: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice as rows of an image, the top one first; colours, if any, are the last axis."""
+    """Take a slice as rows of an image, the top row first; colours, if any, are the last axis."""
     return np.asarray(np.take(data, index, axis=axis).swapaxes(0, 1)[::-1])
 
 
@@ -108,7 +108,7 @@ def outline(values: np.ndarray, level: float = 0.5) -> str:
     rows, columns = np.nonzero(np.isfinite(values) & (values > level))
     if not len(rows):
         return ""
-    # Only the part that holds it, with a rim so that lines close.
+    # Only the part that holds the iso-line, with a rim, so that lines close.
     top, left = max(rows.min() - 1, 0), max(columns.min() - 1, 0)
     part = values[top : rows.max() + 2, left : columns.max() + 2].astype(np.float32)
     if min(part.shape) < 2:
@@ -121,7 +121,7 @@ def outline(values: np.ndarray, level: float = 0.5) -> str:
 
 
 def _path(points: np.ndarray) -> str:
-    """Relative whole steps; points on a straight line are left out."""
+    """Write relative whole steps; points on a straight line are left out."""
     whole = np.rint(points * FINE).astype(int)
     closed = len(whole) > 2 and (whole[0] == whole[-1]).all()
     steps = np.diff(whole, axis=0)
@@ -135,11 +135,11 @@ def _path(points: np.ndarray) -> str:
 
 
 def positions(inside: np.ndarray, axis: int, n: int) -> list[int]:
-    """``n`` slices spread evenly over what is ``inside``; few keep to its middle."""
-    there = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+    """Spread ``n`` slices evenly over the object ``inside``; up to three stay near its middle."""
+    occupied = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
     low, high = (0.08, 0.92) if n > 3 else (0.36, 0.55)
     shares = np.linspace(low, high, n)
-    return [round(float(x)) for x in np.quantile(there, shares)]
+    return [round(float(x)) for x in np.quantile(occupied, shares)]
 
 
 def structures(case: Case, parcellation: Parcellation, n: int = SLICES) -> list[Plane]:
@@ -174,7 +174,7 @@ def head(case: Case, n: int = 2) -> list[Plane]:
 
 
 def registration(case: Case, n: int = 2) -> list[Plane]:
-    """Edges of the carried template over the scan, and the template itself to flicker with."""
+    """Edges of the carried template over the scan; the second image is the template itself."""
     if case.template is None:
         return []
     brain, image = near_mask(case), grey(resample(case.t1, case.near))
@@ -191,7 +191,7 @@ def registration(case: Case, n: int = 2) -> list[Plane]:
 
 
 def coordinates(case: Case, n: int = 2) -> list[Plane]:
-    """The field as colours, under lines of equal coordinate: every twentieth of its extents."""
+    """The field as colours, under lines of equal coordinate at every twentieth of the extents."""
     if case.coordinates is None:
         return []
     field = case.coordinates.data
@@ -210,7 +210,7 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
 
 
 def tinted(image: np.ndarray, field: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(X, Y, Z, 3) uint8: a grey image, inside the brain under x as red, y green and z blue.
+    """(X, Y, Z, 3) uint8: a grey image; inside the brain tinted red by x, green by y and blue by z.
 
     ``field`` (3, X, Y, Z) holds fractions of the template's extents.
     """
@@ -220,7 +220,7 @@ def tinted(image: np.ndarray, field: np.ndarray, inside: np.ndarray) -> np.ndarr
 
 
 def uncertainty(case: Case, n: int = 2) -> list[Plane]:
-    """Where the probabilities are spread over several structures, glowing over the scan."""
+    """The uncertainty of the labels, glowing over the scan."""
     if case.uncertainty is None:
         return []
     inside = near_mask(case)
@@ -244,7 +244,7 @@ def _planes(
     drawn: Callable[[int, int], Iterable[Outline]],
     second: np.ndarray | None = None,
 ) -> list[Plane]:
-    """``n`` slices of each orientation; ``drawn`` gives what lies over one (axis, index)."""
+    """``n`` slices of each orientation; ``drawn`` gives the outlines over a slice (axis, index)."""
     return [
         Plane(
             name,

@@ -46,7 +46,7 @@ def strips(
     judged: Mapping[str, Judgement], parcellation: Parcellation, ranges: Ranges
 ) -> list[Strip]:
     """Distribution of every structure but vessels."""
-    found = []
+    lines = []
     for s in parcellation.structures:
         values = shares(judged, s.name) if s.is_tissue else {}
         if not values:
@@ -62,15 +62,14 @@ def strips(
             for scan, value in values.items()
         )
         middle = median(values.values())
-        found.append(Strip(s.name, s.color, low, middle, high, place(middle), points))
-    return found
+        lines.append(Strip(s.name, s.color, low, middle, high, place(middle), points))
+    return lines
 
 
 def report_group(out: Path, group: Group, *, wanted: bool = True) -> str:
-    """``group.html`` of what the group table holds; returns what went wrong, if anything.
+    """Write ``group.html`` from the group table; return the error's text, or an empty text.
 
-    It is for looking at: whatever happens to it, the table stands.  If none is ``wanted``, an
-    earlier one, which shows other results, goes.
+    If writing fails, or without ``wanted``, the table is kept and an outdated page is deleted.
     """
     try:
         if wanted:
@@ -85,7 +84,7 @@ def report_group(out: Path, group: Group, *, wanted: bool = True) -> str:
 
 
 def write_group_page(out: Path, group: Group) -> Path:
-    """``group.html``: rows of the group table, and missing scans with their errors."""
+    """Write ``group.html``: rows of the group table, and missing scans with their errors."""
     path = out / PATH
     claim(path)
     ranges = load_ranges(group.parcellation)

@@ -1,4 +1,4 @@
-"""Words for a methods section that state what was really run, read from finished results."""
+"""The text of a methods section that states the steps really run, read from finished results."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Source:
 
     @property
     def authors(self) -> list[str]:
-        """``Family, Given`` of each author; ``others`` stands for those that are not named."""
+        """``Family, Given`` of each author; ``others`` stands for unnamed ones."""
         return self.fields["author"].split(" and ")
 
     @property
@@ -71,7 +71,7 @@ def sources() -> dict[str, Source]:
 
 
 def cite(out: Path) -> str:
-    """``write_citations``, unless something is wrong: why there are none, for results stand."""
+    """Run ``write_citations``; return the error's text, or an empty text.  Results are kept."""
     try:
         write_citations(out)
     except Exception as error:
@@ -130,7 +130,7 @@ def describe(results: Sequence[Finished]) -> list[str]:
 
 
 def _atlases(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
-    """Keys of the templates of the field, and of those that only lend their ``spaces``."""
+    """Keys of the templates of the field, and of those used only as output ``spaces``."""
     used = {template.name: template for scan in scans for template in scan.in_field}
     names = (*used, *(re.sub(r":res-\d+$", "", space) for space in spaces))
     keys = (_key(used[name]) if name in used else SHIPPED.get(name) for name in names)
@@ -138,18 +138,18 @@ def _atlases(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
 
 
 def _key(template: UsedTemplate) -> str | None:
-    """The key that a template is cited by; None if nobody says how."""
+    """The key to cite a template by; None if no citation is known."""
     if template.citation:
         return f"template-{template.name}"
-    # A folder may be called as a shipped template is.
+    # A user's folder may have the name of a shipped template.
     return None if template.source.startswith(("/", "~")) else SHIPPED.get(template.name)
 
 
 def _own_source(key: str, citation: Citation) -> Source:
-    """A template as its ``template_description.json`` wants it to be cited."""
+    """The source of a template, from the citation in its ``template_description.json``."""
 
     def plain(text: str) -> str:
-        """One line without BibTeX's signs."""
+        """One line without BibTeX's special characters."""
         return " ".join(re.sub(r"[{}\\]", "", text).split())
 
     # TemplateFlow writes "Fonov V".
@@ -164,7 +164,7 @@ def _own_source(key: str, citation: Citation) -> Source:
 
 
 def _cited(paragraphs: Sequence[str], results: Sequence[Finished]) -> dict[str, Source]:
-    """What the paragraphs cite: works of the file in its order, then templates."""
+    """The sources that the paragraphs cite: ``references.bib`` in its order, then templates."""
     used = {key for group in CITED.findall(" ".join(paragraphs)) for key in _keys(group)}
     own = {
         f"template-{template.name}": _own_source(f"template-{template.name}", template.citation)

@@ -1,4 +1,4 @@
-"""The page of one scan: everything in one file, nothing fetched."""
+"""The page of one scan: one file that loads nothing from elsewhere."""
 
 import logging
 import time
@@ -22,14 +22,13 @@ from cadiff_cli.report.render import render_page
 log = logging.getLogger(__name__)
 
 MARK = '<meta name="generator" content="cadiff '
-"""By which a page of ours is known."""
+"""The beginning of a page by which cadiff knows its own."""
 
 
 def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
-    """Write the page of a scan that has just been segmented; returns what went wrong, if anything.
+    """Write the page of a newly segmented scan; return the error's text, or an empty text.
 
-    A page is for looking at: whatever happens to it, the segmentation stands.  If none is
-    ``wanted``, an earlier one, which shows other labels, goes.
+    If writing fails, or without ``wanted``, the results are kept and an outdated page is deleted.
     """
     place = Derivatives(out, t1)
     try:
@@ -48,19 +47,16 @@ def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
 
 
 def remove(path: Path) -> None:
-    """A page of ours that shows other results than those that are there now goes.
-
-    Raises ``OutputError`` for another program's.
-    """
+    """Delete an outdated page of cadiff's.  Raises ``OutputError`` for another program's page."""
     claim(path)
     path.unlink(missing_ok=True)
 
 
 def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
-    """``OUT/sub-X[_ses-Y]....html``, from the result's files.
+    """Write ``OUT/sub-X[_ses-Y]....html`` from the result's files.
 
-    ``scans`` is the scan, or a folder to find it in.  Raises ``CadiffError`` if the result cannot
-    be read, or another program's page is in the way.
+    ``scans`` is the scan, or a folder that holds it.  Raises ``CadiffError`` if the result cannot
+    be read, or if another program's page has this name.
     """
     from cadiff_cli.report import figures
     from cadiff_cli.report.viewer import viewer_data
@@ -112,7 +108,7 @@ def claim(path: Path) -> None:
 def volume_table(
     case: Case, judgement: Judgement, parcellation: Parcellation, ranges: Ranges
 ) -> list[dict[str, Any]]:
-    """A line for each structure, left and right together."""
+    """One line per structure, left and right together."""
     rows = {row.name: row for row in case.rows}
     names = {s.code: s for s in parcellation.structures}
     sides = {side.left: side for side in judgement.sides}
@@ -147,7 +143,7 @@ def volume_table(
 
 
 def _measured(row: Row | None) -> dict[str, float | None]:
-    """What the volume table says of a structure, in ml."""
+    """A structure's numbers in the volume table, volumes in ml."""
     if row is None:
         return {"ml": 0.0, "sd_ml": None, "dice": None}
     ml, sd_ml = (None if mm3 is None else mm3 / 1000 for mm3 in (row.mm3, row.sd_mm3))
@@ -155,7 +151,7 @@ def _measured(row: Row | None) -> dict[str, float | None]:
 
 
 def plain(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as lines."""
+    """Nested settings as (dotted name, value) lines."""
     lines: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):

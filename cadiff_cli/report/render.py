@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **values: Any) -> str:
-    """A text from its template; in HTML every value is escaped."""
+    """Fill a template; in HTML every value is escaped."""
     return _environment().get_template(template).render(**values)
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A page from its template, with the script of the same name, known by its checksum."""
+    """Fill a page's template, with the script of the same name and the script's checksum."""
     script = _script(template)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     version = cadiff_cli.__version__
@@ -42,21 +42,21 @@ def counted(items: Iterable[Any], text_of: Callable[[Any], str]) -> str:
 def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("cadiff_cli.report"),
         autoescape=lambda name: name is not None and ".html." in name,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    found.filters["counted"] = counted
-    found.filters["html"] = escape
-    found.filters["plural"] = lambda n, noun: f"{n} {noun}{'' if n == 1 else 's'}"
-    found.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
-    found.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
-    found.filters["link"] = lambda name: quote(str(name))
-    found.globals["number"] = lambda x, digits=3: "n/a" if x is None else f"{x:.{digits}f}"
-    return found
+    environment.filters["counted"] = counted
+    environment.filters["html"] = escape
+    environment.filters["plural"] = lambda n, noun: f"{n} {noun}{'' if n == 1 else 's'}"
+    environment.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
+    environment.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
+    environment.filters["link"] = lambda name: quote(str(name))
+    environment.globals["number"] = lambda x, digits=3: "n/a" if x is None else f"{x:.{digits}f}"
+    return environment
 
 
 @cache

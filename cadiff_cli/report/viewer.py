@@ -1,4 +1,4 @@
-"""The volumes of the interactive viewer, small enough to travel inside the page."""
+"""The volumes of the interactive viewer, small enough to be stored inside the page."""
 
 import base64
 import gzip
@@ -12,16 +12,16 @@ from cadiff_cli.report.figures import grey, near_mask
 from cadiff_cli.spatial.resample import resample
 
 MOST_VOXELS = 9_000_000
-"""Of a brain at 1 mm, which becomes 2 to 4 MB; larger ones are shown at 2 mm."""
+"""Voxels of the largest brain that is shown at 1 mm (2 to 4 MB); larger ones are shown at 2 mm."""
 SHADES = 64
-"""Shades of grey that are kept: more cannot be told apart beneath an overlay, and cost bytes."""
+"""Shades of grey that are kept: more look alike beneath an overlay, and cost bytes."""
 
 
 def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
-    """What the script needs: sizes, affine, structures, and two gzipped volumes.
+    """The data of the page's script: sizes, affine, structures, and two gzipped volumes.
 
-    Volumes are in C order with x last (an image's row): the image uint8, labels (indices into
-    ``names``) uint8 too, or int16 if they are ``wide``.
+    Volumes are in C order with x last (an image's row).  The image is uint8; labels are indices
+    into ``names``, uint8, or int16 if they are ``wide``.
     """
     grid = case.near
     if np.prod(grid.shape) > MOST_VOXELS:
@@ -30,9 +30,9 @@ def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
     labels = resample(case.labels, grid, order=0)
     classes = parcellation.encode(labels.data, parcellation.class_of)
     order = np.argsort(classes, axis=None, kind="stable")
-    found, first, count = np.unique(classes.ravel()[order], return_index=True, return_counts=True)
+    present, first, count = np.unique(classes.ravel()[order], return_index=True, return_counts=True)
     middles = np.stack(np.unravel_index(order[first + count // 2], classes.shape), axis=-1)
-    centres = {int(k): at for k, at in zip(found, middles.tolist(), strict=True) if k}
+    centres = {int(k): at for k, at in zip(present, middles.tolist(), strict=True) if k}
     return {
         "shape": list(grid.shape),
         "affine": np.round(grid.affine, 4).tolist(),

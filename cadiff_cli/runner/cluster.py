@@ -1,8 +1,8 @@
-"""The same jobs on Dask workers, which may live on other machines.
+"""Run the jobs on Dask workers, which may be on other machines.
 
-Workers must see the dataset and the output folder under the same paths.  What is finished is read
-from the disk, so a job that Dask runs again, because its worker died after the last file was
-written, is not done twice.
+Workers must see the dataset and the output folder under the same paths.  Each job reads from the
+disk whether its scan is finished.  If a worker dies after it wrote the last file, Dask runs the job
+again, but the scan is not segmented twice.
 """
 
 from collections.abc import Generator, Iterable
@@ -23,7 +23,7 @@ TIMEOUT = "30s"
 def run_dask(
     jobs: Iterable["Job"], address: str | None, workers: int, threads: int
 ) -> Generator["Outcome"]:
-    """Yield outcomes as they come from the scheduler at ``address``, or from one of our own."""
+    """Yield outcomes as they come from the scheduler at ``address``, or from our own cluster."""
     try:
         from distributed import Client, LocalCluster, as_completed
     except ImportError as error:
@@ -53,7 +53,7 @@ def run_dask(
             job = futures[future]
             if future.status == "finished":
                 yield future.result()
-            else:  # the workers that held it died, more often than Dask tries again
+            else:  # its workers died more often than Dask retries
                 lost = type(future.exception()).__name__
                 yield failure(job, CadiffError(f"lost by Dask ({lost})"))
     finally:
@@ -64,5 +64,5 @@ def run_dask(
 
 
 def _key(job: "Job") -> str:
-    """Another run's task of the same scan must not pass for this one's."""
+    """A key that differs from those of other runs' tasks of the same scan."""
     return f"cadiff-{job.run_id}-{job.entities}{'-again' if job.wait else ''}"

@@ -1,4 +1,4 @@
-"""Where jobs run, and how much of the machine they may use."""
+"""Choose where jobs run, and how much of the machine they may use."""
 
 import logging
 from collections.abc import Generator, Sequence
@@ -12,16 +12,16 @@ log = logging.getLogger(__name__)
 SCAN_BYTES = 6 * 2**30
 """Memory that one scan may need: 5.6 GiB was measured."""
 POSTERIORS_BYTES = 4 * 2**30
-"""What 4-D posteriors add to it, for a 256^3 scan."""
+"""Additional memory for 4-D posteriors of a 256^3 scan."""
 SAMPLES_BYTES = 2**30
-"""What the sum of several samples adds to it, for a large brain."""
+"""Additional memory for the sum of several samples of a large brain."""
 
 
 @dataclass(frozen=True)
 class Executor:
     """Limits are ``--nprocs`` threads in all, ``--omp-nthreads`` in each process, ``--mem`` bytes.
 
-    ``kind`` is ``local``, or ``dask`` with the ``address`` of a scheduler (None: one of our own).
+    ``kind`` is ``local``, or ``dask`` with the ``address`` of a scheduler (None: our own cluster).
     """
 
     kind: str = "local"
@@ -33,7 +33,7 @@ class Executor:
     def team(self, jobs: Sequence[Job]) -> tuple[int, int]:
         """Number of worker processes, and threads of each.
 
-        As many single-threaded workers as fit: one scan's registration, which knows one thread,
+        As many single-threaded workers as fit: one scan's registration, which uses one thread,
         then runs beside another's inference, and no thread waits for another.
         """
         nprocs = self.nprocs or machine.cores()
@@ -47,7 +47,7 @@ class Executor:
         return workers, self.omp_nthreads or max(1, nprocs // workers)
 
     def run(self, jobs: Sequence[Job]) -> Generator[Outcome]:
-        """Yield outcomes as they come; closing the iterator stops the rest."""
+        """Yield outcomes in the order of completion; closing the iterator stops the other jobs."""
         workers, threads = self.team(jobs)
         log.info("%d scans, %d processes of %d threads", len(jobs), workers, threads)
         if self.kind == "dask":

@@ -1,4 +1,4 @@
-"""The group level: one table of every finished scan, and who is missing from it."""
+"""The group level: one table of all finished scans, and a list of the missing ones."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ ENTITIES = {
     "part": ("part", "Part of a complex image"),
     "chunk": ("chunk", "Chunk of the field of view"),
 }
-"""Columns that say which scan a row is of; ``scan`` holds all of its entities."""
+"""Columns that identify a row's scan; ``scan`` holds all of its entities."""
 SUFFIX = {"suffix": "What the scan is called: T1w, or UNIT1 (uniform image of an MP2RAGE)"}
 QUALITY = {
     "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
@@ -55,14 +55,14 @@ def column(name: str) -> str:
 
 
 def collect(out: Path, expected: Sequence[str]) -> Group:
-    """Rows of the expected scans that are finished, and why the others are not.
+    """Collect rows of the expected scans that are finished, and the reasons for missing ones.
 
-    A table is of one parcellation: that of most results, and the others count as missing.
+    A table has one parcellation, that of most results; results in others count as missing.
 
     Raises ``MissingInputError`` if no expected scan is finished.
     """
-    wanted = set(expected)
-    results = [result for result in finished(out) if result.entities in wanted]
+    names = set(expected)
+    results = [result for result in finished(out) if result.entities in names]
     journal, missing, notes = Journal(out), dict[str, str](), list[str]()
     if not results:
         whys = {_why_missing(journal.read(entities)) for entities in expected} - {NOT_RUN}
@@ -80,11 +80,11 @@ def collect(out: Path, expected: Sequence[str]) -> Group:
             continue
         try:
             lines = read_rows(result.morph)
-            found = judge(result, lines, read_mask_quality(result), parcellation, ranges)
-            rows.append(row(result, lines, parcellation) | columns(found))
-            judged[result.entities] = found
+            judgement = judge(result, lines, read_mask_quality(result), parcellation, ranges)
+            rows.append(row(result, lines, parcellation) | columns(judgement))
+            judged[result.entities] = judgement
             sound.append(result)
-        except Exception as error:  # whatever is wrong with one result, the others have a table
+        except Exception as error:  # one bad result must not cost the others their table
             missing[result.entities] = f"its result cannot be read ({in_a_line(error)})"
     if not sound:
         raise DataError(f"no result of {out} is readable", "; ".join(missing.values()))
@@ -98,7 +98,7 @@ def collect(out: Path, expected: Sequence[str]) -> Group:
     recipes = {
         result.provenance.fingerprint
         for result in sound
-        if not result.provenance.has_own_mask  # a mended mask is no other way
+        if not result.provenance.has_own_mask  # a user's mask is no other setting
     }
     if len(recipes) > 1:
         notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
@@ -115,23 +115,23 @@ def _why_missing(last: Outcome | None) -> str:
 
 
 def write_group(out: Path, expected: Sequence[str]) -> Group:
-    """``group_morph.tsv`` with its JSON; expected scans that lack go to ``group_missing.tsv``."""
+    """Write ``group_morph.tsv`` with its JSON; list missing scans in ``group_missing.tsv``."""
     group = collect(out, expected)
     parcellation = group.parcellation
     volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in AGGREGATES]
     header = ("scan", *ENTITIES, *SUFFIX, *volumes, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
     write_json(group.path.with_suffix(".json"), _columns(parcellation))
-    lacking = out / MISSING
+    missing_path = out / MISSING
     if group.missing:
-        write_tsv(lacking, ("scan", "reason"), group.missing.items())
+        write_tsv(missing_path, ("scan", "reason"), group.missing.items())
     else:
-        lacking.unlink(missing_ok=True)
+        missing_path.unlink(missing_ok=True)
     return group
 
 
 def known_scans(out: Path) -> list[str]:
-    """Every scan that an output folder has a result of, that was tried, or that a group lacked."""
+    """All scans of an output folder: finished, tried, or missing from the last group table."""
     tried = {path.stem for path in (out / "logs" / "journal").glob("*.json")}
     return sorted(tried | _lacking(out) | {result.entities for result in finished(out)})
 
@@ -146,12 +146,12 @@ def _lacking(out: Path) -> set[str]:
 
 
 def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> dict[str, Any]:
-    """A scan with its volume table's ``lines`` as column -> value; None where there is none.
+    """Column -> value of a scan, from its sidecar and its volume table's ``lines``; None if absent.
 
     Raises ``DataError`` if its volume table lacks a structure, or its sidecar a value.
     """
     parts = dict(part.split("-", 1) for part in result.entities.split("_"))
-    # BIDS tables give these two with their prefix.
+    # BIDS tables keep the prefix of these two.
     whole = {
         name: f"{key}-{parts[key]}"
         for name, key in (("participant_id", "sub"), ("session_id", "ses"))
@@ -183,7 +183,7 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
 
 
 def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:
-    """What every column means."""
+    """The description of every column."""
     return {
         "scan": {"Description": "Entities of the scan; its files begin with them"},
         **{name: {"Description": text} for name, (_, text) in ENTITIES.items()},

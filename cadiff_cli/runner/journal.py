@@ -1,8 +1,8 @@
-"""What is known of each scan of an output folder, on disk, so that any process may die.
+"""The journal of an output folder: the state of each scan, on disk, so that any process may die.
 
 ``logs/journal/SCAN.json`` holds the last outcome and ``SCAN.lock`` is locked while a process works
-on it; the kernel unlocks it when that process ends, however it ends.  ``SCAN.begun`` is there
-while results are written, and where that was cut short.
+on the scan; the kernel unlocks it when that process ends or is killed.  ``SCAN.begun`` exists while
+results are written, and after a run was killed while it wrote them.
 """
 
 import json
@@ -38,32 +38,32 @@ class Journal:
         self.folder = out / "logs" / "journal"
 
     def record(self, outcome: Outcome) -> None:
-        """Replace what is known of a scan."""
+        """Replace the record of a scan."""
         write_json(self.folder / f"{outcome.entities}.json", asdict(outcome))
 
     def read(self, entities: str) -> Outcome | None:
-        """What became of a scan when it was last tried."""
-        found = read_json(self.folder / f"{entities}.json")
-        if not found:
+        """The last outcome of a scan; None without a readable record."""
+        values = read_json(self.folder / f"{entities}.json")
+        if not values:
             return None
         try:
-            notes = tuple(Note(NoteCode(x["code"]), x["text"]) for x in found["warnings"])
-            return Outcome(**{**found, "warnings": notes})
-        except (TypeError, KeyError):  # another version's
+            notes = tuple(Note(NoteCode(x["code"]), x["text"]) for x in values["warnings"])
+            return Outcome(**{**values, "warnings": notes})
+        except (TypeError, KeyError):  # written by another version
             return None
 
     @contextmanager
     def writing(self, entities: str) -> Iterator[None]:
-        """While a run writes results; if it does not get to the end, the next may replace them."""
+        """Mark results as unfinished within the block; after a killed run they may be replaced."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._mark(entities), "")
         yield
         self.forget(entities)
 
     def make_room(self, place: Derivatives, *inputs: Path | None, overwrite: bool) -> None:
-        """``place.claim``, to which what a killed run left is nothing that could be lost.
+        """Run ``place.claim``; files of a killed run count as replaceable.
 
-        Nor is a result of which somebody has deleted a part: its sidecar says that it is ours.
+        So does a result with a deleted part, if its sidecar shows that cadiff wrote it.
         """
         ours = self._mark(place.stem).exists() or bool(place.commits)
         unfinished = ours and finished_result(place) is None
@@ -74,21 +74,21 @@ class Journal:
         return self._mark(entities).exists()
 
     def forget(self, entities: str) -> None:
-        """Whatever a killed run left of a scan is now somebody's."""
+        """Remove the mark of unfinished results."""
         self._mark(entities).unlink(missing_ok=True)
 
     def _mark(self, entities: str) -> Path:
         return self.folder / f"{entities}.begun"
 
     def failed_since(self, entities: str, path: Path) -> str:
-        """Why the scan failed after ``path`` was written; empty if it did not."""
+        """The error of a scan that failed after ``path`` was written; empty if it did not fail."""
         last, record = self.read(entities), self.folder / f"{entities}.json"
         if last is None or last.status not in ("failed", "unsuitable"):
             return ""
         return last.message if record.stat().st_mtime > path.stat().st_mtime else ""
 
     def unsuitable(self, job: Job) -> Outcome | None:
-        """The last outcome of a scan that can never be segmented, if nothing has changed since."""
+        """The last outcome of an unsuitable scan; None if scan or settings have changed since."""
         last = self.read(job.entities)
         if last is None or last.status != "unsuitable" or job.overwrite:
             return None
@@ -97,25 +97,25 @@ class Journal:
 
     @contextmanager
     def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
-        """Whether this process alone may work on the scan, until the block ends.
+        """Claim a scan for this process until the block ends; yield False if another has it.
 
-        Half-written records and pages are then a killed run's, and are removed.
+        After a claim, half-written records and pages of killed runs are removed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / f"{entities}.lock", wait=wait) as mine:
-            if mine:
+        with locked(self.folder / f"{entities}.lock", wait=wait) as is_ours:
+            if is_ours:
                 page = page_path(self.out, entities)
                 records = (self.folder / f"{entities}.{kind}" for kind in ("json", "begun"))
                 for path in (page, *records):
                     remove_partial(path)
-            yield mine
+            yield is_ours
 
 
 @contextmanager
 def alone(out: Path, entities: str) -> Iterator[None]:
-    """Raise ``OutputError`` if another process, of whichever command, is at these results."""
-    with Journal(out).claim(entities, wait=False) as mine:
-        if not mine:
+    """Claim a scan for the block; raise ``OutputError`` if another process works on it."""
+    with Journal(out).claim(entities, wait=False) as is_ours:
+        if not is_ours:
             raise OutputError(
                 f"another cadiff is working on {entities} in {out}",
                 "wait until it has finished, or choose another output folder",
@@ -125,12 +125,12 @@ def alone(out: Path, entities: str) -> Iterator[None]:
 
 def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
     """Record a job that failed, or whose scan can never be segmented."""
-    told = error
+    cause = error
     if isinstance(error, OSError) and error.errno in NO_SPACE:
-        # A library's, raised as it is.
-        told = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
-    code = told.exit_code if isinstance(told, CadiffError) else 1
-    outcome = Outcome(job.entities, "failed", round(seconds, 1), in_a_line(told), code)
+        # Raised by a library.
+        cause = DiskError(f"writing {error.filename or ''} failed ({error.strerror})", "free space")
+    code = cause.exit_code if isinstance(cause, CadiffError) else 1
+    outcome = Outcome(job.entities, "failed", round(seconds, 1), in_a_line(cause), code)
     if isinstance(error, UnsuitableError):
         outcome = replace(
             outcome,
@@ -148,7 +148,7 @@ def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
 
 
 def _write_crash_file(job: Job, error: BaseException) -> str:
-    """What is needed to mend a failure; returns where it lies, empty if it cannot be written."""
+    """Write the facts for a bug report; return the file's path, empty if it cannot be written."""
     trace = "".join(traceback.format_exception(error))
     path = job.log_dir / f"crash-{job.entities}.txt"
     settings = json.dumps(job.recipe.settings(), indent=2)

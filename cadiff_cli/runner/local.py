@@ -1,7 +1,7 @@
 """Worker processes on this machine.
 
-Each loads the model once and takes whole scans, so that one scan's single-threaded stages (strip,
-register) run beside another's inference.  A worker that is killed costs at most the scan it held.
+Each loads the model once and processes whole scans, so that one scan's single-threaded stages
+(strip, register) run beside another's inference.  A killed worker loses at most its current scan.
 This module imports nothing heavy: a new process sets its number of threads before numpy is loaded.
 """
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from cadiff_cli.runner.job import Job, Outcome
 
 TRIES = 2
-"""A scan whose worker died is tried once more: the memory that was short may be free by then."""
+"""A scan whose worker died is tried once more: there may be enough free memory by then."""
 GRACE_S = 10.0
-"""How long a worker may take to clean up before it is killed."""
+"""Time that a worker may take to clean up before it is killed."""
 
 
 class Worker:
@@ -33,20 +33,20 @@ class Worker:
 
     def __init__(self, threads: int) -> None:
         context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far_end, threads), daemon=True)
         self.process.start()
-        theirs.close()
+        far_end.close()
         self.job: Job | None = None
 
     def give(self, job: "Job") -> None:
         """Start a job; ``take`` its outcome when ``pipe`` is ready."""
         self.job = job
-        with suppress(ConnectionError):  # it died while idle: ``take`` will tell
+        with suppress(ConnectionError):  # it died while idle: ``take`` returns None
             self.pipe.send(job)
 
     def take(self) -> "Outcome | None":
-        """The outcome of the job, or None if the worker died of it."""
+        """The outcome of the job, or None if the worker died."""
         try:
             outcome: Outcome = self.pipe.recv()
         except (EOFError, ConnectionError):
@@ -57,7 +57,7 @@ class Worker:
 
 
 def run_local(jobs: Iterable["Job"], workers: int, threads: int) -> Generator["Outcome"]:
-    """Yield outcomes as they come; closing the iterator ends the workers."""
+    """Yield outcomes in the order of completion; closing the iterator ends the workers."""
     from cadiff_cli.errors import CadiffError
     from cadiff_cli.runner.journal import failure
 
@@ -88,7 +88,7 @@ def run_local(jobs: Iterable["Job"], workers: int, threads: int) -> Generator["O
 
 
 def _end(team: list[Worker]) -> None:
-    """Ask every second, as a library may swallow the exception that a signal raises; then kill."""
+    """Ask workers to end every second, as a library may swallow the exception; then kill them."""
     end = time.monotonic() + GRACE_S
     while time.monotonic() < end and (alive := [w.process for w in team if w.process.is_alive()]):
         for process in alive:
@@ -108,9 +108,9 @@ def _how_it_died(code: int | None) -> tuple[str, str]:
 
 
 def _serve(pipe: Connection, threads: int) -> None:
-    """Life of a worker process: until its parent closes the pipe, or dies."""
+    """Run a worker process until its parent closes the pipe or dies."""
     os.environ.update(machine.thread_variables(threads))
-    os.environ[machine.ITK_THREADS] = "1"  # as many workers register at once
+    os.environ[machine.ITK_THREADS] = "1"  # several workers register at once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up code
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -127,4 +127,4 @@ def _follow_parent() -> None:
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os._exit(1)  # nobody is left to tell
+        os._exit(1)  # no process is left to receive an outcome

@@ -1,4 +1,4 @@
-"""What is said while a scan is segmented goes to a file."""
+"""Log files: the messages of a scan's segmentation."""
 
 import logging
 import warnings
@@ -8,11 +8,11 @@ from pathlib import Path
 
 LOGGER = logging.getLogger("cadiff_cli")
 ON_SCREEN = "cadiff: %(levelname)s: %(message)s"
-"""How a message looks on a terminal, in every command."""
+"""Format of a message on a terminal, in every command."""
 
 
 def warning(text: str) -> str:
-    """``text`` as a warning on a terminal, for what is said without the log."""
+    """Format ``text`` as a warning on a terminal, for messages outside the log."""
     return ON_SCREEN % {"levelname": "WARNING", "message": text}
 
 
@@ -23,15 +23,15 @@ def capture_warnings() -> None:
 
 
 class _Quiet(logging.FileHandler):
-    """A log that cannot be written, on a full disk, is no reason for a traceback a line."""
+    """A log file that prints no traceback for each line that a full disk refuses."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say nothing: what the disk lacks is said once, by whoever writes results."""
+        """Ignore the error: the writer of results reports a full disk once."""
 
 
 @contextmanager
 def logged(path: Path, *screens: logging.Handler) -> Iterator[None]:
-    """Write all that is logged within the block to ``path``; ``screens`` hear cadiff alone.
+    """Write all messages of the block to ``path``; ``screens`` get those of cadiff alone.
 
     The traceback of an exception that leaves the block is in the file too.
     """

@@ -1,6 +1,6 @@
 """The two levels of a BIDS app: segment the selected scans, collect the group.
 
-Nothing here prints: a ``Listener`` hears of every event, and an exit code comes back.
+Nothing here prints: a ``Listener`` receives every event, and functions return an exit code.
 """
 
 import json
@@ -34,7 +34,7 @@ from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRequest(Request):
-    """A wish to segment the selected scans of a dataset.
+    """A request to segment the selected scans of a dataset.
 
     ``options`` are kept in the logs for ``--config-file``.  ``database`` is the folder of pybids'
     index, ``link`` the URI of the dataset.
@@ -66,7 +66,7 @@ class Summary:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of scans by how they ended; zeros too."""
+        """Number of scans by status, zeros included."""
         planned = len(self.plan.jobs) + len(self.plan.pages) + len(self.plan.failed)
         return {
             "done": len(self.of("done")),
@@ -78,7 +78,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0 if no scan failed.  Unsuitable scans are no failures: another run would not help."""
+        """0 if no scan failed.  Unsuitable scans are no failures: a rerun would not help."""
         failed = self.of("failed")
         if any(outcome.exit_code == DiskError.exit_code for outcome in failed):
             return DiskError.exit_code
@@ -86,7 +86,7 @@ class Summary:
 
 
 class Listener(Protocol):
-    """Hears of events as they happen."""
+    """Receives events as they happen."""
 
     def warn(self, text: str) -> None:
         """One line that the user should read."""
@@ -138,8 +138,8 @@ def _cite(out: Path, listener: Listener) -> None:
 def group_level(request: DatasetRequest, listener: Listener) -> int:
     """Collect finished scans in one table; returns the exit code.
 
-    The group is the dataset, but for scans that a filter file leaves out: a table of the
-    participants and sessions that one task was given would replace that of all.
+    The group is the whole dataset without scans that a filter file excludes.  Named participants
+    and sessions are ignored: a table of one task's scans would replace that of all.
     """
     check_folders(request)
     request.dataset.require(request.selection.participants)
@@ -149,8 +149,7 @@ def group_level(request: DatasetRequest, listener: Listener) -> int:
         return 0
     group = write_group(request.out, expected)
     _cite(request.out, listener)
-    wanted = request.config.output.report
-    if why := report_group(request.out, group, wanted=wanted):
+    if why := report_group(request.out, group, wanted=request.config.output.report):
         listener.warn(why)
     for note in group.notes:
         listener.warn(note)
@@ -161,7 +160,7 @@ def group_level(request: DatasetRequest, listener: Listener) -> int:
 
 
 def _everybody(request: DatasetRequest) -> list[str]:
-    """Scans of the group, whichever participants and sessions were named."""
+    """Scans of the group: of all participants and sessions, even if some were named."""
     selection = replace(request.selection, participants=(), sessions=())
     return scan_names(request.dataset, selection, request.database)
 
@@ -195,14 +194,14 @@ def scan_pages(
         try:
             with alone(out, result.entities):
                 listener.line(str(write_page(out, result, scans)))
-        except Exception as error:  # whatever is wrong with one result, the others have pages
+        except Exception as error:  # one bad result must not cost the others their pages
             listener.warn(f"{result.entities}: {in_a_line(error)}")
             code = 1
     return code
 
 
 def check_folders(request: DatasetRequest) -> None:
-    """The dataset is one, and the output and work folders are not in its way."""
+    """Raise unless the dataset is valid and the output and work folders are allowed."""
     _ = request.dataset.description
     root, out = request.dataset.root.resolve(), request.out.resolve()
     if root == out:
@@ -229,7 +228,7 @@ def _validate(dataset: Dataset, listener: Listener, shown: int = 5) -> None:
 def _keep_options(request: DatasetRequest, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
     values = {**request.options, "template": job.templates, "model": job.weights}
-    chosen = request.selection  # labels may have come from a file, found from here only
+    chosen = request.selection  # labels may have come from a file with a relative path
     values |= {"participant_label": chosen.participants, "session_label": chosen.sessions}
     if values.get("mem"):  # bytes by now; a bare number would be MB
         values["mem"] = f"{values['mem']}B"
@@ -245,12 +244,12 @@ def _keep_options(request: DatasetRequest, job: Job) -> None:
 
 
 def _anywhere(value: object) -> object:
-    """An option's value, such that it means the same in another working directory."""
+    """An option's value that stays valid in another working directory."""
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _execute(request: DatasetRequest, plan: Plan, listener: Listener) -> list[Outcome]:
-    """Execute every job once; those that another process was at, when the others are done."""
+    """Execute every job once; scans that another process works on come last."""
     jobs = (*plan.jobs, *plan.pages)
     by_entities = {job.entities: job for job in jobs}
     outcomes: list[Outcome] = []
@@ -289,13 +288,13 @@ def _execute(request: DatasetRequest, plan: Plan, listener: Listener) -> list[Ou
     return outcomes
 
 
-def _without(outcome: Outcome, known: Iterable[Note]) -> Outcome:
-    """The outcome but for notes that were said once for all scans."""
-    codes = {note.code for note in known}
+def _without(outcome: Outcome, reported: Iterable[Note]) -> Outcome:
+    """The outcome without notes that were reported once for all scans."""
+    codes = {note.code for note in reported}
     return replace(outcome, warnings=tuple(x for x in outcome.warnings if x.code not in codes))
 
 
 def _is_last(request: DatasetRequest, outcome: Outcome) -> bool:
-    """A full disk is no scan's fault: the others would fail as well."""
+    """Whether to stop: on a full disk all other scans would fail as well."""
     failed = outcome.status == "failed"
     return failed and (request.stop_on_first_crash or outcome.exit_code == DiskError.exit_code)

@@ -1,1 +1,1 @@
-"""Grids, volumes and resampling.  Knows millimetres, not brains or files."""
+"""Grids, volumes and resampling, in millimetres; no brains, no files."""

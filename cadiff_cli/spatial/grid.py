@@ -1,4 +1,4 @@
-"""Where voxels are.  One convention: arrays (X, Y, Z), affines voxel -> RAS+ millimetres."""
+"""Positions of voxels.  One convention: arrays (X, Y, Z), affines voxel -> RAS+ millimetres."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Grid:
 
     @property
     def axes(self) -> str:
-        """Where its axes point, as ``RAS``."""
+        """Directions of the axes, such as ``RAS``."""
         return "".join(orientations.aff2axcodes(self.affine))
 
     @property
@@ -56,7 +56,7 @@ class Grid:
 
     @property
     def voxel_volume_mm3(self) -> float:
-        """Volume of a voxel, the triple product of its edges (right for sheared grids too)."""
+        """Volume of a voxel, the triple product of its edges (correct for sheared grids too)."""
         a, b, c = self.affine[:3, :3].T
         return float(abs(a @ np.cross(b, c)))
 
@@ -80,7 +80,7 @@ class Grid:
         return Grid(shape, affine)  # type: ignore[arg-type]
 
     def coarsen(self, factor: int) -> "Grid":
-        """Blocks of ``factor``^3 voxels; each new voxel sits at its block's centre."""
+        """The grid of blocks of ``factor``^3 voxels; each new voxel is at its block's centre."""
         affine = self.affine.copy()
         affine[:3, 3] = self.to_world(np.full(3, (factor - 1) / 2))
         affine[:3, :3] *= factor
@@ -89,9 +89,9 @@ class Grid:
     def working(self, spacing_mm: float = 1.0, tolerance: float = 0.01) -> "Grid":
         """The same field of view with axes nearest to RAS and cubic voxels of ``spacing_mm``.
 
-        Axes are permuted and flipped but never rotated, and an axis whose spacing is already
-        within ``tolerance`` keeps it, so that a 1 mm scan in any orientation is not interpolated.
-        Sheared axes (gantry tilt) become the nearest orthogonal ones: ITK knows no others.
+        Axes are permuted and flipped, never rotated.  An axis keeps a spacing within
+        ``tolerance`` (relative), so a 1 mm scan in any orientation is not interpolated.  Sheared
+        axes (gantry tilt) become the nearest orthogonal ones: ITK has no sheared grids.
         """
         to_ras = orientations.io_orientation(self.affine)
         flip = orientations.inv_ornt_aff(to_ras, self.shape)
@@ -131,7 +131,7 @@ class Volume:
 
     @property
     def litres(self) -> float:
-        """Volume of a mask: of its voxels that are not 0."""
+        """Volume of the voxels that are not 0, for a mask."""
         return float(np.count_nonzero(self.data)) * self.grid.voxel_volume_mm3 / 1e6
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Class probabilities (classes, X, Y, Z) float32: most probable class, entropy, other grids."""
+"""Class probabilities (classes, X, Y, Z) float32: most probable class, entropy, resampling."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from cadiff_cli.spatial.grid import Grid
 def most_probable(p: Tensor) -> np.ndarray:
     """(X, Y, Z) of ``class_dtype``: the class with the highest of (classes, X, Y, Z) probabilities.
 
-    Class by class: twice as fast as ``argmax`` along the axis with the largest stride.
+    Computed class by class: twice as fast as ``argmax`` along the axis with the largest stride.
     """
     highest = p[0].clone()
     best = torch.from_numpy(np.zeros(p.shape[1:], class_dtype(len(p))))
@@ -28,7 +28,7 @@ def most_probable(p: Tensor) -> np.ndarray:
 def uncertainty(p: Tensor) -> np.ndarray:
     """(X, Y, Z) float32 entropy of (classes, X, Y, Z) probabilities: 0 to 1, 1 if all are equal.
 
-    Class by class: ``p`` is too large to copy.
+    Computed class by class: ``p`` is too large to copy.
     """
     entropy = torch.zeros(p.shape[1:])
     for p_k in p:
@@ -56,7 +56,7 @@ def native_posteriors(p: Tensor, grid: Grid, native: Grid) -> np.ndarray:
 def _slabs(p: Tensor, grid: Grid, native: Grid) -> Iterator[tuple[int, Tensor]]:
     """Yield (native x index, (classes, Y, Z) probabilities) for the slices that meet the crop.
 
-    A native voxel larger than the crop's averages as many points along each axis as fit into it.
+    A native voxel is the mean of as many points along each axis as crop voxels fit into it.
     """
     to_crop = grid.voxel_map(native)
     size = torch.tensor(grid.shape, dtype=torch.float64)

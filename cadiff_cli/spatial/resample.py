@@ -9,11 +9,11 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.spatial.grid import Grid, Volume
 
 REACH_VOXELS = 12
-"""How far a cubic spline's value depends on its surroundings, to 1e-6 of them."""
+"""Beyond this distance, voxels change a cubic spline's value by less than 1e-6."""
 MAX_OFFSET_VOXELS = 0.1
-"""How far a corner of one grid may lie from the other's, as headers are rounded."""
+"""Largest distance of corners of one grid from those of the same grid in a rounded header."""
 AROUND_VOXELS = 2
-"""Background around a structure whose mask is interpolated: its surface closes inside."""
+"""Background around a structure whose mask is interpolated, so that its surface closes."""
 
 
 def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
@@ -23,7 +23,7 @@ def same_lattice(to_source: np.ndarray, atol: float = 1e-3) -> bool:
 
 
 def same_grid(a: Grid, b: Grid) -> bool:
-    """Whether voxels coincide: the corners of one lie on the corners of the other."""
+    """Whether the voxels of two grids coincide, by their corners."""
     if a.shape != b.shape:
         return False
     box = all_voxels(a.shape)
@@ -47,9 +47,9 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
     """``volume`` on ``grid``: spline interpolation of ``order`` 0, 1 or 3; ``fill`` outside.
 
     An image reaches half a voxel beyond the centres of its outermost voxels, and has their values
-    there.  Grids that differ by whole voxels (flips, permutations, crops) are copied without
-    interpolation.  Where voxels become more than 1.5 times larger the image is smoothed first, so
-    that fine detail does not alias.
+    there.  Between grids that differ by whole voxels (flips, permutations, crops) values are copied
+    without interpolation.  If voxels become more than 1.5 times larger, the image is smoothed first
+    against aliasing.
     """
     to_source = volume.grid.voxel_map(grid)
     data = volume.data
@@ -64,10 +64,10 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
         data = data.astype(np.float32, copy=False)
         ratio = np.linalg.norm(to_source[:3, :3], axis=1)
         if ratio.max() > 1.5:
-            # A Gaussian whose full width at half maximum joins the two voxel sizes.
+            # The squared full width at half maximum is the difference of the squared voxel sizes.
             sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2.355
             data = ndimage.gaussian_filter(data, sigma)
-    # A cubic spline is fitted to a whole axis at a time: not to what no voxel is made of.
+    # A cubic spline is fitted to whole axes: leave out the parts that reach no voxel.
     part = mapped_box(all_voxels(grid.shape), to_source, data.shape, REACH_VOXELS)
     move = partial(
         ndimage.affine_transform,
@@ -86,7 +86,7 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
 def resample_in(
     box: tuple[slice, ...], volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0
 ) -> Volume:
-    """``resample`` within a box of ``grid``'s voxels; ``fill`` in the rest, which costs nothing."""
+    """``resample`` within a box of ``grid``'s voxels; the rest is ``fill``, without computation."""
     start = tuple(s.start for s in box)
     part = grid.crop(start, tuple(s.stop - s.start for s in box))
     inside = resample(volume, part, order, fill).data
@@ -102,7 +102,7 @@ def resample_mask(mask: Volume, grid: Grid) -> Volume:
 
 
 def resample_labels(labels: Volume, grid: Grid) -> Volume:
-    """A class map on another grid: each class is interpolated as a mask, the most wins."""
+    """A class map on another grid: each class is interpolated as a mask, the largest wins."""
     if same_lattice(labels.grid.voxel_map(grid)):
         return resample(labels, grid, order=0)
     classes = np.zeros(grid.shape, dtype=labels.data.dtype)
@@ -130,8 +130,8 @@ def all_voxels(shape: tuple[int, ...]) -> tuple[slice, ...]:
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box that holds all of a bool array; empty along each axis if nothing is set."""
-    found = ndimage.find_objects(mask.astype(np.uint8))
-    return tuple(found[0]) if found else (slice(0, 0),) * mask.ndim
+    boxes = ndimage.find_objects(mask.astype(np.uint8))
+    return tuple(boxes[0]) if boxes else (slice(0, 0),) * mask.ndim
 
 
 def corners(box: tuple[slice, ...], matrix: np.ndarray) -> np.ndarray:
@@ -144,12 +144,12 @@ def corners(box: tuple[slice, ...], matrix: np.ndarray) -> np.ndarray:
 def mapped_box(
     box: tuple[slice, ...], matrix: np.ndarray, shape: tuple[int, ...], margin: int = 0
 ) -> tuple[slice, ...]:
-    """Where a box of voxels lies in a lattice of ``shape``, given the voxel map (4, 4) to it.
+    """The box of another lattice of ``shape`` that holds ``box``, by a voxel map (4, 4) to it.
 
-    It is at least one voxel wide, at the nearest face if all lies outside.
+    It is at least one voxel wide; for a box outside the lattice it lies at the nearest face.
     """
-    seen = corners(box, matrix)
+    ends = corners(box, matrix)
     size = np.array(shape)
-    start = np.clip(np.floor(seen.min(axis=1)).astype(int) - margin, 0, size - 1)
-    stop = np.clip(np.ceil(seen.max(axis=1)).astype(int) + margin + 1, start + 1, size)
+    start = np.clip(np.floor(ends.min(axis=1)).astype(int) - margin, 0, size - 1)
+    stop = np.clip(np.ceil(ends.max(axis=1)).astype(int) + margin + 1, start + 1, size)
     return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))

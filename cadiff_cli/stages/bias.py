@@ -1,7 +1,7 @@
-"""Even out a brain's brightness: N4, repeated until it finds nothing more to correct.
+"""Even out a brain's brightness: run N4 until it finds nothing more to correct.
 
 Receive coils and 7 T make one side of a brain several times as bright as the other.  One run of N4
-removes a part of a strong field only; its own answer tells whether another is worth it.
+removes only a part of a strong field; the size of its correction shows whether to run it again.
 """
 
 import logging
@@ -17,28 +17,28 @@ from cadiff_cli.stages.register import n4
 log = logging.getLogger(__name__)
 
 ACROSS = 9
-"""Voxels along the edge of a cube of the brain's volume, which makes them 12 mm in an adult.  Bias
-is smooth: of a ratio of 3.6 (MALC 1014) 2 % are left after three passes; at 4 mm, 1.3 % after one.
+"""Voxels along the edge of a cube with the brain's volume: 12 mm each in an adult.  Bias is smooth:
+of a ratio of 3.6 (MALC 1014) 2 % are left after three passes; at 4 mm, 1.3 % after one.
 """
 CONVERGED = 0.02
-"""Standard deviation of a correction's logarithm (2 %) from which on nothing is left to do."""
+"""N4 has converged below this standard deviation of a correction's logarithm (2 %)."""
 MOST_PASSES = 6
 """A field of ratio 8.5 takes five."""
 INSIDE = 0.9
-"""Share of brain that makes a coarse voxel one of the brain."""
+"""Coarse voxels with more than this share of brain belong to the brain."""
 NATURAL = 1.4
-"""A smaller ratio is left alone: a part of it is anatomy, and the network was trained with it.  One
-scan of MALC (1018, ratio 1.24) lost 0.006 Dice by the correction, at one step."""
+"""A smaller ratio is not corrected: it is partly anatomy, and the network was trained with it.  One
+scan of MALC (1018, ratio 1.24) lost 0.006 Dice by the correction, with one denoising step."""
 STRONG = 6.0
-"""Ratio from which on a corrected image deserves a look: noise was made bright with the signal."""
+"""From this ratio on, a note asks to look at the image: the correction amplifies noise too."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bias:
     """A multiplicative field: ``log`` is its natural logarithm on a coarse grid.
 
-    ``ratio`` is that of the 95th and 5th percentiles of what was found in the brain, ``converged``
-    False where the last pass still found something.
+    ``ratio`` is that of the 95th to the 5th percentile of the estimated field in the brain;
+    ``converged`` is False if the last pass still made a correction.
     """
 
     log: Volume
@@ -58,12 +58,12 @@ class Bias:
         return (Note(NoteCode.BIAS, text),)
 
     def at(self, grid: Grid) -> np.ndarray:
-        """The field's factor at each voxel of ``grid``; its outermost values beyond its own."""
+        """The field's factor at each voxel of ``grid``; beyond the field, its outermost values."""
         return np.asarray(np.exp(resample(self.log, grid).data))
 
 
 def find_bias(t1: Volume, mask: Volume) -> Bias:
-    """The bias of ``t1`` (from 0 up) within ``mask`` (bool), both on one grid."""
+    """Estimate the bias of ``t1`` (no negative values) within ``mask`` (bool), both on one grid."""
     spacing_mm = 100 * mask.litres ** (1 / 3) / ACROSS
     grid = t1.grid.working(spacing_mm, tolerance=0.0)
     image = resample(t1, grid).data
@@ -74,14 +74,14 @@ def find_bias(t1: Volume, mask: Volume) -> Bias:
         return Bias(Volume(total, grid), 1.0, converged=True)
     for _ in range(MOST_PASSES):
         evened = np.where(inside, image / np.exp(total), 0)
-        found = n4(Volume(evened, grid), Volume(inside, grid))
-        found = found - found[inside].mean()
-        total += found
-        size = float(found[inside].std())
+        correction = n4(Volume(evened, grid), Volume(inside, grid))
+        correction = correction - correction[inside].mean()
+        total += correction
+        size = float(correction[inside].std())
         log.info("N4: a correction of %.1f %%", 100 * size)
         if size < CONVERGED:
             break
-    # Beyond the brain nothing holds the splines.
+    # Outside the brain no data constrain the splines.
     total = np.clip(total, total[inside].min(), total[inside].max())
     low, high = np.percentile(total[inside], [5, 95])
     ratio = round(float(np.exp(high - low)), 3)
@@ -91,7 +91,7 @@ def find_bias(t1: Volume, mask: Volume) -> Bias:
 
 
 def evened(t1: Volume, bias: Bias) -> Volume:
-    """``t1`` (0 outside the brain) divided by the field, with the mean that it had."""
+    """Divide ``t1`` (0 outside the brain) by the field; the mean intensity stays the same."""
     if not bias.log.data.any():
         return t1
     box = bounding_box(t1.data != 0)

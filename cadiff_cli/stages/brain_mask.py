@@ -22,24 +22,23 @@ from cadiff_cli.stages.masks import tidy
 def brain_distance(t1: Volume, model: BrainModel) -> Volume:
     """Signed distance (mm, inside positive, float32) on a 2 mm grid over the scan's field of view.
 
-    Nothing is assumed about size, orientation or neck.
+    The head may have any size and orientation, with or without a neck.
     """
     head = network_image(t1)
     return Volume(predict_distance(model.net, head.data), head.grid)
 
 
 def network_image(t1: Volume) -> Volume:
-    """What the network sees of a scan: 2 mm voxels in RAS axes, intensities in [0, 1].
+    """The network's input from a scan: 2 mm voxels in RAS axes, intensities in [0, 1].
 
-    In whichever of the 48 orders and directions of its axes a scan is stored, this is the same up
-    to rounding.
+    It is the same, up to rounding, for all 48 orders and directions of a scan's axes.
     """
     grid = t1.grid.working(SPACING_MM, tolerance=0.0)
     return Volume(normalise(resample(t1, grid, fill=float(t1.data.min())).data), grid)
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
-    """Intensities in [0, 1]: 0 is air, and the 99.5th percentile of what is above it becomes 1.
+    """Scale intensities to [0, 1]: air becomes 0, the 99.5th percentile of brighter voxels 1.
 
     Air is the median of the darkest twentieth of the image.
     """
@@ -51,13 +50,13 @@ def normalise(image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> float:
-    """Share of what was ``found`` (bool) in a scan that is brain, examined at 4 mm."""
+def share_of_brain(t1: Volume, candidate: Volume, model: BrainModel) -> float:
+    """Share of a ``candidate`` object (bool) in a scan that the network calls brain, at 4 mm."""
     head = network_image(t1)
     x = _padded(head.data, model.net)
     with autocast(x.device):
         brain = model.net.locate(x)[0, 0] > 0
-    object_ = torch.from_numpy(resample_mask(found, head.grid).data.astype(np.float32))
+    object_ = torch.from_numpy(resample_mask(candidate, head.grid).data.astype(np.float32))
     pad = [n for size in reversed(object_.shape) for n in (0, -size % model.net.config.multiple)]
     inside = F.avg_pool3d(F.pad(object_, pad)[None, None], 2)[0, 0].to(x.device) > 0.5
     return float((brain & inside).sum() / inside.sum().clamp(min=1))
@@ -67,8 +66,8 @@ def share_of_brain(t1: Volume, found: Volume, model: BrainModel) -> float:
 def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
     """(X, Y, Z) intensities in [0, 1] at 2 mm -> (X, Y, Z) float32 mm within the network's reach.
 
-    The image is padded with air to the sizes that the network takes.  Only the box around what the
-    first network finds is refined.
+    The image is padded with air to the sizes that the network takes.  Only the box around the
+    brain of the first network is refined.
     """
     x = _padded(head, net)
     with autocast(x.device):
@@ -79,56 +78,57 @@ def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
             i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
             distance[..., i, j, k] = net.refine(x[..., i, j, k], located[..., a, b, c])
     i, j, k = (slice(0, n) for n in head.shape)
-    found = distance[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM)
-    return np.asarray(found.float().cpu().numpy())
+    cropped = distance[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM)
+    return np.asarray(cropped.float().cpu().numpy())
 
 
 def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
-    """(1, 1, X, Y, Z): the image with air up to the sizes that the network takes."""
+    """(1, 1, X, Y, Z): the image, padded with air to the sizes that the network takes."""
     pad = [(0, -n % net.config.multiple) for n in head.shape]
     return torch.from_numpy(np.pad(head, pad))[None, None].to(next(net.parameters()).device)
 
 
 def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
-    """The box of (X, Y, Z) bool, grown to multiples of so many voxels; empty if there is none.
+    """The box around (X, Y, Z) bool, grown to multiples of ``multiple`` voxels; () if all False.
 
-    Sizes of ``inside`` are such multiples.
+    Sizes of ``inside`` must be such multiples.
     """
     box = []
     for axis in range(3):
-        found = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
-        if not len(found):
+        indices = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+        if not len(indices):
             return ()
-        low = int(found[0]) // multiple * multiple
-        box.append(slice(low, -(-(int(found[-1]) + 1) // multiple) * multiple))
+        low = int(indices[0]) // multiple * multiple
+        box.append(slice(low, -(-(int(indices[-1]) + 1) // multiple) * multiple))
     return tuple(box)
 
 
 BOX_MARGIN_MM = 9.0
-"""What the first network puts farther outside the brain than this is not looked at again."""
+"""Margin around the first network's brain within which the second network refines it."""
 DEEP_MM = 6.0
+"""Voxels farther inside the brain than this are deep inside."""
 NO_BRAIN_LITRES = 0.12
-"""Less, deep inside, is no brain at all; more may be a newborn's."""
+"""A smaller volume deep inside is no brain at all; a larger one may be a newborn's."""
 LEAST_DEEP_LITRES = 0.3
-"""A brain of half a litre has as much this deep inside; what is seen in noise (0.09 l) has not."""
+"""A brain of half a litre has this volume deep inside; a false brain in noise has 0.09 l."""
 
 
 def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
-    """The brain on the ``working`` grid (bool; ``strip`` judges and tidies it).
+    """Find the brain on the ``working`` grid (bool; ``strip`` judges and tidies it).
 
-    Raises ``DataError`` where no brain is found.
+    Raises ``DataError`` if no brain is found.
     """
     distance = brain_distance(t1, model)
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
     if deep.litres < LEAST_DEEP_LITRES:
-        found = "no brain found" if deep.litres < NO_BRAIN_LITRES else "the brain is too small"
+        problem = "no brain found" if deep.litres < NO_BRAIN_LITRES else "the brain is too small"
         raise DataError(
-            f"{found}: {deep.litres:.2f} l of the image lie deep inside one,"
+            f"{problem}: {deep.litres:.2f} l of the image lie deep inside one,"
             f" at least {LEAST_DEEP_LITRES} l should",
             "is this a T1-weighted head, and not a newborn's? Check the header's voxel sizes and"
             " axes, or give --mask FILE",
         )
-    # Linear interpolation reaches one voxel beyond what lies inside.
+    # Linear interpolation reaches one voxel beyond the brain.
     near = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))
     box = mapped_box(near, working.voxel_map(distance.grid), working.shape)
     fine = resample_in(box, distance, working, fill=-REACH_MM)

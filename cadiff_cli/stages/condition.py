@@ -1,4 +1,4 @@
-"""From a registered brain to what the network is given: normalise, crop, attach the field."""
+"""Make the network's input from a registered brain: crop, normalise, attach the field."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,15 @@ MULTIPLE = 16
 FIELD_STRIDE = 2
 """The field is smooth: the network reads it (and diffuses labels) at 2 mm."""
 BORDER_MM = 6.0
-"""Contrast is measured deeper inside the brain than this..."""
+"""Contrast is measured farther inside the brain than this..."""
 LEAST_INNER = 0.2
-"""...where at least this share of it is left: of a mouse's brain nothing would be."""
+"""...if at least this share of the brain lies there; in a mouse's brain nothing does."""
 
 
 def condition(stripped: Stripped, registrations: Sequence[Registered]) -> Conditions:
     """Crop to the brain, scale intensities and sample the distance field on the crop.
 
-    Without ``registrations`` the field is left to the network.
+    Without ``registrations`` the network finds the field itself.
     """
     grid = brain_crop(stripped.mask)
     image, mask = (resample(v, grid) for v in (stripped.t1, stripped.mask))
@@ -36,7 +36,7 @@ def condition(stripped: Stripped, registrations: Sequence[Registered]) -> Condit
 
 
 def brain_crop(mask: Volume) -> Grid:
-    """The box around ``mask`` with a margin, grown to multiples of 16 (it may leave the image)."""
+    """The box around ``mask`` with a margin, grown to multiples of 16; it may leave the image."""
     if not mask.data.any():
         raise DataError("the brain mask is empty", "check the input, or give a mask with --mask")
     box = bounding_box(mask.data)
@@ -48,13 +48,13 @@ def brain_crop(mask: Volume) -> Grid:
 
 
 def normalise(image: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """Intensities in [0, 1]: percentiles 0.5 and 99.5 of the brain's inner part; 0 outside.
+    """Scale intensities to [0, 1] by percentiles 0.5 and 99.5 of the brain's inner part; 0 outside.
 
-    A mask takes along some fat, vessels or dura at its border, which are brighter or darker than
-    any brain: the contrast that is left would be another one than in a scan with a neat mask.
+    At its border a mask may contain fat, vessels or dura, brighter or darker than any brain.  They
+    would change the contrast of the brain.
     """
     box = bounding_box(mask)
-    # One voxel around: the transform takes what it does not see for brain.
+    # One voxel around the box: the transform treats voxels beyond its array as brain.
     brain = np.pad(mask[box], 1)
     deep = ndimage.distance_transform_edt(brain, sampling=spacing_mm)[1:-1, 1:-1, 1:-1] > BORDER_MM
     inside = image[box][deep] if deep.sum() > LEAST_INNER * mask.sum() else image[mask]

@@ -1,4 +1,4 @@
-"""The distance field (paper, section II-B): where each voxel lies in the template."""
+"""The distance field (paper, section II-B): the template coordinates of each voxel."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import warp
 
 MARGIN_MM = 200.0
-"""How far beyond the extents coordinates are known: as far as a field of view may reach."""
+"""How far coordinates continue beyond the extents: as far as a field of view may reach."""
 STEP_MM = 10.0
 """Coordinates are linear, so a coarse grid carries them exactly through linear interpolation."""
 
@@ -17,7 +17,7 @@ STEP_MM = 10.0
 def template_coordinates(template: Template) -> tuple[Volume, Volume, Volume]:
     """The field in the template's own world: x, y and z relative to the AC, extents -> [0, 1].
 
-    x is 0.5 on the midsagittal plane.  Values beyond the extents go below 0 and above 1; they are
+    x is 0.5 on the midsagittal plane.  Values beyond the extents are below 0 or above 1; they are
     clipped only after they have been carried to a scan.
     """
     frame = template.frame
@@ -46,8 +46,8 @@ def coordinate_field(registered: Registered, grid: Grid) -> CoordinateField:
 def mean_field(registrations: Sequence[Registered], grid: Grid) -> CoordinateField:
     """The mean of the fields of one brain's sound registrations, (3, X, Y, Z) float32 in [0, 1].
 
-    Each registration errs by a millimetre or so, in its own way: the mean of two errs less.  One
-    that looks wrong is left out where another does not.
+    Each registration has its own error of about a millimetre; the mean of two has a smaller one.
+    A registration that looks wrong is left out if another one looks right.
     """
     fields = [coordinate_field(r, grid).data for r in sound(registrations)]
     return CoordinateField(np.asarray(np.mean(fields, axis=0, dtype=np.float32)), grid)

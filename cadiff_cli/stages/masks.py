@@ -1,4 +1,4 @@
-"""Brain masks: tidied, and judged without knowing the truth."""
+"""Tidy brain masks, and judge them without a reference."""
 
 import numpy as np
 from scipy import ndimage
@@ -11,21 +11,21 @@ from cadiff_cli.spatial.resample import resample, resample_mask
 SPACING_MM = 2.0
 LEAST_SHARE = 0.9
 LEAST_SYMMETRY = 0.85
-"""It was at least 0.92 in 26 stripped scans and 48 masks of heads (by hand, and of DLMUSE)."""
+"""It was at least 0.92 in 26 stripped scans and 48 masks of heads (manual, and from DLMUSE)."""
 MOST_AT_EDGE = 0.03
-"""A brain of 6 dm2 that is cut 5 mm below its top loses 4 % of its border there; one in a box that
-just holds it touches each face with 2 %."""
+"""A brain of 6 dm2 that is cut 5 mm below its top has 4 % of its border there; one in a tight box
+touches each face with 2 %."""
 MOST_IN_AIR = 0.01
-"""In 48 whole heads no voxel of the brain (by hand, and of DLMUSE) lay outside ``find_head``."""
+"""In 48 whole heads no voxel of the brain (manual, and from DLMUSE) lay outside ``find_head``."""
 AIR = 0.1
-"""Where a head begins: this share of the way from the 2nd to the 98th percentile of intensities
+"""Threshold of a head: this share of the way from the 2nd to the 98th percentile of intensities
 (Smith 2002, BET)."""
 TILT_DEG = 45.0
-"""How far a head may be turned out of the axes that its header names."""
+"""Largest angle between a head and the axes that its header names."""
 
 
 def doubts(quality: MaskQuality) -> tuple[Note, ...]:
-    """What is suspicious about a mask."""
+    """Notes on the suspicious properties of a mask."""
     notes = []
     if quality.largest_share < LEAST_SHARE:
         text = f"the brain fell into pieces (the largest holds {quality.largest_share:.0%})"
@@ -43,7 +43,7 @@ def doubts(quality: MaskQuality) -> tuple[Note, ...]:
 
 
 def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
-    """Components of at least this share of the largest, holes filled: ventricles are brain."""
+    """Keep components of at least this share of the largest; fill holes: ventricles are brain."""
     parts, n = ndimage.label(mask)
     if n > 1:
         sizes = np.bincount(parts.ravel())
@@ -54,28 +54,28 @@ def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
 
 
 def find_brain(stripped: Volume, least: float) -> Volume:
-    """Where the brain of a stripped scan is (both bool), at 2 mm: without specks, holes filled."""
+    """Find the brain of a stripped scan (both bool), at 2 mm: without specks, holes filled."""
     grid = stripped.grid.working(SPACING_MM, tolerance=0.0)
     return Volume(tidy(resample_mask(stripped, grid).data, least), grid)
 
 
 def find_head(t1: Volume) -> Volume:
-    """Where a whole head is (bool), at 2 mm: what is not as dark as air, and what that encloses."""
+    """Find a whole head (bool), at 2 mm: voxels brighter than air, and everything they enclose."""
     grid = t1.grid.working(SPACING_MM, tolerance=0.0)
-    seen = ndimage.uniform_filter(resample(t1, grid).data.astype(np.float32), 3)
-    low, high = np.percentile(seen, [2, 98])
+    smooth = ndimage.uniform_filter(resample(t1, grid).data.astype(np.float32), 3)
+    low, high = np.percentile(smooth, [2, 98])
     reach = 2
     closed = ndimage.binary_closing(
-        np.pad(seen > low + AIR * (high - low), reach), iterations=reach
+        np.pad(smooth > low + AIR * (high - low), reach), iterations=reach
     )
     inner = (slice(reach, -reach),) * 3
     return Volume(np.asarray(ndimage.binary_fill_holes(closed[inner])), grid)
 
 
 def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
-    """Judge a bool mask on any grid; it is looked at in RAS axes at 2 mm.
+    """Judge a bool mask on any grid; it is examined in RAS axes at 2 mm.
 
-    ``inside_of`` (bool, any grid) is what it should lie in: the head, as far as it is known.
+    ``inside_of`` (bool, any grid) is the object that should contain it: the head, if it is known.
     """
     grid = mask.grid.working(SPACING_MM, tolerance=0.0)
     inside = resample_mask(mask, grid).data
@@ -88,8 +88,8 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
     edge = max(int(face.sum()) for face in faces(largest))
     air = None
     if inside_of is not None:
-        known = resample_mask(inside_of, grid).data
-        air = round(float(np.count_nonzero(inside & ~known) / np.count_nonzero(inside)), 4)
+        outer = resample_mask(inside_of, grid).data
+        air = round(float(np.count_nonzero(inside & ~outer) / np.count_nonzero(inside)), 4)
     return MaskQuality(
         round(float(sizes.max() / sizes.sum()), 4),
         round(_symmetry(largest), 4),
@@ -101,8 +101,8 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
 def _symmetry(mask: np.ndarray) -> float:
     """Dice of a mask (RAS axes) with its mirror image in the best plane between left and right.
 
-    Planes go through the mask's centre; front and back, or top and bottom, are no sides: half a
-    brain would look symmetric.
+    Planes go through the mask's centre.  Front and back, or top and bottom, are not compared: half
+    a brain would look symmetric.
     """
     points = np.argwhere(mask).astype(np.float64)
     if len(points) < 100:
@@ -115,8 +115,8 @@ def _symmetry(mask: np.ndarray) -> float:
         normal = np.array([1.0, np.tan(yaw), np.tan(roll)])
         normal /= np.linalg.norm(normal)
         mirrored = np.rint(points - 2 * np.outer(points @ normal, normal) + centre).astype(int)
-        seen = ((mirrored >= 0) & (mirrored < mask.shape)).all(axis=1)
-        return float(mask[tuple(mirrored[seen].T)].sum()) / len(points)
+        valid = ((mirrored >= 0) & (mirrored < mask.shape)).all(axis=1)
+        return float(mask[tuple(mirrored[valid].T)].sum()) / len(points)
 
     best = (0.0, 0.0)
     for reach, steps in ((TILT_DEG, 9), (TILT_DEG / 4, 5), (TILT_DEG / 16, 5)):

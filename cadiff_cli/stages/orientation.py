@@ -1,7 +1,7 @@
-"""Check that a brain lies as its header says: compare it with a template in all 24 rotations.
+"""Check a brain's orientation against its header: compare it with a template in all 24 rotations.
 
-A header that is wrong by a quarter or half turn gives plausible labels of nothing.  The image shows
-where front and top are; it does not show left and right, as a brain is nearly its own mirror image.
+A header that is wrong by a quarter or half turn gives plausible but meaningless labels.  The image
+shows front and top, but not left and right: a brain is nearly its own mirror image.
 """
 
 import logging
@@ -22,26 +22,26 @@ from cadiff_cli.stages.masks import LEAST_SYMMETRY, judge_mask
 log = logging.getLogger(__name__)
 
 SPACING_MM = 8.0
-"""Enough to tell an adult's cerebellum from the forehead; in a smaller brain it is finer."""
+"""Fine enough to tell an adult's cerebellum from the forehead; smaller brains get finer voxels."""
 BINS = 24
 TILTS_DEG = (-20.0, 0.0, 20.0)
-"""Heads lie askew within the axes of their scan."""
+"""Heads are tilted within the axes of their scan."""
 SHORTLIST = 2
-"""Rotations, besides that of the header, that are looked at closely."""
+"""Number of rotations, besides the header's, that are examined closely."""
 CLEAR, FAIR = 1.1, 1.03
-"""How many times the information of the next best rotation the best one shares with a template:
-where it is clear, and where it is that of the header, which has the benefit of the doubt.
+"""Least ratio of the information that the best and the next best rotation share with a template.
 
-Thirty scans of six sources had 1.13 to 2.0, two children's brains under a wrong header 0.80, 0.83.
+The best rotation must reach ``CLEAR``; the header's needs only ``FAIR``.  Thirty scans of six
+sources had 1.13 to 2.0, two children's brains under a wrong header 0.80 and 0.83.
 """
 
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a brain lies: ``rotation`` (3, 3) takes its header's directions to anatomical ones.
+    """A brain's orientation: ``rotation`` (3, 3) maps its header's directions to anatomical ones.
 
-    ``score`` is the template's normalised mutual information with the brain so turned, ``upright``
-    that with the brain as its header has it, ``next_best`` that of the best other rotation.
+    ``score`` is the template's normalised mutual information with the rotated brain, ``upright``
+    that without a rotation, ``next_best`` that of the best other rotation.
     """
 
     rotation: np.ndarray
@@ -62,7 +62,7 @@ class Orientation:
 
     @property
     def turn(self) -> str:
-        """The rotation in words, as ``90 degrees about x``; or by its angle, about a diagonal."""
+        """The rotation in words: ``90 degrees about x``, or ``120 degrees about a diagonal``."""
         vector = Rotation.from_matrix(self.rotation).as_rotvec(degrees=True)
         angle = float(np.linalg.norm(vector))
         along = np.flatnonzero(abs(vector) > 0.9 * max(angle, 1.0))
@@ -85,9 +85,9 @@ def rotations() -> list[np.ndarray]:
 
 
 def orientation(brain: Volume, template: Volume) -> Orientation:
-    """Compare two stripped brains (0 outside), whatever their size and place.
+    """Find the orientation of a stripped brain (0 outside) of any size and position.
 
-    The first look is at all rotations; only where it leaves doubt are the best ones fitted.
+    All rotations are scored; if the result is in doubt, the best ones are fitted.
     """
     scale = (brain.litres / template.litres) ** (1 / 3)
     pair = _Pair(_coarse(brain, min(scale, 1) * SPACING_MM), _coarse(template, SPACING_MM))
@@ -111,11 +111,11 @@ def _coarse(brain: Volume, spacing_mm: float) -> Volume:
 
 
 class _Pair:
-    """A brain and a template whose centres and sizes are brought together."""
+    """A brain and a template, compared with equal centres and sizes."""
 
     def __init__(self, brain: Volume, template: Volume) -> None:
         self.brain, self.template = brain, template
-        # Centres of the shapes, not of brightness, which a bias field moves.
+        # Centres of the shapes: a bias field moves the centre of brightness.
         self.centre, self.template_centre = (
             np.argwhere(v.data > 0).mean(axis=0) for v in (brain, template)
         )
@@ -125,7 +125,7 @@ class _Pair:
     def score(self, turn: np.ndarray, tilt: np.ndarray | None = None) -> float:
         """Normalised mutual information, 1 to 2, with the brain turned and tilted (radians).
 
-        ``tilt`` may go on: three logarithms of scales, and three shifts in units of 100 mm.
+        ``tilt`` may have six more values: three logarithms of scales, three shifts in 100 mm.
         """
         tilt = np.zeros(3) if tilt is None else tilt
         linear = turn.T @ Rotation.from_euler("xyz", tilt[:3]).as_matrix()
@@ -142,20 +142,20 @@ class _Pair:
         return _information(_levels(moved), self.levels)
 
     def fit(self, turn: np.ndarray, tilt: np.ndarray) -> float:
-        """The score after fitting angles, scales and shifts, from a tilt on."""
+        """The score after fitting angles, scales and shifts, beginning at a tilt."""
         begin = np.concatenate([tilt, np.zeros(6)])
-        found = optimize.minimize(
+        optimum = optimize.minimize(
             lambda x: -self.score(turn, x),
             begin,
             method="Powell",
             bounds=[(a - 0.4, a + 0.4) for a in tilt] + 3 * [(-0.25, 0.25)] + 3 * [(-0.2, 0.2)],
             options={"xtol": 1e-2, "ftol": 1e-3, "maxiter": 3},
         )
-        return float(-found.fun)
+        return float(-optimum.fun)
 
 
 def _levels(data: np.ndarray) -> np.ndarray:
-    """Intensities in [0, 1] as 0 to BINS - 1; exactly those outside the brain are 0."""
+    """Intensities in [0, 1] as 0 to BINS - 1; only voxels outside the brain become 0."""
     return np.asarray(np.ceil(data * (BINS - 1)).astype(np.int64))
 
 
@@ -172,7 +172,7 @@ def _information(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def reoriented(grid: Grid, rotation: np.ndarray) -> Grid:
-    """``grid`` with the world turned by ``rotation`` (3, 3) about the centre of its voxels."""
+    """``grid`` with its world rotated by ``rotation`` (3, 3) about the grid's centre."""
     centre = grid.to_world((np.array(grid.shape) - 1) / 2)
     affine = grid.affine.copy()
     affine[:3, :3] = rotation @ affine[:3, :3]
@@ -181,18 +181,18 @@ def reoriented(grid: Grid, rotation: np.ndarray) -> Grid:
 
 
 def verified(scan: Scan, stripped: Stripped, template: Template) -> Stripped:
-    """``stripped``, with a note where it is unclear whether the brain lies as its header says.
+    """Check ``stripped`` against its header; add a note if the orientation is unclear.
 
-    Raises ``DataError`` where a whole brain clearly lies otherwise.
+    Raises ``DataError`` if a whole brain clearly has another orientation.
     """
     name, grid = scan.path.name, scan.t1.grid
     lies = orientation(stripped.t1, template.brain)
     log.info("orientation: %s", lies)
     if lies.is_upright and lies.is_clear:
         return stripped
-    # Half a brain, or a mask of something else, is no ground to refuse a scan.
-    seen = Volume(stripped.mask.data, reoriented(stripped.mask.grid, lies.rotation))
-    whole = judge_mask(seen).symmetry >= LEAST_SYMMETRY
+    # Refuse a scan only by a whole brain, not by half of one or by a mask of something else.
+    rotated = Volume(stripped.mask.data, reoriented(stripped.mask.grid, lies.rotation))
+    whole = judge_mask(rotated).symmetry >= LEAST_SYMMETRY
     if not (lies.is_clear and whole):
         text = f"cadiff cannot tell whether {name} lies as its header says (axes {grid.axes})"
         log.warning(text)

@@ -11,19 +11,18 @@ from cadiff_cli.stages.register import register_template, warp
 
 
 def to_space(result: Result, template: Template, resolution: str, work_dir: Path) -> InSpace:
-    """Brain, mask and labels on ``template``'s grid; a voxel takes the label that weighs most.
+    """Carry brain, mask and labels to ``template``'s grid; each voxel gets the heaviest label.
 
-    The registration that the labels were made with serves again if it was to this template, and so
-    does that of a space which ``result`` has already.  The scan is registered to another one with
-    the same settings.
+    A registration to this template is used again, be it that of the labels or that of a space that
+    ``result`` has already.  Otherwise the scan is registered with the same settings.
     """
     stripped = result.prepared.stripped
-    known = (*result.prepared.registrations, *(space.registered for space in result.spaces))
-    made = {r.template.name: r for r in known}
-    registered = made.get(template.name)
+    earlier = (*result.prepared.registrations, *(space.registered for space in result.spaces))
+    by_name = {r.template.name: r for r in earlier}
+    registered = by_name.get(template.name)
     if registered is None:
         config = result.config.register
-        if not config.wanted:  # for the labels; the space still needs one
+        if not config.wanted:  # not for the labels, but for this space
             config = RegisterConfig(seed=config.seed)
         registered = register_template(stripped, template, config, work_dir)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
@@ -50,8 +49,8 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
 def standard_grid(grid: Grid, factor: int) -> Grid:
     """``grid`` with voxels ``factor`` times as large.
 
-    The first one holds the first of ``grid`` and what would lie before it, as in TemplateFlow's
-    ``res-02`` of MNI152NLin2009cAsym.
+    The first voxel ends where the first voxel of ``grid`` ends, as in TemplateFlow's ``res-02`` of
+    MNI152NLin2009cAsym.
     """
     affine = grid.affine.copy()
     affine[:3, :3] *= factor

@@ -1,4 +1,4 @@
-"""Find the brain: a mask that is given, a scan that is stripped already, a network, a template."""
+"""Find the brain: from a given mask, a scan that is stripped already, a network or a template."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -28,37 +28,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Network: TypeAlias = Callable[[], "BrainModel"]
-"""Loads the network that finds the brain, when it is needed."""
+"""A function that loads the network that finds the brain."""
 METHODS = ("auto", StripMethod.NET, StripMethod.TEMPLATE, StripMethod.AS_IS)
 STRIPPED_LITRES = (0.4, 2.3)
-"""Volume of a stripped brain; most heads hold more, a child's in air that was set to 0 does not."""
+"""Range of a stripped brain's volume; most heads are larger, but not a child's in air of 0."""
 LARGE_LITRES = 1.7
 """Few brains are larger."""
 MOST_TOUCHED = 0.01
 MOST_FILLED = 0.75
-"""Share of a field of view that a brain may fill, in a box that just holds it."""
+"""Largest share of a tight field of view that a brain fills."""
 MOST_SHARE = 0.35
-"""Share of a large object that the network takes for brain if it is a stripped scan: it has learnt
-to look within a skull.  It was 0 to 0.21 in four stripped scans, 0.49 to 0.65 in six heads in air
-of 0 that were cut at the neck to 2.0 to 2.2 l."""
+"""Largest share of a stripped scan that the network calls brain: it has learnt to look within a
+skull.  It was 0 to 0.21 in four stripped scans, 0.49 to 0.65 in six heads in air of 0 that were cut
+at the neck to 2.0 to 2.2 l."""
 DARKEST = 1.0
-"""Percentile at which intensities begin where some are negative: a single wrapped or padded voxel
-must not press all others together."""
+"""Percentile that becomes 0 if some intensities are negative: a single wrapped or padded voxel must
+not compress the range of all others."""
 EXTREME = 0.1
-"""Percentile on either side beyond which an intensity may be extreme."""
+"""Intensities may be extreme beyond this percentile at either end."""
 LEAST_LITRES = 0.02
-"""A smaller brain is no person's."""
+"""Volume of the smallest brain that is accepted."""
 DARK = 1e-3
-"""Share of a scan's maximum that a brain exceeds somewhere; splines leave less in air of 0."""
+"""A brain's maximum exceeds this share of the scan's; ringing of splines in air of 0 does not."""
 LEAST_SPREAD = 0.12
 """Standard deviation of a stripped brain's intensities, as a share of their mean."""
 SPECK = 0.01
-"""Pieces of a given mask, or of a stripped scan, that are smaller than this share of its largest
-are noise: they would widen the box that is segmented."""
+"""Pieces of a given mask, or of a stripped scan, below this share of the largest piece are noise:
+they would enlarge the box that is segmented."""
 RINGING = 0.03
-"""Share of a scan's intensities by which a spline may miss the constant around a stripped brain."""
+"""Largest ringing of splines around a stripped brain, as a share of the scan's range."""
 STILL = 1e-4
-"""The same where most of the background lies; air is noisier by far."""
+"""The same for the median of the background; air is far noisier."""
 
 
 def strip(
@@ -69,10 +69,10 @@ def strip(
     given: Volume | None = None,
     network: Network | None = None,
 ) -> Stripped:
-    """The brain on the working grid, 0 outside its mask; only ``template`` needs a template.
+    """Find the brain on the working grid, 0 outside its mask; only method ``template`` needs one.
 
-    ``given`` is the user's mask (bool, on the scan's grid) and wins; ``network`` loads the one that
-    finds brains.  The brain's brightness is evened out (``stages/bias``).
+    ``given``, the user's mask (bool, on the scan's grid), takes precedence; ``network`` loads the
+    network that finds brains.  The brain's brightness is evened out (``stages/bias``).
     """
     full = winsorized(scan.t1)
     working = full.grid.working()
@@ -103,7 +103,7 @@ def strip(
     quality = judge_mask(mask, find_brain(brain, SPECK) if brain else find_head(full))
     log.info("brain mask (%s): %s", method, quality)
     notes.extend(note.about("skull stripping") for note in doubts(quality))
-    # What people drew or cut out is theirs, but for specks; what was found here is one piece.
+    # A user's mask or stripped brain keeps its pieces but for specks; one found here is one piece.
     whole = tidy(mask.data, SPECK if own else 1.0)
     if specks := np.count_nonzero(mask.data & ~whole):
         log.info("%d voxels of the mask are specks, left out", specks)
@@ -140,15 +140,14 @@ def strip(
 
 
 def winsorized(t1: Volume) -> Volume:
-    """``t1`` without extreme voxels: a few of them would put all tissue into one histogram bin.
+    """Clip extreme voxels: a few of them would put all tissue into one histogram bin.
 
-    Nothing is changed within three times the range of the percentiles 0.1 and 99.9 of what is not
-    background.
+    Nothing changes within three times the range from percentile 0.1 to 99.9 of the foreground.
     """
-    seen = t1.data[t1.data != border_value(t1.data)]
-    if not len(seen):
+    values = t1.data[t1.data != border_value(t1.data)]
+    if not len(values):
         return t1
-    low, high = np.percentile(seen, [EXTREME, 100 - EXTREME])
+    low, high = np.percentile(values, [EXTREME, 100 - EXTREME])
     low, high = low - (high - low), high + (high - low)
     if low == high or (t1.data.min() >= low and t1.data.max() <= high):
         return t1
@@ -159,19 +158,19 @@ def winsorized(t1: Volume) -> Volume:
 
 
 def _method(
-    wanted: StripConfig, given: Volume | None, network: Network | None, *, stripped_already: bool
+    config: StripConfig, given: Volume | None, network: Network | None, *, stripped_already: bool
 ) -> tuple[StripMethod, list[Note]]:
-    """What finds the brain, and doubts about what was asked for."""
+    """The method that finds the brain, and doubts about the one that the user asked for."""
     if given:
         return StripMethod.MASK_FILE, []
-    if wanted.method not in METHODS:
-        raise UsageError(f"unknown --skull-strip {wanted.method!r}", f"use {', '.join(METHODS)}")
-    if wanted.method == "auto":
+    if config.method not in METHODS:
+        raise UsageError(f"unknown --skull-strip {config.method!r}", f"use {', '.join(METHODS)}")
+    if config.method == "auto":
         log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         if stripped_already:
             return StripMethod.AS_IS, []
         return StripMethod.NET if network else StripMethod.TEMPLATE, []
-    method = StripMethod(wanted.method)
+    method = StripMethod(config.method)
     if (method is StripMethod.AS_IS) == stripped_already:
         return method, []
     text = (
@@ -184,10 +183,10 @@ def _method(
 
 
 def _lifted(t1: Volume, brain: Volume | None) -> Volume:
-    """Intensities from 0 up, and 0 outside the ``brain`` of a stripped scan.
+    """Shift intensities to 0 and more; set them to 0 outside the ``brain`` of a stripped scan.
 
-    Background may lie anywhere: in the middle of them in z-scored scans and MP2RAGE's, and far
-    below in others; only where it lies a little below is it their zero.
+    The background may have any value: within the range of intensities in z-scored and MP2RAGE
+    scans, far below in others.  It becomes 0 only if it lies a little below the range.
     """
     data = t1.data
     if data.min() < 0:
@@ -200,54 +199,54 @@ def _lifted(t1: Volume, brain: Volume | None) -> Volume:
 
 
 def _cubic(t1: Volume, working: Grid, box: tuple[slice, ...]) -> Volume:
-    """``t1`` within a box of the working grid, 0 in the rest, none beyond the scan's own range."""
+    """``t1`` by splines in a box of the working grid, 0 elsewhere; clipped to the scan's range."""
     moved = resample_in(box, t1, working, order=3)
     return Volume(np.clip(moved.data, t1.data.min(), t1.data.max()), working)
 
 
 def strip_template(templates: Sequence[Template]) -> Template:
-    """The first that can strip, being a whole head; the first of all if none is."""
+    """The first template with a whole head, which can strip; without one, the first template."""
     return next((t for t in templates if t.head is not None), templates[0])
 
 
 def on_scan(stripped: Stripped, scan: Scan) -> Volume:
-    """The brain mask on the scan's own grid; one that was drawn there as it was drawn."""
+    """The brain mask on the scan's own grid; a mask given on that grid stays as it is."""
     return stripped.own or resample_mask(stripped.mask, scan.t1.grid)
 
 
 def stripped_brain(t1: Volume, network: Network | None = None) -> Volume | None:
-    """Where the brain is (bool) in a scan that is stripped already; None for a whole head.
+    """Find the brain (bool) of a scan that is stripped already; None for a whole head.
 
-    Stripped means that one constant value surrounds an object as large as a brain that keeps away
-    from the faces of its field of view.  A large one may be a head in air that was set to 0: the
-    ``network``, which is loaded for nothing else, finds a brain inside a head.
+    In a stripped scan one constant value surrounds an object of a brain's size that keeps away from
+    the faces of the field of view.  A large object may be a head in air that was set to 0: then
+    ``network`` is loaded, which finds a brain inside a head.
     """
-    found = _surrounded(t1)
-    if found is None:
+    candidate = _surrounded(t1)
+    if candidate is None:
         return None
-    # A brain touches one or two faces of a field of view that just holds it, never most of them.
-    apart = np.median([face.mean() for face in faces(found.data)]) < MOST_TOUCHED
+    # A brain touches one or two faces of a tight field of view, never most of them.
+    apart = np.median([face.mean() for face in faces(candidate.data)]) < MOST_TOUCHED
     low, high = STRIPPED_LITRES
-    if not (apart and low < found.litres < high):
+    if not (apart and low < candidate.litres < high):
         return None
-    if network is None or found.litres < LARGE_LITRES:
-        return found
+    if network is None or candidate.litres < LARGE_LITRES:
+        return candidate
     from cadiff_cli.stages.brain_mask import share_of_brain
 
-    share = share_of_brain(t1, found, network())
-    log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, found.litres)
-    return found if share < MOST_SHARE else None
+    share = share_of_brain(t1, candidate, network())
+    log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, candidate.litres)
+    return candidate if share < MOST_SHARE else None
 
 
 def _surrounded(t1: Volume) -> Volume | None:
-    """What one constant value surrounds (bool), if there is such a value.
+    """The object (bool) that one constant value surrounds; None without such a value.
 
-    Splines that have moved a scan after it was stripped ring around the brain and leave no two
-    values alike, but are still a few centimetres away; air is noisy everywhere.
+    Splines that moved a stripped scan ring around the brain and leave no two values equal; a few
+    centimetres away the ringing has faded.  Air is noisy everywhere.
     """
-    found = foreground(t1)
-    if found.data.mean() < MOST_FILLED:
-        return found
+    candidate = foreground(t1)
+    if candidate.data.mean() < MOST_FILLED:
+        return candidate
     low, high = np.percentile(t1.data, [1, 99.5])
     away = abs(t1.data - border_value(t1.data)) / max(float(high - low), 1e-30)
     quiet = away < RINGING
@@ -257,7 +256,7 @@ def _surrounded(t1: Volume) -> Volume | None:
 
 
 def _has_tissues(t1: Volume, brain: Volume) -> None:
-    """Raise ``DataError`` for a body of one brightness: a phantom, not a brain.
+    """Raise ``DataError`` for an object of uniform brightness: a phantom, not a brain.
 
     In 26 stripped scans of two scanners the spread is 0.28 to 0.40 of the mean.
     """
@@ -272,7 +271,7 @@ def _has_tissues(t1: Volume, brain: Volume) -> None:
 
 
 def foreground(t1: Volume) -> Volume:
-    """What has another value than the image's faces: all of a stripped brain (bool)."""
+    """Voxels (bool) that differ from the background at the image's faces: a stripped brain."""
     return Volume(t1.data != border_value(t1.data), t1.grid)
 
 
@@ -290,7 +289,7 @@ def _from_template(
             " MNIColin27 ('cadiff fetch MNIColin27' on a machine with a network), or give --mask"
             " FILE",
         )
-    if not config.wanted:  # of the brain; the mask still needs one of the head
+    if not config.wanted:  # not of the brain, but of the head
         config = RegisterConfig(seed=config.seed)
     transform = register(t1, template.head, config, work_dir / template.label, template.name)
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)

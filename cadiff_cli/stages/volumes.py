@@ -1,4 +1,4 @@
-"""Volumes: label count times voxel volume, nothing else."""
+"""Volumes of structures: voxel count times voxel volume."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from cadiff_cli.products import Segmentation
 
 
 def volumes_mm3(segmentation: Segmentation) -> dict[int, float]:
-    """Code -> mm^3 for every structure of the table (0.0 where it was not found)."""
+    """Code -> mm^3 for every structure of the table (0.0 without a voxel)."""
     labels = segmentation.labels
     size = int(segmentation.parcellation.codes.max()) + 1
-    # Slice by slice: bincount makes integers of 8 bytes.
+    # Slice by slice: bincount converts its input to 8-byte integers.
     counts = np.zeros(size, dtype=np.int64)
     for part in labels.data:
         counts += np.bincount(part.ravel(), minlength=size)
