@@ -28,6 +28,7 @@ class NoteCode(StrEnum):
     ORIENTATION = "orientation"
     # Templates and registrations
     TEMPLATE_MISSING = "template-missing"
+    TEMPLATE_MASK = "template-mask"
     AFFINE_ONLY = "affine-only"
     POOR_SCORE = "poor-score"
     SPACE_REGISTRATION = "space-registration"

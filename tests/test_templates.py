@@ -28,7 +28,7 @@ from cadiff_cli.io.templates import (
     parse_specs,
     registry,
 )
-from cadiff_cli.notes import texts
+from cadiff_cli.notes import NoteCode, texts
 from cadiff_cli.products import Citation, Frame
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -364,6 +364,33 @@ def test_a_head_in_air_of_0_needs_a_mask_too(write_template, good, litres, neck)
     assert load_template(str(write_template(head=np.where(cord, 80, head)))).head is None
 
 
+@pytest.mark.parametrize("name", ["tpl-my-brain_T1w.nii.gz", "tpl-toy_T1w.nii", "T1w.nii.gz"])
+def test_an_image_that_is_called_otherwise_is_named(write_template, name):
+    folder = write_template()
+    (folder / "tpl-toy_T1w.nii.gz").rename(folder / name)
+    (folder / "other.nii.gz").touch()
+    with pytest.raises(MissingInputError, match="no T1w image") as caught:
+        parse_specs(str(folder))
+    assert caught.value.message.endswith(f"tpl-NAME_T1w.nii.gz, but {name}")
+    assert "letters and digits" in caught.value.remedy
+
+
+def test_a_mask_that_is_called_otherwise_is_not_passed_over(write_template, good):
+    folder = write_template(mask=good[1])
+    mask = folder / "tpl-toy_desc-brain_mask.nii.gz"
+    assert not load_template(str(folder)).notes
+    mask.rename(folder / "tpl-toy_mask.nii.gz")
+    (note,) = load_template(str(folder)).notes
+    assert note.code == NoteCode.TEMPLATE_MASK
+    assert "tpl-toy_mask.nii.gz" in note.text
+    assert mask.name in note.text
+
+
+def test_an_empty_mask_is_called_empty(write_template, good):
+    with pytest.raises(DataError, match=r"brain_mask\.nii\.gz is empty: all its voxels are 0"):
+        load_template(str(write_template(mask=0 * good[1])))
+
+
 def test_a_cohort_has_files_of_its_own(write_template, tmp_path):
     """Its description goes before that of all cohorts; the finest resolution is taken."""
     about = {"Name": "Toys", "Authors": ["Doe J"]}
@@ -395,7 +422,7 @@ def test_two_templates_in_one_folder_are_not_guessed_between(write_template, tmp
     ("frame", "said"),
     [
         ("origin", "cannot be read"),
-        ({"OriginMm": [0, 0, 0]}, "cannot be read"),
+        ({"OriginMm": [0, 0, 0]}, "lacks LowMm, HighMm"),
         (FRAME | {"LowMm": [-90, "x", -80]}, "cannot be read"),
         (FRAME | {"LowMm": [-90, -120]}, "cannot be read"),
         (FRAME | {"LowMm": [-80, -120, -80]}, "the frame of toy is"),
@@ -414,8 +441,9 @@ def test_a_broken_description_is_not_passed_over(write_template):
     """Its frame would be lost without a word."""
     folder = write_template()
     (folder / "template_description.json").write_text('{"Frame": ')
-    with pytest.raises(DataError, match="no readable JSON"):
-        load_template(str(folder))
+    for read in (parse_specs, load_template):
+        with pytest.raises(DataError, match="no readable JSON"):
+            read(str(folder))
 
 
 def test_a_measured_frame_goes_with_the_brain():
@@ -489,6 +517,13 @@ def test_what_is_no_template_says_what_would_be(tmp_path, monkeypatch):
     assert "./mine" in caught.value.remedy
     with pytest.raises(MissingInputError, match=r"no template folder ./gone\+mine"):
         parse_specs(f"{EMBEDDED}+./gone+mine")
+    (tmp_path / "t1.nii.gz").touch()
+    for file in ("t1.nii.gz", "./t1.nii.gz"):
+        with pytest.raises(MissingInputError, match="is a file, not the folder"):
+            parse_specs(file)
+    # Before anything heavy is imported.
+    with pytest.raises(MissingInputError, match="no T1w image"):
+        parse_specs("./mine")
 
 
 def test_a_folder_called_as_a_shipped_template_is_not_taken_for_it(write_template):

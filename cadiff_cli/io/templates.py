@@ -34,8 +34,9 @@ EMBEDDED = "MNI152NLin2009aSym"
 NAME = re.compile(r"([A-Za-z0-9]+)(?::cohort-([A-Za-z0-9]+))?")
 """A template's name with its cohort; whatever else is given is a folder."""
 HEAD = re.compile(r"(tpl-([A-Za-z0-9]+)(?:_cohort-([A-Za-z0-9]+))?(?:_res-(\d+))?)_T1w\.nii\.gz")
-LABELS = "seg-cadiff_dseg"
+MASK, LABELS = "desc-brain_mask", "seg-cadiff_dseg"
 DESCRIPTION = "template_description.json"
+SEE = "see docs/templates.md for what a template's folder holds"
 LITRES = (0.02, 2.5)
 """Of a brain, a preterm child's and a large adult's by far within."""
 STRIPPED_LITRES = (0.02, 2.0)
@@ -109,7 +110,8 @@ def parse_specs(specs: str) -> tuple[str, ...]:
     """The templates in ``SPEC[+SPEC...]`` or ``auto``, each once, as ``load_template`` wants them.
 
     A ``+`` may belong to a folder's path: the longest one that is there is meant.  Raises
-    ``UsageError`` for an unknown name, ``MissingInputError`` for a folder that is not there.
+    ``UsageError`` for an unknown name, ``MissingInputError`` for a folder that is not there or
+    holds no template, ``DataError`` for one whose description cannot be read.
     """
     found: dict[str, None] = {}
     pieces = specs.split("+")
@@ -120,6 +122,9 @@ def parse_specs(specs: str) -> tuple[str, ...]:
             size = next((f.count("+") + 1 for f in folders if f and Path(f).is_dir()), 0)
             if not size:
                 raise _unknown("+".join(pieces), specs)
+            folder = Path("+".join(pieces[:size]))
+            _only_head(folder)
+            _description(folder)
         elif pieces[0] == "auto":
             if specs != "auto":
                 raise UsageError(f"auto is among others in {specs!r}", "give auto alone, or names")
@@ -131,6 +136,11 @@ def parse_specs(specs: str) -> tuple[str, ...]:
 
 
 def _unknown(spec: str, specs: str) -> CadiffError:
+    if Path(spec).is_file():
+        return MissingInputError(
+            f"{spec} is a file, not the folder of a template",
+            "give the folder that holds it; its name there is tpl-NAME_T1w.nii.gz",
+        )
     if "/" in spec:
         return MissingInputError(
             f"there is no template folder {spec}", "give a folder that holds tpl-NAME_T1w.nii.gz"
@@ -197,33 +207,50 @@ def _heads(names: Iterable[str]) -> list[re.Match[str]]:
 
 def _from_folder(folder: Path) -> Template:
     """The template whose files lie in ``folder`` (of a cohort, if there are several)."""
-    remedy = "see docs/templates.md for what a template's folder holds"
-    try:
-        heads = _heads(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise MissingInputError(
-            f"template folder {folder} cannot be read ({error.strerror})", remedy
-        ) from error
-    names = sorted({f"{m[2]}:cohort-{m[3]}" if m[3] else m[2] for m in heads})
-    if len(names) != 1:
-        cohorts = sorted(path.name for path in folder.glob("cohort-*"))
-        raise MissingInputError(
-            f"{folder} holds {'T1w images of ' + ', '.join(names) if names else 'no T1w image'}",
-            f"give one of its folders {', '.join(cohorts)}"
-            if cohorts
-            else f"give a folder that holds tpl-NAME_T1w.nii.gz of one template; {remedy}",
-        )
-    name, head = names[0], folder / heads[0][0]
-    mask = folder / f"{heads[0][1]}_desc-brain_mask.nii.gz"
+    name, begin = _only_head(folder)
+    mask, labels = (folder / f"{begin}_{rest}.nii.gz" for rest in (MASK, LABELS))
     told = _description(folder)
-    template = _read(name, head, mask if mask.exists() else None, told, remedy)
-    labels = folder / f"{heads[0][1]}_{LABELS}.nii.gz"
+    found = mask if mask.exists() else None
+    template = _read(name, folder / f"{begin}_T1w.nii.gz", found, told, SEE)
+    others = [] if found else sorted(path.name for path in folder.glob("*mask*.nii*"))
+    text = f"template {name}: {', '.join(others)} is not read; its brain mask is called {mask.name}"
     return replace(
         template,
-        labels=_labels(labels, template, remedy) if labels.exists() else None,
+        labels=_labels(labels, template, SEE) if labels.exists() else None,
         source=str(folder),
         citation=_citation(name, told),
+        notes=(Note(NoteCode.TEMPLATE_MASK, text),) if others else (),
     )
+
+
+def _only_head(folder: Path) -> tuple[str, str]:
+    """Name of the template in ``folder``, and what the names of its files begin with.
+
+    Raises ``MissingInputError`` if there is none, or several.
+    """
+    try:
+        files = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise MissingInputError(
+            f"template folder {folder} cannot be read ({error.strerror})", SEE
+        ) from error
+    heads = _heads(files)
+    names = sorted({f"{m[2]}:cohort-{m[3]}" if m[3] else m[2] for m in heads})
+    if len(names) == 1:
+        return names[0], heads[0][1]
+    if names:
+        remedy = f"give a folder that holds tpl-NAME_T1w.nii.gz of one template; {SEE}"
+        raise MissingInputError(f"{folder} holds T1w images of {', '.join(names)}", remedy)
+    images = [file for file in files if file.endswith((".nii", ".nii.gz"))]
+    near = [image for image in images if "T1w" in image] or images
+    but = f", but {', '.join(near[:3])}" if near else ""
+    if cohorts := [file for file in files if file.startswith("cohort-")]:
+        remedy = f"give one of its folders {', '.join(cohorts)}"
+    elif near:
+        remedy = f"call it so, NAME of letters and digits, and gzip it; {SEE}"
+    else:
+        remedy = f"give a folder that holds one; {SEE}"
+    raise MissingInputError(f"{folder} holds no T1w image tpl-NAME_T1w.nii.gz{but}", remedy)
 
 
 def _labels(path: Path, template: Template, remedy: str) -> Volume:
@@ -308,9 +335,11 @@ def _told_frame(name: str, told: Mapping[str, Any], mask: Volume) -> Frame | Non
         return None
     given, keys = told["Frame"], ("OriginMm", "LowMm", "HighMm")
     remedy = f"give each of {', '.join(keys)} as three numbers, or leave the frame out"
+    if isinstance(given, Mapping) and (missing := [key for key in keys if key not in given]):
+        raise DataError(f"the frame of {name} lacks {', '.join(missing)}", remedy)
     try:
         frame = Frame(*(_point(given[key]) for key in keys))
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"the frame of {name} cannot be read: {given!r}", remedy) from error
     numbers = (*frame.ac_mm, *frame.low_mm, *frame.high_mm)
     negative, positive = max(frame.low_mm) < 0, min(frame.high_mm) > 0
@@ -384,7 +413,10 @@ def _checked(path: Path, remedy: str) -> Volume:
         volume = load_volume(path)
     except CadiffError as error:
         raise DataError(f"template file {path}: {error.message}", remedy) from error
-    if min(volume.grid.shape) < 32 or volume.data.max() <= volume.data.min():
+    low, high = volume.data.min(), volume.data.max()
+    if high <= low:
+        raise DataError(f"template file {path} is empty: all its voxels are {low:g}", remedy)
+    if min(volume.grid.shape) < 32:
         raise DataError(f"template file {path} is not a head (shape {volume.grid.shape})", remedy)
     if not np.isfinite(volume.data).all():
         return Volume(finite(volume.data), volume.grid)

@@ -27,7 +27,12 @@ POOR_DICE = 0.6
 MOST_SPREAD = 10.0
 """Per cent of its volume by which samples of a structure may differ (SD): a good scan's largest was
 2.4 % (docs/report.md)."""
-SAID_OTHERWISE = (NoteCode.TEMPLATE_MISSING, NoteCode.MASK_VOLUME, NoteCode.POOR_SCORE)
+SAID_OTHERWISE = (
+    NoteCode.TEMPLATE_MISSING,
+    NoteCode.TEMPLATE_MASK,
+    NoteCode.MASK_VOLUME,
+    NoteCode.POOR_SCORE,
+)
 """Notes that are not about the result, or that a judgement says in its own words.
 
 Results of versions that stored no codes repeat them.
