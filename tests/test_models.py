@@ -157,13 +157,16 @@ class ScaleModel(Trained[Scale]):
 
 
 def test_a_new_kind_of_network_needs_one_entry(monkeypatch, tmp_path, tiny_weights):
-    kind = models.Kind("cadiff-scale-1", "", lambda settings: Scale(**settings))
+    kind = models.Kind("cadiff-scale-1", None, lambda settings: Scale(**settings))
     monkeypatch.setattr(models, "KINDS", {**models.KINDS, ScaleModel: kind})
     path = tmp_path / "scale.safetensors"
     digest = models.save(path, ScaleModel(Scale(0.5), training={"steps": 3}))
     model = models.load(ScaleModel, str(path))
     assert (model.name, model.sha256, model.training) == (path.name, digest, {"steps": 3})
     assert model.net.weight.item() == model.net.config.start == 0.5
+    with pytest.raises(MissingInputError, match="'cadiff-scale-1' is released") as caught:
+        models.load(ScaleModel)
+    assert "safetensors" in caught.value.remedy
     for other, file in ((Model, path), (ScaleModel, tiny_weights)):
         with pytest.raises(DataError, match="has format"):
             models.load(other, str(file))

@@ -10,17 +10,17 @@ from torch.nn.functional import one_hot
 from cadiff_cli.device import autocast
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.training.batch import stack
-from cadiff_cli.training.segmenter.config import load
+from cadiff_cli.training.segmenter.config import Training, load
 from cadiff_cli.training.segmenter.losses import Losses
 from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import Patch, draw_patch
-from cadiff_cli.training.settings import CONFIGS
+from cadiff_cli.training.settings import shipped_configs
 
 MANY = 40_000
 UNIFORM = Times(0.0, 0.0, 0.0)
 PARTS = tuple(Losses.__dataclass_fields__)
 
-METHODS = sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "brain-mask")
+METHODS = shipped_configs(Training.kind)
 
 
 def net_of(name):

@@ -2,17 +2,21 @@
 
 import tomllib
 from dataclasses import asdict, replace
+from importlib import import_module
 
 import pytest
-from conftest import LOBES
+from conftest import LOBES, ROOT
 
 from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.releases import weights_folder
 from cadiff_cli.training.brain_mask import config as brain_mask
 from cadiff_cli.training.segmenter import config as segmenter
-from cadiff_cli.training.settings import CONFIGS
+from cadiff_cli.training.settings import CONFIGS, shipped_configs
 
-TENANTS = {module.Training.kind: module for module in (segmenter, brain_mask)}
+PACKAGE = ROOT / "cadiff_cli"
+FOLDERS = sorted(path.parent.name for path in (PACKAGE / "training").glob("*/config.py"))
+MODULES = [import_module(f"cadiff_cli.training.{folder}.config") for folder in FOLDERS]
+TENANTS = {module.Training.kind: module for module in MODULES}
 FILES = sorted((*CONFIGS.glob("*.toml"), *weights_folder().glob("*/recipe/*.toml")))
 
 
@@ -122,11 +126,16 @@ def test_whole_numbers_are_numbers(write):
 
 @pytest.mark.parametrize(("tenant", "other"), [(segmenter, "brain-mask"), (brain_mask, "cadiff")])
 def test_a_command_takes_trainings_of_its_kind(tenant, other):
-    with pytest.raises(UsageError, match="has kind"):
-        tenant.load(other)
-    with pytest.raises(MissingInputError, match="cadif") as caught:
-        tenant.load("cadif")
-    assert "collaborative" in caught.value.remedy
+    for error, name in ((UsageError, other), (MissingInputError, "cadif")):
+        with pytest.raises(error, match=name) as caught:
+            tenant.load(name)
+        assert ", ".join(shipped_configs(tenant.Training.kind)) in caught.value.remedy
+        assert other not in caught.value.remedy.split()
+
+
+def test_every_shipped_config_is_of_one_kind():
+    names = [name for kind in TENANTS for name in shipped_configs(kind)]
+    assert sorted(names) == sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
 def test_options_override_the_file(write):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cadiff_cli.config import as_dict
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
 from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
@@ -73,13 +73,14 @@ class Kind:
     """How a kind of network is stored.
 
     ``format`` names the kind in the file; ``release`` is the released model that is loaded by
-    default; ``network`` builds one from the settings that were stored.  Tensors are stored in half
-    precision, those in ``int8_step`` as int8 in units of the given step.  ``facts`` are entries
-    of the metadata beside network and training, and ``restore`` makes a model's fields of them.
+    default, None where none is released; ``network`` builds one from the settings that were
+    stored.  Tensors are stored in half precision, those in ``int8_step`` as int8 in units of the
+    given step.  ``facts`` are entries of the metadata beside network and training, and ``restore``
+    makes a model's fields of them.
     """
 
     format: str
-    release: str
+    release: str | None
     network: Callable[[dict[str, Any]], nn.Module]
     int8_step: Mapping[str, float] = field(default_factory=dict)
     facts: Callable[[Any], dict[str, Any]] = _no_facts
@@ -111,7 +112,11 @@ def load(model: type[M], name: str = "") -> M:
     another kind of network.
     """
     kind = KINDS[model]
-    path, label, digest = find_weights(name or kind.release)
+    if not (name := name or kind.release or ""):
+        raise MissingInputError(
+            f"no network of format {kind.format!r} is released", "give a .safetensors file"
+        )
+    path, label, digest = find_weights(name)
     try:
         with safe_open(path, framework="pt") as stored:
             header = dict(stored.metadata() or {})

@@ -45,19 +45,28 @@ def load_training(name: str, defaults: T) -> T:
     try:
         values = tomllib.loads(read_text(path))
     except OSError as error:
-        known = ", ".join(sorted(shipped.stem for shipped in CONFIGS.glob("*.toml")))
         raise MissingInputError(
-            f"cannot read the config {path} ({error.strerror})", f"use {known}, or a .toml file"
+            f"cannot read the config {path} ({error.strerror})", _usable(defaults.kind)
         ) from error
     except ValueError as error:
         raise UsageError(f"{path} is not TOML ({error})", "correct it") from error
     if (kind := values.pop("kind", None)) != defaults.kind:
         raise UsageError(
             f"{path} has kind {kind!r}, but {defaults.command} takes {defaults.kind!r}",
-            "use the command of its kind (cadiff train, cadiff train-mask)",
+            f"{_usable(defaults.kind)}, or use the command of its kind",
         )
     training: T = _changed(defaults, values, f"{path}: ")
     return training
+
+
+def shipped_configs(kind: str) -> list[str]:
+    """Names of the shipped configs of one kind of training."""
+    files = {path.stem: path.read_text(encoding="utf-8") for path in CONFIGS.glob("*.toml")}
+    return sorted(name for name, text in files.items() if tomllib.loads(text).get("kind") == kind)
+
+
+def _usable(kind: str) -> str:
+    return f"use {', '.join([*shipped_configs(kind), 'a .toml file'])} of kind {kind!r}"
 
 
 def overridden(training: T, *, steps: int | None, decay: int | None, **settings: Any) -> T:
