@@ -291,9 +291,10 @@ class ModelInfo:
 class Result:
     """Everything a run produced.
 
-    ``mask`` is the brain on the scan's own grid; ``volumes_mm3`` maps a code to mm^3; ``seconds``
-    maps a stage to its wall time; ``spaces`` are the standard spaces it was carried into;
-    ``calibration`` corrects the expected Dice, if one was measured for the model and settings.
+    ``mask`` is the brain on the scan's own grid; ``volumes_mm3`` maps a code to mm^3, and to 0.0
+    too if it is not in ``model.structures``, those that the network was taught; ``seconds`` maps a
+    stage to its wall time; ``spaces`` are the standard spaces it was carried into; ``calibration``
+    corrects the expected Dice, if one was measured for the model and settings.
     """
 
     prepared: Prepared

@@ -98,6 +98,9 @@ def test_help_loads_nothing_heavy(arguments):
 def test_every_command_is_known_and_explained():
     context = click.Context(cadiff)
     assert cadiff.list_commands(context) == list(COMMANDS)
+    modules = (ROOT / "cadiff_cli" / "cli").glob("*.py")
+    commands = {path.stem for path in modules if "@click.command(" in path.read_text()}
+    assert {name.replace("-", "_") for name in COMMANDS} == commands
     for name in COMMANDS:
         command = cadiff.get_command(context, name)
         assert command.name == name

@@ -19,22 +19,23 @@ import click
 from cadiff_cli import __version__, machine
 from cadiff_cli.errors import CadiffError, DiskError, OutputError, UsageError, in_a_line
 
-COMMANDS = {
-    "seg": "Segment one T1-weighted scan.",
-    "mask": "Find the brain in one scan.",
-    "reorient": "Mend a header that says wrongly how a scan lies.",
-    "run": "Segment every scan of a BIDS dataset.",
-    "report": "Write pages to look at from finished results.",
-    "fetch": "Download templates for machines without a network.",
-    "train": "Train the network on labelled scans.",
-    "crossval": "Cross-validate training over people.",
-    "paint": "Paint scans to train on from label maps.",
-    "train-mask": "Train the network that finds the brain.",
-    "example": "Write a scan to try cadiff on.",
-    "fuse": "Segment by multi-atlas label fusion, the classical baseline.",
-    "evaluate": "Score segmentations against references.",
-    "retest": "Compare scans of the same person.",
-}
+COMMANDS = (
+    "seg",
+    "mask",
+    "reorient",
+    "run",
+    "report",
+    "fetch",
+    "train",
+    "crossval",
+    "paint",
+    "train-mask",
+    "example",
+    "fuse",
+    "evaluate",
+    "retest",
+)
+"""In the order in which a newcomer needs them; a module of each name holds its ``command``."""
 
 
 class Lazy(click.Group):

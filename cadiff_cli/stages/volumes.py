@@ -6,7 +6,11 @@ from cadiff_cli.products import Segmentation
 
 
 def volumes_mm3(segmentation: Segmentation) -> dict[int, float]:
-    """Code -> mm^3 for every structure of the table (0.0 without a voxel)."""
+    """Code -> mm^3 for every structure of the parcellation; 0.0 without a voxel.
+
+    Also 0.0 for structures that the network was never taught: ``result.model.structures`` are the
+    codes of those that it was taught.
+    """
     labels = segmentation.labels
     size = int(segmentation.parcellation.codes.max()) + 1
     # Slice by slice: bincount converts its input to 8-byte integers.
