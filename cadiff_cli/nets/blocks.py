@@ -155,8 +155,11 @@ def unshuffle(image: Tensor) -> Tensor:
 
 
 def shuffle(blocks: Tensor) -> Tensor:
-    """The inverse of ``unshuffle``: (B, 8, x, y, z) -> (B, 1, 2x, 2y, 2z)."""
+    """The inverse of ``unshuffle``: (B, 8 C, x, y, z) -> (B, C, 2x, 2y, 2z).
+
+    The C channels of a block's first voxel come first, then those of the second.
+    """
     b, _, x, y, z = blocks.shape
     s = BLOCK
-    parts = blocks.reshape(b, s, s, s, 1, x, y, z)
-    return parts.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, 1, x * s, y * s, z * s)
+    parts = blocks.reshape(b, s, s, s, -1, x, y, z)
+    return parts.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(b, -1, x * s, y * s, z * s)

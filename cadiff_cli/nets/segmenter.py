@@ -36,6 +36,9 @@ FIELD_STD = 0.35
 class NetConfig:
     """Sizes of the network.  ``prior_shape`` is the label prior's grid over the field (x, y, z).
 
+    The head works at ``head_stride`` mm: 1, or 2, where each voxel gives its eight parts logits of
+    their own (sub-pixel convolution, Shi et al., 2016) at a third of the cost.
+
     Switches take the method apart.  Without ``reads_field`` the network never sees the field (plain
     diffusion); without ``reads_coordinates`` it sees only the label prior there (a label-like
     condition); without ``reads_labels`` nothing is denoised (with neither: a plain U-Net).  Without
@@ -48,6 +51,7 @@ class NetConfig:
     channels: tuple[int, ...] = (32, 64, 128, 192)
     head_channels: int = 32
     head_blocks: int = 2
+    head_stride: int = 1
     time_channels: int = 128
     embed_channels: int = 24
     prior_shape: tuple[int, int, int] = (42, 52, 46)
@@ -134,11 +138,12 @@ class CADiffNet(nn.Module):
         self.to_field = nn.Conv3d(c[0], 3, 3, padding=1)
         self.to_label = nn.Conv3d(c[0], k, 1)
         h = config.head_channels
-        self.head_image = nn.Conv3d(1, h, 3, padding=1)
+        parts = config.head_stride**3
+        self.head_image = nn.Conv3d(parts, h, 3, padding=1)
         self.head_features = nn.Conv3d(c[0], h, 1)
         self.head = nn.ModuleList(ResidualBlock(h, h, e) for _ in range(config.head_blocks))
         self.head_norm = ChannelNorm(h)
-        self.head_label = nn.Conv3d(h, k, 1)
+        self.head_label = nn.Conv3d(h, k * parts, 1)
         for layer in (self.to_field, self.to_label, self.head_label):
             nn.init.zeros_(layer.weight)
             assert layer.bias is not None
@@ -196,15 +201,20 @@ class CADiffNet(nn.Module):
         if not self.config.reads_labels:
             t_m = torch.ones_like(t_m)
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
-        x = self.head_features(coarse.features)
-        x = F.interpolate(x, scale_factor=STRIDE, mode="trilinear") + self.head_image(
-            last(2 * image - 1)
-        )
+        x, features = last(2 * image - 1), self.head_features(coarse.features)
+        if self.config.head_stride == STRIDE:
+            parts = self.head_label(self._head(features + self.head_image(unshuffle(x)), e_d, e_m))
+            parts = parts.unflatten(1, (STRIDE**3, -1))
+            return shuffle((parts + coarse.logits.to(parts.dtype)[:, None]).flatten(1, 2))
+        x = F.interpolate(features, scale_factor=STRIDE, mode="trilinear") + self.head_image(x)
+        out = self.head_label(self._head(x, e_d, e_m))
+        up = F.interpolate(last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear")
+        return up + out
+
+    def _head(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
         for block in self.head:
             x = block(x, e_d, e_m)
-        up = F.interpolate(last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear")
-        out: Tensor = up + self.head_label(F.silu(self.head_norm(x)))
-        return out
+        return F.silu(self.head_norm(x))
 
     def forward(
         self, image: Tensor, d_t: Tensor, m_t: Tensor, t_d: Tensor, t_m: Tensor
