@@ -73,12 +73,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, e_field: Tensor, e_label: Tensor) -> Tensor:
         """(B, c_in, X, Y, Z) and two embeddings (B, c_time) -> (B, c_out, X, Y, Z)."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
+        h = self.conv_1(silu(self.norm_1(x)))
         e = torch.cat([self.time_field(e_field), self.time_label(e_label)], dim=1)
-        h = h + e.to(h.dtype)[:, :, None, None, None]
-        h = self.conv_2(F.silu(self.norm_2(h)))
-        out: Tensor = self.skip(x) + h
-        return out
+        h = plus(h, e.to(h.dtype)[:, :, None, None, None])
+        return plus(self.conv_2(silu(self.norm_2(h))), self.skip(x))
 
 
 class DynamicConv1d(nn.Module):
@@ -114,12 +112,12 @@ class TimeAdaptedChannelAttention(nn.Module):
     def forward(self, encoder: Tensor, decoder: Tensor, e_field: Tensor, e_label: Tensor) -> Tensor:
         """Features (B, C, X, Y, Z) of both sides -> (B, 2 C, X, Y, Z)."""
         joined = torch.cat([encoder, decoder], dim=1)
-        pooled = joined.float().mean(dim=(2, 3, 4))
+        pooled = joined.mean(dim=(2, 3, 4), dtype=torch.float32)
         with torch.autocast(joined.device.type, enabled=False):
             e = self.time(torch.cat([e_field, e_label], dim=1).float())
             mask = self.fuse(torch.stack([conv(pooled, e) for conv in self.convs], dim=1))[:, 0]
-        weighted: Tensor = joined * (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]
-        return weighted
+        weights = (1 + mask.sigmoid()).to(joined.dtype)[:, :, None, None, None]
+        return joined * weights if torch.is_grad_enabled() else joined.mul_(weights)
 
 
 class Concatenate(nn.Module):
@@ -128,6 +126,16 @@ class Concatenate(nn.Module):
     def forward(self, encoder: Tensor, decoder: Tensor, _e_d: Tensor, _e_m: Tensor) -> Tensor:
         """Features (B, C, X, Y, Z) of both sides -> (B, 2 C, X, Y, Z)."""
         return torch.cat([encoder, decoder], dim=1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nothing else needs: in place, unless gradients are wanted."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y``, where nothing else needs ``x``: in place, unless gradients are wanted."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 def channels_last(net: N) -> N:

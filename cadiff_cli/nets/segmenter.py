@@ -18,12 +18,16 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.diffusion.process import DEFAULT, PROCESSES
 from cadiff_cli.errors import DataError
 from cadiff_cli.nets.blocks import (
+    BLOCK,
     ChannelNorm,
     Concatenate,
     ResidualBlock,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
     last,
+    plus,
+    shuffle,
+    silu,
     unshuffle,
 )
 
@@ -92,6 +96,14 @@ class Coarse:
     logits: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """The label prior at a field, (B, ..., x, y, z): ``logits``, and ``embedded`` features."""
+
+    logits: Tensor
+    embedded: Tensor
+
+
 class LabelPrior(nn.Module):
     """How likely each class is at each position of the field: a grid of log-probabilities.
 
@@ -149,11 +161,25 @@ class CADiffNet(nn.Module):
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
-    def trunk(self, image: Tensor, d_t: Tensor, m_t: Tensor, t_d: Tensor, t_m: Tensor) -> Coarse:
+    def look_up(self, state: Tensor) -> Prior:
+        """The label prior at a field whose state is (B, 3, x, y, z) in [-1, 1]."""
+        logits = last(self.prior(state))
+        return Prior(logits, self.embed_prior(logits.softmax(dim=1)))
+
+    def trunk(
+        self,
+        image: Tensor,
+        d_t: Tensor,
+        m_t: Tensor,
+        t_d: Tensor,
+        t_m: Tensor,
+        known: Prior | None = None,
+    ) -> Coarse:
         """Estimate both clean states at 2 mm.
 
         ``image`` (B, 1, 2x, 2y, 2z) in [0, 1]; ``d_t`` (B, 3, x, y, z) and ``m_t``
-        (B, classes, x, y, z) are noisy states at times ``t_d`` and ``t_m`` (B,).
+        (B, classes, x, y, z) are noisy states at times ``t_d`` and ``t_m`` (B,).  ``known`` is
+        ``look_up(d_t)``, where t_d = 0 and the same field is asked about several times.
         """
         if not self.config.reads_field:
             d_t, t_d = torch.zeros_like(d_t), torch.ones_like(t_d)
@@ -162,21 +188,22 @@ class CADiffNet(nn.Module):
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
         # What the noisy field alone tells: the prior must not see more.
         guess, deviation = self.process.guess(d_t, t_d, FIELD_STD)
-        prior = self.prior(guess)
+        prior = known or self.look_up(guess)
         x = torch.cat(
             [
                 2 * unshuffle(image) - 1,
                 d_t if self.config.reads_coordinates else torch.zeros_like(d_t),
                 self.embed_label(last(m_t)),
-                self.embed_prior(last(prior.softmax(dim=1))),
+                prior.embedded,
             ],
             dim=1,
         )
         x = self._unet(x, e_d, e_m)
         field = guess + deviation * self.to_field(x).float()
+        logits = prior.logits
         if self.config.reads_field and (t_d > 0).any():
-            prior = self.prior(field.detach())
-        return Coarse(x, field, prior + self.to_label(x).float())
+            logits = last(self.prior(field.detach()))
+        return Coarse(x, field, logits + self.to_label(x).float())
 
     def _unet(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
         """Features (B, C, x, y, z) of what the trunk is shown, and of the embedded times."""
@@ -192,7 +219,7 @@ class CADiffNet(nn.Module):
             x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest")
             x = self.taca[level](skips[level], x, e_d, e_m)
             x = self.decoder[level](x, e_d, e_m)
-        return F.silu(self.out_norm(x))
+        return silu(self.out_norm(x))
 
     def refine(self, image: Tensor, coarse: Coarse, t_d: Tensor, t_m: Tensor) -> Tensor:
         """1 mm logits (B, classes, 2x, 2y, 2z) from the trunk's answer and the image."""
@@ -205,7 +232,7 @@ class CADiffNet(nn.Module):
         if self.config.head_stride == STRIDE:
             parts = self.head_label(self._head(features + self.head_image(unshuffle(x)), e_d, e_m))
             parts = parts.unflatten(1, (STRIDE**3, -1))
-            return shuffle((parts + coarse.logits.to(parts.dtype)[:, None]).flatten(1, 2))
+            return shuffle(plus(parts, coarse.logits.to(parts.dtype)[:, None]).flatten(1, 2))
         x = F.interpolate(features, scale_factor=STRIDE, mode="trilinear") + self.head_image(x)
         out = self.head_label(self._head(x, e_d, e_m))
         up = F.interpolate(last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear")
@@ -214,7 +241,7 @@ class CADiffNet(nn.Module):
     def _head(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
         for block in self.head:
             x = block(x, e_d, e_m)
-        return F.silu(self.head_norm(x))
+        return silu(self.head_norm(x))
 
     def forward(
         self, image: Tensor, d_t: Tensor, m_t: Tensor, t_d: Tensor, t_m: Tensor

@@ -8,7 +8,7 @@ run the same code.
 import logging
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -19,9 +19,10 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, pick_device
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
-from cadiff_cli.nets.blocks import shuffle, unshuffle
+from cadiff_cli.nets.blocks import last, shuffle, unshuffle
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import STRIDE, CADiffNet
+from cadiff_cli.nets.segmenter import STRIDE, CADiffNet, Prior
 from cadiff_cli.products import Conditions
 
 log = logging.getLogger(__name__)
@@ -97,11 +98,13 @@ class State:
 
     ``image`` (1, 1, 2x, 2y, 2z) in [0, 1]; ``field`` (1, 3, x, y, z) and ``labels``
     (1, classes, x, y, z) at one time of the process each, in [-1, 1] where they are clean.
+    ``prior`` is the network's at a known field, looked up once for all times.
     """
 
     image: Tensor
     field: Tensor
     labels: Tensor
+    prior: Prior | None = None
 
     def packed(self) -> Tensor:
         """All of it as one tensor at 2 mm, which MONAI cuts into tiles."""
@@ -143,15 +146,22 @@ class Denoiser:
             return field.cpu(), p.mul_(2).sub_(1).cpu()
 
         field, labels = by_tiles(clean, state, self.tile)
-        return State(state.image, state.field if self.known else field, labels)
+        return replace(state, field=state.field if self.known else field, labels=labels)
+
+    def look_up(self, state: State) -> State:
+        """The state with the prior at its known field; tiles look it up themselves."""
+        if not self.known or self.tile is not None:
+            return state
+        with autocast(self.device):
+            return replace(state, prior=self.net.look_up(state.field.to(self.device)))
 
     def step(self, state: State, estimate: State, t: float, t_next: float) -> State:
         """The state at ``t_next``, as the network's noise process makes it."""
         step = self.net.process.step
         labels = step(state.labels, estimate.labels, t, t_next)
         if self.known:
-            return State(state.image, state.field, labels)
-        return State(state.image, step(state.field, estimate.field, t, t_next), labels)
+            return replace(state, labels=labels)
+        return replace(state, field=step(state.field, estimate.field, t, t_next), labels=labels)
 
     def probabilities(self, state: State, t: float) -> Tensor:
         """The network's answer at 1 mm, (classes, 2x, 2y, 2z) on the CPU."""
@@ -163,7 +173,7 @@ class Denoiser:
         t_m = torch.full((1,), t, device=self.device)
         t_d = torch.zeros_like(t_m) if self.known else t_m
         with autocast(self.device):
-            coarse = self.net.trunk(image, d_t, m_t, t_d, t_m)
+            coarse = self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior)
             logits = self.net.refine(image, coarse, t_d, t_m) if fine else coarse.logits
         return coarse.field, softmax(logits)
 
@@ -194,23 +204,23 @@ def denoise(
     space = [n // STRIDE for n in image.shape[2:]]
 
     def noise(channels: int) -> Tensor:
-        return net.process.start(torch.randn(1, channels, *space, generator=generator))
+        return net.process.start(last(torch.randn(1, channels, *space, generator=generator)))
 
     d_1 = noise(3) if field is None else 2 * field - 1
-    start = State(image, d_1, noise(net.config.n_classes))
     denoiser = Denoiser(net, field is not None, device, tile)
+    start = denoiser.look_up(State(image, d_1, noise(net.config.n_classes)))
     times = spaced_times(steps if net.config.reads_labels else 1)
     (state,) = deque(sample(denoiser.step, denoiser.estimate, start, times), maxlen=1)
     p = denoiser.probabilities(state, times[-1])
     if mirror is None:
         return p
-    q = denoiser.probabilities(state.mirrored(mirror), times[-1])
+    q = denoiser.probabilities(denoiser.look_up(state.mirrored(mirror)), times[-1])
     return add_unmirrored(p, q, mirror).div_(2)
 
 
 def softmax(logits: Tensor) -> Tensor:
     """Probabilities (B, classes, X, Y, Z) in float32."""
-    p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    p = torch.empty_like(logits, dtype=torch.float32)
     # Slab by slab: a float32 copy of all logits would be the peak of the memory.
     for out, slab in zip(torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True):
         out.copy_(slab.float().softmax(dim=1))
