@@ -4,28 +4,24 @@ The classical baseline that a network has to beat.  It knows no network and no t
 """
 
 import logging
-import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.errors import UsageError
 from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.notes import Note, NoteCode
+from cadiff_cli.processes import children
 from cadiff_cli.products import Scan, Stripped
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample, resample_labels
@@ -119,7 +115,7 @@ def fuse(
     mask = resample(stripped.mask, grid)
     image = normalise(resample(stripped.t1, grid).data, mask.data, grid.spacing_mm)
     begun = time.perf_counter()
-    with _processes(jobs) as each:
+    with children(jobs) as each:
         carried: list[Carried] = []
         task = partial(
             carry,
@@ -231,25 +227,3 @@ def joint(
         start = low - max(low - HALO, 0)
         fused[:, :, low:high] = slab[:, :, start : start + high - low]
     return fused
-
-
-@contextmanager
-def _processes(jobs: int) -> Iterator[Callable[..., Any]]:
-    """A ``map`` over ``jobs`` processes, each with one ITK thread.
-
-    A single one is a process of its own, too: ITK hears no signal before it has finished, and a
-    child need not be waited for.
-    """
-    others = set(active_children())
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
-    with ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, ignore) as pool:
-        try:
-            yield pool.map
-        except BrokenProcessPool as error:
-            raise CadiffError(
-                "a worker process was killed, perhaps for want of memory", "use fewer --jobs"
-            ) from error
-        except BaseException:
-            for child in set(active_children()) - others:
-                child.terminate()
-            raise

@@ -14,7 +14,7 @@ from cadiff_cli.products import Prepared, Result, Scan, Stripped, Template
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
-from cadiff_cli.stages.register import register_template
+from cadiff_cli.stages.register import registrars
 from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -69,21 +69,23 @@ def prepare(
     config: Config,
     work_dir: Path,
     watch: Stopwatch | None = None,
+    jobs: int = 1,
 ) -> Prepared:
     """Everything before the network; transforms are written into ``work_dir``.
 
-    The first of the ``templates`` that is a whole head may also serve to find the brain.
+    The first of the ``templates`` that is a whole head may also serve to find the brain.  With
+    ``jobs``, so many templates are registered at a time, in processes of their own; the result
+    does not depend on it.
     """
     watch = watch or Stopwatch()
-    with watch.stage("strip"):
-        stripped = verified(
-            scan, strip_scan(scan, strip_template(templates), config, work_dir), templates[0]
-        )
-    with watch.stage("register"):
-        wanted = templates if config.register.wanted else ()
-        registrations = tuple(
-            register_template(stripped, template, config.register, work_dir) for template in wanted
-        )
+    wanted = templates if config.register.wanted else ()
+    with registrars(min(jobs, len(wanted))) as register_each:
+        with watch.stage("strip"):
+            stripped = verified(
+                scan, strip_scan(scan, strip_template(templates), config, work_dir), templates[0]
+            )
+        with watch.stage("register"):
+            registrations = register_each(stripped, wanted, config.register, work_dir)
     with watch.stage("field"):
         conditions = condition(stripped, registrations)
     return Prepared(scan, stripped, registrations, conditions, tuple(templates))
@@ -98,15 +100,17 @@ def run(
     announce: Announce | None = None,
     gate: AbstractContextManager[object] | None = None,
     device: str = "auto",
+    jobs: int = 1,
 ) -> Result:
     """From a scan to labels and volumes; nothing is written but the transforms in ``work_dir``.
 
     ``gate`` is entered for the inference on the ``device``, where several processes share a GPU.
+    ``jobs`` registrations are done at a time.
     """
     from cadiff_cli.stages.segment import segment
 
     watch = Stopwatch(announce)
-    prepared = prepare(scan, templates, config, work_dir, watch)
+    prepared = prepare(scan, templates, config, work_dir, watch, jobs)
     with gate or nullcontext(), watch.stage("segment"):
         mask = on_scan(prepared.stripped, scan)
         segmentation = segment(scan, prepared.conditions, mask, model, config, device)

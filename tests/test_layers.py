@@ -7,7 +7,9 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "cadiff_cli"
 RANKS = {
-    **dict.fromkeys(("data", "errors", "notes", "labels", "config", "machine", "__init__"), 0),
+    **dict.fromkeys(
+        ("data", "errors", "notes", "labels", "config", "machine", "processes", "__init__"), 0
+    ),
     "spatial": 1,
     "products": 2,
     **dict.fromkeys(("device", "io", "diffusion", "nets", "metrics"), 3),

@@ -18,7 +18,6 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.diffusion.process import DEFAULT, PROCESSES
 from cadiff_cli.errors import DataError
 from cadiff_cli.nets.blocks import (
-    BLOCK,
     ChannelNorm,
     Concatenate,
     ResidualBlock,
@@ -236,7 +235,8 @@ class CADiffNet(nn.Module):
         x = F.interpolate(features, scale_factor=STRIDE, mode="trilinear") + self.head_image(x)
         out = self.head_label(self._head(x, e_d, e_m))
         up = F.interpolate(last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear")
-        return up + out
+        fine: Tensor = up + out
+        return fine
 
     def _head(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
         for block in self.head:

@@ -136,7 +136,17 @@ def make_result(
         prefix=f"cadiff-{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
     ) as folder:
         work = Path(folder)
-        result = run(scan, templates, model, config, work, begin, gate(device), job.machine.device)
+        result = run(
+            scan,
+            templates,
+            model,
+            config,
+            work,
+            begin,
+            gate(device),
+            job.machine.device,
+            jobs=job.machine.threads or cores(),
+        )
         own = {template.name: template for template in templates}
         for text in config.output.spaces:
             name, resolution = parse_space(text, templates)

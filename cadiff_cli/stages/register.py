@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cadiff_cli.config import RegisterConfig
 from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, DiskError, OutputError, UsageError
 from cadiff_cli.notes import Note, NoteCode
+from cadiff_cli.processes import Each, children, may_have_children
 from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -90,8 +92,6 @@ def register(
             " look at the result with care"
         )
         notes.append(Note(NoteCode.POOR_SCORE, text))
-    for note in notes:
-        log.warning(note.text)
     trusted = kind == config.name and score >= POOR_SCORE
     return Transform(forward, inverse, kind, score, trusted, tuple(notes))
 
@@ -103,6 +103,35 @@ def register_template(
     folder = work_dir / template.label
     transform = register(stripped.t1, template.brain, config, folder, template.name)
     return Registered(template, transform)
+
+
+@contextmanager
+def registrars(jobs: int) -> Iterator[Callable[..., tuple[Registered, ...]]]:
+    """A function (stripped, templates, config, work_dir) -> registrations, ``jobs`` at a time.
+
+    Processes of their own import ANTs while this one does something else.  Each uses one ITK
+    thread, so the transforms are the same to the bit whatever their number.
+    """
+
+    def register_each(
+        each: Each,
+        stripped: Stripped,
+        templates: Sequence[Template],
+        config: RegisterConfig,
+        work_dir: Path,
+    ) -> tuple[Registered, ...]:
+        task = partial(register_template, stripped, config=config, work_dir=work_dir)
+        registrations = tuple(each(task, templates))
+        for registered in registrations:
+            for note in registered.transform.notes:
+                log.warning(note.text)
+        return registrations
+
+    if jobs < 2 or not may_have_children():
+        yield partial(register_each, map)
+        return
+    with children(jobs, begin=_ants) as each:
+        yield partial(register_each, each)
 
 
 def warp(

@@ -21,7 +21,6 @@ from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.blocks import last, shuffle, unshuffle
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.segmenter import STRIDE, CADiffNet
 from cadiff_cli.nets.segmenter import STRIDE, CADiffNet, Prior
 from cadiff_cli.products import Conditions
 
