@@ -7,7 +7,7 @@ States: the field is stored in [0, 1] and diffused as ``2 D - 1``; labels are di
 ``2 P - 1``, where P holds the fraction of each class in a 2 mm voxel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.diffusion.process import DEFAULT, PROCESSES
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
@@ -31,6 +31,8 @@ from cadiff_cli.nets.blocks import (
 )
 
 STRIDE = 2
+HEAD = "head"
+"""The beginning of the names of the head's weights."""
 FIELD_STD = 0.35
 """Spread of the field's state over a brain: what is known of it before anything is seen."""
 
@@ -72,6 +74,11 @@ class NetConfig:
                 f"the noise process is {self.process!r}, not one of {list(PROCESSES)}",
                 "name one of these; for weights, use the version of cadiff that wrote them",
             )
+
+    @property
+    def trunk(self) -> "NetConfig":
+        """The same without a head: equal for networks whose trunks are alike."""
+        return replace(self, head_channels=0, head_blocks=0, head_stride=0)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
@@ -159,6 +166,25 @@ class CADiffNet(nn.Module):
             nn.init.zeros_(layer.weight)
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that ``refine`` alone uses, by name."""
+        return {name: p for name, p in self.named_parameters() if name.startswith(HEAD)}
+
+    def begin_with(self, other: "CADiffNet") -> None:
+        """Copy the weights of ``other``; a head of another size begins anew.
+
+        Raises ``UsageError`` if the trunks differ.
+        """
+        if other.config.trunk != self.config.trunk:
+            raise UsageError(
+                "the weights to begin with are of another network",
+                "use a config of their network; only its head may differ",
+            )
+        weights = other.state_dict()
+        if other.config != self.config:
+            weights = {name: w for name, w in weights.items() if not name.startswith(HEAD)}
+        self.load_state_dict(weights, strict=other.config == self.config)
 
     def look_up(self, state: Tensor) -> Prior:
         """The label prior at a field whose state is (B, 3, x, y, z) in [-1, 1]."""

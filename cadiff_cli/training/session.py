@@ -59,16 +59,21 @@ class Identity:
 
 
 def new_net(
-    kind: Callable[[Any], N], settings: Any, init: Trained[N] | None, seed: int, device: str
+    kind: Callable[[Any], N],
+    settings: Any,
+    init: Trained[N] | None,
+    seed: int,
+    device: str,
+    begin: Callable[[N, N], object] = lambda net, other: net.load_state_dict(other.state_dict()),
 ) -> N:
-    """A network on its device, with random weights (a function of ``seed``) or those of ``init``.
+    """A network on its device, with random weights, a function of ``seed``, or those of ``init``.
 
-    With ``init`` its settings count, not ``settings``.
+    Without ``settings`` it has those of ``init``.  ``begin(net, other)`` copies weights.
     """
     torch.manual_seed(seed)
-    net = kind(init.net.config if init else settings)
+    net = kind(settings or (init.net.config if init else None))
     if init:
-        net.load_state_dict(init.net.state_dict())
+        begin(net, init.net)
     return net.to(usable_device(device)[0])
 
 

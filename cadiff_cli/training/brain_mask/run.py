@@ -58,7 +58,9 @@ def train_mask(
             "hold out real heads",
         )
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
-    net = new_net(BrainNet, net_config or BrainConfig(), init, config.seed, device)
+    net = new_net(
+        BrainNet, net_config or (None if init else BrainConfig()), init, config.seed, device
+    )
     if init:
         config = replace(config, coarse_steps=0)
     identity = HeadsIdentity(

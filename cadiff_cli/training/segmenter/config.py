@@ -20,10 +20,11 @@ class TrainConfig(Schedule):
     Patches have ``patch`` voxels a side; a share ``also_share`` of them is from scans whose labels
     are trusted less (a machine's, of other scanners), if there are any.  The label prior is counted
     over ``prior_scans`` of the others, drawn by the seed, or over all of them (None); over none, it
-    says nothing.
+    says nothing.  With ``head_only`` the trunk stays as it is.
     """
 
     patch: int = 96
+    head_only: bool = False
     also_share: float = 0.3
     prior_scans: int | None = None
     objective: Objective = field(default_factory=Objective)

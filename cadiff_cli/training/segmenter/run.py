@@ -73,8 +73,13 @@ def train(
     check_people(people, others, hold_out, init, net_config, parcellation)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
     trusted_less = [s for s in also if s.subject not in set(hold_out)]
-    sizes = net_config or NetConfig(n_classes=parcellation.n_classes)
-    net = new_net(CADiffNet, sizes, init, config.seed, device)
+    fresh = NetConfig(n_classes=parcellation.n_classes)
+    sizes = net_config or (None if init else fresh)
+    net = new_net(CADiffNet, sizes, init, config.seed, device, CADiffNet.begin_with)
+    if config.head_only:
+        net.requires_grad_(False)
+        for weights in net.head_parameters().values():
+            weights.requires_grad_(True)
     if recount_prior and not (net.config.reads_field and config.prior_scans != 0):
         raise UsageError("--recount-prior: this config counts no prior", "leave it out")
     told = ScansIdentity(
@@ -151,10 +156,10 @@ def check_people(
             f" names {parcellation.name}, another table",
             "give --parcellation that of the weights, or begin anew",
         )
-    if init and net_config not in (None, init.net.config):
+    if init and net_config and net_config.trunk != init.net.config.trunk:
         raise UsageError(
             f"--init {init.name} is another network than the config's",
-            "use a config of its network",
+            "use a config of its network; only the head may differ",
         )
     if not people - held:
         raise UsageError("every subject is held out", "leave some to train on")
