@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
+from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
@@ -255,3 +256,64 @@ def test_time_embeddings_differ():
 def test_channels_last_keeps_values(draw):
     x = draw(1, 3, 4, 4, 4)
     torch.testing.assert_close(last(x), x, rtol=0, atol=0)
+
+
+@pytest.fixture
+def part_net(tiny_config):
+    """A network whose head works at 2 mm."""
+    return awake(replace(tiny_config, head_stride=2)).eval().requires_grad_(False)
+
+
+def test_a_head_at_2_mm_has_answers_at_1_mm(part_net, inputs):
+    coarse, logits = part_net(*inputs, at(0), at(1))
+    assert logits.shape == (1, 41, *SPACE)
+    nearest = F.interpolate(coarse.logits, scale_factor=2, mode="nearest")
+    assert not torch.allclose(logits, nearest)
+    for weights in (part_net.head_label.weight, part_net.head_label.bias):
+        weights.zero_()
+    torch.testing.assert_close(part_net.refine(inputs[0], coarse, at(0), at(1)), nearest)
+
+
+def test_each_part_of_a_voxel_has_its_own_logits(part_net, inputs):
+    """The part at (i, j, k) of every 2 mm voxel gets the bias of that part, and class by class."""
+    part_net.head_label.weight.zero_()
+    bias = part_net.head_label.bias.copy_(torch.arange(8 * 41.0)).reshape(2, 2, 2, 41)
+    coarse, logits = part_net(*inputs, at(0), at(1))
+    rest = logits - F.interpolate(coarse.logits, scale_factor=2, mode="nearest")
+    for i, j, k in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
+        part = rest[0, :, i::2, j::2, k::2]
+        expected = bias[i, j, k].reshape(-1, 1, 1, 1).expand_as(part)
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-3)
+
+
+def test_a_prior_that_was_looked_up_is_that_of_the_field(fresh_net, inputs):
+    image, d_0, m_t = inputs
+    anew = fresh_net.trunk(image, d_0, m_t, at(0), at(1))
+    known = fresh_net.trunk(image, d_0, m_t, at(0), at(1), fresh_net.look_up(d_0))
+    torch.testing.assert_close(anew.logits, known.logits, rtol=1e-3, atol=1e-4)
+    other = fresh_net.trunk(image, d_0, m_t, at(0), at(1), fresh_net.look_up(-d_0))
+    assert not torch.allclose(anew.logits, other.logits, atol=0.1)
+
+
+def test_sums_in_place_are_sums(tiny_net, inputs):
+    """Inference overwrites what training must keep; both give the same answer."""
+    with torch.no_grad():
+        inside = tiny_net(*inputs, at(0), at(1))[1]
+    with torch.enable_grad():
+        outside = tiny_net(*inputs, at(0), at(1))[1]
+    assert torch.equal(inside, outside)
+
+
+def test_a_network_begins_with_the_trunk_of_another(tiny_config, part_net):
+    """Its own head stays where theirs has another shape, and is copied where it has the same."""
+    other = awake(tiny_config)
+    before = {name: p.clone() for name, p in part_net.head_parameters().items()}
+    part_net.begin_with(other)
+    theirs = other.state_dict()
+    for name, weights in part_net.state_dict().items():
+        assert torch.equal(weights, before[name] if name in before else theirs[name]), name
+    same = CADiffNet(tiny_config)
+    same.begin_with(other)
+    assert all(torch.equal(w, theirs[name]) for name, w in same.state_dict().items())
+    with pytest.raises(UsageError, match="another network"):
+        CADiffNet(replace(tiny_config, time_channels=32)).begin_with(other)

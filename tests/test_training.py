@@ -751,6 +751,21 @@ def test_a_run_begins_with_the_weights_it_is_given(toy_sample, parcellation, tmp
         train([other], tmp_path / "d", QUICK, init=was, net_config=load("unet").net)
 
 
+def test_a_new_head_is_trained_on_the_trunk_of_other_weights(toy_sample, tmp_path, tiny_config):
+    """With ``head_only`` the trunk comes out as it went in; the head, of another shape, learns."""
+    first = train([toy_sample], tmp_path / "a", replace(QUICK, steps=2), net_config=tiny_config)
+    was = models.load(Model, str(first))
+    other = replace(tiny_config, head_stride=2, head_channels=6)
+    config = replace(QUICK, steps=2, head_only=True)
+    path = train([toy_sample], tmp_path / "b", config, init=was, net_config=other)
+    net = models.load(Model, str(path)).net
+    assert net.config == other
+    head, theirs = net.head_parameters(), was.net.state_dict()
+    for name, weights in net.state_dict().items():
+        assert name in head or torch.equal(weights, theirs[name]), name
+    assert net.head_label.weight.any()
+
+
 def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellation, toy_sample):
     """Datasets, their labels and the share; what is wrong is said before anything is prepared."""
     prepared, trained = [], {}
