@@ -16,7 +16,7 @@ import cadiff_cli
 from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids.derivatives import save_result
-from cadiff_cli.io.bids.layout import Derivatives
+from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import given_mask, load_scan
 from cadiff_cli.io.templates import load_template, load_templates, own_contents, parse_specs
@@ -60,7 +60,7 @@ def execute(job: Job) -> Outcome:
             with journal.claim(job.entities, wait=job.wait) as mine:
                 if not mine:
                     return Outcome(job.entities, "busy")
-                if job.is_finished():
+                if job.is_finished(finished_result(job.place)):
                     failed = report_scan(job.out, job.t1) if job.lacks_page() else ""
                     outcome = Outcome(job.entities, "done", warnings=_no_page(failed))
                     journal.record(outcome)

@@ -6,8 +6,9 @@ from typing import Literal
 
 from cadiff_cli.config import Machine, Recipe, Request
 from cadiff_cli.errors import OutputError
-from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
+from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import page_path
+from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import find_weights
@@ -15,6 +16,9 @@ from cadiff_cli.io.templates import joint_spec, load_template, load_templates, p
 from cadiff_cli.notes import Note
 from cadiff_cli.products import Template
 from cadiff_cli.quality.calibration import calibration
+
+RECORD = "logs/journal/inputs.tsv"
+"""Where an output folder keeps the checksums of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,10 @@ class Job:
 
         One that is not there any more (``datalad drop``), or that nobody may read now, is not.
         """
-        return self.input_sha256() not in ("", checksum)
+        try:
+            return not checksums(self.out / RECORD).fits(self.t1, checksum)
+        except OSError:
+            return False
 
     def input_sha256(self) -> str:
         """Checksum of the input; empty if it cannot be read."""
@@ -88,9 +95,11 @@ class Job:
         except OSError:
             return ""
 
-    def is_finished(self) -> bool:
-        """Whether a complete and current result is there; raises ``OutputError`` for another."""
-        result = finished_result(self.place)
+    def is_finished(self, result: Finished | None) -> bool:
+        """Whether the complete ``result`` that is there, if any, is current.
+
+        Raises ``OutputError`` for one that was made otherwise.
+        """
         if result is None:
             return False
         why = self.outdated(result)

@@ -107,7 +107,8 @@ class Listener(Protocol):
 def participant_level(request: DatasetRequest, listener: Listener) -> int:
     """Segment the selected scans; returns the exit code."""
     check_folders(request)
-    if request.validate:
+    chosen = request.selection.participants or request.selection.sessions
+    if request.validate and not chosen:  # one task of many does not validate for all
         _validate(request.dataset, listener)
     if request.executor.kind == "local" and not request.dry_run:
         prepare_torch(request.machine)

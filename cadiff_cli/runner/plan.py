@@ -62,8 +62,9 @@ def make_plan(
     those of the selected scans are made again.  What is wrong with one scan is that scan's.
     """
     selected = select(dataset, selection, database)
+    results = {result.entities: result for result in finished(like.out)}
     if not like.overwrite:
-        for result in finished(like.out):
+        for result in results.values():
             like.refuse(result.entities, result.provenance.differs(like.recipe))
     journal, notes = Journal(like.out), [*selected.notes]
     jobs, pages, done = list[Job](), list[Job](), list[str]()
@@ -76,7 +77,7 @@ def make_plan(
                 image = _one_of(paths)
                 notes.append(f"{image.name} is taken; {paths[0].name} is the same image")
                 job = replace(like.of(image, dataset.uri(image)), age_years=age)
-            if job.is_finished():
+            if job.is_finished(results.get(job.entities)):
                 if job.lacks_page():
                     pages.append(job)
                 else:

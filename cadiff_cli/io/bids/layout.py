@@ -126,20 +126,27 @@ def finished_result(place: Derivatives) -> Finished | None:
     Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
     since make it incomplete.
     """
-    for commit in place.commits:
-        provenance = Provenance.read(read_json(commit) or {})
-        made = (commit.with_suffix(".nii.gz"), place.path(f"{MORPH}.tsv"))
-        # A link to nothing is a file that git-annex has dropped, not one that was deleted.
-        there = all(path.exists() or path.is_symlink() for path in made)
-        if there and provenance is not None:
-            return Finished(place.stem, commit, provenance)
-    return None
+    results = (_complete(place, commit) for commit in place.commits)
+    return next(filter(None, results), None)
 
 
 def finished(out: Path) -> Iterator[Finished]:
     """Every complete result below ``out``, sorted by path."""
+    last = None
     for path in sorted(out.glob(f"sub-*/**/anat/*_{DSEG}.json".format("*"))):
-        scan = re.sub(r"_seg-[^_]*_dseg\.json$", "_T1w.nii.gz", path.name)
-        result = finished_result(Derivatives(out, Path(scan)))
-        if result is not None and result.commit == path:
+        place = Derivatives(out, Path(re.sub(r"_seg-[^_]*_dseg\.json$", "_T1w.nii.gz", path.name)))
+        if place.stem == last or place.folder != path.parent or not is_ours(out, path):
+            continue
+        if result := _complete(place, path):
+            last = place.stem
             yield result
+
+
+def _complete(place: Derivatives, commit: Path) -> Finished | None:
+    """The result that a sidecar vouches for, if its labels and volumes are there."""
+    made = (commit.with_suffix(".nii.gz"), place.path(f"{MORPH}.tsv"))
+    # A link to nothing is a file that git-annex has dropped, not one that was deleted.
+    if not all(path.exists() or path.is_symlink() for path in made):
+        return None
+    provenance = Provenance.read(read_json(commit) or {})
+    return Finished(place.stem, commit, provenance) if provenance is not None else None
