@@ -186,9 +186,12 @@ class CADiffNet(nn.Module):
             weights = {name: w for name, w in weights.items() if not name.startswith(HEAD)}
         self.load_state_dict(weights, strict=other.config == self.config)
 
-    def look_up(self, state: Tensor) -> Prior:
-        """The label prior at a field whose state is (B, 3, x, y, z) in [-1, 1]."""
-        logits = last(self.prior(state))
+    def look_up(self, d_t: Tensor, t_d: Tensor) -> Prior:
+        """The label prior at what a field's state (B, 3, x, y, z) at ``t_d`` (B,) tells alone."""
+        if not self.config.reads_field:
+            d_t, t_d = torch.zeros_like(d_t), torch.ones_like(t_d)
+        guess, _ = self.process.guess(d_t, t_d, FIELD_STD)
+        logits = last(self.prior(guess))
         return Prior(logits, self.embed_prior(logits.softmax(dim=1)))
 
     def trunk(
@@ -204,16 +207,15 @@ class CADiffNet(nn.Module):
 
         ``image`` (B, 1, 2x, 2y, 2z) in [0, 1]; ``d_t`` (B, 3, x, y, z) and ``m_t``
         (B, classes, x, y, z) are noisy states at times ``t_d`` and ``t_m`` (B,).  ``known`` is
-        ``look_up(d_t)``, where t_d = 0 and the same field is asked about several times.
+        ``look_up(d_t, t_d)``, for a field that is asked about several times.
         """
         if not self.config.reads_field:
             d_t, t_d = torch.zeros_like(d_t), torch.ones_like(t_d)
         if not self.config.reads_labels:
             m_t, t_m = torch.zeros_like(m_t), torch.ones_like(t_m)
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
-        # What the noisy field alone tells: the prior must not see more.
         guess, deviation = self.process.guess(d_t, t_d, FIELD_STD)
-        prior = known or self.look_up(guess)
+        prior = known or self.look_up(d_t, t_d)  # it must not see more than the noisy field tells
         x = torch.cat(
             [
                 2 * unshuffle(image) - 1,

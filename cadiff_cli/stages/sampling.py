@@ -151,8 +151,9 @@ class Denoiser:
         """The state with the prior at its known field; tiles look it up themselves."""
         if not self.known or self.tile is not None:
             return state
+        clean = torch.zeros(1, device=self.device)
         with autocast(self.device):
-            return replace(state, prior=self.net.look_up(state.field.to(self.device)))
+            return replace(state, prior=self.net.look_up(state.field.to(self.device), clean))
 
     def step(self, state: State, estimate: State, t: float, t_next: float) -> State:
         """The state at ``t_next``, as the network's noise process makes it."""
