@@ -52,9 +52,9 @@ def test_either_byte_order_is_read(tmp_path, order):
 
 
 MEMBERS = {
-    "one": gzip.compress(RAW["NIfTI-1"]),
+    "one": gzip.compress(RAW["NIfTI-1"], mtime=0),
     "several": b"".join(
-        gzip.compress(RAW["NIfTI-1"][i : i + 20_000]) for i in range(0, len(RAW["NIfTI-1"]), 20_000)
+        gzip.compress(RAW["NIfTI-1"][i : i + 20_000], mtime=0) for i in range(0, len(RAW["NIfTI-1"]), 20_000)
     ),
 }
 
@@ -65,7 +65,7 @@ MEMBERS = {
     [
         (b"", False),
         (bytes(999), False),
-        (gzip.compress(b"more"), False),
+        (gzip.compress(b"more", mtime=0), False),
         (b"junk", True),
         (b"\x1f\x8bjunk", True),
         (b"\x1f", True),
@@ -82,7 +82,7 @@ def test_what_follows_a_whole_image_does_not_spoil_it(tmp_path, members, tail, d
 
 
 @pytest.mark.parametrize("members", MEMBERS)
-@pytest.mark.parametrize("tail", [b"", b"junk", gzip.compress(b"more")])
+@pytest.mark.parametrize("tail", [b"", b"junk", gzip.compress(b"more", mtime=0)])
 def test_junk_does_not_hide_damage(tmp_path, members, tail):
     path = tmp_path / "scan.nii.gz"
     whole = MEMBERS[members]
@@ -123,7 +123,7 @@ FOREIGN = {
     ),
     "xz": (lzma.compress(RAW["NIfTI-1"]), "unxz scan.nii.xz"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "zstd -d scan.nii.zst"),
-    "gzip-compressed twice": (gzip.compress(MEMBERS["one"]), "gunzip scan.nii.gz.gz"),
+    "gzip-compressed twice": (gzip.compress(MEMBERS["one"], mtime=0), "gunzip scan.nii.gz.gz"),
     "zip": (zipped(), "unzip"),
     "tar": (tarred(), "tar xf"),
     "DICOM": (bytes(128) + b"DICM\x02\x00", "dcm2niix"),
