@@ -54,7 +54,8 @@ def test_either_byte_order_is_read(tmp_path, order):
 MEMBERS = {
     "one": gzip.compress(RAW["NIfTI-1"], mtime=0),
     "several": b"".join(
-        gzip.compress(RAW["NIfTI-1"][i : i + 20_000], mtime=0) for i in range(0, len(RAW["NIfTI-1"]), 20_000)
+        gzip.compress(RAW["NIfTI-1"][i : i + 20_000], mtime=0)
+        for i in range(0, len(RAW["NIfTI-1"]), 20_000)
     ),
 }
 
