@@ -14,7 +14,7 @@ from cadiff_cli.products import Prepared, Result, Scan, Stripped, Template
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
-from cadiff_cli.stages.register import registrars
+from cadiff_cli.stages.register import register_templates, registrars
 from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -79,13 +79,13 @@ def prepare(
     """
     watch = watch or Stopwatch()
     wanted = templates if config.register.wanted else ()
-    with registrars(min(jobs, len(wanted))) as register_each:
+    with registrars(min(jobs, len(wanted))) as each:
         with watch.stage("strip"):
             stripped = verified(
                 scan, strip_scan(scan, strip_template(templates), config, work_dir), templates[0]
             )
         with watch.stage("register"):
-            registrations = register_each(stripped, wanted, config.register, work_dir)
+            registrations = register_templates(stripped, wanted, config.register, work_dir, each)
     with watch.stage("field"):
         conditions = condition(stripped, registrations)
     return Prepared(scan, stripped, registrations, conditions, tuple(templates))

@@ -21,8 +21,9 @@ def scan(tmp_path):
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """Names of the files that are read."""
+    """Names of the files that are read; files of this moment are recorded, too."""
     names = []
+    monkeypatch.setattr(module, "FRESH_NS", -(10**18))
     monkeypatch.setattr(module, "sha256", lambda path: names.append(path.name) or sha256(path))
     return names
 
@@ -52,9 +53,17 @@ def test_a_changed_file_is_read_again(scan, hashed, tmp_path, changed_ns):
     assert len(hashed) == 2
 
 
-def test_a_file_that_has_just_changed_is_not_recorded(scan, hashed, tmp_path):
+def test_a_file_with_the_times_of_another_is_read_again(scan, hashed, tmp_path):
+    """Name, size and time of the content are those of before, as after ``cp -p``."""
+    record, checksum = tmp_path / "inputs.tsv", sha256(scan)
+    assert Checksums(record).fits(scan, checksum)
+    scan.write_text("imagE")
+    os.utime(scan, ns=(OLD, OLD))
+    assert not Checksums(record).fits(scan, checksum)
+
+
+def test_a_file_that_has_just_changed_is_not_recorded(scan, tmp_path):
     """It may change again without another time of change."""
-    scan.write_text("image")
     assert Checksums(tmp_path / "inputs.tsv").fits(scan, sha256(scan))
     assert not (tmp_path / "inputs.tsv").exists()
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
@@ -295,18 +295,38 @@ def test_a_prior_that_was_looked_up_is_that_of_the_field(fresh_net, inputs):
     assert not torch.allclose(anew.logits, other.logits, atol=0.1)
 
 
-def test_sums_in_place_are_sums(tiny_net, inputs):
+@pytest.mark.parametrize("name", ["tiny_net", "part_net"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_sums_in_place_are_sums(name, precision, inputs, request):
     """Inference overwrites what training must keep; both give the same answer."""
-    with torch.no_grad():
-        inside = tiny_net(*inputs, at(0), at(1))[1]
-    with torch.enable_grad():
-        outside = tiny_net(*inputs, at(0), at(1))[1]
-    assert torch.equal(inside, outside)
+    net = request.getfixturevalue(name)
+    image, d_0, m_t = inputs
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        prior = net.look_up(d_0, at(0))
+        before = prior.logits.clone(), prior.embedded.clone(), image.clone(), m_t.clone()
+        answers = []
+        for wanted in (False, True):
+            with torch.set_grad_enabled(wanted):
+                coarse = net.trunk(image, d_0, m_t, at(0), at(1), prior)
+                answers.append(net.refine(image, coarse, at(0), at(1)))
+    assert torch.equal(*answers)
+    after = prior.logits, prior.embedded, image, m_t
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("stride", [0, 3])
+def test_a_head_of_another_stride_is_refused(stride, tiny_config):
+    with pytest.raises(DataError, match=f"head_stride is {stride}"):
+        CADiffNet(replace(tiny_config, head_stride=stride))
 
 
 def test_a_network_begins_with_the_trunk_of_another(tiny_config, part_net):
     """Its own head stays where theirs has another shape, and is copied where it has the same."""
-    other = awake(tiny_config)
+    torch.manual_seed(7)
+    other = CADiffNet(tiny_config)
+    with torch.no_grad():
+        for weights in (*other.parameters(), other.prior.logits):
+            weights.normal_()
     before = {name: p.clone() for name, p in part_net.head_parameters().items()}
     part_net.begin_with(other)
     theirs = other.state_dict()

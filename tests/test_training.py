@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from conftest import NO_CHANGE, TINY, make_conditions, seeded
 from torch import nn
 
-from cadiff_cli import pipeline
 from cadiff_cli.cli.train import command
 from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
 from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
@@ -30,6 +29,7 @@ from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages import register as stages_register
 from cadiff_cli.training import loop
 from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.batch import stack
@@ -397,7 +397,7 @@ def test_a_sample_is_built_as_inference_would(
     template = toy_template(scale=0.8, spacing=8.0)
     monkeypatch.setattr(data, "load_atlas", lambda name: template)
     monkeypatch.setattr(data, "frame", str)
-    monkeypatch.setattr(pipeline, "register_template", lambda s, t, c, w: identity(t))
+    monkeypatch.setattr(stages_register, "register_template", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
     sample = data.load(
         data.build(scan, ["toy"], parcellation, parcellation.class_of, tmp_path / "cache")
@@ -462,7 +462,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
         transform = replace(found.transform, trusted=template.name not in poor)
         return replace(found, transform=transform)
 
-    monkeypatch.setattr(pipeline, "register_template", register)
+    monkeypatch.setattr(stages_register, "register_template", register)
     scan, mapping = LabelledScan("sub-1", "1", *paths), parcellation.class_of
     sample = data.load(data.build(scan, ["a", "b"], parcellation, mapping, tmp_path))
     assert set(sample.fields) == set(kept)
@@ -764,6 +764,22 @@ def test_a_new_head_is_trained_on_the_trunk_of_other_weights(toy_sample, tmp_pat
     for name, weights in net.state_dict().items():
         assert name in head or torch.equal(weights, theirs[name]), name
     assert net.head_label.weight.any()
+    for settings in ({}, {"init": was, "recount_prior": True}):
+        with pytest.raises(UsageError, match="head_only"):
+            train([toy_sample], tmp_path / "c", config, **settings)
+
+
+def test_a_run_of_before_there_were_other_heads_goes_on(toy_sample, tmp_path, tiny_config):
+    train([toy_sample], tmp_path, replace(QUICK, steps=1), net_config=tiny_config)
+    path = tmp_path / "config.json"
+    run = json.loads(path.read_text())
+    del run["net"]["head_stride"], run["train"]["head_only"]
+    path.write_text(json.dumps(run))
+    train([toy_sample], tmp_path, replace(QUICK, steps=2), net_config=tiny_config)
+    run["net"]["head_stride"] = 2
+    path.write_text(json.dumps(run))
+    with pytest.raises(UsageError, match="head_stride"):
+        train([toy_sample], tmp_path, replace(QUICK, steps=3), net_config=tiny_config)
 
 
 def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellation, toy_sample):

@@ -38,7 +38,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall seconds and peak resident GiB of one command; seconds of each stage where it told."""
+    """Wall seconds, peak resident GiB of its largest process, seconds of each stage if it told."""
 
     seconds: float
     gib: float
@@ -152,10 +152,8 @@ def main() -> None:
             results: dict[str, list[Measured]] = {version.name: [] for version in versions}
             for k in range(given.runs):
                 for version in versions:
-                    name, *words = (
-                        str(word).format(out=root / f"{label} {version.name} {k}".replace(" ", "_"))
-                        for word in command
-                    )
+                    out = root / f"{label}_{version.name}_{k}".replace(" ", "_")
+                    name, *words = (str(word).replace("{out}", str(out)) for word in command)
                     results[version.name].append(timed(version.bin / name, *words))
             show(label, versions, results)
 
@@ -170,7 +168,7 @@ def main() -> None:
             options = ("--nprocs", 2, "--offline", "--skip-bids-validation")
             compare("cadiff run, 4 scans", "cadiff", "run", bids, "{out}", "participant", *options)
         if "finished" in parts:
-            resume(root, scans, given.finished, compare, versions)
+            resume(root, scans[:1], given.finished, compare, versions)
 
 
 def resume(root, scans, n, compare, versions):  # type: ignore[no-untyped-def]

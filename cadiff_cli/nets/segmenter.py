@@ -7,7 +7,8 @@ States: the field is stored in [0, 1] and diffused as ``2 D - 1``; labels are di
 ``2 P - 1``, where P holds the fraction of each class in a 2 mm voxel.
 """
 
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -30,9 +31,11 @@ from cadiff_cli.nets.blocks import (
     unshuffle,
 )
 
+log = logging.getLogger(__name__)
+
 STRIDE = 2
 HEAD = "head"
-"""The beginning of the names of the head's weights."""
+"""The beginning of the names of the head's settings and weights."""
 FIELD_STD = 0.35
 """Spread of the field's state over a brain: what is known of it before anything is seen."""
 
@@ -68,17 +71,23 @@ class NetConfig:
     process: str = DEFAULT
 
     def __post_init__(self) -> None:
-        """Raise ``DataError`` for a noise process that is not there."""
+        """Raise ``DataError`` for a noise process or a head that is not there."""
         if self.process not in PROCESSES:
             raise DataError(
                 f"the noise process is {self.process!r}, not one of {list(PROCESSES)}",
                 "name one of these; for weights, use the version of cadiff that wrote them",
             )
+        if self.head_stride not in (1, STRIDE):
+            raise DataError(
+                f"the network's head_stride is {self.head_stride}, not 1 or {STRIDE}",
+                "use one of these; for weights, use the version of cadiff that wrote them",
+            )
 
     @property
-    def trunk(self) -> "NetConfig":
-        """The same without a head: equal for networks whose trunks are alike."""
-        return replace(self, head_channels=0, head_blocks=0, head_stride=0)
+    def trunk(self) -> dict[str, Any]:
+        """The settings but for the head's: equal for networks whose trunks are alike."""
+        settings = asdict(self).items()
+        return {name: value for name, value in settings if not name.startswith(HEAD)}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
@@ -183,6 +192,7 @@ class CADiffNet(nn.Module):
             )
         weights = other.state_dict()
         if other.config != self.config:
+            log.warning("the head of the weights is of another size: a new head begins")
             weights = {name: w for name, w in weights.items() if not name.startswith(HEAD)}
         self.load_state_dict(weights, strict=other.config == self.config)
 

@@ -101,16 +101,23 @@ def segment_file(t1: Path, out: Path, request: Request, watcher: Watcher) -> Res
         watcher.stage("load")
         prepare_torch(request.machine)
         job, templates = job_of(request, out)
-        result, _ = make_result(job.of(t1, ""), scan, templates, watcher.stage)
+        jobs = request.machine.threads or cores()
+        result, _ = make_result(job.of(t1, ""), scan, templates, watcher.stage, jobs)
         if trouble := cite(out):
             LOGGER.warning(trouble)
     return result
 
 
 def make_result(
-    job: Job, scan: Scan, templates: Sequence[Template], announce: Announce | None = None
+    job: Job,
+    scan: Scan,
+    templates: Sequence[Template],
+    announce: Announce | None = None,
+    jobs: int = 1,
 ) -> tuple[Result, str]:
     """Segment the job's scan and write results and page, under the lock that the caller holds.
+
+    ``jobs`` registrations are done at a time.
 
     Returns the result, and why the page could not be written (empty if it was).
     """
@@ -145,7 +152,7 @@ def make_result(
             begin,
             gate(device),
             job.machine.device,
-            jobs=job.machine.threads or cores(),
+            jobs=jobs,
         )
         own = {template.name: template for template in templates}
         for text in config.output.spaces:

@@ -8,16 +8,16 @@ This module imports nothing heavy: a new process sets its number of threads befo
 import os
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
 from cadiff_cli import machine
+from cadiff_cli.processes import follow_parent
 
 if TYPE_CHECKING:
     from cadiff_cli.runner.job import Job, Outcome
@@ -113,7 +113,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     os.environ[machine.ITK_THREADS] = "1"  # several workers register at once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up code
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
     from cadiff_cli.runner.execute import execute
 
     try:
@@ -121,10 +121,3 @@ def _serve(pipe: Connection, threads: int) -> None:
             pipe.send(execute(pipe.recv()))
     except (EOFError, BrokenPipeError):
         pass
-
-
-def _follow_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)  # no process is left to receive an outcome

@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,6 @@ def register(
     transform = Transform(forward, inverse, kind, 0.0)
     warped = warp(moving, transform, fixed.grid.coarsen(2))
     score = similarity(resample(fixed, warped.grid).data, warped.data)
-    log.info("registration score (normalised mutual information) %.3f", score)
     if score < POOR_SCORE:
         text = (
             f"the score {score:.3f} of the registration to {name} is below {POOR_SCORE}:"
@@ -93,7 +92,16 @@ def register(
         )
         notes.append(Note(NoteCode.POOR_SCORE, text))
     trusted = kind == config.name and score >= POOR_SCORE
-    return Transform(forward, inverse, kind, score, trusted, tuple(notes))
+    transform = Transform(forward, inverse, kind, score, trusted, tuple(notes))
+    _tell(transform)
+    return transform
+
+
+def _tell(transform: Transform) -> None:
+    """Log the score and the notes of a registration."""
+    log.info("registration score (normalised mutual information) %.3f", transform.score)
+    for note in transform.notes:
+        log.warning(note.text)
 
 
 def register_template(
@@ -105,33 +113,45 @@ def register_template(
     return Registered(template, transform)
 
 
-@contextmanager
-def registrars(jobs: int) -> Iterator[Callable[..., tuple[Registered, ...]]]:
-    """A function (stripped, templates, config, work_dir) -> registrations, ``jobs`` at a time.
+def register_templates(
+    stripped: Stripped,
+    templates: Sequence[Template],
+    config: RegisterConfig,
+    work_dir: Path,
+    each: Each | None = None,
+) -> tuple[Registered, ...]:
+    """Register every template; side by side with the ``each`` of ``registrars``.
 
-    Processes of their own import ANTs while this one does something else.  Each uses one ITK
-    thread, so the transforms are the same to the bit whatever their number.
+    The transforms are the same to the bit either way: every process uses one ITK thread.
     """
+    if each is None:
+        return tuple(register_template(stripped, t, config, work_dir) for t in templates)
+    transforms = each(
+        register,
+        repeat(stripped.t1),
+        [template.brain for template in templates],
+        repeat(config),
+        [work_dir / template.label for template in templates],
+        [template.name for template in templates],
+    )
+    registrations = tuple(map(Registered, templates, transforms))
+    for registered in registrations:
+        _tell(registered.transform)
+    return registrations
 
-    def register_each(
-        each: Each,
-        stripped: Stripped,
-        templates: Sequence[Template],
-        config: RegisterConfig,
-        work_dir: Path,
-    ) -> tuple[Registered, ...]:
-        task = partial(register_template, stripped, config=config, work_dir=work_dir)
-        registrations = tuple(each(task, templates))
-        for registered in registrations:
-            for note in registered.transform.notes:
-                log.warning(note.text)
-        return registrations
 
-    if jobs < 2 or not may_have_children():
-        yield partial(register_each, map)
+@contextmanager
+def registrars(jobs: int) -> Iterator[Each | None]:
+    """Processes that register ``jobs`` templates at a time; they import ANTs at once.
+
+    Gives None for a single one, where this process may have no children, and where the user wants
+    several ITK threads.
+    """
+    if jobs < 2 or not may_have_children() or os.environ.get(machine.ITK_THREADS, "1") != "1":
+        yield None
         return
-    with children(jobs, begin=_ants) as each:
-        yield partial(register_each, each)
+    with children(jobs, begin=import_ants) as each:
+        yield each
 
 
 def warp(
@@ -331,6 +351,11 @@ def _orthonormal(matrix: np.ndarray) -> np.ndarray:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def import_ants() -> None:
+    """Import ANTs now: that takes seconds."""
+    _ants()
 
 
 def _ants() -> Any:

@@ -174,8 +174,9 @@ class Denoiser:
         t_d = torch.zeros_like(t_m) if self.known else t_m
         with autocast(self.device):
             coarse = self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior)
-            logits = self.net.refine(image, coarse, t_d, t_m) if fine else coarse.logits
-        return coarse.field, softmax(logits)
+            if not fine:
+                return coarse.field, coarse.logits.softmax(dim=1)
+            return coarse.field, softmax(self.net.refine(image, coarse, t_d, t_m))
 
 
 @torch.no_grad()
@@ -208,19 +209,21 @@ def denoise(
 
     d_1 = noise(3) if field is None else 2 * field - 1
     denoiser = Denoiser(net, field is not None, device, tile)
-    start = denoiser.look_up(State(image, d_1, noise(net.config.n_classes)))
+    start = State(image, d_1, noise(net.config.n_classes))
     times = spaced_times(steps if net.config.reads_labels else 1)
-    (state,) = deque(sample(denoiser.step, denoiser.estimate, start, times), maxlen=1)
+    states = sample(denoiser.step, denoiser.estimate, denoiser.look_up(start), times)
+    (state,) = deque(states, maxlen=1)
     p = denoiser.probabilities(state, times[-1])
     if mirror is None:
         return p
-    q = denoiser.probabilities(denoiser.look_up(state.mirrored(mirror)), times[-1])
+    state = state.mirrored(mirror)  # which frees the prior
+    q = denoiser.probabilities(denoiser.look_up(state), times[-1])
     return add_unmirrored(p, q, mirror).div_(2)
 
 
 def softmax(logits: Tensor) -> Tensor:
     """Probabilities (B, classes, X, Y, Z) in float32."""
-    p = torch.empty_like(logits, dtype=torch.float32)
+    p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     # Slab by slab: a float32 copy of all logits would be the peak of the memory.
     for out, slab in zip(torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True):
         out.copy_(slab.float().softmax(dim=1))

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 N = TypeVar("N", bound=nn.Module)
 UNTOLD = ""
 """A fact that an older run did not write down: it is taken on trust."""
+OLDER_NETS = {"process": DEFAULT, "head_stride": 1}
+OLDER_SETTINGS = {"head_only": False}
 MAY_CHANGE = ("steps", "decay", "rate")
 """Settings of which a run may go on with others."""
 
@@ -165,9 +167,9 @@ def refuse_other_run(path: Path, identity: Identity, settings: Mapping[str, Any]
     """Refuse to go on with a run (``path`` is its ``config.json``) that was another one."""
     before = json.loads(path.read_text(encoding="utf-8"))
     untold = {f.name: f.default for f in fields(identity) if f.default is not MISSING}
-    was = untold | before | before["train"]
-    if "process" in identity.net:  # networks of before had the default one
-        was["net"] = {"process": DEFAULT} | was["net"]
+    was = untold | OLDER_SETTINGS | before | before["train"]
+    # Older runs did not write down what had no other value then.
+    was["net"] = {k: v for k, v in OLDER_NETS.items() if k in identity.net} | was["net"]
     for key, now in {**as_dict(identity), **settings}.items():
         if key not in MAY_CHANGE and was.get(key) not in (UNTOLD, now):
             raise UsageError(

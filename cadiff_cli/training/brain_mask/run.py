@@ -59,7 +59,7 @@ def train_mask(
         )
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
     net = new_net(
-        BrainNet, net_config or (None if init else BrainConfig()), init, config.seed, device
+        BrainNet, None if init else net_config or BrainConfig(), init, config.seed, device
     )
     if init:
         config = replace(config, coarse_steps=0)

@@ -73,6 +73,11 @@ def train(
     check_people(people, others, hold_out, init, net_config, parcellation)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
     trusted_less = [s for s in also if s.subject not in set(hold_out)]
+    if config.head_only and (init is None or recount_prior):
+        raise UsageError(
+            "head_only trains a head on the trunk and the prior of other weights",
+            "give --init, and leave out --recount-prior",
+        )
     fresh = NetConfig(n_classes=parcellation.n_classes)
     sizes = net_config or (None if init else fresh)
     net = new_net(CADiffNet, sizes, init, config.seed, device, CADiffNet.begin_with)
