@@ -1,4 +1,4 @@
-"""Where torch computes: which device, in which precision, with how much memory."""
+"""The device, precision and memory that torch computes with."""
 
 import logging
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name; ``auto`` is the GPU if there is one.  Absent ones raise ``UsageError``."""
+    """Choose a device by name; ``auto`` is the GPU if there is one.  Raises ``UsageError``."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -30,11 +30,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def usable_device(name: str) -> tuple[torch.device, str]:
-    """A device that computes, and the reason if ``auto`` falls back to the CPU, else an empty text.
+    """Choose a working device; return it and the reason if ``auto`` falls back to the CPU, or "".
 
-    A GPU may be too old for torch's kernels, or another process may own it.  The check takes a
-    share of the GPU's memory: call this only before using it.  Raises ``UsageError`` if the device
-    that was asked for does not work.
+    A GPU may be too old for torch's kernels, or another process may own it.  The check uses
+    some of the GPU's memory: call this only before using it.  Raises ``UsageError`` if a named
+    device does not work.
     """
     device = pick_device(name)
     if device.type == "cpu":
@@ -42,11 +42,11 @@ def usable_device(name: str) -> tuple[torch.device, str]:
     try:
         torch.ones(1, device=device).add_(1).item()
     except (RuntimeError, AssertionError) as error:
-        trouble = f"{device} cannot be used: {str(error).strip().splitlines()[0]}"
+        problem = f"{device} cannot be used: {str(error).strip().splitlines()[0]}"
         if name != "auto":
-            raise UsageError(trouble, "use --device cpu") from error
-        log.warning("%s; the CPU is used instead", trouble)
-        return torch.device("cpu"), trouble
+            raise UsageError(problem, "use --device cpu") from error
+        log.warning("%s; the CPU is used instead", problem)
+        return torch.device("cpu"), problem
     return device, ""
 
 
@@ -60,7 +60,7 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Matrix products and convolutions in the device's ``precision``."""
+    """Compute matrix products and convolutions in the device's ``precision``."""
     enabled = precision(device) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -68,7 +68,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def free_bytes(device: torch.device) -> int:
     """Free memory of the GPU, or of the machine."""
     if device.type == "cuda":
-        # Torch can reuse its cache, which the driver counts as taken.
+        # Torch can reuse its cache, which the driver counts as used.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     return machine.free_memory_bytes()
@@ -86,6 +86,6 @@ def enough_memory(remedy: str = "use a smaller --tile, or --device cpu") -> Iter
 
 
 def is_short_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch then raises a ``RuntimeError``, and only its text tells."""
+    """Whether memory ran out: only the text of torch's ``RuntimeError`` shows it."""
     texts = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

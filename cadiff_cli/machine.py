@@ -1,4 +1,4 @@
-"""What this machine, or the container or job we live in, has to offer."""
+"""Processors, memory and home folder of this machine, container or job."""
 
 import os
 import tempfile
@@ -6,18 +6,18 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
-"""By which ANTs is told how many threads to use."""
+"""Environment variable of ANTs' number of threads."""
 MEMBERSHIP = Path("/proc/self/cgroup")
 THREADS = "OMP_NUM_THREADS"
-"""By which a user tells torch, numpy and their like how many threads to use."""
+"""Environment variable of the user's number of threads for torch, numpy and others."""
 THREAD_VARIABLES = (THREADS, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def share_cores() -> None:
-    """Keep libraries that are imported from now on to ``cores()``, unless the user set a number.
+    """Limit libraries imported from now on to ``cores()`` threads, unless the user set a number.
 
-    They see the processors of the host, but not the quota of a container.  Without a quota their
-    own choice stands: some take one thread for the two that a core of two threads offers.
+    They see the processors of the host, but not the quota of a container.  Without a quota they
+    choose for themselves: some use one thread per core of two hardware threads.
     """
     if THREADS not in os.environ and cores() < _processors():
         for name, value in thread_variables(cores()).items():
@@ -25,28 +25,28 @@ def share_cores() -> None:
 
 
 def thread_variables(threads: int) -> dict[str, str]:
-    """The environment of a process whose libraries are to use so many threads."""
+    """Environment variables that limit libraries to a number of ``threads``."""
     return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def cores() -> int:
-    """Processors that this process may use: whole ones of a quota, at least one."""
-    found = [_processors()]
+    """Number of processors that this process may use: a quota is rounded down, but at least 1."""
+    limits = [_processors()]
     for group in _groups("cpu"):  # docker run --cpus 2, a SLURM job
         quota, period = _numbers(group, "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")
         if quota and period:
-            found.append(quota // period)
-    return max(1, min(found))
+            limits.append(quota // period)
+    return max(1, min(limits))
 
 
 def _processors() -> int:
-    """Those that this process may run on, whichever part of their time is its own."""
+    """Number of processors that this process may run on, regardless of a quota of their time."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return allowed or 1
 
 
 def free_memory_bytes() -> int:
-    """Memory that can be had now, within the control group."""
+    """Memory that is available now, within the limit of the control group."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
@@ -67,19 +67,19 @@ def _groups(controller: str) -> list[Path]:
         lines = MEMBERSHIP.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
-    found = []
+    groups = []
     for line in lines:
         _, controllers, inner = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         root = CGROUP / controller if controllers else CGROUP
         here = root / inner.strip("/")
-        found += [here, *(above for above in here.parents if above.is_relative_to(root))]
-    return found
+        groups += [here, *(above for above in here.parents if above.is_relative_to(root))]
+    return groups
 
 
 def _numbers(group: Path, version_2: str, *version_1: str) -> list[int | None]:
-    """What a control group's files say, one number for each of version 1's; None is no limit."""
+    """The numbers in a control group's files, one for each of version 1's; None is no limit."""
     try:
         words = (group / version_2).read_text(encoding="ascii").split()
     except (OSError, ValueError):
@@ -91,7 +91,7 @@ def _numbers(group: Path, version_2: str, *version_1: str) -> list[int | None]:
 
 
 def _cached(group: Path) -> int:
-    """Bytes of files that the kernel keeps in a group's memory, and gives back when asked."""
+    """Bytes of cached files in a group's memory, which the kernel frees on demand."""
     try:
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
         return int(dict(line.split() for line in lines)["inactive_file"])
@@ -100,13 +100,13 @@ def _cached(group: Path) -> int:
 
 
 def without_home(text: str) -> str:
-    """``text`` with ``~`` for the user's home: where somebody lives is nobody's business."""
+    """Replace the user's home by ``~`` in ``text``, which others may read."""
     here = str(home())
     return text if here == "/" else text.replace(f"{here}/", "~/")
 
 
 def home() -> Path:
-    """The user's home; a temporary folder for one without a home, as in a container."""
+    """The user's home; a temporary folder for a user without one, as in a container."""
     try:
         return Path.home()
     except RuntimeError:

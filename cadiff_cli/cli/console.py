@@ -1,4 +1,4 @@
-"""A person's view of a run: lines as scans end, tables when all have ended."""
+"""Output for people: a line when a scan ends, tables when all have ended."""
 
 import logging
 import time
@@ -21,9 +21,9 @@ from cadiff_cli.runner.participants import Summary
 
 
 class ScanConsole:
-    """A ``Watcher`` of one scan: a line per stage, and at the end its warnings again.
+    """A ``Watcher`` of one scan: a line per stage, and at the end all warnings again.
 
-    ``verbosity`` is -1 for warnings and errors alone; 0 shows stages in a terminal only.
+    ``verbosity`` -1 shows only warnings and errors; 0 shows stages too, but only in a terminal.
     """
 
     def __init__(self, t1: Path, out: Path, verbosity: int = 0) -> None:
@@ -37,14 +37,14 @@ class ScanConsole:
         self.begun: float | None = None
 
     def stage(self, name: str) -> None:
-        """Print a stage and the seconds until it; before the first one, which scan it is."""
+        """Print a stage and the seconds until it; before the first one, the scan's name."""
         if self.begun is None:
             self.begun = time.perf_counter()
             self._print(f"[bold]cadiff {cadiff_cli.__version__}[/]  {escape(self.t1.name)}")
         self._print(f"  {self._seconds:6.1f} s  {name}")
 
     def done(self, result: Result) -> None:
-        """Print where the results are, and everything to look at."""
+        """Print the folder of the results, and all warnings."""
         self._print(f"  {self._seconds:6.1f} s  done: {escape(str(self.folder))}")
         self._print(f"            {result.prepared.stripped.summary}")
         for text in texts(result.notes):
@@ -96,7 +96,7 @@ class RunConsole:
         self.console.print(f"{counts or 'nothing to do'}: {escape(str(summary.out))}")
 
     def group(self, group: Group, expected: int) -> None:
-        """Print where the table is, and how many of the ``expected`` scans it holds."""
+        """Print the table's path, and the number of ``expected`` scans that it holds."""
         self.console.print(f"{len(group.scans)} of {expected} scans: {escape(str(group.path))}")
 
     def _table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -50,12 +50,12 @@ def command(
     """Score PREDICTION against REFERENCE: two label maps, or two folders of them.
 
     In folders (cadiff's output against a BIDS-like tree), *_dseg images are paired by sub, ses,
-    run, acq...  Both must lie on one grid.
+    run, acq...  Both must have the same grid.
 
-    The headline is the foreground mean: over structures (background is not included), then over
-    scans.  A structure missing on one side counts Dice 0 and NSD 0, and is left out of the mean
-    HD95; missing on both sides, it is left out altogether, and so is what no id of the references
-    means.
+    The headline is the foreground mean: over structures (without background), then over scans.  A
+    structure missing on one side counts Dice 0 and NSD 0, and is left out of the mean HD95.  Left
+    out of all means are structures missing on both sides, and structures without an id in the
+    references' scheme.
     """
     import logging
 
@@ -72,7 +72,7 @@ def command(
     scheme = load_scheme(reference_labels, parcellation)
 
     def mapping(path: Path) -> Mapping[int, int]:
-        """Ids of a reference; one that cadiff wrote may be of a finer parcellation."""
+        """Map a reference's ids; one that cadiff wrote may have a finer parcellation."""
         if reference_labels == OWN:
             return parcellation_of(path).mapping_to(parcellation)
         return scheme

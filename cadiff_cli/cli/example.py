@@ -1,4 +1,4 @@
-"""``cadiff example``: a scan to try cadiff on, without a network."""
+"""``cadiff example``: write a scan to try cadiff with, without internet."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import click
 @click.command(name="example", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder.")
 def command(out: Path) -> None:
-    """Write sub-MNI152_T1w.nii.gz, the MNI152 brain that nilearn carries in its package."""
+    """Write sub-MNI152_T1w.nii.gz, the MNI152 brain of the nilearn package."""
     import numpy as np
 
     from cadiff_cli.io.images import save_volume

@@ -1,4 +1,4 @@
-"""``cadiff fuse``: the classical baseline, labels by the vote of registered people."""
+"""``cadiff fuse``: the classical baseline, labels by the vote of registered people's scans."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cadiff_cli.products import Stripped
 
 SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
-"""What a vote is called in file names."""
+"""A vote's name in file names."""
 
 
 @click.command(name="fuse", context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,7 +30,7 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
     "drawn",
     default="cadiff40",
     show_default=True,
-    help="What is drawn: a shipped name, or a TSV.",
+    help="Parcellation to draw: a shipped name, or a TSV.",
 )
 @click.option(
     "--labels",
@@ -73,8 +73,8 @@ def command(
 ) -> None:
     """Label T1, a skull-stripped scan, by multi-atlas label fusion.
 
-    Every person of the atlases but the one in T1 (known by the subject label) is registered to it
-    and votes with one scan.  Writes a dseg on T1's own grid with the parcellation's codes.
+    Every person of the atlases, except T1's own subject (by label), is registered to T1 and votes
+    with one scan.  Writes a dseg on T1's own grid with the parcellation's codes.
     """
     import logging
     import tempfile
@@ -107,9 +107,9 @@ def command(
 
 
 def _name(vote: str, parcellation: "Parcellation") -> str:
-    """``seg-`` names a parcellation, so that ``parcellation_of`` finds its table; or else the vote.
+    """Name of the label map; its ``seg-`` leads ``parcellation_of`` to the parcellation.
 
-    A vote for ``BASE``, whose codes are the default, goes by its own name alone.
+    For ``BASE``, the default parcellation, ``seg-`` names the vote.
     """
     from cadiff_cli.labels.parcellation import BASE
 
@@ -119,7 +119,7 @@ def _name(vote: str, parcellation: "Parcellation") -> str:
 
 
 def _claim(out: Path, path: Path, overwrite: bool) -> None:
-    """Make sure before the long work that ``path`` can be written and nothing is lost by it."""
+    """Check before the long work that ``path`` can be written without losing a file."""
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.bids.description import refuse_foreign
     from cadiff_cli.io.files import check_writable
@@ -138,7 +138,7 @@ def _save(
     config: "Config",
     parcellation: "Parcellation",
 ) -> None:
-    """The label map, and last the sidecar that says what made it."""
+    """Write the label map, and last its sidecar."""
     import cadiff_cli
     from cadiff_cli.config import as_dict
     from cadiff_cli.fusion import BETA, RADIUS, SEARCH

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: bool) -> None:
     """Find the brain in a T1-weighted head.
 
-    Writes the mask and the stripped image on the scan's own grid, with a sidecar that says how good
-    the mask looks, and prints the mask's path. What was done is said on standard error.
+    Writes the mask and the stripped image on the scan's own grid, with a sidecar on the quality of
+    the mask, and prints the mask's path. The method is reported on standard error.
     """
     import logging
     from tempfile import TemporaryDirectory
@@ -69,7 +69,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
 
 
 def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template | None":
-    """What the scan is stripped by, if a template it is."""
+    """The template that strips the scan; None for other methods."""
     from cadiff_cli.io.releases import strip_weights_sha256
     from cadiff_cli.io.templates import PREFERRED, load_template
     from cadiff_cli.stages.strip import stripped_brain, winsorized

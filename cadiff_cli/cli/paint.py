@@ -1,4 +1,4 @@
-"""``cadiff paint``: scans to train on, from label maps alone."""
+"""``cadiff paint``: make scans for training from label maps alone."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import click
 def command(label_maps: Path, out: Path, seed: int) -> None:
     """Paint a T1-weighted brain for every label map in the folder LABEL_MAPS.
 
-    Label maps hold FreeSurfer's codes, and 500 to 999 for what is around the brain, if anything is.
+    Label maps hold FreeSurfer's codes, and optionally 500 to 999 for tissue around the brain.
     OUT is what `cadiff train synth OUT --labels synthseg` trains on.
     """
     from cadiff_cli.training.paint import paint_dataset

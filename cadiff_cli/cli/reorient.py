@@ -1,4 +1,4 @@
-"""``cadiff reorient``: the same voxels under a header that says how they lie."""
+"""``cadiff reorient``: the same voxels under a header with the correct orientation."""
 
 from pathlib import Path
 
@@ -11,16 +11,15 @@ import click
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="File to write (NIfTI)."
 )
 @click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
-    """Mend a header that says wrongly how a scan lies.
+    """Correct the orientation in a scan's header.
 
     Compares the brain with a template in all 24 rotations, and writes a copy with the same voxels
-    and a header that fits. Left and right cannot be seen in an image: if the array was mirrored
-    and not only turned, they stay exchanged. Check them by a marker, or with the scanner's own
-    files.
+    and a correct header. An image does not show left and right: if the array was mirrored, and not
+    only rotated, they stay exchanged. Check them by a marker, or with the scanner's own files.
 
-    Writes nothing where the header fits already.
+    Writes nothing if the header is correct already.
     """
     from tempfile import TemporaryDirectory
 

@@ -1,4 +1,4 @@
-"""``cadiff report``: pages from finished results, with neither network nor torch."""
+"""``cadiff report``: pages from finished results, without internet and torch."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ import click
     help="The scan, or a folder that holds the scans [where OUT's dataset_description.json says].",
 )
 def command(out: Path, scans: Path | None) -> int:
-    """Rebuild the page of every finished result in OUT, and group.html where there are several.
+    """Rebuild the page of every finished result in OUT, and group.html if there are several.
 
-    Pages show the scan itself where it is found (known by its SHA-256), else only its brain.
+    Pages show the scan itself if it is found (by its SHA-256), else only its brain.
     """
     from cadiff_cli.cli.console import RunConsole
     from cadiff_cli.report.group import PATH, write_group_page
@@ -25,9 +25,9 @@ def command(out: Path, scans: Path | None) -> int:
 
     out = out.absolute()
     code = scan_pages(out, scans, RunConsole())
-    known = known_scans(out)
-    if len(known) > 1:
-        group = collect(out, known)
+    names = known_scans(out)
+    if len(names) > 1:
+        group = collect(out, names)
         click.echo(write_group_page(out, group))
     else:
         remove(out / PATH)

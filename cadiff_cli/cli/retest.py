@@ -32,14 +32,15 @@ COLUMNS = {
 def command(
     derivatives: Path, labels: str | None, tolerance: float, out: Path | None, overwrite: bool
 ) -> None:
-    """Test-retest reproducibility of a folder DERIVATIVES that cadiff wrote.
+    """Measure test-retest reproducibility in a folder DERIVATIVES that cadiff wrote.
 
-    Every subject with two or more scans (sessions or runs) is taken: each later scan is aligned
-    rigidly to the first, by their T1 images, and its labels are carried along.
+    Uses every subject with two or more scans (sessions or runs): each later T1 image is registered
+    rigidly to the first, and its labels are carried with it.
 
-    The volume difference is unsigned, in per cent of the mean of both volumes as they were
-    measured; Dice, NSD and HD95 are after alignment, whose interpolation costs a little.  The
-    headline is the mean over structures (background is not included), then over scans.
+    The volume difference is unsigned, in per cent of the mean of both volumes on
+    the scans' own grids; Dice, NSD and HD95 are measured after registration, and its interpolation
+    lowers them a little.  The headline is the mean over structures (without background), then over
+    scans.
     """
     from cadiff_cli.cli.scores import claim, progress, report
     from cadiff_cli.evaluation.pairing import retest_pairs

@@ -1,4 +1,4 @@
-"""Scores on the screen and in tables: what evaluate, retest and crossval share."""
+"""Print and write scores, for evaluate, retest and crossval."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def tables(out: Path, name: str) -> list[Path]:
-    """Where scores and the means of structures and scans are written."""
+    """Paths of the tables of scores, of structures' means and of scans' means."""
     return [out / f"{name}{part}.tsv" for part in ("", "_structures", "_scans")]
 
 
 def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
-    """Make sure, before anything costly, that the tables can be written and nothing is lost."""
+    """Check before the long work that the tables can be written without losing any."""
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.files import check_writable
 
@@ -22,13 +22,13 @@ def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
         return
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", "give a folder with -o")
-    if not overwrite and (there := [path for path in tables(out, name) if path.exists()]):
-        raise OutputError(f"{there[0]} is there already", "use --overwrite, or another folder")
+    if not overwrite and (existing := [path for path in tables(out, name) if path.exists()]):
+        raise OutputError(f"{existing[0]} is there already", "use --overwrite, or another folder")
     check_writable(out)
 
 
 def progress(pairs: Sequence[tuple[Path, Path]]) -> Iterable[tuple[Path, Path]]:
-    """The pairs, with a bar if someone is watching."""
+    """Iterate over the pairs, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 

@@ -1,6 +1,6 @@
-"""Files of any kind: replaced atomically, checked for room, read as text and tables, locked.
+"""Files: replace them atomically, check the disk, read and write text and tables, lock.
 
-Never touches an image.
+Images are read and written elsewhere.
 """
 
 import codecs
@@ -29,21 +29,21 @@ S = TypeVar("S", bound="DataclassInstance")
 log = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 50_000_000
-"""Less than one scan's results: refuse before the long work, not after it."""
+"""Below this there is no room for one scan's results: refuse before the long work."""
 
 NO_SPACE = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
 """Numbers of the errors of a full disk or quota; not every platform has quotas."""
 _FULL = {*NO_SPACE, errno.EIO}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""Errors of file systems without locks; only Linux gives the last two one number."""
+"""Errors of file systems without locks; only on Linux are the last two equal."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it to ``path`` when the block ends well.
+    """Give a temporary path beside ``path``; rename it to ``path`` when the block succeeds.
 
-    An earlier file stays untouched until then.  An error leaves nothing behind, a killed process
-    ``.NAME.*``.  Raises ``OutputError`` or ``DiskError``.
+    An earlier file stays untouched until then.  An error leaves no temporary file, a killed process
+    leaves ``.NAME.*``.  Raises ``OutputError`` or ``DiskError``.
     """
     suffix = "".join(path.suffixes[-2:])
     try:
@@ -55,7 +55,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with suppress(OSError):  # CIFS, NTFS and FUSE may know no modes
+        with suppress(OSError):  # CIFS, NTFS and FUSE may have no modes
             temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
             f"writing {path} failed ({error.strerror or error})", "check the folder and run again"
         ) from error
     finally:
-        with suppress(OSError):  # it has its new name; or a disk that has gone hides the error
+        with suppress(OSError):  # renamed already, or the disk is gone
             temporary.unlink()
 
 
@@ -82,7 +82,7 @@ def _unwritable(folder: Path, error: OSError) -> OutputError | DiskError:
 
 
 def remove_partial(path: Path) -> None:
-    """Remove temporary files that killed processes left of ``path``; no process may write it."""
+    """Remove temporary files of ``path`` left by killed processes; no process may write it now."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*"):
         temporary.unlink(missing_ok=True)
 
@@ -108,7 +108,7 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8; the file has either its old content or the new one, never a part.
+    """Write UTF-8; the file has either its old content or all of the new one.
 
     Bytes of file names that are not UTF-8 become escapes, which JSON reads back.
     """
@@ -132,7 +132,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None if the file is absent or holds none (another program half wrote it)."""
+    """Read a JSON object; None if the file is absent or holds none (perhaps half written)."""
     try:
         values = json.loads(read_text(path))
     except (OSError, ValueError):
@@ -147,7 +147,7 @@ def write_tsv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
 
 
 def _cell(value: object) -> str:
-    """BIDS knows no quoting: a cell holds neither tabs nor newlines."""
+    """The text of a cell, without tabs and newlines: BIDS tables have no quoting."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "n/a"
     return " ".join(str(value).split())
@@ -163,26 +163,26 @@ def sha256(path: Path) -> str:
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an exclusive lock on ``path``, which the kernel releases when the process ends.
 
-    Gives False if another process holds it and ``wait`` is not set.  On file systems without locks
+    Yields False if another process holds it and ``wait`` is not set.  On file systems without locks
     every caller succeeds; do not give two processes the same scan.
     """
     try:
         stream = path.open("a", encoding="ascii")
-    except PermissionError:  # a colleague's file, in a folder that we share
+    except PermissionError:  # a colleague's file in a shared folder
         stream = path.open(encoding="ascii")
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
+            has_lock = True
         except BlockingIOError:
-            mine = False
+            has_lock = False
         except OSError as error:
-            if error.errno == errno.EBADF:  # NFS locks only what one may write
+            if error.errno == errno.EBADF:  # NFS locks only writable files
                 raise OutputError(
                     f"{path} belongs to somebody else", "ask for the right to write it (umask 002)"
                 ) from error
             if error.errno not in _NO_LOCKS:
                 raise
             log.info("no locks on %s", path.parent)
-            mine = True
-        yield mine
+            has_lock = True
+        yield has_lock

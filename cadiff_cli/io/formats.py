@@ -1,4 +1,4 @@
-"""Kinds of files, told by first bytes and by name: which are images, and how to convert others."""
+"""Recognise kinds of files by first bytes and name; tell how to convert foreign ones."""
 
 import gzip
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cadiff_cli.errors import MissingInputError
 
 HEAD_BYTES = 1024
-"""Length of the beginning of a file that tells its kind."""
+"""Number of first bytes that identify the kind of a file."""
 GZIP = b"\x1f\x8b"
 Stream = gzip.GzipFile | BufferedReader
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh")
@@ -26,7 +26,7 @@ _POINTERS = (
 class _Format(NamedTuple):
     """A kind of file that cadiff does not read; ``signature`` is a pattern for its first bytes."""
 
-    what: str
+    kind: str
     signature: bytes
     suffixes: tuple[str, ...]
     remedy: str
@@ -108,21 +108,21 @@ def pointer(name: str, head: bytes) -> tuple[str, str] | None:
 def foreign(name: str, stem: str, head: bytes = b"") -> tuple[str, str] | None:
     """Message and remedy for a file that is not NIfTI or MGH; None if its kind is unknown.
 
-    The kind is told by the first bytes, else by the name.  The remedy converts it to NIfTI.
+    The first bytes decide, else the name.  The remedy converts the file to NIfTI.
     """
     by_content = (f for f in _FORMATS if re.match(f.signature, head, re.DOTALL))
     by_name = (f for f in _FORMATS if f.suffixes and name.lower().endswith(f.suffixes))
-    kind = next(by_content, None)
-    if kind is None or kind.what == "text":
-        kind = next(by_name, kind)
-    if kind is None:
+    format_ = next(by_content, None)
+    if format_ is None or format_.kind == "text":
+        format_ = next(by_name, format_)
+    if format_ is None:
         return None
-    remedy, proper_name = kind.remedy, name
-    if "{" in remedy and not name.lower().endswith(kind.suffixes):
-        # Tools go by names, and must not write over this file.
-        proper_name = f"{stem}{kind.suffixes[0]}"
+    remedy, proper_name = format_.remedy, name
+    if "{" in remedy and not name.lower().endswith(format_.suffixes):
+        # Tools decide by name, and must not overwrite this file.
+        proper_name = f"{stem}{format_.suffixes[0]}"
         remedy = f"rename it to {proper_name}, and {remedy}"
-    return f"{name} is {kind.what}", remedy.format(name=proper_name, stem=stem)
+    return f"{name} is {format_.kind}", remedy.format(name=proper_name, stem=stem)
 
 
 def stem(path: Path) -> str:
@@ -135,7 +135,7 @@ def stem(path: Path) -> str:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Stream]:
-    """The bytes of a file, decompressed if the first ones are those of gzip; names often lie."""
+    """Open a file's bytes, decompressed if they begin as gzip does; names are often wrong."""
     with path.open("rb") as file:
         is_packed = file.read(len(GZIP)) == GZIP
         file.seek(0)
@@ -159,14 +159,14 @@ def check_there(path: Path) -> None:
             )
         if not path.is_file():
             raise MissingInputError(f"{path} is a pipe or a device", "give one image file")
-    except OSError as error:  # a folder above it that may not be entered, a name too long
+    except OSError as error:  # a parent folder without permission, a name too long
         raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
     if not os.access(path, os.R_OK):
         raise MissingInputError(f"cannot read {path}", "check its permissions")
     try:
         with path.open("rb") as stream:
             reason = pointer(path.name, stream.read(HEAD_BYTES))
-    except OSError as error:  # a mount that has gone, a lease of another machine
+    except OSError as error:  # a lost mount, another machine's lease
         raise MissingInputError(f"cannot read {path} ({error.strerror})", "try again") from error
     if reason:
         raise MissingInputError(*reason)

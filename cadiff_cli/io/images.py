@@ -36,15 +36,15 @@ from cadiff_cli.spatial.grid import Grid, Volume, border_value
 from cadiff_cli.spatial.resample import check_same_grid
 
 MIN_EDGE_VOXELS = 8
-"""A scan with fewer voxels along an axis cannot hold a brain."""
+"""Least number of voxels along an axis: a smaller scan cannot hold a brain."""
 MIN_SPACING_MM = 0.2
-"""No scanner of people makes a finer voxel: a header in the wrong unit."""
+"""Smallest voxel edge: finer voxels of a person mean a header in the wrong unit."""
 MAX_SPACING_MM = 10.0
-"""A longer voxel tells nothing about the structures."""
+"""Largest voxel edge: longer voxels show no structures."""
 MIN_EDGE_MM = 60.0
-"""A field of view shorter than this does not hold a brain (an adult one is at least 90 mm high)."""
+"""Shortest edge of a field of view that can hold a brain (an adult's is at least 90 mm high)."""
 MAX_EDGE_MM = 1000.0
-"""A field of view longer than a person's head and shoulders is a header in the wrong unit."""
+"""Longest edge of a field of view: beyond head and shoulders the header's unit is wrong."""
 MAX_VOXELS = 600_000_000
 """More than a head at 0.25 mm; refuse before memory runs out.
 
@@ -52,9 +52,9 @@ Also the largest field of view in mm3.
 """
 
 ROUNDING_OF_FLOAT = 1e-7
-"""How much longer than 1 a quaternion may become when a header stores it as float32."""
+"""Largest excess over length 1 of a quaternion that a header stores as float32."""
 ROUNDING_OF_TEXT = 1e-3
-"""The same for a quaternion that was written with three decimals."""
+"""The same for a quaternion written with three decimals."""
 SAME_SIZE = 0.01
 """Largest relative difference between a header's two statements of a voxel's size."""
 
@@ -68,7 +68,7 @@ def load_volume(path: Path) -> Volume:
 
 
 class _Read(NamedTuple):
-    """An image, its header, and doubts about the file."""
+    """An image, its header, and notes on the file."""
 
     volume: Volume
     header: Any
@@ -91,7 +91,7 @@ def _read(path: Path) -> _Read:
                 f"at most {MAX_VOXELS:,} are supported: resample it",
             )
         grid = Grid(shape, header.get_best_affine())
-        # Not mapped: the file may change meanwhile.
+        # Read, not memory-mapped: the file may change meanwhile.
         data = np.asanyarray(ArrayProxy(stream, header, mmap=False)).reshape(shape)
         end = stream.tell()
         if isinstance(stream, gzip.GzipFile) and _has_junk(path, stream, end):
@@ -106,13 +106,13 @@ def _read(path: Path) -> _Read:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[Note]]]:
-    """The header of an image, its bytes, and doubts about the header.
+    """Open an image: its header, its bytes, and notes on the header.
 
-    Errors while it is read become ``DataError``.
+    Errors within the block become ``DataError``.
     """
     check_there(path)
     name = path.name
-    # nibabel describes header oddities on stderr; what matters is said here.
+    # nibabel prints header oddities on stderr; important ones become notes here.
     imageglobals.logger.setLevel(logging.CRITICAL)
     try:
         with unpacked(path) as stream:
@@ -129,7 +129,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[Note]]]:
 
 
 def _header_class(path: Path, head: bytes) -> Any:
-    """Nibabel's class for the header of an image that begins with ``head``."""
+    """Choose nibabel's header class for an image that begins with the bytes ``head``."""
     kinds = {
         nib.Nifti1Header: head[344:347] == b"n+1",
         nib.Nifti2Header: head[4:7] == b"n+2",
@@ -169,24 +169,24 @@ def _has_junk(path: Path, stream: gzip.GzipFile, end: int) -> bool:
 
 
 def _sound_bytes(path: Path) -> int:
-    """Unpacked size of the complete gzip members, with right checksums, that begin a file."""
+    """Unpacked size of the complete gzip members with correct checksums at the start of a file."""
     count, rest = 0, path.read_bytes()
     while rest.startswith(GZIP):
         member = zlib.decompressobj(zlib.MAX_WBITS | 16)
         try:
-            held = len(member.decompress(rest))
+            size = len(member.decompress(rest))
         except zlib.error:
             break
         if not member.eof:
             break
-        count, rest = count + held, member.unused_data
+        count, rest = count + size, member.unused_data
     return count
 
 
 def _unit_quaternion(header: Any, name: str) -> list[Note]:
     """Scale a qform's quaternion that is longer than 1 to a rotation, as ITK does.
 
-    nibabel would refuse it.  Returns a warning, unless the excess is only a rounding error.
+    nibabel would refuse it.  Returns a note, unless the excess is only a rounding error.
     """
     if not isinstance(header, nib.Nifti1Header) or not header["qform_code"]:
         return []
@@ -198,15 +198,15 @@ def _unit_quaternion(header: Any, name: str) -> list[Note]:
         header[key] = header[key] / length
     if length < 1 + ROUNDING_OF_TEXT:
         return []
-    believed = "sform is believed" if header["sform_code"] else "it was scaled to 1"
-    text = f"the qform of {name} is no rotation (its quaternion is {length:.3g} long): {believed}"
+    remedy = "sform is believed" if header["sform_code"] else "it was scaled to 1"
+    text = f"the qform of {name} is no rotation (its quaternion is {length:.3g} long): {remedy}"
     return [Note(NoteCode.HEADER_ORIENTATION, text)]
 
 
 def load_scan(path: Path) -> Scan:
     """Read a T1-weighted scan and check that it can hold a brain.
 
-    NaN and infinite voxels (some tools mark the background so) become 0, with a warning.  Raises
+    NaN and infinite voxels (some tools mark background with them) become 0, with a note.  Raises
     ``UnsuitableError`` for readable images that cannot be segmented, and the errors of
     ``load_volume``.
     """
@@ -245,7 +245,7 @@ def load_scan(path: Path) -> Scan:
 
 
 def _check_extent(grid: Grid, name: str) -> None:
-    """Raise ``UnsuitableError`` unless a head fits into the field of view, and its voxels."""
+    """Raise ``UnsuitableError`` unless field of view and voxel size suit a head."""
     edges_mm = np.array(grid.shape) * grid.spacing_mm
     described = f"{'x'.join(map(str, grid.shape))} voxels of {np.round(grid.spacing_mm, 2)} mm"
     if min(grid.shape) < MIN_EDGE_VOXELS:
@@ -300,11 +300,11 @@ def _frame_notes(header: Any, name: str) -> list[Note]:
                 f" ({ours} and {theirs}): sform is believed"
             )
             notes.append(Note(NoteCode.HEADER_ORIENTATION, text))
-    said, used = np.array(header.get_zooms()[:3]), voxel_sizes(header.get_best_affine())
-    if (abs(used / said - 1) > SAME_SIZE).any():
+    pixdim, sizes = np.array(header.get_zooms()[:3]), voxel_sizes(header.get_best_affine())
+    if (abs(sizes / pixdim - 1) > SAME_SIZE).any():
         text = (
-            f"voxels of {name} are {np.round(said, 3).tolist()} mm by its pixdim and"
-            f" {np.round(used, 3).tolist()} mm by its sform, which is believed: volumes follow it"
+            f"voxels of {name} are {np.round(pixdim, 3).tolist()} mm by its pixdim and"
+            f" {np.round(sizes, 3).tolist()} mm by its sform, which is believed: volumes follow it"
         )
         notes.append(Note(NoteCode.HEADER_SIZES, text))
     return notes
@@ -316,7 +316,7 @@ def save_volume(
     """Write ``data`` ((X, Y, Z) or (X, Y, Z, n)) as NIfTI, atomically.
 
     ``like``: an image on the same grid whose header (qform and sform with their codes, units) is
-    kept; data type, scaling and display range are set anew.  ``code`` names the world of a new
+    kept; data type, scaling and display range are reset.  ``code`` names the world of a new
     header (NIfTI's ``scanner``, ``mni``...).
     """
     header = None
@@ -335,7 +335,7 @@ def save_volume(
         header["pixdim"][4:] = 1
         header.set_slope_inter(1, 0)
         affine = None  # the header's own qform and sform, bit for bit
-    # NIfTI has neither booleans nor half precision; the latter is converted while it is written.
+    # NIfTI has neither bool nor float16; nibabel converts float16 while it writes.
     data = data.view(np.uint8) if data.dtype == bool else data
     dtype = np.dtype(np.float32) if data.dtype == np.float16 else data.dtype
     klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -363,9 +363,9 @@ _STALE = [
 
 
 def given_mask(path: Path, scan: Scan) -> Volume:
-    """A user's brain mask (bool) on the scan's own grid.
+    """Read a user's brain mask (bool) on the scan's own grid.
 
-    Raises ``DataError`` if it lies elsewhere or is empty.
+    Raises ``DataError`` if it has another grid or is empty.
     """
     mask = load_volume(path)
     check_same_grid(path.name, mask.grid, scan.path.name, scan.t1.grid)

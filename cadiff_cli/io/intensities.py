@@ -1,4 +1,4 @@
-"""Voxel values of a scan: which are usable, which are padding, and whether they are a CT's."""
+"""Voxel values of a scan: find unusable ones and padding, and recognise a CT."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.spatial.grid import border_value
 
 LARGEST = 1e15
-"""No scanner writes larger intensities, and float32 cannot hold their squares' sum."""
+"""Larger intensities come from no scanner, and float32 cannot hold the sum of their squares."""
 AIR_HU = -500.0
-"""Hounsfield units of air, and of the corners outside the scanned circle, lie below this."""
+"""Air, and the corners outside the scanned circle, have fewer Hounsfield units than this."""
 LEAST_FAT = 0.03
-"""Least share of fat in a CT's voxels without air; a head has three times as much."""
+"""Least share of fat in a CT's voxels, not counting air; a head has three times as much."""
 LEAST_CORNERS = 4
 """Padding covers at least this many of the eight corners of an image."""
 MIXED = 0.02
@@ -28,19 +28,19 @@ def finite(data: np.ndarray) -> np.ndarray:
 
 
 def usable(data: np.ndarray) -> np.ndarray:
-    """Mask of the values that can be squared and summed (bool): finite, and no absurd size."""
+    """Mask (bool) of values that can be squared and summed: finite and below ``LARGEST``."""
     return np.asarray(np.isfinite(data) & (abs(data) < LARGEST))
 
 
 def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[Note]]:
-    """``data`` with air in place of padding, and warnings that tell it.
+    """Replace padding by air; return the data and a note on the padding, if any.
 
     Padding is a constant far from all other values: tools that turn or enlarge a field of view fill
-    its corners, often with -1000.  Interpolation leaves mixtures of pad and air between the two.
+    its corners, often with -1000.  Interpolation leaves mixtures of padding and air between them.
     """
     values, counts = np.unique(data[np.ix_([0, -1], [0, -1], [0, -1])], return_counts=True)
     pad = float(values[counts.argmax()])
-    if pad == 0 or counts.max() < LEAST_CORNERS:  # 0 is everybody's air
+    if pad == 0 or counts.max() < LEAST_CORNERS:  # 0 is air already
         return data, []
     low, high = (float(v) for v in np.quantile(data[data != pad], [MIXED, 1 - MIXED]))
     reach = FAR * (high - low)
@@ -58,10 +58,10 @@ def without_padding(data: np.ndarray, name: str) -> tuple[np.ndarray, list[Note]
 
 
 def is_ct(data: np.ndarray, plain: np.ndarray) -> bool:
-    """Whether an image is a CT in Hounsfield units; ``plain`` is the same ``without_padding``.
+    """Whether an image is a CT in Hounsfield units; ``plain`` is the image ``without_padding``.
 
     Air has -1000, the corners outside the scanned circle less; fat has -100, a brain alone 0 to 60.
-    Padded MR has no such values between pad and 0.
+    Padded MR has no values like fat between the padding and 0.
     """
     if not border_value(data) < AIR_HU < np.percentile(data, 99):
         return False

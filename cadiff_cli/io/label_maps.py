@@ -1,4 +1,4 @@
-"""Label maps on disk: ids that are checked, and turned into classes."""
+"""Read label maps: check their ids, and turn them into classes."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from cadiff_cli.spatial.grid import Volume
 log = logging.getLogger(__name__)
 
 ROUNDING = 1e-3
-"""How far from a whole number an id may lie: header scaling leaves as much."""
+"""Largest distance of an id from a whole number: header scaling causes such errors."""
 
 
 def load_classes(
@@ -23,12 +23,12 @@ def load_classes(
 ) -> Volume:
     """Read a label map and turn its ids into classes (``Parcellation.dtype``).
 
-    ``mapping`` must know every id.  In a foreign map, whose ids the command line's ``option``
-    explains, it must know at least one; the others become background, which is said.  Raises
-    ``DataError``.
+    ``mapping`` must hold every id.  For a foreign map, whose scheme of ids the command line's
+    ``option`` names, it must hold at least one; other ids become background, with a warning.
+    Raises ``DataError``.
     """
-    volume, found = load_ids(path)
-    ids = found - {0}
+    volume, stored = load_ids(path)
+    ids = stored - {0}
     unknown = sorted(ids - set(mapping))
     if option and len(unknown) == len(ids):
         raise DataError(
@@ -46,9 +46,9 @@ def load_classes(
 
 
 def load_ids(path: Path) -> tuple[Volume, set[int]]:
-    """A label map as it is stored, and the ids it holds.
+    """Read a label map as it is stored, and the set of its ids.
 
-    Raises ``DataError`` for values that are no ids, and what ``load_volume`` raises.
+    Raises ``DataError`` for values that are no ids, and the errors of ``load_volume``.
     """
     volume = load_volume(path)
     values = np.unique(volume.data).astype(np.float64)
@@ -62,5 +62,5 @@ def load_ids(path: Path) -> tuple[Volume, set[int]]:
 
 @cache
 def say_once(text: str) -> None:
-    """Warn; what is wrong with one label map of a dataset is wrong with most."""
+    """Warn once per text: most label maps of a dataset have the same fault."""
     log.warning(text)

@@ -1,4 +1,4 @@
-"""The volume table: every structure of a result, the aggregates, and what Dice to expect."""
+"""The volume table: the structures of a result with their expected Dice, and the aggregates."""
 
 import csv
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ AGGREGATES = {
 class Row:
     """A line of the volume table; aggregates have no ``code``.
 
-    ``mm3`` is None where the network never draws the structure, ``expected_dice`` where a structure
-    is absent, ``usual_dice`` where it was not measured, ``sd_mm3`` where one sample was drawn.
+    ``mm3`` is None if the network never draws the structure, ``expected_dice`` if the structure is
+    absent, ``usual_dice`` if it was not measured, ``sd_mm3`` if only one sample was drawn.
     """
 
     code: int | None
@@ -37,12 +37,11 @@ class Row:
 def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the volume table: every structure, then the aggregates.
 
-    Values that there are none of are left out: the volumes too of structures that the network never
-    draws.
+    Missing values are left out; structures that the network never draws have no volume either.
     """
-    made, volumes = result.segmentation, result.volumes_mm3
-    parcellation, calibrate = made.parcellation, result.calibration
-    taught = result.model.structures
+    segmentation, volumes = result.segmentation, result.volumes_mm3
+    parcellation, calibrate = segmentation.parcellation, result.calibration
+    drawable = result.model.structures
     brain = sum(volumes[s.code] for s in parcellation.structures if s.is_tissue)
     csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
     mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
@@ -52,13 +51,13 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         return {"name": name, "volume-mm3": f"{mm3:.3f}", "percent-brain": share, **values}
 
     for s in parcellation.structures:
-        if s.code not in taught and not volumes[s.code]:
+        if s.code not in drawable and not volumes[s.code]:
             yield {"name": s.name, "index": s.code, "abbreviation": s.abbreviation}
             continue
         measured = {"usual-dice": calibrate.usual.get(s.name) if calibrate else None}
-        if (raw := made.expected_dice.get(s.code)) is not None:
+        if (raw := segmentation.expected_dice.get(s.code)) is not None:
             measured["expected-dice"] = calibrate(s.name, raw) if calibrate else raw
-        measured["volume-sd-mm3"] = made.volume_sd_mm3.get(s.code)
+        measured["volume-sd-mm3"] = segmentation.volume_sd_mm3.get(s.code)
         shown = {key: f"{x:.3f}" for key, x in measured.items() if x is not None}
         yield row(s.name, volumes[s.code], index=s.code, abbreviation=s.abbreviation, **shown)
     for name, mm3 in zip(AGGREGATES, (brain, brain - csf, mask), strict=True):
@@ -66,18 +65,18 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
 
 
 def about_expected_dice(result: Result) -> dict[str, Any]:
-    """What the column ``expected-dice`` holds."""
-    found = result.calibration
+    """The sidecar's description of the column ``expected-dice``."""
+    calibration = result.calibration
     return {
         "Description": "Dice to expect, from the probabilities of the network"
-        + (", calibrated to true Dice" if found else "; not calibrated for these weights"),
-        "Calibrated": found is not None,
-        **({"MeasuredOn": found.people} if found else {}),
+        + (", calibrated to true Dice" if calibration else "; not calibrated for these weights"),
+        "Calibrated": calibration is not None,
+        **({"MeasuredOn": calibration.people} if calibration else {}),
     }
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
-    """The rows of a volume table.  Raises ``DataError`` if it is not one."""
+    """Read the rows of a volume table.  Raises ``DataError`` if the file is none."""
     try:
         with path.open(encoding="utf-8-sig") as stream:
             return tuple(

@@ -1,4 +1,4 @@
-"""Cross-validation over people: the paper trains three times and scores everyone once."""
+"""Cross-validation over people: the paper trains three times and scores each person once."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def folds(subjects: Iterable[str], n: int, seed: int = 0) -> list[list[str]]:
-    """Split the people into ``n`` groups of nearly equal size; each counts once."""
+    """Split the people into ``n`` groups of nearly equal size; each person is in one group."""
     people = sorted(set(subjects))
     if len(people) < 2:
         raise UsageError("there is one person only", "cross-validation needs two or more")
@@ -38,9 +38,9 @@ def folds(subjects: Iterable[str], n: int, seed: int = 0) -> list[list[str]]:
     return [sorted(people[i] for i in order[k::n]) for k in range(n)]
 
 
-def check_folds(wanted: Iterable[int], n: int) -> None:
-    """Raise ``UsageError`` for folds that are not there."""
-    if unknown := sorted(set(wanted) - set(range(1, n + 1))):
+def check_folds(numbers: Iterable[int], n: int) -> None:
+    """Raise ``UsageError`` for folds that do not exist."""
+    if unknown := sorted(set(numbers) - set(range(1, n + 1))):
         raise UsageError(f"there is no fold {unknown}", f"folds are numbered 1 to {n}")
 
 
@@ -66,11 +66,11 @@ def cross_validate(
     workers: int = 0,
     max_minutes: float = math.inf,
 ) -> list[Score]:
-    """Train on all folds but one, segment that one, and so on; every scan is scored once.
+    """For each fold, train on the others and segment it; every scan is scored once.
 
-    Fold k (from 1) lives in ``run/fold-k``; one that is finished is not trained again.  ``only``
-    runs some of them.  Scores are taken on the 1 mm crop that the network sees.  A fold that runs
-    out of ``max_minutes``, or is interrupted, ends it all with a ``CadiffError``.
+    Fold k (from 1) is stored in ``run/fold-k``; a finished fold is not trained again.  ``only``
+    selects folds.  Scores are measured on the network's 1 mm crop.  Raises ``CadiffError`` if a
+    fold runs out of ``max_minutes`` or is interrupted.
 
     ``parcellation`` is that of the samples' classes (None: ``BASE``); its ``headline`` is scored.
     """
@@ -113,11 +113,11 @@ def cross_validate(
             classes = segment_sample(model.net, sample, parcellation, sampling, device)
             predicted = Volume(classes, grid)
             reference = Volume(sample.classes, grid)
-            known = {
+            scored = {
                 parcellation.structures[k - 1].name
                 for k in sample.scored(parcellation.subset(subset))
             }
-            found = score_classes(sample.name, predicted, reference, parcellation, subset)
-            scores += [score for score in found if score.structure in known]
+            rows = score_classes(sample.name, predicted, reference, parcellation, subset)
+            scores += [score for score in rows if score.structure in scored]
     write_text(run / "folds.json", json.dumps(split, indent=2) + "\n")
     return scores

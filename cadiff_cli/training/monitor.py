@@ -1,4 +1,4 @@
-"""Watch a run: TensorBoard curves, Dice on held-out scans, and a picture of one of them."""
+"""Monitor a training: TensorBoard curves, Dice of held-out scans, and a picture of one."""
 
 import csv
 import logging
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class RunMonitor:
     """Writes ``validation.tsv``, ``validation/*.png`` and TensorBoard events into ``folder``.
 
-    Every ``minutes`` the averaged network segments one of ``held_out`` after the other, from its
-    cached conditions, and is scored at 1 mm.  TensorBoard is optional: without it there are no
+    Every ``minutes`` the averaged network segments the next scan of ``held_out``, from its cached
+    conditions, and is scored at 1 mm.  TensorBoard is optional: without it there are no
     curves.
     """
 
@@ -85,7 +85,7 @@ class RunMonitor:
         return score
 
     def close(self) -> None:
-        """Flush what TensorBoard still holds."""
+        """Close TensorBoard, which writes its last events."""
         if self.board:
             self.board.close()
 
@@ -106,7 +106,7 @@ def segment_sample(
     config: SampleConfig,
     device: str = "auto",
 ) -> np.ndarray:
-    """Classes (X, Y, Z) of a cached scan on its 1 mm crop, by the code of inference."""
+    """Segment a cached scan with the code of inference: classes (X, Y, Z) on its 1 mm crop."""
     conditions = sample_conditions(sample)
     model = Model(net, parcellation=parcellation)
     p, _ = class_probabilities(conditions, model, config, device_name=device)
@@ -114,7 +114,7 @@ def segment_sample(
 
 
 def sample_conditions(sample: Sample) -> Conditions:
-    """A cached scan as inference sees it; the field is the mean of its templates' fields."""
+    """The network's input of a cached scan; the field is the mean of its templates' fields."""
     shape = sample.image.shape
     grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
     stored = torch.from_numpy(sample_field(sample))[None]
@@ -139,8 +139,8 @@ def overlay(sample: Sample, predicted: np.ndarray, parcellation: Parcellation) -
             grey = np.rot90(np.take(sample.image, size // 2, axis=axis))
             tile = np.repeat(grey[..., None].astype(np.float64), 3, axis=2)
             if labels is not None:
-                inked = colours[np.rot90(np.take(labels, size // 2, axis=axis))]
-                tile = np.where(inked.any(axis=2, keepdims=True), 0.5 * tile + 0.5 * inked, tile)
+                ink = colours[np.rot90(np.take(labels, size // 2, axis=axis))]
+                tile = np.where(ink.any(axis=2, keepdims=True), 0.5 * tile + 0.5 * ink, tile)
             tiles.append(tile)
         height = max(t.shape[0] for t in tiles)
         rows.append(

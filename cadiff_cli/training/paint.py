@@ -1,4 +1,4 @@
-"""T1-weighted brains painted from label maps: scans to learn from where there are none.
+"""Paint T1-weighted brains from label maps, to train on label maps without scans.
 
 A painted brain looks enough like a T1-weighted image to be registered to a template; training then
 gives its structures other contrasts, patch by patch (``training/segmenter/synthesis``).
@@ -52,17 +52,17 @@ T1_BRIGHTNESS: Mapping[int, float] = {
     631: 0.52,
     632: 0.52,
 }
-"""Brightness in a T1-weighted image, of 1, by the code of the left or unpaired structure: the usual
-order of tissues, read off no scan."""
+"""Brightness (0 to 1) in a T1-weighted image, by the code of the left or unpaired structure: the
+usual order of tissues, not measured on a scan."""
 UNLIKE_THEIR_STRUCTURE: Mapping[int, int] = {
     **dict.fromkeys((31, 63, 136, 137, 163, 164), CHOROID_PLEXUS),
     **dict.fromkeys((25, 57, 77, 78, 79), DARK_WHITE_MATTER),
 }
-"""Codes that are painted otherwise than the structure of which ``synthseg`` makes them a part."""
+"""Codes that are painted differently from the structure to which ``synthseg`` maps them."""
 BETWEEN_PEOPLE, WITHIN, PATCHY = 0.02, 0.02, 0.02
 """Standard deviations of brightness: of a tissue's mean, of its voxels, of its regions."""
 BLUR_MM, GRAIN_MM, REGION_MM = 0.7, 0.7, 6.0
-"""Widths (Gaussian, standard deviation) of borders, of the voxels' variation and of regions."""
+"""Standard deviations of the Gaussians for borders, for the voxels' noise and for regions."""
 
 
 def tissues() -> dict[int, int]:
@@ -79,27 +79,26 @@ def tissues() -> dict[int, int]:
 
 
 def whole_codes(dseg: Volume) -> np.ndarray:
-    """(X, Y, Z) int32 codes of a label map; raises ``DataError`` unless they are of a brain."""
+    """(X, Y, Z) int32 codes of a label map; raises ``DataError`` unless they show a brain."""
     codes = np.rint(dseg.data).astype(np.int32)
     brain, known = is_brain(codes), tissues()
     if (litres := Volume(brain, dseg.grid).litres) < LEAST_LITRES:
         raise DataError(f"{litres:.3f} l of it are brain", "give label maps of whole brains")
-    found = np.unique(codes[brain]).tolist()
-    strange = [code for code in found if code not in known]
-    if len(strange) == len(found):
-        raise DataError(f"FreeSurfer has no structures {strange[:5]}", "translate its codes")
-    if strange:
-        say_once(f"codes {strange} are unknown: painted as fluid")
+    present = np.unique(codes[brain]).tolist()
+    unknown = [code for code in present if code not in known]
+    if len(unknown) == len(present):
+        raise DataError(f"FreeSurfer has no structures {unknown[:5]}", "translate its codes")
+    if unknown:
+        say_once(f"codes {unknown} are unknown: painted as fluid")
     return np.asarray(codes)
 
 
 def paint_t1(dseg: Volume, draw: np.random.Generator) -> tuple[Volume, Volume]:
-    """A stripped T1-weighted image and the labels within its mask, on the label map's own grid.
+    """Paint a stripped T1-weighted image; return it and the labels in its mask, on the map's grid.
 
-    ``dseg`` (X, Y, Z) holds FreeSurfer's codes, and codes of 500 to 999 for what is around a brain.
-    The image (X, Y, Z) is int16: 1 to 1000 in the mask, which is the labelled brain closed as that
-    of every head is (``closed``), 0 outside.  Labels (X, Y, Z) are int32.  Raises what
-    ``whole_codes`` raises.
+    ``dseg`` (X, Y, Z) holds FreeSurfer's codes, and codes of 500 to 999 for tissue around a brain.
+    The mask is the labelled brain, ``closed``.  The image (X, Y, Z) is int16: 1 to 1000 in the
+    mask, 0 outside.  Labels (X, Y, Z) are int32.  Raises the errors of ``whole_codes``.
     """
     codes, spacing_mm, known = whole_codes(dseg), dseg.grid.spacing_mm, tissues()
     brain = is_brain(codes)
@@ -116,7 +115,7 @@ def paint_t1(dseg: Volume, draw: np.random.Generator) -> tuple[Volume, Volume]:
         noise = ndimage.gaussian_filter(draw.standard_normal(image.shape), width_mm / spacing_mm)
         image += strength * noise / noise.std()
     painted = np.zeros(mask.shape, dtype=np.int16)
-    # The darkest voxel of a brain is still not background.
+    # Even the darkest voxel of a brain is above 0, the background.
     painted[box] = np.where(mask[box], np.rint(1000 * image.clip(0.001, 1)), 0)
     labels = np.where(mask & (brain | (codes == CSF)), codes, 0)
     return Volume(painted, dseg.grid), Volume(labels, dseg.grid)
@@ -125,10 +124,10 @@ def paint_t1(dseg: Volume, draw: np.random.Generator) -> tuple[Volume, Volume]:
 def paint_dataset(label_maps: Path, dataset: Path, seed: int = 0) -> Iterator[Path]:
     """Paint every NIfTI label map of a folder; yields each image's path when it is written.
 
-    ``dataset`` gets ``sub-NAME/anat/sub-NAME_T1w.nii.gz`` and ``..._dseg.nii.gz``, where NAME is
-    the label map's, without what BIDS does not allow in a label.  Everything is looked at before
-    anything is written.  Raises ``MissingInputError``, ``DataError``, or ``OutputError`` where
-    ``dataset`` is not new.
+    ``dataset`` gets ``sub-NAME/anat/sub-NAME_T1w.nii.gz`` and ``..._dseg.nii.gz``; NAME is the
+    label map's name, letters and digits only.  All label maps are checked before any file is
+    written.  Raises ``MissingInputError``, ``DataError``, or ``OutputError`` if ``dataset`` is not
+    empty.
     """
     if not label_maps.is_dir():
         raise MissingInputError(f"no folder {label_maps}", "check the path")
@@ -156,7 +155,7 @@ def paint_dataset(label_maps: Path, dataset: Path, seed: int = 0) -> Iterator[Pa
         "Name": f"Brains painted from the label maps of {label_maps.name}, seed {seed}",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
-        # Another name than that of segmentations: they are not to be mixed (``refuse_foreign``).
+        # Not named as segmentations are, so that both are never mixed (``refuse_foreign``).
         "GeneratedBy": [generated_by() | {"Name": "cadiff paint"}],
     }
     write_json(dataset / "dataset_description.json", description)

@@ -1,4 +1,4 @@
-"""The files at the root of a derivative dataset: what it is, and whose it is."""
+"""The files at the root of a derivative dataset, which tell its content and its owner."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from cadiff_cli.io.bids.raw import LINK_KINDS, Dataset
 from cadiff_cli.io.files import read_json, write_json, write_text
 
 VERSION = re.compile(r"\.v\d+(\.\d+)*$")
-"""What OpenNeuro adds to a dataset's DOI."""
+"""The version that OpenNeuro appends to a dataset's DOI."""
 BIDS_VERSION = "1.10.0"
 BIDSIGNORE = "*.html\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\n"
 TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
@@ -30,33 +30,32 @@ Not for diagnosis.
 
 
 def generated_by() -> dict[str, Any]:
-    """The software, and the container that holds it if its image says so."""
-    mark: dict[str, Any] = {"Name": "cadiff", "Version": cadiff_cli.__version__}
+    """The entry for ``GeneratedBy``: cadiff, and its container if the image names itself."""
+    entry: dict[str, Any] = {"Name": "cadiff", "Version": cadiff_cli.__version__}
     if tag := os.environ.get("CADIFF_DOCKER_TAG"):
-        mark["Container"] = {"Type": "docker", "Tag": tag}
+        entry["Container"] = {"Type": "docker", "Tag": tag}
     elif uri := os.environ.get("CADIFF_SINGULARITY_URL"):
-        mark["Container"] = {"Type": "singularity", "URI": uri}
-    return mark
+        entry["Container"] = {"Type": "singularity", "URI": uri}
+    return entry
 
 
 def save_dataset_files(out: Path, raw: Dataset | None = None, link: str | None = None) -> None:
-    """``dataset_description.json``, ``.bidsignore``, ``README.md``.
+    """Write ``dataset_description.json``, ``.bidsignore`` and ``README.md``.
 
-    Existing files are kept, but for links to the ``raw`` dataset that the description lacks.
-    ``link`` says where ``raw`` is, if not as ``Dataset.link`` does.  Raises ``OutputError`` where
-    ``out`` is not ours.
+    Existing files are kept, but missing links to the ``raw`` dataset are added.  ``link`` is the
+    link to ``raw`` (None: ``Dataset.link``).  Raises ``OutputError`` if ``out`` is not cadiff's.
     """
     refuse_foreign(out)
     path = out / "dataset_description.json"
-    found = read_json(path)
-    ours = {
+    existing = read_json(path)
+    initial = {
         "Name": "cadiff - brain structures by anatomy diffusion",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [generated_by()],
         "HowToAcknowledge": "See logs/CITATION.md",
     }
-    description = dict(found or ours)
+    description = dict(existing or initial)
     if raw is not None:
         description["DatasetLinks"] = {
             "raw": link or raw.link(out),
@@ -65,7 +64,7 @@ def save_dataset_files(out: Path, raw: Dataset | None = None, link: str | None =
         }
         if doi := raw.doi:
             description.setdefault("SourceDatasets", [{"DOI": f"doi:{doi}"}])
-    if found != description:
+    if existing != description:
         write_json(path, description)
     if not (out / ".bidsignore").exists():
         write_text(out / ".bidsignore", BIDSIGNORE)
@@ -76,44 +75,46 @@ def save_dataset_files(out: Path, raw: Dataset | None = None, link: str | None =
 def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> None:
     """Raise ``OutputError`` if ``out`` holds results of another dataset than ``raw``.
 
-    Only what can be told apart is: a link that leads to another folder, or names another dataset.
+    Refuses only a link to another folder, or one that names another dataset.
     """
-    found = links(read_json(out / "dataset_description.json") or {}).get("raw")
+    stored = links(read_json(out / "dataset_description.json") or {}).get("raw")
     here = link or raw.link(out)
-    if not found or VERSION.sub("", found) == VERSION.sub("", here):
+    if not stored or VERSION.sub("", stored) == VERSION.sub("", here):
         return
-    named = any(found.startswith(kind) and here.startswith(kind) for kind in LINK_KINDS)
-    there = out / found
-    is_dataset = ":" not in found and (there / "dataset_description.json").exists()
+    named = any(stored.startswith(kind) and here.startswith(kind) for kind in LINK_KINDS)
+    there = out / stored
+    is_dataset = ":" not in stored and (there / "dataset_description.json").exists()
     elsewhere = is_dataset and not there.samefile(raw.root)
     if named or elsewhere:
         raise OutputError(
-            f"{out} holds results of another dataset ({found}), not of {raw.root}",
+            f"{out} holds results of another dataset ({stored}), not of {raw.root}",
             "give each dataset an output folder of its own; if it is the same dataset, say so each"
-            f" time with --dataset-links raw={found}",
+            f" time with --dataset-links raw={stored}",
         )
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise ``OutputError`` if ``out`` is a raw dataset, or another pipeline's, or cannot tell."""
+    """Raise ``OutputError`` if ``out`` is raw, another pipeline's, or has unreadable JSON."""
     path = out / "dataset_description.json"
     if not path.exists():
         return
-    found = read_json(path)
-    if found is None:
+    description = read_json(path)
+    if description is None:
         raise OutputError(
             f"{path} is not readable JSON, so whose folder it is cannot be told",
             "mend or remove that file, or choose another output folder",
         )
-    told = found.get("GeneratedBy")
-    entries = told if isinstance(told, list) else [told] if told else []
+    generators = description.get("GeneratedBy") or []
+    entries = generators if isinstance(generators, list) else [generators]
     makers = [str(e.get("Name") if isinstance(e, dict) else e) for e in entries]
-    if found.get("DatasetType", "raw") == "raw" or (makers and "cadiff" not in makers):
+    if description.get("DatasetType", "raw") == "raw" or (makers and "cadiff" not in makers):
         owner = f"made by {', '.join(makers)}" if makers else "a raw dataset"
         raise OutputError(f"{out} is {owner}", "choose a folder of its own for cadiff")
 
 
 def links(description: dict[str, Any]) -> dict[str, str]:
-    """``DatasetLinks`` that are links: another's may be anything."""
-    found = description.get("DatasetLinks")
-    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+    """The valid ``DatasetLinks``; another program may have written any value."""
+    values = description.get("DatasetLinks")
+    if not isinstance(values, dict):
+        return {}
+    return {name: link for name, link in values.items() if isinstance(link, str)}

@@ -26,9 +26,9 @@ def known_entities(*, derived: bool = False) -> dict[str, Any]:
 
 
 def entities_of(path: Path, root: Path, *, derived: bool = False) -> dict[str, Any]:
-    """Entities that the name of an image below ``root`` tells.
+    """Read the entities from the path of an image below ``root``.
 
-    The folders above ``root`` tell nothing, even if they are called sub-study or anat.
+    Folders above ``root`` are ignored, even if they are called sub-study or anat.
     """
     from bids.layout import parse_file_entities
 
@@ -46,20 +46,20 @@ def named_images(
 ) -> dict[Path, dict[str, Any]]:
     """Entities of the participants' anatomical images that have a valid BIDS name.
 
-    ``database`` is a folder that keeps the index: written once, then believed.  Raises
-    ``DataError`` if it holds the index of another dataset, or none.
+    ``database`` is a folder for the index: written once, then never updated.  Raises
+    ``DataError`` if its index is of another dataset or unreadable.
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
-    # Only what can hold such images is walked through: seconds, not minutes.
+    # Walk only through folders that can hold such images: seconds, not minutes.
     subject = "[^/]+" if database else f"({'|'.join(map(re.escape, participants))})"
-    wanted = rf"^/(sub-{subject}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
+    pattern = rf"^/(sub-{subject}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
     indexer = BIDSLayoutIndexer(
-        validate=True, index_metadata=False, ignore=[re.compile(f"(?!{wanted})^/.")]
+        validate=True, index_metadata=False, ignore=[re.compile(f"(?!{pattern})^/.")]
     )
 
     def layout_at(folder: Path | None) -> BIDSLayout:
-        # Its description was read before: pybids refuses a byte order mark.
+        # Not validated: pybids refuses a description with a byte order mark.
         return BIDSLayout(root, database_path=folder, indexer=indexer, validate=False)
 
     layout = layout_at(None) if database is None else _kept_index(layout_at, database)
@@ -68,7 +68,7 @@ def named_images(
             f"--bids-database-dir {database} is the index of {layout.root}, not of {root}",
             "give each dataset a folder of its own",
         )
-    # pybids believes the folders above the dataset too: ask it only for the end of a name.
+    # pybids also reads entities from folders above the dataset: ask only for suffix and extension.
     names = layout.get(suffix=[*suffixes], extension=[*extensions], return_type="filename")
     # An index may know the dataset under another mount, and participants who are not chosen.
     paths = sorted(root / Path(name).relative_to(layout.root) for name in names)
@@ -77,9 +77,9 @@ def named_images(
 
 
 def _kept_index(layout_at: Callable[[Path | None], "BIDSLayout"], database: Path) -> "BIDSLayout":
-    """The index of pybids in a folder; it appears there when it is complete.
+    """Open the index of pybids in a folder, or write it there once it is complete.
 
-    pybids itself writes as it walks, and believes the half of an index that a killed run leaves.
+    pybids writes its index while it walks, and would trust the part that a killed run left.
     """
     from sqlalchemy.exc import SQLAlchemyError
 

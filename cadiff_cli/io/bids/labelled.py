@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelledScan:
-    """A T1w image, its manual segmentation and whose brain it is."""
+    """A T1w image, its manual segmentation and its subject."""
 
     name: str
     subject: str
@@ -32,10 +32,10 @@ class LabelledScan:
 
 
 def labelled_scans(dataset: Path) -> list[LabelledScan]:
-    """Every T1w of a BIDS-like folder that has a dseg of the same sub, ses, acq and run.
+    """Pair every T1w of a BIDS-like folder with the dseg of the same sub, ses, acq and run.
 
     Ignores images with a ``space-``; logs those without a partner.  Raises ``MissingInputError`` if
-    there is no such folder, ``DataError`` if it holds no pairs, or two images of one scan.
+    the folder is absent, ``DataError`` if it holds no pairs, or two images of one scan.
     """
     if not dataset.is_dir():
         raise MissingInputError(
@@ -85,9 +85,9 @@ def _by_scan(dataset: Path, suffix: str) -> dict[tuple[str, ...], Path]:
 def load_labelled(
     scan: LabelledScan, parcellation: "Parcellation", mapping: Mapping[int, int]
 ) -> tuple[Scan, Volume]:
-    """A scan and its labels as classes (X, Y, Z), on one grid.
+    """Read a scan and its labels as classes (X, Y, Z), on one grid.
 
-    Raises ``DataError`` where the grids differ, and what ``load_classes`` raises.
+    Raises ``DataError`` if the grids differ, and the errors of ``load_scan`` and ``load_classes``.
     """
     loaded = load_scan(scan.t1)
     classes, grid = (

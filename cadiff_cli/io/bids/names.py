@@ -1,4 +1,4 @@
-"""Names: the entities that a file's name tells, and the names of a result's files."""
+"""File names: read the entities of a name, and build the names of a result's files."""
 
 from pathlib import Path
 
@@ -16,17 +16,18 @@ OURS = (
     "space-*_seg-*_res-*_dseg.*",
     "from-*_mode-image_xfm.*",
 )
-"""Patterns of what follows the source's entities in the names of the files that a run writes.
+"""Patterns of output names, after the source's entities.
 
 ``seg-`` must name one of the dataset's parcellations (``tables.is_ours``).
 """
 
 
 def source_entities(path: Path) -> str:
-    """The name's entities without its suffix: ``sub-01_ses-a_desc-brain_T1w`` -> ``sub-01_ses-a``.
+    """A name's entities, without suffix: ``sub-01_ses-a_desc-brain_T1w`` -> ``sub-01_ses-a``.
 
-    Derivative entities (``desc``, ``space``) are dropped, as ours take their place.  A name that is
-    not BIDS becomes a subject label of letters and digits: ``my scan.nii`` -> ``sub-myscan``.
+    Derivative entities (``desc``, ``space``, ``res``) are dropped: cadiff's replace them.  A name
+    that is not BIDS becomes a subject label of letters and digits: ``my scan.nii`` becomes
+    ``sub-myscan``.
     """
     name = stem(path)
     parts = name.split("_")
@@ -58,7 +59,7 @@ def standard_name(name: str, template: str, resolution: str = "") -> str:
 def xfm_name(start: str, end: str) -> str:
     """Name of the transform that resamples ``start`` images onto ``end``.
 
-    A template goes by its ``label``, with its cohort as in fMRIPrep's outputs.
+    A template is named by its ``label``, with its cohort as in fMRIPrep's outputs.
 
     >>> xfm_name("MNIInfant+2", "T1w")
     'from-MNIInfant+2_to-T1w_mode-image_xfm.h5'
@@ -67,7 +68,7 @@ def xfm_name(start: str, end: str) -> str:
 
 
 def page_path(out: Path, entities: str) -> Path:
-    """A scan's page, where BIDS apps put it."""
+    """Path of a scan's page, as in other BIDS apps."""
     return out / f"{entities}.html"
 
 

@@ -1,4 +1,4 @@
-"""A raw dataset: its description, its participants, its errors."""
+"""A raw dataset: its description, participants and errors."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ class Dataset:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """``dataset_description.json``; raises ``InvalidDatasetError`` unless it is one."""
+        """``dataset_description.json``; raises ``InvalidDatasetError`` if it is invalid."""
         if not self.root.is_dir():
             raise MissingInputError(
                 f"no dataset at {self.root}",
@@ -79,7 +79,7 @@ class Dataset:
             if number and float(number[1]) <= OLDEST_YEARS:
                 label = str(line.get("participant_id")).removeprefix("sub-")
                 ages.setdefault(label, set()).add(float(number[1]))
-        return {label: told.pop() for label, told in ages.items() if len(told) == 1}
+        return {label: years.pop() for label, years in ages.items() if len(years) == 1}
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""
@@ -102,7 +102,7 @@ class Dataset:
             )
 
     def uri(self, path: Path) -> str:
-        """The BIDS URI of one of the dataset's files, as derivatives cite it."""
+        """The BIDS URI by which derivatives cite one of the dataset's files."""
         return f"bids:raw:{path.relative_to(self.root).as_posix()}"
 
     def violations(self) -> list[str]:
@@ -141,7 +141,7 @@ class Dataset:
     def link(self, out: Path) -> str:
         """Link from a derivative dataset at ``out`` to this one, without absolute paths.
 
-        A relative path if the two lie beside or in one another, else the dataset's DOI, else its
+        A relative path if ``out`` is beside the dataset or in it, else the dataset's DOI, else its
         name as a URN.
         """
         root, out = self.root.resolve(), out.resolve()

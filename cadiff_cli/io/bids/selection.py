@@ -1,4 +1,4 @@
-"""Which images of a raw dataset are wanted: Selection says it, select finds them."""
+"""Select images of a raw dataset: ``Selection`` holds the criteria, ``select`` finds the images."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,12 +23,12 @@ TAKEN: Mapping[str, tuple[str | None, ...]] = {
     "datatype": ("anat",),
     "part": MAGNITUDE,
 }
-"""The values that a filter may ask for, of these entities."""
+"""The allowed values of a filter for these entities."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images of a dataset are wanted; empty means all T1w images.
+    """Criteria for images of a dataset; an empty selection means all T1w images.
 
     ``filters`` maps entities, as pybids calls them, to a value or a list of values; None asks for
     the entity's absence, ``"*"`` for any value of it.
@@ -40,11 +40,11 @@ class Selection:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """The suffixes that are wanted."""
+        """The selected suffixes."""
         return tuple(x for x in SUFFIXES if _is_one_of(x, self._wanted["suffix"]))
 
     def check(self, known: Collection[str]) -> None:
-        """Raise ``UsageError`` for filters that cannot be honoured; ``known`` are all entities."""
+        """Raise ``UsageError`` for filters that cannot be applied; ``known`` are all entities."""
         for name, wanted in self._wanted.items():
             if name not in known:
                 near = get_close_matches(name, known, n=1)
@@ -66,7 +66,7 @@ class Selection:
                     )
 
     def fits(self, entities: Mapping[str, Any]) -> bool:
-        """Whether an image with these entities is wanted."""
+        """Whether an image with these entities is selected."""
         wanted = [*self._wanted.items()]
         if self.participants:
             wanted.append(("subject", self.participants))
@@ -75,7 +75,7 @@ class Selection:
         return all(_is_one_of(entities.get(name), values) for name, values in wanted)
 
     def of(self, suffix: str) -> "Selection":
-        """The same of images with another suffix."""
+        """The same selection of images with another suffix."""
         return replace(self, filters={**(self.filters or {}), "suffix": suffix})
 
     @property
@@ -103,11 +103,11 @@ class Selected:
 def select(
     dataset: Dataset, selection: Selection = EVERYTHING, database: Path | None = None
 ) -> Selected:
-    """The images that are wanted, and notes on what is left out or may surprise.
+    """Find the selected images, with notes on omitted images and surprises.
 
     Leaves out images that are no magnitude (``part``) or that ``.bidsignore`` names.  ``database``
-    is a folder for pybids' index, written once and then believed.  Raises ``SelectionError`` for
-    participants or sessions that are not there, and if no image fits.
+    is a folder for pybids' index, written once and then never updated.  Raises ``SelectionError``
+    for absent participants or sessions, and if no image fits.
     """
     root = dataset.root
     dataset.require(selection.participants, selection.sessions)
@@ -155,7 +155,7 @@ def select(
 
 
 def _ignored(root: Path) -> Callable[[Path], bool]:
-    """Whether ``.bidsignore``, which is written as a ``.gitignore``, names an image."""
+    """A test whether ``.bidsignore``, in the syntax of ``.gitignore``, names an image."""
     from pathspec import GitIgnoreSpec
 
     path = root / ".bidsignore"
@@ -168,14 +168,14 @@ def _ignored(root: Path) -> Callable[[Path], bool]:
 
 
 def _left_out(suffix: str, paths: Collection[Path], why: str) -> list[str]:
-    """One note on all images that are left out for one reason, if there are any."""
+    """A note on all images that are left out for one reason, if any."""
     plural = "" if len(paths) == 1 else "s"
     names = first_few(sorted(path.name for path in paths))
     return [f"{len(paths)} {suffix} image{plural} left out {why}: {names}"] if paths else []
 
 
 def _unit1(participants: Collection[str]) -> list[str]:
-    """A note on participants who have another image than the one that is wanted, if any have."""
+    """A note on participants who have only a UNIT1 image, if any."""
     if not participants:
         return []
     have = "has" if len(participants) == 1 else "have"
@@ -208,14 +208,14 @@ def _values(wanted: Any) -> Sequence[Any]:
     return wanted if isinstance(wanted, list | tuple) else (wanted,)
 
 
-def _is_one_of(found: Any, wanted: Any) -> bool:
-    return any(_is(found, value) for value in _values(wanted))
+def _is_one_of(actual: Any, wanted: Any) -> bool:
+    return any(_is(actual, value) for value in _values(wanted))
 
 
-def _is(found: Any, value: Any) -> bool:
+def _is(actual: Any, value: Any) -> bool:
     """Whether an entity has this value; numbers are equal with or without leading zeros."""
-    if found is None or value is None:
-        return found is value
+    if actual is None or value is None:
+        return actual is value
     if isinstance(value, int):
-        return str(found).isdecimal() and int(found) == value
-    return value in ("*", str(found))
+        return str(actual).isdecimal() and int(actual) == value
+    return value in ("*", str(actual))

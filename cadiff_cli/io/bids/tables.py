@@ -1,4 +1,4 @@
-"""Which parcellation a label map is of: its name says so, and its dataset holds the table."""
+"""Find a label map's parcellation: its name tells it, and its dataset holds the table."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def table_name(parcellation: Parcellation) -> str:
 def save_table(out: Path, parcellation: Parcellation) -> None:
     """Write the parcellation's table, unless it is there already.
 
-    That of ``BASE`` has BIDS' columns; others have all, so ``parcellation_of`` can read them.
+    The table of ``BASE`` has BIDS' columns; others have all, so ``parcellation_of`` can read them.
     """
     path = out / table_name(parcellation)
     if path.exists():
@@ -39,30 +39,30 @@ def save_table(out: Path, parcellation: Parcellation) -> None:
 
 
 def is_ours(out: Path, path: Path) -> bool:
-    """Whether a file's name tells no parcellation, or one that cadiff has used in ``out``."""
-    found = SEGMENTATION.search(path.name)
-    return found is None or _table(out, found[1]) is not None
+    """Whether a file's name has no ``seg-``, or that of a parcellation that ``out`` holds."""
+    match = SEGMENTATION.search(path.name)
+    return match is None or _table(out, match[1]) is not None
 
 
 def named_parcellation(label_map: Path) -> Parcellation | None:
-    """The parcellation that ``seg-`` in a label map's name tells; None for other programs' maps.
+    """The parcellation that ``seg-`` in a label map's name means; None for other programs' maps.
 
     Its table is shipped, or lies at the root of the map's dataset.
     """
-    if found := SEGMENTATION.search(label_map.name):
+    if match := SEGMENTATION.search(label_map.name):
         for folder in label_map.absolute().parents[:4]:  # sub-X/ses-Y/anat
-            if table := _table(folder, found[1]):
+            if table := _table(folder, match[1]):
                 return load_parcellation(table)
     return None
 
 
 def parcellation_of(label_map: Path) -> Parcellation:
-    """The parcellation whose codes a label map of cadiff's holds, however it is called."""
+    """The parcellation of a label map of cadiff's; ``BASE`` if its name means none."""
     return named_parcellation(label_map) or load_parcellation(BASE)
 
 
 def _table(out: Path, segmentation: str) -> str | Path | None:
-    """What ``load_parcellation`` takes for a segmentation; None for one that is not known."""
+    """The argument of ``load_parcellation`` for a segmentation; None if it is unknown."""
     if segmentation == OWN_SEGMENTATION:
         return BASE
     if segmentation in shipped_names():

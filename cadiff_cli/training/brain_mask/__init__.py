@@ -1,1 +1,1 @@
-"""Train the network that finds the brain: target, settings, heads, patches, losses, run."""
+"""Train the network that finds the brain: settings, heads, target, patches, losses, run."""

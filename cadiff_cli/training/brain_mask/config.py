@@ -1,4 +1,4 @@
-"""Settings of a training of the brain mask."""
+"""Settings for training the brain-mask network."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,21 +10,21 @@ from cadiff_cli.training.settings import load_training, overridden
 
 @dataclass(frozen=True)
 class HeadConfig(Schedule):
-    """How to train the brain mask, and what heads go through.
+    """How to train the brain-mask network, and how to augment heads.
 
-    ``patch`` voxels a side at 2 mm: as much as a head with its neck.  ``off_centre_mm`` is how far
-    a patch's centre may lie from the brain's.  ``tilted`` is the share of heads that lie in any
-    way, up to ``rotation_deg``; the others lie as a technician lays them, up to a quarter of that.
+    ``patch`` is in voxels a side at 2 mm: a head with its neck.  ``off_centre_mm`` is how far
+    a patch's centre may lie from the brain's.  ``tilted`` is the share of heads with
+    rotations of up to ``rotation_deg``; the others are tilted up to a quarter of that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
-    whose face is removed; ``shrunken`` that of brains which are up to ``shrink_mm`` smaller than
-    their skulls, with CSF between.  In the first ``coarse_steps`` only the network that locates the
+    whose face is removed; ``shrunken`` that of brains with up to ``shrink_mm`` of CSF between
+    brain and skull.  In the first ``coarse_steps`` only the network that locates the
     brain learns.
 
-    More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones are
-    children's, down to ``smallest`` of their size; ``bright_scalp`` ones have the contrast of a
-    clinical spin echo; ``strong_bias`` that of a surface coil; ``stripped`` ones are brains alone.
-    Of the others, some have air that the scanner has zeroed (``zeroed_air``), or noise as bright as
-    brain in it (``noisy_air``, MP2RAGE).
+    More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones have
+    a child's size, down to ``smallest`` of their own; ``bright_scalp`` ones have the contrast of a
+    clinical spin echo, ``strong_bias`` ones that of a surface coil; ``stripped`` ones are brains
+    alone.  Of the others, some have air of 0 (``zeroed_air``), or air with noise as bright as brain
+    (``noisy_air``, MP2RAGE).
     """
 
     coarse_steps: int = 700
@@ -64,5 +64,5 @@ class Training:
 def load(
     name: str, *, steps: int | None = None, decay: int | None = None, **settings: Any
 ) -> Training:
-    """A training by name or from a ``.toml`` file; what else is given overrides the file."""
+    """Load a training by name or from a ``.toml`` file; other arguments override the file."""
     return overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)

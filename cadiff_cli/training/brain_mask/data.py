@@ -1,4 +1,4 @@
-"""Whole heads to learn the brain mask from: label maps that become images, and real scans."""
+"""Whole heads to train the brain mask on: label maps that become images, and real scans."""
 
 import hashlib
 import logging
@@ -26,7 +26,7 @@ from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, distance
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Counts changes of how heads are prepared: older files are prepared again."""
+"""Increase when the preparation of heads changes; older files are then prepared again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +46,14 @@ class Head:
 
 
 def from_labels(name: str, source: str, dseg: Volume) -> Head:
-    """A head without an image: ``dseg`` holds FreeSurfer's codes and 5xx for what is around."""
+    """Make a head without an image: ``dseg`` holds FreeSurfer's codes, and 5xx around the brain."""
     codes = np.rint(dseg.data).astype(np.int32)
     brain = is_brain(codes)
     distance = distance_at_2mm(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
     # Left and right share their intensities, so they share a label.
     left = load_parcellation(BASE).left_codes
-    known, compact = np.unique(codes, return_inverse=True)
-    _, paired = np.unique([left.get(int(code), int(code)) for code in known], return_inverse=True)
+    present, compact = np.unique(codes, return_inverse=True)
+    _, paired = np.unique([left.get(int(code), int(code)) for code in present], return_inverse=True)
     if paired.max() > 255:
         raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
     compact = paired[compact].reshape(codes.shape)
@@ -62,7 +62,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
 
 
 def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
-    """A real head and a brain on its grid; ``close`` where the brain ends at the cortex."""
+    """Make a head of a scan and its brain; ``close`` the brain if it ends at the cortex."""
     mask = np.asarray(brain.data) > 0.5
     litres = Volume(mask, brain.grid).litres
     if litres < LEAST_LITRES:
@@ -79,10 +79,10 @@ def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool)
 def prepare_heads(
     label_maps: Sequence[Path], datasets: Sequence[Path], cache: Path
 ) -> dict[str, list[Head]]:
-    """Heads by source (a folder's name), each prepared once and kept in ``cache``.
+    """Prepare each head once, keep it in ``cache``, and return heads by source (a folder's name).
 
     ``label_maps`` are folders of whole-head label maps; ``datasets`` are BIDS-like folders of heads
-    with a brain ``mask`` (taken as it is) or a ``dseg`` of the brain (closed).
+    with a brain ``mask`` (used unchanged) or a ``dseg`` of the brain (closed).
     """
     cache.mkdir(parents=True, exist_ok=True)
     heads: dict[str, list[Head]] = {}
@@ -122,7 +122,7 @@ def build(path: Path, brain: Path, source: str, cache: Path) -> Path:
 
 
 def arrays(head: Head) -> dict[str, Any]:
-    """The parts of a head that there are, by name."""
+    """The parts of a head that are not None, by name."""
     return {key: value for key, value in vars(head).items() if value is not None}
 
 
@@ -139,9 +139,9 @@ def load(path: Path) -> Head:
 
 
 def brain_of(t1: Path) -> Path:
-    """The mask beside a head, else its dseg: of this scan, not of another run."""
+    """Find the mask beside a head, else its dseg: of this scan, not of another run."""
     scan = re.escape(t1.name.split("_T1w")[0])
-    # A mask of a lesion or of grey matter is none of the brain.
+    # A mask of a lesion or of grey matter is no brain mask.
     for suffix, entities in (
         ("mask", "(_(desc|label)-brain)?"),
         ("dseg", r"(_(atlas|desc|label|seg)-\w+)*"),
@@ -170,7 +170,7 @@ def _real_head(t1: Path, brain: Path, source: str) -> Head:
 
 
 def content(head: Head) -> str:
-    """What tells a head from others, and from itself with another brain."""
+    """A text that identifies a head together with its brain."""
     pixels = head.labels if head.image is None else head.image
     parts = (head.distance, pixels)
     digest = hashlib.sha256(b"".join(part.tobytes() for part in parts if part is not None))

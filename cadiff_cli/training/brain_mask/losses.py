@@ -16,14 +16,14 @@ class MaskLosses:
 
     @property
     def total(self) -> Tensor:
-        """What is minimised."""
+        """The minimised sum."""
         return self.coarse + self.fine
 
 
 def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
     """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
     error = (estimate - truth).abs()
-    # Where the truth is at the end of the reach, anything farther on that side is right.
+    # At the end of the reach, any larger distance on the same side is correct.
     far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)
     p, q = estimate.sigmoid(), (truth > 0).float()
     dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)

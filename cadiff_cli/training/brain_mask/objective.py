@@ -1,4 +1,4 @@
-"""What a step of the brain mask's training minimises."""
+"""The objective of the brain mask's training."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ from cadiff_cli.training.brain_mask.patches import HeadPatch
 
 @dataclass(frozen=True)
 class MaskObjective:
-    """Whole heads for the first network, a random cube of ``fine`` voxels for the second.
+    """Train the first network on whole heads, the second on a random cube of ``fine`` voxels.
 
-    With ``fine`` 0 only the first one learns: it is the quicker part, and the second one's input.
+    With ``fine`` 0 only the first one learns: it is faster, and its output is the second's input.
     """
 
     fine: int = 80
 
     def __call__(self, net: BrainNet, patch: HeadPatch, generator: torch.Generator) -> MaskLosses:
-        """Losses of one batch of heads; the cube lies around a random place in a brain."""
+        """Losses of one batch of heads; the cube lies around a random voxel of a brain."""
         located = net.locate(patch.image)
         coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))
         size = min(self.fine, patch.image.shape[-1])

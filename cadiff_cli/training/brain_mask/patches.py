@@ -43,8 +43,8 @@ class HeadPatch(Batch):
 class HeadDraws(Dataset[HeadPatch]):
     """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone.
 
-    A source is drawn as often as the square root of its heads' number: neither a large one nor a
-    small one decides what a brain is.
+    A source is drawn in proportion to the square root of its number of heads, so that neither large
+    nor small sources dominate.
     """
 
     def __init__(self, heads: Sequence[Head], config: HeadConfig) -> None:
@@ -53,12 +53,12 @@ class HeadDraws(Dataset[HeadPatch]):
         self.config = config
 
     def __getitem__(self, index: int) -> HeadPatch:
-        """Draw a source, a head of it, and a patch; or nothing."""
+        """Draw a source, one of its heads and a patch, or a patch without a head."""
         generator = torch.Generator().manual_seed(self.config.seed * 10_000_019 + index)
         if float(torch.rand(1, generator=generator)) < self.config.empty:
             return draw_nothing(self.config, generator)
-        want_real = float(torch.rand(1, generator=generator)) < self.config.real
-        pool = (self.real if want_real else self.drawn) or self.real or self.drawn
+        use_real = float(torch.rand(1, generator=generator)) < self.config.real
+        pool = (self.real if use_real else self.drawn) or self.real or self.drawn
         of_source = Counter(h.source for h in pool)
         weights = torch.tensor([of_source[h.source] ** -0.5 for h in pool])
         head = pool[int(torch.multinomial(weights, 1, generator=generator))]
@@ -66,7 +66,7 @@ class HeadDraws(Dataset[HeadPatch]):
 
 
 def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> HeadPatch:
-    """Rotate, scale and bend a head, give it contrast, artefacts and a field of view."""
+    """Rotate, scale and bend a head; add contrast, artefacts and a field of view."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -106,7 +106,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
         image = random_contrast(labels.masked_fill(outside, 0), generator)
     if rim.any():
-        # Dark in a real scan, as its own ventricles are; of any brightness in a drawn one.
+        # Dark in a real scan, like its own ventricles; of any brightness in a synthetic one.
         share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
         fluid = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
         speckle = 0.03 * torch.randn(image.shape, generator=generator)
@@ -115,7 +115,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         image = _spin_echo(image, distance, generator)
     image = _artefacts(image, config, generator)
     if chance(config.stripped):
-        # Programs strip more or less widely: the brain is what they leave.
+        # Programs strip more or less widely: the mask follows their border.
         distance = distance - float(uniform(-6, 1, 1))
         image = image * (distance > 0)
     elif chance(config.zeroed_air):
@@ -133,12 +133,12 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
 def shrink(
     points: Tensor, distance: Tensor, widest_mm: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a brain in from its border by 0 to ``widest_mm`` mm, here more and there less (atrophy).
+    """Shrink a brain at its border by 0 to ``widest_mm`` mm, different in each region (atrophy).
 
-    ``points`` (3, N, N, N) are where the patch's voxels are read, ``distance`` (N, N, N) mm is that
-    to the border.  Returns both as they are after it, and the share (0 to 1) of each voxel that
-    lies in the gap between the old border and the new one.  What is near the border moves by the
-    whole width, the image deep inside not at all.
+    ``points`` (3, N, N, N) are the positions at which the patch's voxels are read, ``distance``
+    (N, N, N) is that to the border in mm.  Returns the new points and distance, and the share (0 to
+    1) of each voxel in the gap between the old and the new border.  Near the border the image moves
+    by the whole width, deep inside not at all.
     """
     n = distance.shape[-1]
     wave = smooth_noise(1.0, 20.0, n, n, generator)[0]
@@ -151,7 +151,7 @@ def shrink(
     axis = torch.arange(n, dtype=torch.float32)
     index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     shape = torch.tensor(distance.shape)
-    # A voxel that the old border cuts keeps its place: else a shell of skull would show it.
+    # A voxel that the old border cuts stays: otherwise a shell of skull would mark the border.
     shift = torch.where(distance < SPACING_MM / 2, 0, move)
     points = read(points, index + shift / SPACING_MM * outwards, shape, padding="border")
     new = torch.where(distance < 0, distance - width, distance - move)
@@ -160,9 +160,9 @@ def shrink(
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
-    """Noise or texture in an ellipsoid, everywhere, or along a ramp: no brain in it.
+    """Draw an image without a brain: noise or texture in an ellipsoid, everywhere, or along a ramp.
 
-    A network that never saw such an image finds a litre of brain in noise.
+    A network that was trained without such images finds a litre of brain in noise.
     """
     n = config.patch
 
@@ -191,10 +191,10 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
 
 
 def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """An image of ``labels`` (X, Y, Z) int64: a random mean and texture for each; 0 is air.
+    """Draw an image of ``labels`` (X, Y, Z) int64: a random mean and texture for each; 0 is air.
 
-    Labels share a few tissues in some images, so that borders within the brain vanish as they do
-    in real ones.
+    In some images labels share a few tissues, so that borders within the brain vanish as in real
+    images.
     """
     n = int(labels.max()) + 1
     means = torch.rand(n, generator=generator)
@@ -212,7 +212,7 @@ def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tensor:
-    """Scalp up to three times as bright, and less contrast in the brain."""
+    """Make the scalp up to three times as bright, and lower the contrast in the brain."""
     gain, kept = (float(x) for x in torch.rand(2, generator=generator))
     brain = distance > 0
     if brain.any():
@@ -223,7 +223,7 @@ def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> T
 
 
 def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
-    """Bias field, contrast, noise, thick slices or large voxels, any brightness."""
+    """Add a bias field, noise, thick slices or large voxels; change contrast and brightness."""
     if float(torch.rand(1, generator=generator)) < 0.3:
         thickest = config.slice_mm / SPACING_MM
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
@@ -249,7 +249,7 @@ def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) ->
 
 
 def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tensor:
-    """Remove what lies in front of and below a plane that keeps clear of the brain."""
+    """Remove the image in front of and below a plane that does not touch the brain."""
     axis = torch.linspace(-1, 1, image.shape[0])
     _, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
     angle = math.radians(20 + 50 * float(torch.rand(1, generator=generator)))
@@ -262,9 +262,9 @@ def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tens
 
 
 def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A field of view that ends within the head: up to a quarter is missing at one or two sides.
+    """Cut the field of view within the head: up to a quarter is missing at one or two sides.
 
-    What is not seen is not in the mask: the distance is also that to the plane of the cut.
+    The mask ends at the cut, so the distance is at most that to the plane of the cut.
     """
     for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
         axis = int(torch.randint(3, (1,), generator=generator))

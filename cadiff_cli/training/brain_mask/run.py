@@ -1,4 +1,4 @@
-"""``cadiff train-mask`` as one function: fit, export, score the held-out heads."""
+"""The run of ``cadiff train-mask``: fit, export, score the held-out heads."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeadsIdentity(Identity):
-    """The heads of a run: how many of each source, which are held out, and their content."""
+    """The heads of a run: numbers by source, held-out sources, and a digest of their content."""
 
     trained_on: Mapping[str, int]
     held_out: Sequence[str]
@@ -46,9 +46,8 @@ def train_mask(
 ) -> Path:
     """Fit on all sources but those in ``hold_out``; returns the exported weights.
 
-    ``init`` is a model to begin with, which locates brains already; no source that it was trained
-    on can be held out.
-    ``run/held_out.tsv`` gets the Dice (at 2 mm) of every held-out head.
+    ``init`` is a model to start from, which can locate brains already; no source that it was
+    trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm.
     """
     check_sources(heads, hold_out, init)
     drawn = [source for source in hold_out if any(h.image is None for h in heads[source])]
@@ -72,7 +71,7 @@ def train_mask(
     )
     facts = {"seen_by_init": sorted(init.seen if init else ())}
     session = Session.open(run, net, config, identity, facts, max_minutes)
-    # What refines learns from what locates, so that goes first.
+    # The first network is trained first: the second one needs its output.
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
     for schedule, objective in ((locating, MaskObjective(fine=0)), (config, MaskObjective())):
         draws = HeadDraws(chosen, config)
@@ -90,21 +89,21 @@ def train_mask(
 
 
 def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainModel | None) -> None:
-    """Raise ``UsageError`` unless these sources can be trained on, and held out, as asked for."""
-    there, held = set(sources), set(hold_out)
-    if unknown := sorted(held - there):
-        raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(there)}")
+    """Raise ``UsageError`` if ``hold_out`` names unknown sources, some of ``init``'s, or all."""
+    names, held = set(sources), set(hold_out)
+    if unknown := sorted(held - names):
+        raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(names)}")
     if init and (seen := sorted(init.seen & held)):
         raise UsageError(
             f"--hold-out-source {seen}: --init was trained on some of it",
             "hold out others, or begin anew",
         )
-    if not there - held:
+    if not names - held:
         raise UsageError("every source is held out", "leave one to train on")
 
 
 def held_out_dice(net: BrainNet, head: Head) -> float:
-    """Dice of the predicted and the wanted mask of a real head, at 2 mm."""
+    """Dice of the predicted and the reference mask of a real head, at 2 mm."""
     assert head.image is not None
     distance = predict_distance(net, head.image.astype(np.float32) / 255)
     p, q = distance > 0, head.distance > 0

@@ -1,9 +1,9 @@
-"""The mask to learn, from labels or from a mask by hand.
+"""The mask to learn, from labels or from a manual mask.
 
-It is the one that the segmentation network was trained inside: brain, cerebellum, brain stem and
-ventricles, with the CSF of the sulci but not that around the brain.  Closing the labelled brain
-with a ball of 5 mm gives that mask (Dice 0.996 with the MALC scans' own), whatever labels a source
-comes with, so sources agree.
+It is the mask in which the segmentation network was trained: brain, cerebellum, brain stem and
+ventricles, with the CSF of the sulci but without that around the brain.  Closing the labelled brain
+with a ball of 5 mm gives this mask (Dice 0.996 with the MALC scans' own) from the labels of any
+source, so sources agree.
 """
 
 import numpy as np
@@ -16,28 +16,28 @@ from cadiff_cli.spatial.resample import bounding_box, resample
 
 CLOSING_MM = 5.0
 NOT_BRAIN = (500, 1000)
-"""FreeSurfer-like label maps of whole heads: codes between are skull, skin, eyes, air..."""
+"""Range of codes of skull, skin, eyes, air... in FreeSurfer-like label maps of whole heads."""
 VERMIS = (630, 631, 632)
 OUTER_CSF = (24, 257, 258, 259)
-"""Fluid around the brain, and what FreeSurfer knows of the head."""
+"""FreeSurfer's codes of the fluid and of the head around the brain."""
 LEAST_LITRES = 0.1
-"""Less is no brain, but a lesion or a slip."""
+"""A smaller volume is no brain, but a lesion or a mistake."""
 FAR_MM = 1.5 * REACH_MM
 """Stored distances end here: beyond the network's reach even after a head has been scaled."""
 
 
 def is_brain(codes: np.ndarray) -> np.ndarray:
-    """Where FreeSurfer's codes, or ours, mean brain: neither the CSF around it nor 5xx to 9xx.
+    """Mask of FreeSurfer's codes, or ours, that mean brain: not CSF around it, nor 5xx to 9xx.
 
-    The vermis has codes among these; cortical parcels lie above them.  Other programs' ids are
-    brain wherever they are not 0, as none of DLMUSE's lie among these.
+    The vermis has codes in this range; cortical parcels have higher ones.  None of DLMUSE's
+    ids lie in it, so all but 0 are brain.
     """
     around = (codes >= NOT_BRAIN[0]) & (codes < NOT_BRAIN[1]) & ~np.isin(codes, VERMIS)
     return np.asarray((codes > 0) & ~np.isin(codes, OUTER_CSF) & ~around)
 
 
 def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING_MM) -> np.ndarray:
-    """``brain`` (X, Y, Z) bool closed with a ball, holes filled: the mask that is learnt."""
+    """Close ``brain`` (X, Y, Z) bool with a ball and fill its holes: the mask to learn."""
     width = np.ceil(radius_mm / spacing_mm).astype(int) + 1
     box = _box(brain)
     padded = np.pad(brain[box], [(n, n) for n in width])
@@ -56,7 +56,7 @@ def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     part = mask[box]
     inside = ndimage.distance_transform_edt(part, sampling=spacing_mm)
     outside = ndimage.distance_transform_edt(~part, sampling=spacing_mm)
-    # Both transforms measure to voxel centres; the border lies half a voxel nearer.
+    # Both transforms measure to voxel centres; the border is half a voxel nearer.
     half = float(spacing_mm.mean()) / 2
     out = np.full(mask.shape, -FAR_MM, dtype=np.float32)
     out[box] = np.clip(np.where(part, inside - half, half - outside), -FAR_MM, FAR_MM)
@@ -70,12 +70,11 @@ def distance_at_2mm(mask: Volume) -> Volume:
 
 
 def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
-    """The bounding box of a mask, widened by ``margin`` voxels where there are any."""
+    """The bounding box of a mask, widened by ``margin`` voxels."""
     if not mask.any():
         raise DataError("the brain mask is empty", "remove this scan, or repair its labels")
     margins = np.broadcast_to(margin, 3)
-    found = bounding_box(mask)
+    box = bounding_box(mask)
     return tuple(
-        slice(max(0, s.start - int(m)), s.stop + int(m))
-        for s, m in zip(found, margins, strict=True)
+        slice(max(0, s.start - int(m)), s.stop + int(m)) for s, m in zip(box, margins, strict=True)
     )
