@@ -15,7 +15,7 @@ def command(label_maps: Path, out: Path, seed: int) -> None:
     """Paint a T1-weighted brain for every label map in the folder LABEL_MAPS.
 
     Label maps hold FreeSurfer's codes, and optionally 500 to 999 for tissue around the brain.
-    OUT is what `cadiff train synth OUT --labels synthseg` trains on.
+    Train on OUT with `cadiff train synth OUT --labels synthseg`.
     """
     from cadiff_cli.training.paint import paint_dataset
 

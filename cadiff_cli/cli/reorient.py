@@ -40,20 +40,20 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     config = Config(strip=StripConfig(mask=mask))
     with TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
         brain = strip_scan(scan, template, config, Path(work)).t1
-    lies = orientation(brain, template.brain)
-    grid = reoriented(scan.t1.grid, lies.rotation)
-    if not lies.is_clear:
+    best = orientation(brain, template.brain)
+    grid = reoriented(scan.t1.grid, best.rotation)
+    if not best.is_clear:
         raise DataError(
-            f"how {t1.name} lies cannot be seen: {grid.axes} fits best"
-            f" ({lies.score:.3f}), another rotation nearly as well ({lies.next_best:.3f})",
+            f"the orientation of {t1.name} is unclear: {grid.axes} fits best"
+            f" ({best.score:.3f}), another rotation nearly as well ({best.next_best:.3f})",
             "set the header by hand, for instance with nibabel or fslorient",
         )
-    if lies.is_upright:
+    if best.is_upright:
         click.echo(f"cadiff: {t1.name} lies as its header says ({grid.axes})", err=True)
         return
     save_volume(out, load_volume(t1).data, grid)
     click.echo(
-        f"cadiff: turned by {lies.turn}, {scan.t1.grid.axes} -> {grid.axes};"
+        f"cadiff: turned by {best.turn}, {scan.t1.grid.axes} -> {grid.axes};"
         " left and right cannot be seen: check them",
         err=True,
     )

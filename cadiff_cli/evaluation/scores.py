@@ -91,15 +91,15 @@ def score_pair(
     scores = score_classes(
         scan_of(reference), p, r, parcellation, subset, tolerance_mm, reference.name
     )
-    known = {parcellation.structures[k - 1].name for k in parcellation.reached(reference_mapping)}
-    if not any(s.structure in known for s in scores):
+    names = {parcellation.structures[k - 1].name for k in parcellation.reached(reference_mapping)}
+    if not any(s.structure in names for s in scores):
         raise DataError(
-            f"no id of the references means one of the structures of --labels {subset}",
+            f"the references' ids include no structure of --labels {subset}",
             "use --labels all, or other --reference-labels",
         )
-    if unknown := [s.structure for s in scores if s.structure not in known]:
-        say_once(f"not scored, as no id of the references means them: {', '.join(unknown)}")
-    return [s for s in scores if s.structure in known]
+    if unknown := [s.structure for s in scores if s.structure not in names]:
+        say_once(f"not scored, as the references have no ids for them: {', '.join(unknown)}")
+    return [s for s in scores if s.structure in names]
 
 
 def scored_in(label_maps: Iterable[Path], subset: str | None) -> tuple[Parcellation, str]:

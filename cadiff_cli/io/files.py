@@ -179,7 +179,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         except OSError as error:
             if error.errno == errno.EBADF:  # NFS locks only writable files
                 raise OutputError(
-                    f"{path} belongs to somebody else", "ask for the right to write it (umask 002)"
+                    f"{path} belongs to another user", "ask for write permission (umask 002)"
                 ) from error
             if error.errno not in _NO_LOCKS:
                 raise

@@ -95,7 +95,7 @@ def _read(path: Path) -> _Read:
         data = np.asanyarray(ArrayProxy(stream, header, mmap=False)).reshape(shape)
         end = stream.tell()
         if isinstance(stream, gzip.GzipFile) and _has_junk(path, stream, end):
-            text = f"{name} goes on after its gzip stream: what follows was ignored"
+            text = f"{name} has bytes after its gzip stream: they were ignored"
             notes.append(Note(NoteCode.TRAILING_BYTES, text))
     if data.dtype.kind not in "iufb":
         raise UnsuitableError(

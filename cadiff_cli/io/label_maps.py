@@ -33,7 +33,7 @@ def load_classes(
     if option and len(unknown) == len(ids):
         raise DataError(
             f"{path.name} holds no known label id (but {unknown[:5] or 'only 0'})",
-            f"say with {option} what its ids are",
+            f"name the scheme of its ids with {option}",
         )
     if unknown and not option:
         raise DataError(
@@ -41,7 +41,7 @@ def load_classes(
             "give a dseg written by cadiff",
         )
     if unknown:
-        say_once(f"ids {unknown} are in no row of the mapping ({option}): background")
+        say_once(f"ids {unknown} are in no row of the mapping ({option}): they become background")
     return Volume(parcellation.encode(np.asarray(volume.data), mapping), volume.grid)
 
 

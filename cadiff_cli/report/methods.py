@@ -80,9 +80,9 @@ def cite(out: Path) -> str:
 
 
 def write_citations(out: Path) -> None:
-    """``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``.
+    """Write ``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``.
 
-    One process at a time: the last one to write has seen the results of all.
+    One process at a time writes, so that the last one includes the results of all.
     """
     folder = out / "logs" / "journal"
     folder.mkdir(parents=True, exist_ok=True)

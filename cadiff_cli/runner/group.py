@@ -34,7 +34,7 @@ ENTITIES = {
     "chunk": ("chunk", "Chunk of the field of view"),
 }
 """Columns that identify a row's scan; ``scan`` holds all of its entities."""
-SUFFIX = {"suffix": "What the scan is called: T1w, or UNIT1 (uniform image of an MP2RAGE)"}
+SUFFIX = {"suffix": "Suffix of the scan: T1w, or UNIT1 (uniform image of an MP2RAGE)"}
 QUALITY = {
     "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
     "registration": "Kinds of registration that were used, in the templates' order if they differ",
@@ -157,9 +157,9 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
         for name, key in (("participant_id", "sub"), ("session_id", "ses"))
         if key in parts
     }
-    made = result.provenance
-    made.check()
-    source = stem(Path(made.source))
+    provenance = result.provenance
+    provenance.check()
+    source = stem(Path(provenance.source))
     names = {*(s.name for s in parcellation.structures), *AGGREGATES}
     if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
@@ -171,14 +171,14 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
         "suffix": next((x for x in SUFFIXES if source.endswith(f"_{x}")), None),
         **{column(x.name): None if x.mm3 is None else f"{x.mm3:.3f}" for x in lines},
-        "registration_score": made.registration_score,
-        "registration": "+".join(dict.fromkeys(used.registration for used in made.templates)),
-        "template": "+".join(used.name for used in made.templates),
-        "skull_stripping": made.skull_stripping,
-        "n_warnings": len(made.notes),
-        "seconds": round(sum(made.seconds.values()), 1),
-        "version": made.version,
-        "fingerprint": made.fingerprint,
+        "registration_score": provenance.registration_score,
+        "registration": "+".join(dict.fromkeys(used.registration for used in provenance.templates)),
+        "template": "+".join(used.name for used in provenance.templates),
+        "skull_stripping": provenance.skull_stripping,
+        "n_warnings": len(provenance.notes),
+        "seconds": round(sum(provenance.seconds.values()), 1),
+        "version": provenance.version,
+        "fingerprint": provenance.fingerprint,
     }
 
 

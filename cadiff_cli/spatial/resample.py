@@ -27,8 +27,8 @@ def same_grid(a: Grid, b: Grid) -> bool:
     if a.shape != b.shape:
         return False
     box = all_voxels(a.shape)
-    moved, there = corners(box, a.voxel_map(b)), corners(box, np.eye(4))
-    return bool(abs(moved - there).max() <= MAX_OFFSET_VOXELS)
+    moved, own = corners(box, a.voxel_map(b)), corners(box, np.eye(4))
+    return bool(abs(moved - own).max() <= MAX_OFFSET_VOXELS)
 
 
 def check_same_grid(name: str, grid: Grid, other_name: str, other: Grid) -> None:

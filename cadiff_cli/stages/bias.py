@@ -50,7 +50,7 @@ class Bias:
         """Reasons to look at the result."""
         if self.converged and self.ratio < STRONG:
             return ()
-        left = "" if self.converged else ", though not wholly"
+        left = "" if self.converged else ", but not completely"
         text = (
             f"the brightness of the brain varies by a factor of {self.ratio:.1f} (receive bias),"
             f" which is evened out before registration{left}"

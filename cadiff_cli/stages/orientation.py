@@ -186,19 +186,19 @@ def verified(scan: Scan, stripped: Stripped, template: Template) -> Stripped:
     Raises ``DataError`` if a whole brain clearly has another orientation.
     """
     name, grid = scan.path.name, scan.t1.grid
-    lies = orientation(stripped.t1, template.brain)
-    log.info("orientation: %s", lies)
-    if lies.is_upright and lies.is_clear:
+    best = orientation(stripped.t1, template.brain)
+    log.info("orientation: %s", best)
+    if best.is_upright and best.is_clear:
         return stripped
     # Refuse a scan only by a whole brain, not by half of one or by a mask of something else.
-    rotated = Volume(stripped.mask.data, reoriented(stripped.mask.grid, lies.rotation))
+    rotated = Volume(stripped.mask.data, reoriented(stripped.mask.grid, best.rotation))
     whole = judge_mask(rotated).symmetry >= LEAST_SYMMETRY
-    if not (lies.is_clear and whole):
+    if not (best.is_clear and whole):
         text = f"cadiff cannot tell whether {name} lies as its header says (axes {grid.axes})"
         log.warning(text)
         return replace(stripped, notes=(*stripped.notes, Note(NoteCode.ORIENTATION, text)))
     raise DataError(
-        f"{name} is turned by {lies.turn}: its header says {grid.axes}, its image looks like"
-        f" {reoriented(grid, lies.rotation).axes} (left and right cannot be seen)",
+        f"{name} is turned by {best.turn}: its header says {grid.axes}, its image looks like"
+        f" {reoriented(grid, best.rotation).axes} (left and right cannot be seen)",
         f"mend the header: cadiff reorient {name} -o MENDED.nii.gz",
     )

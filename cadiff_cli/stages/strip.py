@@ -174,7 +174,7 @@ def _method(
     if (method is StripMethod.AS_IS) == stripped_already:
         return method, []
     text = (
-        "the scan looks skull-stripped already: --skull-strip none would leave it alone"
+        "the scan looks skull-stripped already: --skull-strip none would keep its brain"
         if stripped_already
         else "the scan does not look skull-stripped, and --skull-strip none was asked for:"
         " labels will be unreliable outside the brain"
@@ -264,9 +264,9 @@ def _has_tissues(t1: Volume, brain: Volume) -> None:
     spread = float(inside.std() / abs(float(inside.mean()) or np.inf))
     if spread < LEAST_SPREAD:
         raise DataError(
-            f"no brain found: what is not background is all alike (spread {spread:.2f} of its"
+            f"no brain found: the foreground is uniform (spread {spread:.2f} of its"
             f" mean, at least {LEAST_SPREAD} in a brain)",
-            "is this a T1-weighted brain? --skull-strip net looks for one all the same",
+            "is this a T1-weighted brain? --skull-strip net searches for one anyway",
         )
 
 

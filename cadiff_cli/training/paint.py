@@ -81,11 +81,13 @@ def tissues() -> dict[int, int]:
 def whole_codes(dseg: Volume) -> np.ndarray:
     """(X, Y, Z) int32 codes of a label map; raises ``DataError`` unless they show a brain."""
     codes = np.rint(dseg.data).astype(np.int32)
-    brain, known = is_brain(codes), tissues()
+    brain, tissue_of = is_brain(codes), tissues()
     if (litres := Volume(brain, dseg.grid).litres) < LEAST_LITRES:
-        raise DataError(f"{litres:.3f} l of it are brain", "give label maps of whole brains")
+        raise DataError(
+            f"{litres:.3f} l of the label map are brain", "give label maps of whole brains"
+        )
     present = np.unique(codes[brain]).tolist()
-    unknown = [code for code in present if code not in known]
+    unknown = [code for code in present if code not in tissue_of]
     if len(unknown) == len(present):
         raise DataError(f"FreeSurfer has no structures {unknown[:5]}", "translate its codes")
     if unknown:
@@ -100,12 +102,12 @@ def paint_t1(dseg: Volume, draw: np.random.Generator) -> tuple[Volume, Volume]:
     The mask is the labelled brain, ``closed``.  The image (X, Y, Z) is int16: 1 to 1000 in the
     mask, 0 outside.  Labels (X, Y, Z) are int32.  Raises the errors of ``whole_codes``.
     """
-    codes, spacing_mm, known = whole_codes(dseg), dseg.grid.spacing_mm, tissues()
+    codes, spacing_mm, tissue_of = whole_codes(dseg), dseg.grid.spacing_mm, tissues()
     brain = is_brain(codes)
     mask = closed(brain, spacing_mm)
     box = bounding_box(mask)
     present, index = np.unique(np.where(brain, codes, CSF)[box], return_inverse=True)
-    of_code = [known.get(int(code), CSF) for code in present]
+    of_code = [tissue_of.get(int(code), CSF) for code in present]
     level = {
         k: T1_BRIGHTNESS[k] + BETWEEN_PEOPLE * draw.standard_normal() for k in sorted(set(of_code))
     }

@@ -21,9 +21,9 @@ Brain structures and their volumes, segmented from T1-weighted scans by cadiff.
 
 - `sub-*/[ses-*/]anat/*_seg-cadiff_dseg.nii.gz`: labels on the scan's own grid; codes in `dseg.tsv`
 - `sub-*/[ses-*/]anat/*_desc-volumetric_morph.tsv`: volumes in mm3
-- `sub-*.html`, `group.html`: pages to judge them by
+- `sub-*.html`, `group.html`: pages to check the results with
 - `group_morph.tsv`: one row a scan, written by `cadiff run BIDS_DIR OUT group`
-- `logs/CITATION.md`: what was run, in words for a methods section, with references
+- `logs/CITATION.md`: the text of a methods section, with references
 
 Not for diagnosis.
 """
@@ -82,9 +82,9 @@ def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> Non
     if not stored or VERSION.sub("", stored) == VERSION.sub("", here):
         return
     named = any(stored.startswith(kind) and here.startswith(kind) for kind in LINK_KINDS)
-    there = out / stored
-    is_dataset = ":" not in stored and (there / "dataset_description.json").exists()
-    elsewhere = is_dataset and not there.samefile(raw.root)
+    linked = out / stored
+    is_dataset = ":" not in stored and (linked / "dataset_description.json").exists()
+    elsewhere = is_dataset and not linked.samefile(raw.root)
     if named or elsewhere:
         raise OutputError(
             f"{out} holds results of another dataset ({stored}), not of {raw.root}",
@@ -101,7 +101,7 @@ def refuse_foreign(out: Path) -> None:
     description = read_json(path)
     if description is None:
         raise OutputError(
-            f"{path} is not readable JSON, so whose folder it is cannot be told",
+            f"{path} is not readable JSON: the folder's owner is unknown",
             "mend or remove that file, or choose another output folder",
         )
     generators = description.get("GeneratedBy") or []
