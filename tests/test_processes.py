@@ -55,10 +55,12 @@ def test_a_child_that_is_killed_is_an_error():
 
 PARENT = """
 import multiprocessing
+import signal
 import time
 from test_processes import nothing
 from cadiff_cli.processes import children
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with children(2, begin=nothing) as each:
         list(each(abs, [1, 2]))
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)

@@ -100,9 +100,9 @@ def test_an_unknown_field_is_made_from_noise_with_the_labels(
     calls = []
     trunk = tiny_model.net.trunk
 
-    def watched(image, d_t, m_t, t_d, t_m):
+    def watched(image, d_t, m_t, t_d, t_m, prior):
         calls.append((d_t.clone(), float(t_d), float(t_m)))
-        return trunk(image, d_t, m_t, t_d, t_m)
+        return trunk(image, d_t, m_t, t_d, t_m, prior)
 
     monkeypatch.setattr(tiny_model.net, "trunk", watched)
     config = SampleConfig(steps=2, flip=False)
@@ -164,10 +164,28 @@ def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
     calls = []
     net = tiny_model.net
     trunk, refine = net.trunk, net.refine
-    monkeypatch.setattr(net, "trunk", lambda *a: (calls.append(float(a[-1])), trunk(*a))[1])
+    monkeypatch.setattr(net, "trunk", lambda *a: (calls.append(float(a[4])), trunk(*a))[1])
     monkeypatch.setattr(net, "refine", lambda *a: (calls.append("head"), refine(*a))[1])
     class_probabilities(small_conditions, tiny_model, SampleConfig(steps=3, flip=False))
     assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
+
+
+@pytest.mark.parametrize(("flip", "looks"), [(False, 1), (True, 2)])
+def test_the_prior_at_a_known_field_is_looked_up_once(
+    tiny_model, small_conditions, monkeypatch, flip, looks
+):
+    """And once more at that of the mirrored brain; a look at every step gives the same answer."""
+    calls = []
+    net = tiny_model.net
+    trunk, look_up = net.trunk, net.look_up
+    monkeypatch.setattr(net, "look_up", lambda *a: (calls.append(a), look_up(*a))[1])
+    config = SampleConfig(steps=3, flip=flip)
+    once, _ = class_probabilities(small_conditions, tiny_model, config)
+    assert len(calls) == looks
+    monkeypatch.setattr(net, "trunk", lambda *a: trunk(*a[:5]))
+    each, _ = class_probabilities(small_conditions, tiny_model, config)
+    assert len(calls) > 2 * looks
+    assert torch.equal(once, each)
 
 
 def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_conditions, parcellation):
