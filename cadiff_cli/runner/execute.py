@@ -19,7 +19,13 @@ from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import given_mask, load_scan
-from cadiff_cli.io.templates import load_template, load_templates, own_contents, parse_specs
+from cadiff_cli.io.templates import (
+    load_template,
+    load_templates,
+    own_contents,
+    parse_space,
+    parse_specs,
+)
 from cadiff_cli.machine import cores
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.pipeline import Announce, run
@@ -66,9 +72,10 @@ def execute(job: Job) -> Outcome:
                     journal.record(outcome)
                     return outcome
                 with logged(job.log_dir / f"{job.entities}.log"):
+                    device = prepare_torch(job.machine)
                     scan = replace(load_scan(job.t1), age_years=job.age_years)
                     templates = _templates(job.templates, job.recipe.template_sha256, job.notes)
-                    result, failed = make_result(job, scan, templates)
+                    result, failed = make_result(job, scan, templates, device)
                 seconds = round(time.perf_counter() - begun, 1)
                 notes = (*result.notes, *_no_page(failed))
                 outcome = Outcome(job.entities, "done", seconds, warnings=notes)
@@ -99,10 +106,11 @@ def segment_file(t1: Path, out: Path, request: Request, watcher: Watcher) -> Res
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     with alone(out, place.stem), logged(log_path, watcher.screen):
         watcher.stage("load")
-        prepare_torch(request.machine)
+        device = prepare_torch(request.machine)
         job, templates = job_of(request, out)
         jobs = request.machine.threads or cores()
-        result, _ = make_result(job.of(t1, ""), scan, templates, watcher.stage, jobs)
+        job = job.of(t1, "")
+        result, _ = make_result(job, scan, templates, device, watcher.stage, jobs)
         if trouble := cite(out):
             LOGGER.warning(trouble)
     return result
@@ -112,16 +120,16 @@ def make_result(
     job: Job,
     scan: Scan,
     templates: Sequence[Template],
+    device: "torch.device",
     announce: Announce | None = None,
     jobs: int = 1,
 ) -> tuple[Result, str]:
     """Segment the job's scan and write results and page, under the lock that the caller holds.
 
-    ``jobs`` registrations are done at a time.
+    ``device`` is that of ``prepare_torch``; ``jobs`` registrations are done at a time.
 
     Returns the result, and why the page could not be written (empty if it was).
     """
-    from cadiff_cli.io.templates import parse_space
     from cadiff_cli.stages.field import mean_field
     from cadiff_cli.stages.space import to_space
 
@@ -137,7 +145,6 @@ def make_result(
         LOGGER.warning(note.text)
     journal = Journal(job.out)
     journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
-    device = prepare_torch(job.machine)
     model = _model(job.weights, job.recipe.weights_sha256)
     with tempfile.TemporaryDirectory(
         prefix=f"cadiff-{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
