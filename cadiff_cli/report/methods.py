@@ -90,17 +90,16 @@ def write_citations(out: Path) -> None:
         results = list(finished(out))
         if not results:
             raise MissingInputError(f"{out} holds no finished result", "run the participant level")
-        paragraphs, references = methods(results)
-        values = {"paragraphs": paragraphs, "references": references}
+        paragraphs, cited = methods(results)
+        values = {"paragraphs": paragraphs, "references": references(cited)}
         for kind in ("md", "html"):
             text = render(f"citation.{kind}.j2", title=TITLE, notice=NOTICE, **values)
             write_text(out / "logs" / f"CITATION.{kind}", f"{text.rstrip()}\n")
-        bibtex = (source.bibtex for source in _cited(describe(results), results).values())
-        write_text(out / "logs" / "CITATION.bib", "\n".join(bibtex))
+        write_text(out / "logs" / "CITATION.bib", "\n".join(source.bibtex for source in cited))
 
 
-def methods(results: Sequence[Finished]) -> tuple[list[str], list[str]]:
-    """Paragraphs of a methods section, and the references they cite."""
+def methods(results: Sequence[Finished]) -> tuple[list[str], list[Source]]:
+    """Paragraphs of a methods section, and the sources they cite."""
     paragraphs = describe(results)
     cited = _cited(paragraphs, results)
 
@@ -108,8 +107,12 @@ def methods(results: Sequence[Finished]) -> tuple[list[str], list[str]]:
         """``[@a; @b]`` -> ``(Author et al., 2020; ...)``."""
         return f"({'; '.join(cited[key].short for key in _keys(match[1]))})"
 
-    references = sorted(source.reference for source in cited.values())
-    return [CITED.sub(in_words, paragraph) for paragraph in paragraphs], references
+    return [CITED.sub(in_words, paragraph) for paragraph in paragraphs], list(cited.values())
+
+
+def references(cited: Sequence[Source]) -> list[str]:
+    """The lines of a list of references, in the order of the alphabet."""
+    return sorted(source.reference for source in cited)
 
 
 def describe(results: Sequence[Finished]) -> list[str]:

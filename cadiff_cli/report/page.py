@@ -16,7 +16,7 @@ from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report.case import Case, read_case
-from cadiff_cli.report.methods import methods
+from cadiff_cli.report.methods import methods, references
 from cadiff_cli.report.render import render_page
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     case = read_case(out, result, scans)
     ranges = fitting(load_ranges(parcellation), case.rows)
     judgement = judge(result, case.rows, case.quality, parcellation, ranges)
-    paragraphs, references = methods([result])
+    paragraphs, cited = methods([result])
     text = render_page(
         "scan.html.j2",
         title=result.entities,
@@ -92,7 +92,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         settings=plain(result.provenance.settings),
         viewer=viewer_data(case, parcellation),
         paragraphs=paragraphs,
-        references=references,
+        references=references(cited),
     )
     write_text(path, text)
     log.info("page %s in %.1f s", path.name, time.perf_counter() - begun)
