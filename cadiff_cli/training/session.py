@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.device import usable_device
-from cadiff_cli.diffusion.process import DEFAULT
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.files import write_json
@@ -41,8 +40,6 @@ log = logging.getLogger(__name__)
 N = TypeVar("N", bound=nn.Module)
 UNTOLD = ""
 """A fact that an older run did not write down: it is taken on trust."""
-OLDER_NETS = {"process": DEFAULT, "head_stride": 1}
-OLDER_SETTINGS = {"head_only": False}
 MAY_CHANGE = ("steps", "decay", "rate")
 """Settings of which a run may go on with others."""
 
@@ -114,7 +111,7 @@ class Session(Generic[N]):
         state, checkpoint = new_state(net, config), folder / "checkpoint.pt"
         described = folder / "config.json"
         if resumed := checkpoint.exists():
-            refuse_other_run(described, identity, settings)
+            refuse_other_run(described, identity, config, net.config)
             load_checkpoint(checkpoint, state, config)
             log.info("continuing at step %d", state.step)
         description = {
@@ -163,14 +160,17 @@ class Session(Generic[N]):
         return path
 
 
-def refuse_other_run(path: Path, identity: Identity, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run (``path`` is its ``config.json``) that was another one."""
+def refuse_other_run(path: Path, identity: Identity, config: Schedule, net: Any) -> None:
+    """Refuse to go on with a run (``path`` is its ``config.json``) that was another one.
+
+    ``config`` and ``net`` are the settings of the run and of its network.  What older runs did not
+    write down had its default, as in ``identity``.
+    """
     before = json.loads(path.read_text(encoding="utf-8"))
     untold = {f.name: f.default for f in fields(identity) if f.default is not MISSING}
-    was = untold | OLDER_SETTINGS | before | before["train"]
-    # Older runs did not write down what had no other value then.
-    was["net"] = {k: v for k, v in OLDER_NETS.items() if k in identity.net} | was["net"]
-    for key, now in {**as_dict(identity), **settings}.items():
+    was = untold | as_dict(type(config)()) | before | before["train"]
+    was["net"] = as_dict(type(net)()) | was["net"]
+    for key, now in {**as_dict(identity), **as_dict(config)}.items():
         if key not in MAY_CHANGE and was.get(key) not in (UNTOLD, now):
             raise UsageError(
                 f"the checkpoint beside {path} has {key} {was.get(key)}, not {now}",
