@@ -5,24 +5,11 @@ from typing import Any
 
 import click
 
-OPTIONS = (
+RUN_OPTIONS = (
     click.option(
         "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
     ),
-    click.option("--parcellation", help="Instead of the config's: a shipped name, or a TSV."),
-    click.option(
-        "--labels",
-        help="Instead of the config's: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or"
-        " a TSV (source, index).",
-    ),
-    click.option("--cache", type=click.Path(path_type=Path), help="Prepared scans [RUN/cache]."),
-    click.option(
-        "--template",
-        "--atlas",
-        "templates",
-        multiple=True,
-        help="Templates whose fields are trained on, or a stripped scan (repeatable).",
-    ),
+    click.option("--cache", type=click.Path(path_type=Path), help="Prepared images [RUN/cache]."),
     click.option("--steps", type=click.IntRange(1), help="Instead of the config's."),
     click.option(
         "--decay",
@@ -31,11 +18,6 @@ OPTIONS = (
     ),
     click.option("--rate", type=float, help="Learning rate, instead of the config's."),
     click.option("--batch", type=click.IntRange(1), help="Instead of the config's."),
-    click.option(
-        "--synthetic",
-        type=click.FloatRange(0, 1),
-        help="Share of patches with resampled contrast, instead of the config's.",
-    ),
     click.option("--seed", type=click.IntRange(0), help="Instead of the config's."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
     click.option(
@@ -48,13 +30,40 @@ OPTIONS = (
         help="Stop then, to go on later.",
     ),
 )
+SCAN_OPTIONS = (
+    click.option("--parcellation", help="Instead of the config's: a shipped name, or a TSV."),
+    click.option(
+        "--labels",
+        help="Instead of the config's: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or"
+        " a TSV (source, index).",
+    ),
+    click.option(
+        "--template",
+        "--atlas",
+        "templates",
+        multiple=True,
+        help="Templates whose fields are trained on, or a stripped scan (repeatable).",
+    ),
+    click.option(
+        "--synthetic",
+        type=click.FloatRange(0, 1),
+        help="Share of patches with resampled contrast, instead of the config's.",
+    ),
+)
+
+
+def run_options(command: Any) -> Any:
+    """Options that every training has."""
+    for option in reversed(RUN_OPTIONS):
+        command = option(command)
+    return command
 
 
 def training_options(command: Any) -> Any:
-    """What ``train`` and ``crossval`` share."""
-    for option in reversed(OPTIONS):
+    """Options that ``train`` and ``crossval`` share."""
+    for option in reversed(SCAN_OPTIONS):
         command = option(command)
-    return command
+    return run_options(command)
 
 
 @click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})

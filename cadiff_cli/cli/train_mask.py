@@ -5,12 +5,11 @@ from typing import Any
 
 import click
 
+from cadiff_cli.cli.train import run_options
+
 
 @click.command(name="train-mask", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", metavar="CONFIG")
-@click.option(
-    "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
-)
 @click.option(
     "--label-maps",
     multiple=True,
@@ -29,19 +28,7 @@ import click
     help="Name of a --heads folder not to train on (repeatable).",
 )
 @click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
-@click.option("--cache", type=click.Path(path_type=Path), help="Prepared heads [RUN/cache].")
-@click.option("--steps", type=click.IntRange(1), help="Instead of CONFIG's.")
-@click.option(
-    "--decay",
-    type=click.IntRange(1),
-    help="Last steps, the rate falling [CONFIG's; with --steps, at most the same share].",
-)
-@click.option("--rate", type=float, help="Learning rate, instead of CONFIG's.")
-@click.option("--batch", type=click.IntRange(1), help="Instead of CONFIG's.")
-@click.option("--seed", type=click.IntRange(0), help="Instead of CONFIG's.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1...")
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--max-minutes", type=float, default=float("inf"), help="Stop after this.")
+@run_options
 def command(
     config: str,
     run: Path,
