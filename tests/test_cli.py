@@ -59,6 +59,19 @@ def call(program, *arguments, home=None, cwd=None, **variables):
     )
 
 
+def segmented_alone(head, folder, weights, *options):
+    """The scan and the output folder of a real run, from file to files, without a registration."""
+    source, out = folder / "sub-01_T1w.nii.gz", folder / "out"
+    save_volume(source, head.t1.data, head.t1.grid)
+    done = call(
+        *("cadiff-seg", str(source), "-o", str(out), "--model", str(weights)),
+        *("--registration", "none", "--template", "MNI152NLin2009aSym", "--offline"),
+        *("--skull-strip", "none", "--steps", "1", "--threads", "1", *options),
+    )
+    assert done.returncode == 0, done.stderr
+    return source, out
+
+
 def one_line(done):
     """The single line on stderr of a failed command."""
     assert done.stdout == ""

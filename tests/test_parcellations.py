@@ -10,13 +10,12 @@ import pytest
 from conftest import TINY, awake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cli import call
+from test_cli import call, segmented_alone
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.layout import Derivatives, finished
 from cadiff_cli.io.bids.tables import parcellation_of
-from cadiff_cli.io.images import save_volume
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.models import Model
 from cadiff_cli.quality.ranges import base_volumes, load_ranges
@@ -37,15 +36,8 @@ def out(phantom, lobes_weights, tmp_path_factory):
     """The folder of one run from file to files."""
     folder = tmp_path_factory.mktemp("lobes")
     head = phantom("RAS", (2.0, 2.0, 2.0), scale=0.4)
-    source = folder / "sub-01_T1w.nii.gz"
-    save_volume(source, head.t1.data, head.t1.grid)
-    done = call(
-        *("cadiff-seg", str(source), "-o", str(folder / "out"), "--model", str(lobes_weights)),
-        *("--registration", "none", "--atlas", "MNI152NLin2009aSym", "--offline", "--posteriors"),
-        *("--uncertainty", "--skull-strip", "none", "--steps", "1", "--threads", "1"),
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "out"
+    _, out = segmented_alone(head, folder, lobes_weights, "--posteriors", "--uncertainty")
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import awake
-from test_cli import call
+from test_cli import segmented_alone
 
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
 from cadiff_cli.errors import UsageError
-from cadiff_cli.io.images import save_volume
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import Model
 from cadiff_cli.products import Scan
@@ -348,15 +347,8 @@ def unregistered(phantom, tiny_weights, tmp_path_factory):
     """One real run from file to files that never looks for a registration."""
     folder = tmp_path_factory.mktemp("unregistered")
     head = phantom("LPS", (1.5, 1.8, 1.5), scale=0.6)
-    source = folder / "sub-01_T1w.nii.gz"
-    save_volume(source, head.t1.data, head.t1.grid)
-    done = call(
-        *("cadiff-seg", str(source), "-o", str(folder / "out"), "--model", str(tiny_weights)),
-        *("--registration", "none", "--template", "MNI152NLin2009aSym", "--offline"),
-        *("--skull-strip", "none", "--steps", "1", "--no-flip", "--threads", "1"),
-    )
-    assert done.returncode == 0, done.stderr
-    return source, folder / "out" / "sub-01" / "anat"
+    source, out = segmented_alone(head, folder, tiny_weights, "--no-flip")
+    return source, out / "sub-01" / "anat"
 
 
 def test_without_registration_there_are_labels_but_no_transforms(unregistered):
