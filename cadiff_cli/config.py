@@ -11,7 +11,7 @@ from typing import Any
 from cadiff_cli import __version__
 
 REVISION = 8
-"""Raise it whenever the same settings give other results: none of before are taken for theirs."""
+"""Increase when unchanged settings give other results; older results then count as outdated."""
 
 
 class StripMethod(StrEnum):

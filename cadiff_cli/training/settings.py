@@ -12,11 +12,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+from cadiff_cli.data import shipped
 from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
 from cadiff_cli.io.files import read_text
 from cadiff_cli.training.loop import Schedule
 
-CONFIGS = Path(__file__).resolve().parents[1] / "data" / "configs"
+CONFIGS = Path(str(shipped("configs")))
 
 
 class Training(Protocol):
