@@ -45,7 +45,7 @@ class NetConfig:
     """Sizes of the network.  ``prior_shape`` is the label prior's grid over the field (x, y, z).
 
     The head works at ``head_stride`` mm: 1, or 2, where each voxel gives its eight parts logits of
-    their own (sub-pixel convolution, Shi et al., 2016) at a third of the cost.
+    their own (sub-pixel convolution, Shi et al., 2016), with a third of the arithmetic.
 
     Switches take the method apart.  Without ``reads_field`` the network never sees the field (plain
     diffusion); without ``reads_coordinates`` it sees only the label prior there (a label-like
