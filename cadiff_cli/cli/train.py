@@ -114,7 +114,7 @@ def command(
 
     CONFIG is a TOML file or the name of a shipped one: cadiff; finish, its last part from --init;
     synth, for painted scans and any contrast; or a variant of the ablation (unet, diffusion, dual,
-    label, collaborative, consistency, consistency-dice, taca, paper).  Options override it.
+    label, collaborative, consistency, consistency-dice, taca, paper, scaled).  Options override it.
 
     Scans are prepared once by the same code that inference runs.  The same command continues after
     a kill, and goes on further with more --steps.

@@ -4,7 +4,7 @@ Field and labels are diffused at half resolution (``Trunk``); labels become 1 mm
 full-resolution ``head``, which only the last sampling step needs.
 
 States: the field is stored in [0, 1] and diffused as ``2 D - 1``; labels are diffused as
-``2 P - 1``, where P holds the fraction of each class in a 2 mm voxel.
+``label_scale (2 P - 1)``, where P holds the fraction of each class in a 2 mm voxel.
 """
 
 import logging
@@ -53,6 +53,8 @@ class NetConfig:
     ``attention`` skip connections are concatenated as they are, not weighted by TACA.
 
     ``process`` names the noise process (``diffusion.process.PROCESSES``) of the states.
+    ``label_scale`` is the size of a clean label state beside noise of 1: the smaller it is, the
+    less a noisy state tells of the labels at the same time (Chen et al., 2023, scale bits so).
     """
 
     n_classes: int = 41
@@ -69,9 +71,10 @@ class NetConfig:
     reads_labels: bool = True
     attention: bool = True
     process: str = DEFAULT
+    label_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ``DataError`` for a noise process or a head that is not there."""
+        """Raise ``DataError`` for a noise process, a head or a scale that cannot be."""
         if self.process not in PROCESSES:
             raise DataError(
                 f"the noise process is {self.process!r}, not one of {list(PROCESSES)}",
@@ -83,11 +86,25 @@ class NetConfig:
                 "use one of these; for weights, use the version of cadiff that wrote them",
             )
 
+        if not 0 < self.label_scale <= 1:
+            raise DataError(
+                f"the network's label_scale is {self.label_scale}", "give one above 0, at most 1"
+            )
+
     @property
     def trunk(self) -> dict[str, Any]:
-        """The settings but for the head's: equal for networks whose trunks are alike."""
+        """The settings that decide the trunk's weights: all but the head's and the states' scale.
+
+        Networks with equal ones can begin with each other's weights.
+        """
         settings = asdict(self).items()
-        return {name: value for name, value in settings if not name.startswith(HEAD)}
+        free = (HEAD, "label_scale")
+        return {name: value for name, value in settings if not name.startswith(free)}
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The settings of the head: equal for networks whose heads are alike."""
+        return {name: value for name, value in asdict(self).items() if name.startswith(HEAD)}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "NetConfig":
@@ -188,13 +205,18 @@ class CADiffNet(nn.Module):
         if other.config.trunk != self.config.trunk:
             raise UsageError(
                 "the weights to begin with are of another network",
-                "use a config of their network; only its head may differ",
+                "use a config of their network; only its head and label_scale may differ",
             )
         weights = other.state_dict()
-        if other.config != self.config:
+        same = other.config.head == self.config.head
+        if not same:
             log.warning("the head of the weights is of another size: a new head begins")
             weights = {name: w for name, w in weights.items() if not name.startswith(HEAD)}
-        self.load_state_dict(weights, strict=other.config == self.config)
+        self.load_state_dict(weights, strict=same)
+
+    def label_state(self, p: Tensor) -> Tensor:
+        """The clean state of class fractions or probabilities ``p``, of any shape."""
+        return self.config.label_scale * (2 * p - 1)
 
     def look_up(self, d_t: Tensor, t_d: Tensor) -> Prior:
         """The label prior at what a field's state (B, 3, x, y, z) at ``t_d`` (B,) tells alone."""

@@ -96,7 +96,8 @@ class State:
     """A brain on its way from noise to labels.
 
     ``image`` (1, 1, 2x, 2y, 2z) in [0, 1]; ``field`` (1, 3, x, y, z) and ``labels``
-    (1, classes, x, y, z) at one time of the process each, in [-1, 1] where they are clean.
+    (1, classes, x, y, z) at one time of the process each; clean fields are in [-1, 1], clean labels
+    what ``CADiffNet.label_state`` makes of probabilities.
     ``prior`` is the network's at a known field, looked up once for all times.
     """
 
@@ -142,7 +143,7 @@ class Denoiser:
 
         def clean(part: State) -> tuple[Tensor, Tensor]:
             field, p = self._ask(part, t, fine=False)
-            return field.cpu(), p.mul_(2).sub_(1).cpu()
+            return field.cpu(), self.net.label_state(p).cpu()
 
         field, labels = by_tiles(clean, state, self.tile)
         return replace(state, field=state.field if self.known else field, labels=labels)

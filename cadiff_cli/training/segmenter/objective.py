@@ -74,7 +74,7 @@ class Objective:
             return torch.randn(like.shape, generator=generator, device=device)
 
         target = fractions(patch.classes, k, STRIDE)
-        field_0, label_0 = 2 * patch.field - 1, 2 * target - 1
+        field_0, label_0 = 2 * patch.field - 1, net.label_state(target)
         t_d, t_m = self.times.draw(len(target), generator)
         recycled = torch.rand(1, generator=generator, device=device) < self.recycle
         if net.config.reads_labels and bool(recycled & (t_m < 1).any()):
@@ -140,4 +140,4 @@ class Objective:
         m_t = net.process.start(noise(label_0))
         first = net.trunk(patch.image, d_t, m_t, lost, torch.ones_like(t_d))
         field_1 = torch.where(expand(lost, field_0) > 0, first.field, field_0)
-        return field_1, 2 * first.logits.softmax(dim=1) - 1
+        return field_1, net.label_state(first.logits.softmax(dim=1))

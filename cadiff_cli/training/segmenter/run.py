@@ -164,7 +164,7 @@ def check_people(
     if init and net_config and net_config.trunk != init.net.config.trunk:
         raise UsageError(
             f"--init {init.name} is another network than the config's",
-            "use a config of its network; only the head may differ",
+            "use a config of its network; only the head and label_scale may differ",
         )
     if not people - held:
         raise UsageError("every subject is held out", "leave some to train on")
