@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,20 +19,29 @@ from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.spatial.grid import Grid, Volume
 
+Sex = Literal["F", "M"]
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who was scanned, as far as it is known."""
+
+    age_years: float | None = None
+    sex: Sex | None = None
+
 
 @dataclass(frozen=True, eq=False)
 class Scan:
     """A T1-weighted image as the user gave it: ``t1`` is 3-D, finite, on its own grid.
 
-    ``sha256`` is the checksum of the file that was read, if it was read from one.  ``age_years`` is
-    that of the person, where a dataset tells it.
+    ``sha256`` is the checksum of the file that was read, if it was read from one.
     """
 
     t1: Volume
     path: Path
     notes: tuple[Note, ...] = ()
     sha256: str = ""
-    age_years: float | None = None
+    person: Person = Person()
 
 
 @dataclass(frozen=True)

@@ -546,22 +546,3 @@ def test_a_description_of_ours_is_kept_but_for_missing_links(raw, tmp_path):
     found = json.loads(path.read_text())
     assert set(found.pop("DatasetLinks")) == {"raw", "templateflow"}
     assert found == mine
-
-
-AGES = {
-    "plain": ("sub-01\t34.5\tF\nsub-02\tn/a\tM\nsub-03\t89+\tF", {"01": 34.5, "03": 89.0}),
-    "a quote": ('sub-01\t30\t"tall\nsub-02\t40\tM', {"01": 30.0, "02": 40.0}),
-    "codes and other units": ("sub-01\t999\tF\nsub-02\t006M\tF\nsub-03\t-1\tM", {}),
-    "one person twice": ("sub-01\t8\tF\nsub-01\t20\tF\nsub-02\t9\tM\nsub-02\t9\tM", {"02": 9.0}),
-}
-
-
-@pytest.mark.parametrize("rows", AGES)
-def test_ages_are_those_of_participants_tsv(tmp_path, rows):
-    lines, wanted = AGES[rows]
-    text = f"\ufeffparticipant_id\tage\tsex\n{lines}"
-    (tmp_path / "participants.tsv").write_text(text, encoding="utf-8", newline="\r\n")
-    assert Dataset(tmp_path).ages == wanted
-    (tmp_path / "participants.json").write_text('{"age": {"Units": "months"}}')
-    assert Dataset(tmp_path).ages == {}
-    assert Dataset(tmp_path / "none").ages == {}

@@ -10,6 +10,7 @@ from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.io.volumes import Row
 from cadiff_cli.notes import Note, NoteCode
+from cadiff_cli.products import Person
 from cadiff_cli.quality.group import FAR, outliers, robust_z
 from cadiff_cli.quality.judgement import (
     FAR_BELOW,
@@ -175,7 +176,7 @@ def test_adults_ranges_are_not_everybodys(parcellation, age, fine, compared_with
     rows = [Row(s.code, s.name, 1.0) for s in parcellation.structures] + [
         Row(None, "Brain-Mask", 1.4e6)
     ]
-    result = Finished("sub-01", Path(), replace(MADE, age_years=age))
+    result = Finished("sub-01", Path(), replace(MADE, person=Person(age)))
     said = judge(result, rows, None, parcellation, ranges)
     assert said.fine is fine
     assert said.compared_with == compared_with

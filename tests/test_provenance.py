@@ -8,6 +8,7 @@ from cadiff_cli.config import Config, OutputConfig, Recipe
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.notes import Note, NoteCode
+from cadiff_cli.products import Person
 
 CONFIG = Config(output=OutputConfig(spaces=("MNI152NLin2009cAsym",)))
 RECIPE = Recipe(CONFIG, "MNIColin27", "cadiff-malc", "0" * 64)
@@ -30,7 +31,7 @@ MADE = Provenance(
     ),
     skull_stripping="net",
     bias_ratio=1.1,
-    age_years=30.0,
+    person=Person(30.0, "F"),
     source="bids:raw:sub-01/anat/sub-01_T1w.nii.gz",
     source_sha256="1" * 64,
     seconds={"strip": 2.5},

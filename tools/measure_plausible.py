@@ -42,12 +42,13 @@ def main():
         if scan.subject not in wanted.leave_out:
             first.setdefault(scan.subject, scan.dseg)
     people = f"{len(first)} people of {wanted.dataset.name}, manual labels"
-    ages = Dataset(wanted.dataset).ages
+    people_of = Dataset(wanted.dataset).people.of
+    ages = [people_of(subject).age_years for subject in first]
     found = measure(
         (volumes(path, parcellation) for path in first.values()),
         parcellation,
         people,
-        [ages[subject] for subject in first if subject in ages],
+        [age for age in ages if age is not None],
     )
     print(json.dumps(found, indent=1))
 

@@ -18,7 +18,17 @@ from cadiff_cli.io.volumes import about_expected_dice
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.machine import ITK_THREADS
 from cadiff_cli.notes import Note, NoteCode, texts
-from cadiff_cli.products import Calibration, Citation, Result, Scan, Stripped, Template, sound
+from cadiff_cli.products import (
+    Calibration,
+    Citation,
+    Person,
+    Result,
+    Scan,
+    Sex,
+    Stripped,
+    Template,
+    sound,
+)
 
 
 def make_recipe(
@@ -104,6 +114,11 @@ def _read_citation(told: "_Reader") -> Citation | None:
     return Citation(entry.optional("Name", str) or "", authors, links)
 
 
+def _read_person(told: "_Reader") -> Person:
+    known: dict[str | None, Sex] = {"F": "F", "M": "M"}
+    return Person(told.optional("AgeYears", float), known.get(told.optional("Sex", str)))
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What made a segmentation: enough to make it again, and to know that it need not be.
@@ -130,7 +145,7 @@ class Provenance:
     templates: tuple[UsedTemplate, ...] = ()
     skull_stripping: str = ""
     bias_ratio: float | None = None
-    age_years: float | None = None
+    person: Person = Person()
     source: str = ""
     source_sha256: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -181,7 +196,7 @@ class Provenance:
             ),
             skull_stripping=prepared.stripped.method,
             bias_ratio=prepared.stripped.bias_ratio,
-            age_years=prepared.scan.age_years,
+            person=prepared.scan.person,
             source=source,
             source_sha256=prepared.scan.sha256 or sha256(prepared.scan.path),
             seconds=dict(result.seconds),
@@ -221,7 +236,7 @@ class Provenance:
             templates=templates,
             skull_stripping=top.required("SkullStripping", str),
             bias_ratio=top.optional("BiasRatio", float),
-            age_years=top.optional("AgeYears", float),
+            person=_read_person(top),
             source=top.optional("SpatialReference", str) or "",
             source_sha256=top.optional("SourceSHA256", str) or "",
             seconds={stage: s for stage, s in seconds if isinstance(s, int | float)},
@@ -247,7 +262,8 @@ class Provenance:
             "Templates": [used.entry() for used in self.templates],
             "SkullStripping": self.skull_stripping,
             "BiasRatio": self.bias_ratio,
-            "AgeYears": self.age_years,
+            "AgeYears": self.person.age_years,
+            **({"Sex": self.person.sex} if self.person.sex else {}),
             "Settings": dict(self.settings),
             "Fingerprint": self.fingerprint,
             "SourceSHA256": self.source_sha256,

@@ -169,8 +169,8 @@ def judge(
     return replace(
         found,
         reasons=tuple(_reasons(found, ranges, made)),
-        age_years=made.age_years,
-        compared_with=ranges.of_ages if made.age_years is None else "",
+        age_years=made.person.age_years,
+        compared_with=ranges.of_ages if made.person.age_years is None else "",
     )
 
 
@@ -217,7 +217,7 @@ def _doubtful(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 def _reasons(found: Judgement, ranges: Ranges, made: Provenance) -> Iterator[str]:
     """Everything that is suspicious, in words; the result's own warnings last."""
-    age = made.age_years
+    age = made.person.age_years
     if ranges.ages and age is not None and not ranges.ages[0] <= age <= ranges.ages[1]:
         yield f"age {age:g}: the ranges, and what the network has learnt, are of {ranges.of_ages}"
     low, high = PLAUSIBLE_LITRES

@@ -73,7 +73,7 @@ def execute(job: Job) -> Outcome:
                     return outcome
                 with logged(job.log_dir / f"{job.entities}.log"):
                     device = prepare_torch(job.machine)
-                    scan = replace(load_scan(job.t1), age_years=job.age_years)
+                    scan = replace(load_scan(job.t1), person=job.person)
                     templates = _templates(job.templates, job.recipe.template_sha256, job.notes)
                     result, failed = make_result(job, scan, templates, device)
                 seconds = round(time.perf_counter() - begun, 1)

@@ -14,7 +14,7 @@ from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates, parse_space
 from cadiff_cli.notes import Note
-from cadiff_cli.products import Template
+from cadiff_cli.products import Person, Template
 from cadiff_cli.quality.calibration import calibration
 
 RECORD = "logs/journal/inputs.tsv"
@@ -28,9 +28,8 @@ class Job:
     ``source`` is the scan's BIDS URI. ``templates`` is what ``load_templates`` takes,
     ``weights`` what ``io.models.load`` does. ``notes`` are about the template.
     ``overwrite`` allows it to replace a result of other settings. A job that finds another
-    process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``age_years`` is that
-    of the person, if it is known. ``source`` and ``run_id`` are empty for a scan that is not
-    segmented as part of a dataset.
+    process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``source`` and
+    ``run_id`` are empty for a scan that is not segmented as part of a dataset.
     """
 
     t1: Path
@@ -45,7 +44,7 @@ class Job:
     notes: tuple[Note, ...] = ()
     overwrite: bool = False
     wait: bool = False
-    age_years: float | None = None
+    person: Person = Person()
 
     def of(self, t1: Path, source: str) -> "Job":
         """The same job for another scan."""

@@ -66,17 +66,17 @@ def make_plan(
     if not like.overwrite:
         for result in results.values():
             like.refuse(result.entities, result.provenance.differs(like.recipe))
-    journal, notes = Journal(like.out), [*selected.notes]
+    journal, notes = Journal(like.out), [*selected.notes, *dataset.people.notes]
     jobs, pages, done = list[Job](), list[Job](), list[str]()
     failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()
     for paths in _by_name(selected.images).values():
-        age = dataset.ages.get(source_entities(paths[0]).split("_")[0].removeprefix("sub-"))
-        job = replace(like.of(paths[0], dataset.uri(paths[0])), age_years=age)
+        person = dataset.people.of(source_entities(paths[0]).split("_")[0])
+        job = replace(like.of(paths[0], dataset.uri(paths[0])), person=person)
         try:
             if len(paths) > 1:
                 image = _one_of(paths)
                 notes.append(f"{image.name} is taken; {paths[0].name} is the same image")
-                job = replace(like.of(image, dataset.uri(image)), age_years=age)
+                job = replace(like.of(image, dataset.uri(image)), person=person)
             if job.is_finished(results.get(job.entities)):
                 if job.lacks_page():
                     pages.append(job)

@@ -1,6 +1,5 @@
 """A raw dataset: its description, participants and errors."""
 
-import csv
 import json
 import logging
 import os
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import InvalidDatasetError, MissingInputError, SelectionError, first_few
-from cadiff_cli.io.files import read_json, read_text
+from cadiff_cli.io.bids.people import People, read_people
+from cadiff_cli.io.files import read_text
 
 log = logging.getLogger(__name__)
 
-OLDEST_YEARS = 120
-"""Larger ages, such as 999, mean that the age is missing."""
 LINK_KINDS = ("https://doi.org/", "urn:x-bids:")
 """Beginnings of links that name a dataset; other links are relative paths, or the user's own."""
 
@@ -60,26 +58,9 @@ class Dataset:
         return sorted(path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
 
     @cached_property
-    def ages(self) -> dict[str, float]:
-        """Age in years by participant label, if ``participants.tsv`` holds exactly one.
-
-        BIDS counts in years unless the column's ``Units`` say otherwise; the oldest may be ``89+``.
-        """
-        column = (read_json(self.root / "participants.json") or {}).get("age", {})
-        units = column.get("Units", "years") if isinstance(column, dict) else "years"
-        if str(units).lower() not in ("year", "years", "yr", "y", "a"):
-            return {}
-        try:
-            lines = read_text(self.root / "participants.tsv").splitlines()
-        except (OSError, ValueError):
-            return {}
-        ages: dict[str, set[float]] = {}
-        for line in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
-            number = re.fullmatch(r"(\d+(\.\d+)?)\+?", str(line.get("age")).strip())
-            if number and float(number[1]) <= OLDEST_YEARS:
-                label = str(line.get("participant_id")).removeprefix("sub-")
-                ages.setdefault(label, set()).add(float(number[1]))
-        return {label: years.pop() for label, years in ages.items() if len(years) == 1}
+    def people(self) -> People:
+        """Ages and sexes of ``participants.tsv``."""
+        return read_people(self.root)
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""
