@@ -16,9 +16,11 @@ from cadiff_cli.nets.blocks import (
     DynamicConv1d,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
+    at_blocks,
     last,
     shuffle,
     unshuffle,
+    upsampled,
 )
 from cadiff_cli.nets.segmenter import CADiffNet, LabelPrior, NetConfig
 
@@ -267,11 +269,11 @@ def part_net(tiny_config):
 def test_a_head_at_2_mm_has_answers_at_1_mm(part_net, inputs):
     coarse, logits = part_net(*inputs, at(0), at(1))
     assert logits.shape == (1, 41, *SPACE)
-    nearest = F.interpolate(coarse.logits, scale_factor=2, mode="nearest")
-    assert not torch.allclose(logits, nearest)
+    smooth = F.interpolate(coarse.logits, scale_factor=2, mode="trilinear")
+    assert not torch.allclose(logits, smooth)
     for weights in (part_net.head_label.weight, part_net.head_label.bias):
         weights.zero_()
-    torch.testing.assert_close(part_net.refine(inputs[0], coarse, at(0), at(1)), nearest)
+    torch.testing.assert_close(part_net.refine(inputs[0], coarse, at(0), at(1)), smooth)
 
 
 def test_each_part_of_a_voxel_has_its_own_logits(part_net, inputs):
@@ -279,11 +281,39 @@ def test_each_part_of_a_voxel_has_its_own_logits(part_net, inputs):
     part_net.head_label.weight.zero_()
     bias = part_net.head_label.bias.copy_(torch.arange(8 * 41.0)).reshape(2, 2, 2, 41)
     coarse, logits = part_net(*inputs, at(0), at(1))
-    rest = logits - F.interpolate(coarse.logits, scale_factor=2, mode="nearest")
+    rest = logits - F.interpolate(coarse.logits, scale_factor=2, mode="trilinear")
     for i, j, k in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
         part = rest[0, :, i::2, j::2, k::2]
         expected = bias[i, j, k].reshape(-1, 1, 1, 1).expand_as(part)
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-3)
+
+
+def test_blocks_are_upsampled_as_the_whole_is(draw):
+    coarse = draw(1, 3, 4, 5, 6)
+    blocks = torch.ones(4, 5, 6).nonzero()[torch.randperm(120)[:50]]
+    whole = F.interpolate(coarse, scale_factor=2, mode="trilinear")[0].permute(1, 2, 3, 0)
+    found = upsampled(coarse[0].permute(1, 2, 3, 0), blocks)
+    torch.testing.assert_close(found, at_blocks(whole, blocks))
+
+
+def test_voxels_of_blocks_are_ordered_as_unshuffled(draw):
+    image = draw(1, 1, 4, 6, 8)
+    blocks = torch.tensor([[1, 2, 3], [0, 0, 0], [1, 0, 2]])
+    found = at_blocks(image[0].permute(1, 2, 3, 0), blocks)
+    parts = unshuffle(image)[0].permute(1, 2, 3, 0)
+    assert torch.equal(found[..., 0], parts[blocks.unbind(1)])
+
+
+@pytest.mark.parametrize("name", ["tiny_net", "part_net"])
+def test_some_blocks_are_refined_as_the_whole_is(name, inputs, request):
+    net = request.getfixturevalue(name)
+    with torch.no_grad():
+        coarse = net.trunk(*inputs, at(0), at(1))
+        whole = net.refine(inputs[0], coarse, at(0), at(1))[0].permute(1, 2, 3, 0)
+        features = net.fine_features(inputs[0], coarse, at(0), at(1))
+        blocks = torch.ones(coarse.logits.shape[2:]).nonzero()[::3]
+        found = net.refine_blocks(features, coarse.logits, blocks)
+    torch.testing.assert_close(found, at_blocks(whole, blocks), rtol=1e-4, atol=1e-4)
 
 
 def test_a_prior_that_was_looked_up_is_that_of_the_field(fresh_net, inputs):

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from cadiff_cli.spatial.grid import Grid
-from cadiff_cli.spatial.probabilities import (
-    most_probable,
-    native_classes,
-    native_posteriors,
-    uncertainty,
-)
+from cadiff_cli.spatial.probabilities import Probabilities, native_classes, native_posteriors
 
 
 def random_p(shape, sharpness=1.0, seed=0):
@@ -21,19 +16,47 @@ def random_p(shape, sharpness=1.0, seed=0):
     return (sharpness * torch.randn(4, *shape, generator=generator)).softmax(dim=0)
 
 
+def some_of(p, seed=0):
+    """The probabilities of a random half of the voxels, in any order."""
+    whole = Probabilities.of_all(p)
+    order = torch.randperm(len(whole.voxels), generator=torch.Generator().manual_seed(seed))
+    chosen = order[: len(order) // 2]
+    return Probabilities(whole.values[chosen], whole.voxels[chosen], whole.shape)
+
+
 def test_the_most_probable_is_the_argmax():
     p = random_p((9, 8, 7))
-    np.testing.assert_array_equal(most_probable(p), p.argmax(dim=0).numpy())
+    best = Probabilities.of_all(p).most_probable()
+    np.testing.assert_array_equal(best, p.argmax(dim=0).numpy())
+
+
+def test_voxels_that_are_left_out_are_background():
+    p = random_p((9, 8, 7))
+    some = some_of(p)
+    kept = np.zeros(p[0].numel(), bool)
+    kept[some.voxels.numpy()] = True
+    kept = kept.reshape(p.shape[1:])
+    dense = some.dense().numpy()
+    np.testing.assert_array_equal(dense[:, kept], p.numpy()[:, kept])
+    assert (dense[0, ~kept] == 1).all()
+    assert (dense[1:, ~kept] == 0).all()
+    np.testing.assert_array_equal(some.most_probable(), dense.argmax(axis=0))
+    assert (some.uncertainty()[~kept] == 0).all()
+    assert (some.uncertainty()[kept] > 0).all()
 
 
 def test_uncertainty_is_0_for_certainty_and_1_for_ignorance():
     certain = torch.zeros(41, 2, 3, 4)
     certain[7] = 1
-    assert (uncertainty(certain) == 0).all()
-    np.testing.assert_allclose(uncertainty(torch.full((41, 2, 3, 4), 1 / 41)), 1, atol=1e-5)
+    assert (Probabilities.of_all(certain).uncertainty() == 0).all()
+    np.testing.assert_allclose(
+        Probabilities.of_all(torch.full((41, 2, 3, 4), 1 / 41)).uncertainty(), 1, atol=1e-5
+    )
     torn = torch.zeros(41, 2, 3, 4)
     torn[3:5] = 0.5
-    np.testing.assert_allclose(uncertainty(torn), math.log(2) / math.log(41), atol=1e-6)
+    np.testing.assert_allclose(
+        Probabilities.of_all(torn).uncertainty(), math.log(2) / math.log(41), atol=1e-6
+    )
 
 
 def moved(grid, shape, linear, shift):
@@ -52,20 +75,23 @@ def test_whole_voxels_are_copied(crop):
     """A shift by whole voxels and a flip: values stay, and outside is background."""
     p = random_p(crop.shape)
     native = moved(crop, (9, 8, 9), np.diag([1, -1, 1]), (0, 7, -1))
-    found = native_posteriors(p, crop, native).astype(np.float32)
+    found = native_posteriors(Probabilities.of_all(p), crop, native).astype(np.float32)
     np.testing.assert_allclose(found[..., 1:-1], p.flip(2).numpy(), atol=1e-3)
     for outside in (found[..., 0], found[..., -1]):
         assert (outside[0] == 1).all()
         assert (outside[1:] == 0).all()
     np.testing.assert_array_equal(
-        native_classes(p, crop, native)[..., 1:-1], p.flip(2).argmax(dim=0).numpy()
+        native_classes(Probabilities.of_all(p), crop, native)[..., 1:-1],
+        p.flip(2).argmax(dim=0).numpy(),
     )
 
 
 def test_probabilities_between_voxels_sum_to_one(crop):
     turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.3]])
     found = native_posteriors(
-        random_p(crop.shape), crop, moved(crop, (12, 12, 8), turn, (2, -3, -1))
+        Probabilities.of_all(random_p(crop.shape)),
+        crop,
+        moved(crop, (12, 12, 8), turn, (2, -3, -1)),
     )
     np.testing.assert_allclose(found.astype(np.float32).sum(axis=0), 1, atol=3e-3)
     assert (found[0] < 1).any()
@@ -74,6 +100,8 @@ def test_probabilities_between_voxels_sum_to_one(crop):
 def test_a_large_voxel_is_the_mean_of_the_small_ones_in_it(crop):
     p = random_p((8, 8, 6))
     grid = Grid((8, 8, 6), crop.affine)
-    found = native_posteriors(p, grid, moved(grid, (4, 4, 3), 2 * np.eye(3), (0.5, 0.5, 0.5)))
+    found = native_posteriors(
+        Probabilities.of_all(p), grid, moved(grid, (4, 4, 3), 2 * np.eye(3), (0.5, 0.5, 0.5))
+    )
     blocks = p.reshape(4, 4, 2, 4, 2, 3, 2).mean(dim=(2, 4, 6))
     np.testing.assert_allclose(found, blocks.numpy(), atol=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_probabilities import random_p
+from test_probabilities import random_p, some_of
 
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
 from cadiff_cli.data import shipped
@@ -18,8 +18,8 @@ from cadiff_cli.products import Calibration, Scan
 from cadiff_cli.quality.calibration import KNOTS, fit, load_calibration
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.probabilities import most_probable
-from cadiff_cli.stages.sampling import class_probabilities, denoise
+from cadiff_cli.spatial.probabilities import Probabilities
+from cadiff_cli.stages.sampling import brain_blocks, class_probabilities, denoise
 from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -28,8 +28,8 @@ QUICK = SampleConfig(steps=1, flip=False)
 
 def test_who_is_certain_expects_one():
     classes = np.random.default_rng(0).integers(0, 4, (9, 8, 7)).astype(np.uint8)
-    p = np.stack([classes == k for k in range(5)]).astype(np.float32)
-    found = expected_dice(p, classes)
+    p = torch.from_numpy(np.stack([classes == k for k in range(5)]).astype(np.float32))
+    found = expected_dice(Probabilities.of_all(p), classes)
     np.testing.assert_array_equal(found[:3], 1)
     assert np.isnan(found[3]), "absent on both sides"
 
@@ -38,21 +38,31 @@ def test_who_is_certain_expects_one():
 @pytest.mark.parametrize("n", [0, 300, 1000])
 def test_equal_probabilities_have_a_closed_form(q, n):
     """``n`` of 1000 voxels are drawn, ``1000 q`` are expected, ``n q`` in both."""
-    p = np.full((2, 10, 10, 10), 1 - q, dtype=np.float32)
+    p = torch.full((2, 10, 10, 10), 1 - q)
     p[1] = q
     drawn = (np.arange(1000) < n).reshape(10, 10, 10).astype(np.uint8)
-    assert expected_dice(p, drawn)[0] == pytest.approx(2 * n * q / (n + 1000 * q))
+    assert expected_dice(Probabilities.of_all(p), drawn)[0] == pytest.approx(
+        2 * n * q / (n + 1000 * q)
+    )
 
 
 def test_it_is_the_mean_dice_of_truths_drawn_from_the_probabilities():
     p = random_p((20, 18, 16), sharpness=2.0)
-    drawn = most_probable(p)
+    drawn = Probabilities.of_all(p).most_probable()
     drawn[:4] = 0  # a mask that is too small costs what lies outside it
     flat = torch.distributions.Categorical(p.reshape(4, -1).T)
     torch.manual_seed(0)
     truths = [flat.sample().reshape(p.shape[1:]).numpy().astype(np.uint8) for _ in range(40)]
     mean = np.mean([dice(drawn, truth, (1, 2, 3)) for truth in truths], axis=0)
-    np.testing.assert_allclose(expected_dice(p.numpy(), drawn), mean, atol=0.003)
+    np.testing.assert_allclose(expected_dice(Probabilities.of_all(p), drawn), mean, atol=0.003)
+
+
+def test_what_is_left_out_is_certain_background():
+    p = random_p((9, 8, 7), sharpness=2.0)
+    some = some_of(p)
+    drawn = Probabilities.of_all(p).most_probable()
+    whole = expected_dice(Probabilities.of_all(some.dense()), drawn)
+    np.testing.assert_allclose(expected_dice(some, drawn), whole, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +89,17 @@ def test_samples_are_averaged(tiny_model, small_conditions, flip):
     seen = []
     config = replace(QUICK, seed=3, samples=3, flip=flip)
     mean, tile = class_probabilities(
-        small_conditions, tiny_model, config, lambda p: seen.append(p.clone())
+        small_conditions, tiny_model, config, lambda p: seen.append(p.values.clone())
     )
     single = [
-        class_probabilities(small_conditions, tiny_model, replace(config, seed=seed, samples=1))[0]
+        class_probabilities(small_conditions, tiny_model, replace(config, seed=seed, samples=1))[
+            0
+        ].values
         for seed in (3, 4, 5)
     ]
     assert tile is None
     assert all(torch.equal(*pair) for pair in zip(seen, single, strict=True))
-    torch.testing.assert_close(mean, sum(single) / 3)
+    torch.testing.assert_close(mean.values, sum(single) / 3)
     assert not torch.equal(single[0], single[1])
 
 
@@ -96,8 +108,9 @@ def test_one_sample_is_one_denoising(tiny_model, small_conditions):
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     noise, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
-    one = denoise(tiny_model.net, image, field, 1, noise, cpu)
-    assert torch.equal(class_probabilities(small_conditions, tiny_model, QUICK)[0], one)
+    blocks = brain_blocks(small_conditions.mask.data)
+    one = denoise(tiny_model.net, image, field, blocks, 1, noise, cpu)
+    assert torch.equal(class_probabilities(small_conditions, tiny_model, QUICK)[0].values, one)
 
 
 def test_volumes_vary_as_those_of_the_samples_do(segmented, parcellation):

@@ -9,16 +9,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import awake
+from scipy import ndimage
 from test_cli import segmented_alone
 
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
 from cadiff_cli.errors import UsageError
 from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.nets.blocks import upsampled
 from cadiff_cli.nets.models import Model
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.sampling import TILE, State, add_unmirrored, by_tiles, class_probabilities
+from cadiff_cli.stages.sampling import (
+    TILE,
+    State,
+    brain_blocks,
+    by_tiles,
+    class_probabilities,
+    mirrored_blocks,
+    unmirrored,
+)
 from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
 
@@ -52,20 +62,20 @@ def given(request, small_conditions):
 @pytest.fixture(scope="module")
 def drawn(tiny_model, given):
     """Probabilities of one run, to compare others with."""
-    return class_probabilities(given, tiny_model, SampleConfig(steps=2, flip=False))[0]
+    return class_probabilities(given, tiny_model, SampleConfig(steps=2, flip=False))[0].values
 
 
 def test_a_seed_decides(tiny_model, given, drawn):
     config = SampleConfig(steps=2, flip=False)
     again, _ = class_probabilities(given, tiny_model, config)
-    torch.testing.assert_close(again, drawn, rtol=0, atol=0)
+    torch.testing.assert_close(again.values, drawn, rtol=0, atol=0)
     other = SampleConfig(steps=2, flip=False, seed=1)
     different, _ = class_probabilities(given, tiny_model, other)
-    assert (different - drawn).abs().max() > 1e-4
+    assert (different.values - drawn).abs().max() > 1e-4
 
 
 def test_probabilities_sum_to_one(drawn):
-    torch.testing.assert_close(drawn.sum(0), torch.ones(drawn.shape[1:]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn.sum(1), torch.ones(len(drawn)), rtol=0, atol=1e-4)
     assert drawn.min() >= 0
 
 
@@ -77,16 +87,16 @@ def test_tiles_agree_with_the_whole(tiny_model, given, drawn):
     config = SampleConfig(steps=2, flip=False, tile=64)
     tiled, tile = class_probabilities(given, tiny_model, config)
     assert tile == 64
-    assert not torch.equal(tiled, drawn)
-    inside = torch.from_numpy(given.mask.data.copy())
-    alike = (tiled.argmax(0) == drawn.argmax(0))[inside].float().mean()
+    assert not torch.equal(tiled.values, drawn)
+    inside = torch.from_numpy(given.mask.data.ravel())[tiled.voxels]
+    alike = (tiled.values.argmax(1) == drawn.argmax(1))[inside].float().mean()
     assert alike > (0.97 if given.field is None else 0.99)
 
 
 def test_flipping_averages_with_the_mirrored_brain(tiny_model, given, drawn):
     """A distribution still, and another one."""
-    both, _ = class_probabilities(given, tiny_model, SampleConfig(steps=2, flip=True))
-    torch.testing.assert_close(both.sum(0), torch.ones(both.shape[1:]), rtol=0, atol=1e-4)
+    both = class_probabilities(given, tiny_model, SampleConfig(steps=2, flip=True))[0].values
+    torch.testing.assert_close(both.sum(1), torch.ones(len(both)), rtol=0, atol=1e-4)
     # Half of it is what the brain as it is was given.
     assert (both - drawn / 2 >= -1e-6).all()
     assert (both - drawn).abs().max() > 1e-4
@@ -137,11 +147,11 @@ def test_no_steps_need_a_field(tiny_model, small_conditions):
 def test_tiles_are_used_when_memory_runs_out(tiny_model, small_conditions, monkeypatch, error):
     tiles = []
 
-    def denoise(net, image, field, steps, generator, device, tile=None, mirror=None):
+    def denoise(net, image, field, blocks, steps, generator, device, tile=None, mirror=None):
         tiles.append(tile)
         if tile is None:
             raise error
-        return torch.ones(41, 2, 2, 2)
+        return torch.ones(8 * len(blocks), 41)
 
     monkeypatch.setattr("cadiff_cli.stages.sampling.denoise", denoise)
     _, tile = class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
@@ -162,9 +172,9 @@ def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
     """The last step is the fine one, so n steps call the trunk n times and the head once."""
     calls = []
     net = tiny_model.net
-    trunk, refine = net.trunk, net.refine
+    trunk, fine = net.trunk, net.fine_features
     monkeypatch.setattr(net, "trunk", lambda *a: (calls.append(float(a[4])), trunk(*a))[1])
-    monkeypatch.setattr(net, "refine", lambda *a: (calls.append("head"), refine(*a))[1])
+    monkeypatch.setattr(net, "fine_features", lambda *a: (calls.append("head"), fine(*a))[1])
     class_probabilities(small_conditions, tiny_model, SampleConfig(steps=3, flip=False))
     assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
 
@@ -184,7 +194,7 @@ def test_the_prior_at_a_known_field_is_looked_up_once(
     monkeypatch.setattr(net, "trunk", lambda *a: trunk(*a[:5]))
     each, _ = class_probabilities(small_conditions, tiny_model, config)
     assert len(calls) > 2 * looks
-    assert torch.equal(once, each)
+    assert torch.equal(once.values, each.values)
 
 
 def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_conditions, parcellation):
@@ -198,11 +208,35 @@ def test_a_network_that_denoises_nothing_is_asked_once(tiny_config, small_condit
             (replace(small_conditions, field=None), 4, 1),
         )
     ]
-    assert torch.equal(*answers)
+    assert torch.equal(*(p.values for p in answers))
 
 
-def unmirrored(p, mirror):
-    return add_unmirrored(torch.zeros_like(p), p, mirror)
+def test_every_voxel_that_a_label_may_need_is_asked_about():
+    """All of the mask, and of what lies within two voxels of it; of the rest little."""
+    mask = np.zeros((16, 12, 20), bool)
+    mask[5:9, 4, 7:13] = True
+    asked = np.zeros(mask.shape, bool)
+    for i, j, k in 2 * brain_blocks(mask).numpy():
+        asked[i : i + 2, j : j + 2, k : k + 2] = True
+    assert asked[ndimage.binary_dilation(mask, np.ones((3, 3, 3)), iterations=2)].all()
+    assert not asked[~ndimage.binary_dilation(mask, np.ones((3, 3, 3)), iterations=3)].any()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("flip", [False, True], ids=["straight", "flip"])
+def test_some_voxels_have_the_probabilities_that_all_have(
+    tiny_config, parcellation, small_conditions, stride, flip
+):
+    """Whether the rest of the box is asked about changes nothing."""
+    net = awake(replace(tiny_config, head_stride=stride)).eval().requires_grad_(False)
+    model, config = Model(net, parcellation=parcellation), SampleConfig(steps=1, flip=flip)
+    near, _ = class_probabilities(small_conditions, model, config)
+    whole = np.ones(small_conditions.mask.data.shape, bool)
+    everything = replace(small_conditions, mask=Volume(whole, small_conditions.mask.grid))
+    all_of_it, _ = class_probabilities(everything, model, config)
+    p = all_of_it.dense().flatten(1)[:, near.voxels].T
+    assert len(near.voxels) < whole.size
+    torch.testing.assert_close(near.values, p, rtol=0, atol=1e-3)
 
 
 @pytest.fixture
@@ -221,8 +255,10 @@ def test_mirroring_is_an_involution(state, mirror):
     assert torch.equal(flipped.image, state.image.flip(2))
     for there_and_back, part in zip(parts(flipped.mirrored(mirror)), parts(state), strict=True):
         assert torch.equal(there_and_back, part)
-    p = state.labels[0].softmax(dim=0)
+    p = torch.rand(5, 8, len(mirror))
     assert torch.equal(unmirrored(unmirrored(p, mirror), mirror), p)
+    blocks = torch.randint(7, (9, 3))
+    assert torch.equal(mirrored_blocks(mirrored_blocks(blocks, 7), 7), blocks)
 
 
 def test_a_packed_state_is_unpacked_into_its_parts(state):
@@ -242,13 +278,19 @@ def test_tiles_keep_every_part_in_its_place(state):
 
 
 def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, small_conditions, mirror):
-    """``mirrored`` and ``add_unmirrored`` undo each other through the network's own prior."""
+    """``mirrored`` and ``unmirrored`` undo each other through the network's own prior."""
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
     labels = torch.zeros(1, len(mirror), *field.shape[2:])
     state = State(image, 2 * field - 1, labels)
-    straight = tiny_net.prior(state.field)[0]
-    back = unmirrored(tiny_net.prior(state.mirrored(mirror).field)[0], mirror)
+    blocks = torch.ones(field.shape[2:]).nonzero()
+
+    def looked_up(state, blocks):
+        return upsampled(tiny_net.prior(state.field)[0].permute(1, 2, 3, 0), blocks)
+
+    straight = looked_up(state, blocks)
+    there = mirrored_blocks(blocks, field.shape[2])
+    back = unmirrored(looked_up(state.mirrored(mirror), there), mirror)
     torch.testing.assert_close(back, straight, rtol=0, atol=1e-3)
 
 

@@ -30,7 +30,6 @@ from cadiff_cli.products import CoordinateField
 from cadiff_cli.quality.calibration import fit
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.condition import normalise
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.monitor import sample_conditions
@@ -136,8 +135,8 @@ def measure(path, name, model, config):
     seed = zlib.crc32(f"{sample.name} {name}".encode())
     conditions = DEGRADATIONS[name](sample_conditions(sample), np.random.default_rng(seed))
     p, _ = class_probabilities(conditions, model, config)
-    drawn = most_probable(p) * conditions.mask.data
-    raw = expected_dice(p.numpy(), drawn)
+    drawn = p.most_probable() * conditions.mask.data
+    raw = expected_dice(p, drawn)
     true = dice(drawn, sample.classes, range(1, model.parcellation.n_classes))
     for s, *values in zip(model.parcellation.structures, raw, true, strict=True):
         if s.is_tissue and np.isfinite(values).all():

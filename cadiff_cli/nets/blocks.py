@@ -162,6 +162,28 @@ def unshuffle(image: Tensor) -> Tensor:
     return blocks.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, s**3, x // s, y // s, z // s)
 
 
+def at_blocks(image: Tensor, blocks: Tensor) -> Tensor:
+    """(2x, 2y, 2z, C) at some blocks (n, 3) -> (n, 8, C); voxels as ``unshuffle`` orders them."""
+    x, y, z, c = image.shape
+    s = BLOCK
+    parts = image.reshape(x // s, s, y // s, s, z // s, s, c).permute(0, 2, 4, 1, 3, 5, 6)
+    return parts[blocks.unbind(1)].flatten(1, 3)
+
+
+def upsampled(coarse: Tensor, blocks: Tensor) -> Tensor:
+    """(x, y, z, C) at twice the resolution, at some blocks (n, 3) -> (n, 8, C).
+
+    Trilinear, as ``F.interpolate`` does it: a voxel's part lies a quarter of a voxel off its
+    centre, so it takes 3/4 of the voxel and 1/4 of the neighbour along each axis.
+    """
+    along = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.75, 0.25]])
+    weights = torch.kron(torch.kron(along, along), along).to(coarse)
+    limit = torch.tensor(coarse.shape[:3], device=blocks.device) - 1
+    steps = torch.cartesian_prod(*3 * [torch.arange(-1, 2, device=blocks.device)])
+    around = (blocks[:, None] + steps).clamp_(min=0).minimum(limit)
+    return weights @ coarse[around.unbind(2)]
+
+
 def shuffle(blocks: Tensor) -> Tensor:
     """The inverse of ``unshuffle``: (B, 8 C, x, y, z) -> (B, C, 2x, 2y, 2z).
 

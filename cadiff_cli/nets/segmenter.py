@@ -24,11 +24,13 @@ from cadiff_cli.nets.blocks import (
     ResidualBlock,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
+    at_blocks,
     last,
     plus,
     shuffle,
     silu,
     unshuffle,
+    upsampled,
 )
 
 log = logging.getLogger(__name__)
@@ -282,6 +284,13 @@ class CADiffNet(nn.Module):
 
     def refine(self, image: Tensor, coarse: Coarse, t_d: Tensor, t_m: Tensor) -> Tensor:
         """1 mm logits (B, classes, 2x, 2y, 2z) from the trunk's answer and the image."""
+        out = self.head_label(self.fine_features(image, coarse, t_d, t_m))
+        up = F.interpolate(last(coarse.logits).to(out.dtype), scale_factor=STRIDE, mode="trilinear")
+        fine: Tensor = up + (shuffle(out) if self.config.head_stride == STRIDE else out)
+        return fine
+
+    def fine_features(self, image: Tensor, coarse: Coarse, t_d: Tensor, t_m: Tensor) -> Tensor:
+        """Features (B, C, ...) that the head's last layer reads, on the head's grid."""
         if not self.config.reads_field:
             t_d = torch.ones_like(t_d)
         if not self.config.reads_labels:
@@ -289,19 +298,29 @@ class CADiffNet(nn.Module):
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
         x, features = last(2 * image - 1), self.head_features(coarse.features)
         if self.config.head_stride == STRIDE:
-            parts = self.head_label(self._head(features + self.head_image(unshuffle(x)), e_d, e_m))
-            parts = parts.unflatten(1, (STRIDE**3, -1))
-            return shuffle(plus(parts, coarse.logits.to(parts.dtype)[:, None]).flatten(1, 2))
-        x = F.interpolate(features, scale_factor=STRIDE, mode="trilinear") + self.head_image(x)
-        out = self.head_label(self._head(x, e_d, e_m))
-        up = F.interpolate(last(coarse.logits).to(x.dtype), scale_factor=STRIDE, mode="trilinear")
-        fine: Tensor = up + out
-        return fine
-
-    def _head(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
+            x = plus(features, self.head_image(last(unshuffle(x))))
+        else:
+            up = F.interpolate(features, scale_factor=STRIDE, mode="trilinear")
+            x = plus(up, self.head_image(x))
         for block in self.head:
             x = block(x, e_d, e_m)
         return silu(self.head_norm(x))
+
+    def refine_blocks(self, features: Tensor, logits: Tensor, blocks: Tensor) -> Tensor:
+        """1 mm logits (n, 8, classes) of some 2 mm voxels: what ``refine`` says of one brain there.
+
+        ``features`` are its ``fine_features``, ``logits`` the coarse ones, ``blocks`` (n, 3) the
+        voxels' indices.  A brain fills a third of its box: two thirds of the work are not done.
+        """
+        rows = features[0].permute(1, 2, 3, 0)
+        if self.config.head_stride == STRIDE:
+            rows = rows[blocks.unbind(1)]
+        else:
+            rows = at_blocks(rows, blocks)
+        layer = self.head_label
+        out = F.linear(rows, layer.weight.flatten(1), layer.bias)
+        up = upsampled(logits[0].permute(1, 2, 3, 0).to(out.dtype), blocks)
+        return plus(up, out.reshape(up.shape))
 
     def forward(
         self, image: Tensor, d_t: Tensor, m_t: Tensor, t_d: Tensor, t_m: Tensor

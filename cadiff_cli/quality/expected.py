@@ -1,20 +1,25 @@
 """The Dice to expect of labels, from the network's own probabilities."""
 
 import numpy as np
+import torch
+
+from cadiff_cli.spatial.probabilities import Probabilities
 
 
-def expected_dice(p: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def expected_dice(p: Probabilities, drawn: np.ndarray) -> np.ndarray:
     """(classes - 1,) Dice to expect of ``drawn`` if the truth were drawn from ``p``.
 
-    ``p`` (classes, X, Y, Z) are probabilities, background first; ``drawn`` (X, Y, Z) are classes.
-    It is twice the expected overlap over the expected sum of both sizes.  NaN where a structure is
-    not drawn and less than half a voxel of it is expected: absent on both sides.  Class by class:
-    ``p`` is too large to copy.
+    ``drawn`` (X, Y, Z) are classes.  It is twice the expected overlap over the expected sum of
+    both sizes.  NaN where a structure is not drawn and less than half a voxel of it is expected:
+    absent on both sides.
     """
-    found = np.full(len(p) - 1, np.nan)
-    for k in range(1, len(p)):
-        here = drawn == k
-        size, mass = int(np.count_nonzero(here)), float(p[k].sum(dtype=np.float64))
-        if size or mass >= 0.5:
-            found[k - 1] = 2 * float(p[k][here].sum(dtype=np.float64)) / (size + mass)
-    return found
+    chosen = drawn.ravel()[p.voxels.numpy()]
+    at = torch.from_numpy(chosen.astype(np.int64))[:, None]
+    own = p.values.gather(1, at)[:, 0].double().numpy()
+    overlap = np.bincount(chosen, weights=own, minlength=p.n_classes)
+    size = np.bincount(drawn.ravel(), minlength=p.n_classes)
+    mass = p.values.sum(dim=0, dtype=torch.float64).numpy()
+    found = np.full(p.n_classes, np.nan)
+    there = (size > 0) | (mass >= 0.5)
+    found[there] = (2 * overlap / (size + mass).clip(min=0.5))[there]
+    return found[1:]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -19,10 +20,11 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, pick_device
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
-from cadiff_cli.nets.blocks import last, shuffle, unshuffle
+from cadiff_cli.nets.blocks import at_blocks, last, shuffle, unshuffle, upsampled
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.segmenter import STRIDE, CADiffNet, Prior
+from cadiff_cli.nets.segmenter import STRIDE, CADiffNet, Coarse, Prior
 from cadiff_cli.products import Conditions
+from cadiff_cli.spatial.probabilities import Probabilities
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,6 +36,8 @@ BYTES_PER_VOXEL, BYTES_PER_CLASS = 208, 12
 a brain and of its mirror image, in 4 bytes.
 """
 TILE = 96
+AT_ONCE = 16384
+"""Blocks whose logits are made at a time: 30 MB with 41 classes stay near the processor."""
 
 
 def bytes_per_voxel(n_classes: int) -> int:
@@ -49,10 +53,10 @@ def class_probabilities(
     conditions: Conditions,
     model: Model,
     config: SampleConfig,
-    each: Callable[[Tensor], None] | None = None,
+    each: Callable[[Probabilities], None] | None = None,
     device_name: str = "auto",
-) -> tuple[Tensor, int | None]:
-    """(classes, X, Y, Z) float32 on the crop's 1 mm grid, and the edge of the tiles if any.
+) -> tuple[Probabilities, int | None]:
+    """Those of the brain's voxels on the crop's 1 mm grid, and the edge of the tiles if any.
 
     They are the mean over the samples; ``each`` is called with every sample.
     """
@@ -60,12 +64,12 @@ def class_probabilities(
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
     known = conditions.field
     field = None if known is None else torch.from_numpy(known.data.copy())[None]
-    net = model.net.to(device)
+    net, blocks = model.net.to(device), brain_blocks(conditions.mask.data)
 
     def predict(seed: int, tile: int | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         mirror = torch.from_numpy(model.parcellation.mirror_classes) if config.flip else None
-        return denoise(net, image, field, config.steps, generator, device, tile, mirror)
+        return denoise(net, image, field, blocks, config.steps, generator, device, tile, mirror)
 
     def predict_or_tile(seed: int, tile: int | None) -> tuple[Tensor, int | None]:
         """In tiles if they are asked for or memory is short, else the whole volume."""
@@ -80,15 +84,31 @@ def class_probabilities(
         log.warning("not enough memory for the whole volume: using tiles of %d voxels", TILE)
         return predict(seed, TILE), TILE
 
+    x, y, z = image.shape[2:]
+    voxels = at_blocks(torch.arange(x * y * z).reshape(x, y, z, 1), blocks).flatten()
+
+    def told(values: Tensor) -> Probabilities:
+        return Probabilities(values, voxels, (x, y, z))
+
     p, tile = predict_or_tile(config.seed, config.tile)
     if each:
-        each(p)
+        each(told(p))
     for seed in range(config.seed + 1, config.seed + config.samples):
         another, tile = predict_or_tile(seed, tile)
         if each:
-            each(another)
+            each(told(another))
         p.add_(another)
-    return p if config.samples == 1 else p.div_(config.samples), tile
+    return told(p if config.samples == 1 else p.div_(config.samples)), tile
+
+
+def brain_blocks(mask: np.ndarray) -> Tensor:
+    """(n, 3) 2 mm voxels in and next to ``mask`` (X, Y, Z): where a label may be asked for.
+
+    Beyond them nobody looks: outside the mask there are no labels, and interpolation at its border
+    reaches one voxel.
+    """
+    touched = F.max_pool3d(torch.from_numpy(mask.astype(np.float32))[None, None], STRIDE)
+    return F.max_pool3d(touched, 3, stride=1, padding=1)[0, 0].nonzero()
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +162,8 @@ class Denoiser:
         """The network's estimate of the clean state."""
 
         def clean(part: State) -> tuple[Tensor, Tensor]:
-            field, p = self._ask(part, t, fine=False)
-            return field.cpu(), self.net.label_state(p).cpu()
+            coarse, _ = self._ask(part, t)
+            return coarse.field.cpu(), self.net.label_state(coarse.logits.softmax(dim=1)).cpu()
 
         field, labels = by_tiles(clean, state, self.tile)
         return replace(state, field=state.field if self.known else field, labels=labels)
@@ -164,20 +184,34 @@ class Denoiser:
             return replace(state, labels=labels)
         return replace(state, field=step(state.field, estimate.field, t, t_next), labels=labels)
 
-    def probabilities(self, state: State, t: float) -> Tensor:
-        """The network's answer at 1 mm, (classes, 2x, 2y, 2z) on the CPU."""
-        return by_tiles(lambda part: self._ask(part, t, fine=True)[1].cpu(), state, self.tile)[0]
+    def probabilities(self, state: State, blocks: Tensor, t: float) -> Tensor:
+        """The network's answer at 1 mm, (n, 8, classes) on the CPU, at ``blocks`` (n, 3)."""
+        if self.tile is not None:
+            p = by_tiles(lambda part: self._fine(part, t), state, self.tile)
+            return at_blocks(p[0].permute(1, 2, 3, 0), blocks)
+        p = torch.empty(len(blocks), STRIDE**3, self.net.config.n_classes)
+        blocks = blocks.to(self.device)
+        coarse, (image, t_d, t_m) = self._ask(state, t)
+        with autocast(self.device):
+            features = self.net.fine_features(image, coarse, t_d, t_m)
+            for out, some in zip(p.split(AT_ONCE), blocks.split(AT_ONCE), strict=True):
+                logits = self.net.refine_blocks(features, coarse.logits, some)
+                out.copy_(logits.float().softmax(dim=2))
+        return p
 
-    def _ask(self, state: State, t: float, fine: bool) -> tuple[Tensor, Tensor]:
-        """The field at 2 mm, and probabilities at 2 mm or, if ``fine``, at 1 mm."""
+    def _fine(self, state: State, t: float) -> Tensor:
+        """Probabilities of all 1 mm voxels, (1, classes, 2x, 2y, 2z) on the CPU."""
+        coarse, (image, t_d, t_m) = self._ask(state, t)
+        with autocast(self.device):
+            return self.net.refine(image, coarse, t_d, t_m).float().softmax(dim=1).cpu()
+
+    def _ask(self, state: State, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
+        """The trunk's answer; with the image and both times on the device."""
         image, d_t, m_t = (x.to(self.device) for x in (state.image, state.field, state.labels))
         t_m = torch.full((1,), t, device=self.device)
         t_d = torch.zeros_like(t_m) if self.known else t_m
         with autocast(self.device):
-            coarse = self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior)
-            if not fine:
-                return coarse.field, coarse.logits.softmax(dim=1)
-            return coarse.field, softmax(self.net.refine(image, coarse, t_d, t_m))
+            return self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior), (image, t_d, t_m)
 
 
 @torch.no_grad()
@@ -185,24 +219,26 @@ def denoise(
     net: CADiffNet,
     image: Tensor,
     field: Tensor | None,
+    blocks: Tensor,
     steps: int,
     generator: torch.Generator,
     device: torch.device,
     tile: int | None = None,
     mirror: Tensor | None = None,
 ) -> Tensor:
-    """Sample labels for one brain: (classes, X, Y, Z) float32 probabilities on the CPU.
+    """Sample labels for one brain: (voxels, classes) float32 probabilities on the CPU.
 
     ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1], or None to
-    denoise it with the labels.  Zero steps give the label prior at the field: the answer of the
-    registration alone.  With ``mirror`` (see ``State.mirrored``) the last step is the mean over
-    the brain and its mirror image.
+    denoise it with the labels; ``blocks`` (n, 3) are the 2 mm voxels whose 8 n voxels at 1 mm are
+    asked about, block by block as ``at_blocks`` orders them.  Zero steps give the label prior at
+    the field: the answer of the registration alone.  With ``mirror`` (see ``State.mirrored``) the
+    last step is the mean over the brain and its mirror image.
     """
     if steps == 0:
         if field is None:
             raise UsageError("no steps and no registration", "ask for one of them")
         prior = net.prior((2 * field - 1).to(device)).cpu()
-        return F.interpolate(prior, scale_factor=STRIDE, mode="trilinear")[0].softmax(dim=0)
+        return upsampled(prior[0].permute(1, 2, 3, 0), blocks).softmax(dim=2).flatten(0, 1)
     space = [n // STRIDE for n in image.shape[2:]]
 
     def noise(channels: int) -> Tensor:
@@ -214,21 +250,13 @@ def denoise(
     times = spaced_times(steps if net.config.reads_labels else 1)
     states = sample(denoiser.step, denoiser.estimate, denoiser.look_up(start), times)
     (state,) = deque(states, maxlen=1)
-    p = denoiser.probabilities(state, times[-1])
-    if mirror is None:
-        return p
-    state = state.mirrored(mirror)  # which frees the prior
-    q = denoiser.probabilities(denoiser.look_up(state), times[-1])
-    return add_unmirrored(p, q, mirror).div_(2)
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Probabilities (B, classes, X, Y, Z) in float32."""
-    p = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    # Slab by slab: a float32 copy of all logits would be the peak of the memory.
-    for out, slab in zip(torch.split(p, 16, dim=2), torch.split(logits, 16, dim=2), strict=True):
-        out.copy_(slab.float().softmax(dim=1))
-    return p
+    p = denoiser.probabilities(state, blocks, times[-1])
+    if mirror is not None:
+        state = state.mirrored(mirror)  # which frees the prior
+        there = mirrored_blocks(blocks, space[0])
+        q = denoiser.probabilities(denoiser.look_up(state), there, times[-1])
+        p.add_(unmirrored(q, mirror)).div_(2)
+    return p.flatten(0, 1)
 
 
 def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> T:
@@ -252,11 +280,12 @@ def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> 
     return blended
 
 
-def add_unmirrored(p: Tensor, q: Tensor, mirror: Tensor) -> Tensor:
-    """Add to ``p``, in place, the probabilities ``q`` of the mirrored brain, mirrored back.
+def mirrored_blocks(blocks: Tensor, size: int) -> Tensor:
+    """Where ``blocks`` (n, 3) lie in the mirrored brain, which is ``size`` blocks wide."""
+    return torch.cat([size - 1 - blocks[:, :1], blocks[:, 1:]], dim=1)
 
-    Both are (classes, X, Y, Z).  Class by class: a copy of all would double the peak memory.
-    """
-    for k, other in enumerate(mirror.tolist()):
-        p[k].add_(q[other].flip(0))
-    return p
+
+def unmirrored(q: Tensor, mirror: Tensor) -> Tensor:
+    """Probabilities (n, 8, classes) of the mirrored brain's blocks, as those of the brain's."""
+    parts = q.unflatten(1, 3 * (STRIDE,)).flip(1).flatten(1, 3)
+    return parts[..., mirror]

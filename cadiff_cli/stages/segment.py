@@ -1,7 +1,6 @@
 """Segment a scan: the network's probabilities become label codes on the scan's own grid."""
 
 import numpy as np
-from torch import Tensor
 
 from cadiff_cli.config import Config
 from cadiff_cli.device import enough_memory, precision, usable_device
@@ -12,12 +11,7 @@ from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Conditions, Scan, Segmentation
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.probabilities import (
-    most_probable,
-    native_classes,
-    native_posteriors,
-    uncertainty,
-)
+from cadiff_cli.spatial.probabilities import Probabilities, native_classes, native_posteriors
 from cadiff_cli.spatial.resample import resample, same_lattice
 from cadiff_cli.stages.sampling import class_probabilities
 
@@ -43,8 +37,8 @@ def segment(
     grid, native = conditions.image.grid, scan.t1.grid
     volumes: list[np.ndarray] = []
 
-    def count(p: Tensor) -> None:
-        counts = np.bincount(most_probable(p)[inside], minlength=parcellation.n_classes)
+    def count(p: Probabilities) -> None:
+        counts = np.bincount(p.most_probable()[inside], minlength=parcellation.n_classes)
         volumes.append(counts * grid.voxel_volume_mm3)
 
     several = sample.samples > 1
@@ -52,7 +46,7 @@ def segment(
     with enough_memory():
         each = count if several else None
         p, tile = class_probabilities(conditions, model, sample, each, str(device))
-    best = most_probable(p)
+    best = p.most_probable()
     drawn = best * inside
     if same_lattice(grid.voxel_map(native)):
         classes = resample(Volume(best, grid), native, order=0).data
@@ -65,7 +59,7 @@ def segment(
         posteriors[0, ~mask.data] = 1
     entropy = None
     if output.uncertainty or several:
-        entropy = resample(Volume(uncertainty(p), grid), native).data
+        entropy = resample(Volume(p.uncertainty(), grid), native).data
         entropy = np.where(mask.data, entropy, 0).astype(np.float32)
     notes: tuple[Note, ...] = (Note(NoteCode.DEVICE, trouble),) if trouble else ()
     if tile is not None and tile != sample.tile:
@@ -81,7 +75,7 @@ def segment(
         tile=tile,
         posteriors=posteriors,
         notes=notes,
-        expected_dice=by_code(parcellation, of_drawn(expected_dice(p.numpy(), drawn), drawn)),
+        expected_dice=by_code(parcellation, of_drawn(expected_dice(p, drawn), drawn)),
         volume_sd_mm3=by_code(parcellation, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
         uncertainty=entropy,
     )

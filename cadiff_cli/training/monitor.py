@@ -19,7 +19,6 @@ from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.probabilities import most_probable
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.loop import Interval, State
 from cadiff_cli.training.segmenter.data import Sample, sample_field
@@ -110,7 +109,7 @@ def segment_sample(
     conditions = sample_conditions(sample)
     model = Model(net, parcellation=parcellation)
     p, _ = class_probabilities(conditions, model, config, device_name=device)
-    return np.asarray(most_probable(p) * sample.mask)
+    return np.asarray(p.most_probable() * sample.mask)
 
 
 def sample_conditions(sample: Sample) -> Conditions:
