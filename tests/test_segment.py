@@ -88,7 +88,7 @@ def test_tiles_agree_with_the_whole(tiny_model, given, drawn):
     tiled, tile = class_probabilities(given, tiny_model, config)
     assert tile == 64
     assert not torch.equal(tiled.values, drawn)
-    inside = torch.from_numpy(given.mask.data.ravel())[tiled.voxels]
+    inside = torch.from_numpy(given.mask.data.flatten())[tiled.voxels]
     alike = (tiled.values.argmax(1) == drawn.argmax(1))[inside].float().mean()
     assert alike > (0.97 if given.field is None else 0.99)
 

@@ -194,7 +194,9 @@ class Denoiser:
         coarse, (image, t_d, t_m) = self._ask(state, t)
         with autocast(self.device):
             features = self.net.fine_features(image, coarse, t_d, t_m)
-            for out, some in zip(p.split(AT_ONCE), blocks.split(AT_ONCE), strict=True):
+            for out, some in zip(
+                torch.split(p, AT_ONCE), torch.split(blocks, AT_ONCE), strict=True
+            ):
                 logits = self.net.refine_blocks(features, coarse.logits, some)
                 out.copy_(logits.float().softmax(dim=2))
         return p
@@ -287,5 +289,5 @@ def mirrored_blocks(blocks: Tensor, size: int) -> Tensor:
 
 def unmirrored(q: Tensor, mirror: Tensor) -> Tensor:
     """Probabilities (n, 8, classes) of the mirrored brain's blocks, as those of the brain's."""
-    parts = q.unflatten(1, 3 * (STRIDE,)).flip(1).flatten(1, 3)
+    parts = q.reshape(len(q), STRIDE, -1, q.shape[2]).flip(1).reshape(q.shape)
     return parts[..., mirror]
