@@ -108,6 +108,24 @@ class Template:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """The people that an atlas is made for; None is not known, and an atlas of all is made then.
+
+    ``sex`` is as ``participants.tsv`` of BIDS spells it; ``ventricles_percent`` is the volume of
+    the ventricles in per cent of the brain's.
+    """
+
+    age_years: float | None = None
+    sex: Literal["F", "M"] | None = None
+    ventricles_percent: float | None = None
+
+    @property
+    def given(self) -> dict[str, float | str]:
+        """The values that are known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class MaskQuality:
     """How a brain mask looks, whatever made it.
 
