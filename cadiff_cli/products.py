@@ -76,6 +76,8 @@ class Template:
     skull have ``head=None``.  ``labels`` are cadiff's codes (int16) on the brain's grid, where
     somebody drew them.  ``source`` is the folder that it was read from, or the library.
     ``citation`` is its makers' own; the shipped templates are cited from ``data/references.bib``.
+    ``cause`` is set where a run makes the template by itself: a checksum of everything that decides
+    its content, which settings hold in place of ``sha256``.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Template:
     source: str = ""
     citation: Citation | None = None
     notes: tuple[Note, ...] = ()
+    cause: str = ""
 
     @cached_property
     def label(self) -> str:
@@ -123,6 +126,42 @@ class Condition:
     def given(self) -> dict[str, float | str]:
         """The values that are known, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Deformation:
+    """A map of space that can be undone, as displacements (3, X, Y, Z) float32 in RAS mm.
+
+    ``forward_mm`` takes points of a base brain to an atlas, ``backward_mm`` those of the atlas to
+    the base; both are given at the points of ``grid``, whose axes are R, A and S.
+    """
+
+    forward_mm: np.ndarray
+    backward_mm: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """The template of a ``condition``, which a network made by deforming a ``base``.
+
+    ``base`` has labels, and so has ``template``.  ``log_jacobian`` lies on the deformation's grid,
+    in the atlas: the logarithm of the factor by which a place is larger than in the base.
+    ``volumes_mm3`` and ``base_volumes_mm3`` are by code.  ``seed`` is None for the centre of the
+    condition's people, else the number of a possible person.  ``model`` and ``weights_sha256`` are
+    the network's.
+    """
+
+    template: Template
+    base: Template
+    condition: Condition
+    seed: int | None
+    deformation: Deformation
+    log_jacobian: Volume
+    volumes_mm3: Mapping[int, float]
+    base_volumes_mm3: Mapping[int, float]
+    model: str
+    weights_sha256: str
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,17 @@ import pytest
 import torch
 from scipy import ndimage
 
-from cadiff_cli.spatial.deformation import compose, exponential, jacobian, log_jacobian, warp
+from cadiff_cli.errors import DataError
+from cadiff_cli.spatial.deformation import (
+    carried_labels,
+    compose,
+    exponential,
+    jacobian,
+    log_jacobian,
+    on_grid,
+    warp,
+)
+from cadiff_cli.spatial.grid import Grid
 
 ZOOMS = (4.0, 3.0, 5.0)
 SHAPE = (20, 24, 16)
@@ -94,3 +104,39 @@ def test_velocities_learn():
     exponential(velocity, ZOOMS).square().mean().backward()
     assert velocity.grad is not None
     assert velocity.grad.abs().max() > 0
+
+
+def test_fields_between_grids_are_smooth_splines():
+    """On its own points a field keeps its values; between them a cubic stays a cubic."""
+    coarse = Grid((12, 14, 10), np.diag([4.0, 3, 5, 1]))
+    fine = Grid((21, 25, 17), np.diag([2.0, 1.5, 2.5, 1]))
+    x, y, z = np.moveaxis(coarse.to_world(np.moveaxis(np.indices(coarse.shape), 0, -1)), -1, 0)
+    field = np.stack([x**2 / 50, y - z, np.sin(x / 12) * np.cos(y / 9)]).astype(np.float32)
+    found = on_grid(field, coarse, fine)
+    np.testing.assert_allclose(found[:, ::2, ::2, ::2], field[:, :11, :13, :9], atol=1e-4)
+    a, b, c = np.moveaxis(fine.to_world(np.moveaxis(np.indices(fine.shape), 0, -1)), -1, 0)
+    true = np.stack([a**2 / 50, b - c, np.sin(a / 12) * np.cos(b / 9)])
+    middle = (slice(None), *(slice(6, -6),) * 3)
+    np.testing.assert_allclose(found[middle], true[middle], atol=0.02)
+
+
+def test_fields_on_other_axes_are_refused(grid_of):
+    with pytest.raises(DataError, match="axes must be R, A and S"):
+        on_grid(np.zeros((3, 8, 8, 8), np.float32), grid_of("LPS"), grid_of("RAS"))
+
+
+def test_carried_labels_are_those_of_interpolated_masks():
+    rng = np.random.default_rng(0)
+    labels = ndimage.zoom(rng.integers(0, 6, (4, 5, 4)), 3, order=0).astype(np.int16)
+    places = rng.uniform(-1, 12, (3, 500))
+    shares = np.stack(
+        [
+            ndimage.map_coordinates((labels == k) * 1.0, places, order=1, mode="nearest")
+            for k in range(6)
+        ]
+    )
+    found = carried_labels(labels, places)
+    assert found.dtype == labels.dtype
+    np.testing.assert_allclose(shares[found, np.arange(500)], shares.max(axis=0), atol=1e-4)
+    whole = np.argwhere(labels >= 0).T
+    np.testing.assert_array_equal(carried_labels(labels, whole), labels.ravel())

@@ -14,7 +14,7 @@ RANKS = {
     "products": 2,
     **dict.fromkeys(("device", "io", "diffusion", "nets", "metrics"), 3),
     **dict.fromkeys(("stages", "quality"), 4),
-    **dict.fromkeys(("pipeline", "fusion"), 5),
+    **dict.fromkeys(("pipeline", "fusion", "atlas"), 5),
     **dict.fromkeys(("training", "evaluation", "api"), 6),
     "report": 7,
     "runner": 8,
