@@ -17,6 +17,7 @@ from cadiff_cli.training.segmenter.losses import (
     cosine_similarity,
     crop_coarse,
     dice_ce,
+    dice_ce_of_classes,
     dice_similarity,
     field_mse,
     fractions,
@@ -55,6 +56,20 @@ def test_the_loss_falls_on_the_way_to_the_truth():
     values = [float(dice_ce((1 - w) * wrong + w * right, target)) for w in (0, 0.1, 0.3, 1)]
     assert values == sorted(values, reverse=True)
     assert values[-1] < 1e-3
+
+
+@pytest.mark.parametrize("present", [5, 3, 1], ids=["all", "some", "background"])
+def test_whole_voxels_have_the_loss_of_their_fractions(present):
+    """Value and gradient; also where classes, or all structures, are absent from a patch."""
+    classes = torch.randint(0, present, (2, 6, 4, 5), generator=seeded())
+    logits = torch.randn(2, 5, 6, 4, 5, generator=seeded(1))
+    one, other = (logits.clone().requires_grad_(True) for _ in range(2))
+    expected = dice_ce(one, fractions(classes, 5))
+    found = dice_ce_of_classes(other, classes)
+    torch.testing.assert_close(found, expected)
+    expected.backward()
+    found.backward()
+    torch.testing.assert_close(other.grad, one.grad)
 
 
 def test_the_loss_at_ignorance_has_a_closed_form():

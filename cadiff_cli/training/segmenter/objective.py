@@ -14,6 +14,7 @@ from cadiff_cli.training.segmenter.losses import (
     central,
     crop_coarse,
     dice_ce,
+    dice_ce_of_classes,
     field_mse,
     fractions,
 )
@@ -95,7 +96,7 @@ class Objective:
         )
         nothing = torch.zeros((), device=device)
         return Losses(
-            label=dice_ce(central(logits, (self.rim,) * 3, kept), fractions(classes, k)),
+            label=dice_ce_of_classes(central(logits, (self.rim,) * 3, kept), classes),
             coarse=self.coarse_weight * dice_ce(coarse.logits, target),
             field=self.field_weight * field_mse(coarse.field, patch.field)
             if self.field_weight
