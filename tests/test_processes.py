@@ -94,7 +94,7 @@ def test_children_end_with_their_parent(number, tmp_path):
         assert pids
         assert all(map(is_running, pids))
         parent.send_signal(number)
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 120
     while any(map(is_running, pids)) and time.monotonic() < ends:
         time.sleep(0.1)
     assert not any(map(is_running, pids))

@@ -15,7 +15,7 @@ pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
 
 NAMES = ("sub-01", "sub-02", "sub-03", "sub-04")
-SECONDS = 180.0
+SECONDS = 300.0
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_killed_worker_costs_nothing(dataset, cluster, tiny_weights, tmp_path)
     run = subprocess.Popen(
         command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    until(lambda: len(list(out.rglob("sub-*.log"))) == 2)
+    until(lambda: len(list(out.rglob("sub-*.log"))) >= 2)
     workers[0].send_signal(signal.SIGKILL)
     _, said = run.communicate(timeout=SECONDS)
     # The broken scan fails as it does locally; all others are there, once.

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from bids_dataset import QUICK, cadiff, command, environment, write_dataset
+from kill_runs import workers
 
 from cadiff_cli.io.bids.layout import finished
 
 NAMES = ("sub-01", "sub-02")
-SECONDS = 120.0
+SECONDS = 300.0
 
 pytestmark = pytest.mark.slow
 
@@ -67,16 +68,6 @@ def stage(out, name):
     return lambda: any(f"stage {name}" in log.read_text() for log in out.rglob("sub-*.log"))
 
 
-def workers(process):
-    """Ids of the worker processes, as Linux knows them."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [
-        int(child)
-        for child in children
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
-
-
 def is_complete(dataset, out, arguments):
     """The next run finishes what is left; there are no remains, and the validator agrees."""
     done = cadiff("run", dataset, out, "participant", *arguments)
@@ -113,7 +104,7 @@ def test_sigterm_stops_workers_and_cleans_up(start, dataset, arguments, tmp_path
     out = tmp_path / "out"
     process = start("--nprocs", "1")
     until(stage(out, "register"))
-    (worker,) = workers(process)
+    (worker,) = workers(process.pid)
     process.terminate()
     assert process.wait(SECONDS) == 143
     assert not Path(f"/proc/{worker}").exists()
@@ -125,7 +116,7 @@ def test_workers_do_not_outlive_a_killed_parent(start, tmp_path):
     out = tmp_path / "out"
     process = start("--nprocs", "1")
     until(stage(out, "strip"))
-    (worker,) = workers(process)
+    (worker,) = workers(process.pid)
     process.kill()
     process.wait()
     until(lambda: not Path(f"/proc/{worker}").exists())
@@ -137,7 +128,7 @@ def test_a_killed_worker_costs_nothing(start, tmp_path):
     out = tmp_path / "out"
     process = start("--nprocs", "1")
     until(stage(out, "register"))
-    os.kill(workers(process)[0], signal.SIGKILL)
+    os.kill(next(workers(process.pid)), signal.SIGKILL)
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     assert [result.entities for result in finished(out)] == list(NAMES)
@@ -148,7 +139,7 @@ def test_a_scan_that_kills_every_worker_is_a_failure(start, tmp_path):
     process = start("--nprocs", "1", "--participant-label", "01")
     killed = set()
     for _ in range(2):
-        (worker,) = until(lambda: set(workers(process)) - killed)
+        (worker,) = until(lambda: set(workers(process.pid)) - killed)
         killed.add(worker)
         os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=SECONDS)

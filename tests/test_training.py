@@ -51,6 +51,8 @@ from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.run import train
 
 CPU = torch.device("cpu")
+PATIENCE_S = 300.0
+"""What another process may take on a busy machine."""
 QUICK = TrainConfig(steps=6, warmup=2, decay=2, patch=64, objective=Objective(fine=32))
 
 
@@ -521,6 +523,16 @@ run.train(samples, Path({run!r}), config, net_config=conftest.TINY, workers=int(
 """
 
 
+def wait_for(path, process):
+    """Until the process has written the file."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it has not written {path.name}")
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_finished_by_the_same_command(toy_sample, tmp_path, tiny_config):
     """SIGKILL, which no program can prepare for, then the same command again."""
@@ -535,17 +547,14 @@ def test_a_killed_run_is_finished_by_the_same_command(toy_sample, tmp_path, tiny
         return [sys.executable, "-c", program, str(steps), str(workers)]
 
     with subprocess.Popen(command(100_000), stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not checkpoint.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-            assert process.poll() is None
+        wait_for(checkpoint, process)
         time.sleep(0.5)  # somewhere inside a step or a save
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert not (run / "model.safetensors").exists()
     done = torch.load(checkpoint, weights_only=True)["step"]
     assert done >= 1
-    subprocess.run(command(done + 3), check=True, stdout=subprocess.DEVNULL, timeout=60)
+    subprocess.run(command(done + 3), check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_S)
     assert torch.load(checkpoint, weights_only=True)["step"] == done + 3
     model = models.load(Model, str(run / "model.safetensors"))
     assert model.training["steps"] == done + 3
@@ -569,12 +578,9 @@ def test_a_stopped_group_finishes_its_step(toy_sample, tmp_path, number):
     )
     command = [sys.executable, "-c", program, "100000", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
-        while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-            assert process.poll() is None
+        wait_for(run / "checkpoint.pt", process)
         os.killpg(process.pid, number)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE_S) == 0
     done = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
     assert models.load(Model, str(run / "model.safetensors")).training["steps"] == done >= 1
 
