@@ -25,7 +25,6 @@ DOORS = {
     "bids": ("io/bids/index.py",),
     "pathspec": ("io/bids/selection.py",),
     "templateflow": ("io/templateflow.py",),
-    "nilearn": ("io/templates.py",),
     "nibabel": ("io/images.py", "spatial/grid.py"),
     "safetensors": ("io/models.py",),
     "distributed": ("runner/cluster.py",),

@@ -61,6 +61,15 @@ def good(phantom):
     return head.t1.data.copy(), (head.codes > 0).astype(np.uint8)
 
 
+def test_the_embedded_template_is_what_nilearn_loads():
+    """To the bit, though its file is read without that package, which takes long to import."""
+    from nilearn.datasets import load_mni152_template
+
+    brain, known = load_template(EMBEDDED, offline=True).brain, load_mni152_template(resolution=1)
+    np.testing.assert_array_equal(brain.data, np.asarray(known.dataobj, dtype=np.float32))
+    np.testing.assert_array_equal(brain.grid.affine, known.affine)
+
+
 def test_the_embedded_template_needs_nothing():
     template = load_template(EMBEDDED, offline=True)
     inside = template.mask.data

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.templateflow import fetch, listed, packaged_json, templateflow_home
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Citation, Frame, Template
-from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
+from cadiff_cli.spatial.grid import Volume, border_value, faces
 from cadiff_cli.spatial.resample import same_grid
 
 log = logging.getLogger(__name__)
 
 PREFERRED = "MNIColin27"
 EMBEDDED = "MNI152NLin2009aSym"
+NILEARN_BRAIN = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 NAME = re.compile(r"([A-Za-z0-9]+)(?::cohort-([A-Za-z0-9]+))?")
 """A template's name with its cohort; whatever else is given is a folder."""
 HEAD = re.compile(r"(tpl-([A-Za-z0-9]+)(?:_cohort-([A-Za-z0-9]+))?(?:_res-(\d+))?)_T1w\.nii\.gz")
@@ -391,12 +393,18 @@ def _citation(name: str, told: Mapping[str, Any]) -> Citation | None:
 
 @cache
 def _nilearn_brain() -> tuple[Volume, Volume]:
-    from nilearn.datasets import load_mni152_template
+    image = load_volume(_nilearn_file())
+    data = image.data.astype(np.float32)
+    data /= data.max()
+    return Volume(data, image.grid), Volume(data > 0, image.grid)
 
-    image = load_mni152_template(resolution=1)
-    data = np.asarray(image.dataobj, dtype=np.float32)
-    grid = Grid(data.shape, image.affine)
-    return Volume(data, grid), Volume(data > 0, grid)
+
+def _nilearn_file() -> Path:
+    """The brain of ``nilearn.datasets.load_mni152_template``; to import that takes a second."""
+    package = find_spec("nilearn")
+    if package is None or package.origin is None:
+        raise MissingInputError("the package nilearn is not installed", "pip install nilearn")
+    return Path(package.origin).parent / "datasets" / "data" / NILEARN_BRAIN
 
 
 def _frame(entry: Mapping[str, Any]) -> Frame:
