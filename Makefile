@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/cadiff-seg demo/sub-MNI152_T1w.nii.gz -o demo/out --offline --overwrite -v
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

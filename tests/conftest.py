@@ -4,6 +4,7 @@ Everything is a factory: a test asks for the orientation, the spacing and the si
 """
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from cadiff_cli import machine
 from cadiff_cli.config import StripMethod
 from cadiff_cli.io import models
 from cadiff_cli.io.images import save_volume
@@ -169,13 +171,33 @@ def make_conditions(head: Phantom) -> Conditions:
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no core waits for the last of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def my_cores():
+    """Cores for this process: processes that each used all of them would wait for one another."""
+    return max(1, machine.cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+@contextmanager
+def threads():
+    """As many as this process has cores: a full network on a whole brain is worth them."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(my_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(few)
+
+
 @pytest.fixture
 def all_threads():
-    """A full network on a whole brain is worth every core."""
-    few = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(few)
+    """For a test that runs a full network on a whole brain."""
+    with threads():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -186,6 +186,7 @@ def test_the_boilerplate_says_what_was_run(batch):
     assert "Xing et al., 2025" in html
 
 
+@pytest.mark.slow
 def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_head, tmp_path):
     """The same command on a copy in which the broken scan was mended."""
     _, bids, _, arguments = batch
