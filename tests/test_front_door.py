@@ -12,9 +12,11 @@ from cadiff_cli import api
 from cadiff_cli.config import Config, RegisterConfig, SampleConfig
 from cadiff_cli.io.images import save_volume
 
-IMPORT_S = 0.1
-HELP_S = 0.15
-"""CPU seconds that importing the package and ``cadiff-seg --help`` may take."""
+CLICK = "import click"
+HELP = 2.5
+"""CPU time that ``cadiff-seg --help`` may take, as a multiple of importing click alone: a slow or
+busy machine is slow at both.  It is 1.2 to 2; numpy would add 2, torch 20.
+"""
 
 
 def example():
@@ -42,10 +44,10 @@ def test_the_example_has_six_lines_at_most():
 def test_the_example_prints_volumes(
     phantom, toy_template, tiny_model, parcellation, tmp_path, monkeypatch, capsys
 ):
-    head = phantom("RAS", 2.0)
+    head = phantom("RAS", 2.0, scale=0.72)  # the smallest that is known to be stripped already
     save_volume(tmp_path / "sub-01_T1w.nii.gz", head.t1.data, head.t1.grid)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "load_templates", lambda: (toy_template(),))
+    monkeypatch.setattr(api, "load_templates", lambda: (toy_template(scale=0.72),))
     monkeypatch.setattr(api, "load_model", lambda: tiny_model)
     quick = Config(register=RegisterConfig("affine"), sample=SampleConfig(steps=1, flip=False))
     monkeypatch.setattr(api, "Config", lambda: quick)
@@ -64,7 +66,7 @@ def test_every_name_is_there():
 
 
 def test_importing_is_quick():
-    assert cpu_s("-c", "import cadiff_cli") - cpu_s("-c", "pass") < IMPORT_S
+    assert cpu_s("-c", "import cadiff_cli") < cpu_s("-c", CLICK)
 
 
 def test_a_scan_is_loaded_without_torch():
@@ -74,4 +76,4 @@ def test_a_scan_is_loaded_without_torch():
 
 def test_help_is_quick():
     call = "from cadiff_cli.cli import segment_main; segment_main()"
-    assert cpu_s("-c", call, "--help") < HELP_S
+    assert cpu_s("-c", call, "--help") < HELP * cpu_s("-c", CLICK)
