@@ -60,6 +60,7 @@ def test_the_shipped_config_names_every_key_with_its_default():
     assert segmenter.load("cadiff") == segmenter.Training()
     named = {key for key, _ in leaves(values)} - {"kind"}
     named |= {"train.prior_scans", "net.n_classes"}  # absent, they follow the data
+    named |= {"train.spad"}  # absent, nothing is perturbed; spad.toml names its keys
     assert named == {key for key, _ in leaves(asdict(segmenter.Training()))}
 
 

@@ -70,8 +70,10 @@ class Parts(Protocol):
 class Objective(Protocol):
     """Losses of a network on a batch; the generator lives on the batch's device."""
 
-    def __call__(self, net: Any, batch: Any, generator: torch.Generator, /) -> Parts:
-        """Everything random comes from ``generator``."""
+    def __call__(
+        self, net: Any, batch: Any, generator: torch.Generator, progress: float, /
+    ) -> Parts:
+        """Everything random comes from ``generator``; ``progress`` is the run's, from 0 to 1."""
 
 
 @dataclass
@@ -95,6 +97,11 @@ def rate_factor(step: int, config: Schedule) -> float:
     up = min(1.0, (step + 1) / max(config.warmup, 1))
     down = min(1.0, (config.steps - step) / max(config.decay, 1))
     return max(0.0, min(up, down))
+
+
+def progress_at(step: int, config: Schedule) -> float:
+    """How far a run is when it takes ``step``: 0 at its first, 1 at its last."""
+    return min(1.0, step / max(config.steps - 1, 1))
 
 
 def new_state(net: N, config: Schedule) -> State[N]:
@@ -274,7 +281,7 @@ def train_step(state: State[N], batch: Any, objective: Objective, config: Schedu
     generator = torch.Generator(state.device).manual_seed(number)
     with enough_memory("use a smaller --batch, or --device cpu"):
         with autocast(state.device):
-            losses = objective(state.net, batch, generator)
+            losses = objective(state.net, batch, generator, progress_at(state.step, config))
         state.optimiser.zero_grad(set_to_none=True)
         losses.total.backward()  # type: ignore[no-untyped-call]
     # One step with a NaN would spoil weights, average and checkpoint for good.

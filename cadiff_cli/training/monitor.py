@@ -22,6 +22,7 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.loop import Interval, State
 from cadiff_cli.training.segmenter.data import Sample, sample_field
+from cadiff_cli.training.segmenter.spad import Spad
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ class RunMonitor:
     """Writes ``validation.tsv``, ``validation/*.png`` and TensorBoard events into ``folder``.
 
     Every ``minutes`` the averaged network segments the next scan of ``held_out``, from its cached
-    conditions, and is scored at 1 mm.  TensorBoard is optional: without it there are no
-    curves.
+    conditions, and is scored at 1 mm.  With ``spad`` another picture shows what a network sees of
+    that scan as training goes on.  TensorBoard is optional: without it there are no curves.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class RunMonitor:
         minutes: float = 15.0,
         sampling: SampleConfig | None = None,
         device: str = "auto",
+        spad: Spad | None = None,
     ) -> None:
         self.folder, self.held_out, self.parcellation = folder, held_out, parcellation
         self.minutes = minutes
         self.sampling, self.device = sampling or SampleConfig(flip=False), device
+        self.spad = spad
         self.last = time.monotonic()
         self.turn = 0
         self.board = _board(folder / "tensorboard")
@@ -75,11 +78,17 @@ class RunMonitor:
         score = float(np.nanmean(dice(predicted, sample.classes, classes)))
         log.info("step %d  %s  Dice %.4f", state.step, sample.name, score)
         self._record(state, sample.name, score)
-        picture = overlay(sample, predicted, self.parcellation)
-        _save_picture(self.folder / "validation" / f"{state.step:06d}_{sample.name}.png", picture)
+        pictures = {"held_out": overlay(sample, predicted, self.parcellation)}
+        if self.spad:
+            pictures["shown"] = shown(sample, self.spad)
+        for kind, pixels in pictures.items():
+            suffix = "" if kind == "held_out" else f"_{kind}"
+            name = f"{state.step:06d}_{sample.name}{suffix}.png"
+            _save_picture(self.folder / "validation" / name, pixels)
+            if self.board:
+                self.board.add_image(kind, pixels, state.step, dataformats="HWC")
         if self.board:
             self.board.add_scalar(f"dice/{sample.name}", score, state.step)
-            self.board.add_image("held_out", picture, state.step, dataformats="HWC")
         self.last = time.monotonic()
         return score
 
@@ -131,23 +140,34 @@ def overlay(sample: Sample, predicted: np.ndarray, parcellation: Parcellation) -
         [(0, 0, 0), *(_rgb(s.color) for s in parcellation.structures)],
         dtype=np.float64,
     )
-    rows = []
-    for labels in (None, predicted, sample.classes):
-        tiles = []
-        for axis, size in enumerate(sample.image.shape):
-            grey = np.rot90(np.take(sample.image, size // 2, axis=axis))
-            tile = np.repeat(grey[..., None].astype(np.float64), 3, axis=2)
-            if labels is not None:
-                ink = colours[np.rot90(np.take(labels, size // 2, axis=axis))]
-                tile = np.where(ink.any(axis=2, keepdims=True), 0.5 * tile + 0.5 * ink, tile)
-            tiles.append(tile)
-        height = max(t.shape[0] for t in tiles)
-        rows.append(
-            np.concatenate(
-                [np.pad(t, ((0, height - t.shape[0]), (0, 0), (0, 0))) for t in tiles], axis=1
-            )
-        )
+    grey = planes(sample.image)
+    rows = [grey]
+    for labels in (predicted, sample.classes):
+        ink = colours[planes(labels)[..., 0]]
+        rows.append(np.where(ink.any(axis=2, keepdims=True), 0.5 * grey + 0.5 * ink, grey))
     return np.asarray(np.concatenate(rows), dtype=np.uint8)
+
+
+def shown(sample: Sample, spad: Spad) -> np.ndarray:
+    """What a network is shown of a scan, in the middle slice of each plane: (H, W, 3) uint8.
+
+    A row for each quarter of progress from 0 to 1, perturbed with the same seed.
+    """
+    image = torch.from_numpy(sample.image)[None, None].float() / 255
+    classes = torch.from_numpy(sample.classes.astype(np.int64))[None]
+    rows = []
+    for progress in torch.linspace(0, 1, 5):
+        seen = spad(image, classes, progress[None], torch.Generator().manual_seed(0))[0, 0]
+        rows.append(planes((seen.clamp(0, 1) * 255).round().byte().numpy()))
+    return np.concatenate(rows)
+
+
+def planes(volume: np.ndarray) -> np.ndarray:
+    """The middle slices of each plane of (X, Y, Z), side by side: (H, W, 3) of its type."""
+    slices = [np.rot90(np.take(volume, n // 2, axis=a)) for a, n in enumerate(volume.shape)]
+    height = max(len(each) for each in slices)
+    row = [np.pad(each, ((0, height - len(each)), (0, 0))) for each in slices]
+    return np.repeat(np.concatenate(row, axis=1)[..., None], 3, axis=2)
 
 
 def _rgb(color: str) -> tuple[int, int, int]:

@@ -20,7 +20,9 @@ class MaskObjective:
 
     fine: int = 80
 
-    def __call__(self, net: BrainNet, patch: HeadPatch, generator: torch.Generator) -> MaskLosses:
+    def __call__(
+        self, net: BrainNet, patch: HeadPatch, generator: torch.Generator, _progress: float = 1.0
+    ) -> MaskLosses:
         """Losses of one batch of heads; the cube lies around a random voxel of a brain."""
         located = net.locate(patch.image)
         coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))

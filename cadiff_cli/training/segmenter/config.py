@@ -10,6 +10,7 @@ from cadiff_cli.nets.segmenter import NetConfig
 from cadiff_cli.training.loop import Schedule
 from cadiff_cli.training.segmenter.objective import Objective
 from cadiff_cli.training.segmenter.patches import AugmentConfig
+from cadiff_cli.training.segmenter.spad import Perturbed, Spad
 from cadiff_cli.training.settings import load_training, overridden
 
 
@@ -20,7 +21,8 @@ class TrainConfig(Schedule):
     Patches have ``patch`` voxels a side; a share ``also_share`` of them is from scans whose labels
     are trusted less (a machine's, of other scanners), if there are any.  The label prior is counted
     over ``prior_scans`` of the others, drawn by the seed, or over all of them (None); over none, it
-    says nothing.  With ``head_only`` the trunk stays as it is.
+    says nothing.  With ``head_only`` the trunk stays as it is.  With ``spad`` the network is shown
+    perturbed images.
     """
 
     patch: int = 96
@@ -29,6 +31,12 @@ class TrainConfig(Schedule):
     prior_scans: int | None = None
     objective: Objective = field(default_factory=Objective)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    spad: Spad | None = None
+
+    @property
+    def minimised(self) -> Objective | Perturbed:
+        """The objective of a step, with what it is shown."""
+        return Perturbed(self.objective, self.spad) if self.spad else self.objective
 
     def __post_init__(self) -> None:
         super().__post_init__()

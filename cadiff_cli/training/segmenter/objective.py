@@ -67,8 +67,20 @@ class Objective:
     field_weight: float = 0.3
     consistency: Consistency | None = field(default_factory=lambda: Consistency(weight=0.1))
 
-    def __call__(self, net: CADiffNet, patch: Patch, generator: torch.Generator) -> Losses:
+    def __call__(
+        self, net: CADiffNet, patch: Patch, generator: torch.Generator, _progress: float = 1.0
+    ) -> Losses:
         """Losses of one batch; ``generator`` lives on the patch's device and decides everything."""
+        return self.losses(net, patch, self.times.draw(len(patch.classes), generator), generator)
+
+    def losses(
+        self,
+        net: CADiffNet,
+        patch: Patch,
+        times: tuple[Tensor, Tensor],
+        generator: torch.Generator,
+    ) -> Losses:
+        """Losses of one batch at ``times`` (t_d, t_m), each (B,)."""
         k, device = net.config.n_classes, generator.device
 
         def noise(like: Tensor) -> Tensor:
@@ -76,7 +88,7 @@ class Objective:
 
         target = fractions(patch.classes, k, STRIDE)
         field_0, label_0 = 2 * patch.field - 1, net.label_state(target)
-        t_d, t_m = self.times.draw(len(target), generator)
+        t_d, t_m = times
         recycled = torch.rand(1, generator=generator, device=device) < self.recycle
         if net.config.reads_labels and bool(recycled & (t_m < 1).any()):
             field_0, label_0 = self._recycle(net, patch, field_0, label_0, t_d, noise)

@@ -118,7 +118,9 @@ def train(
                 model.prior.logits.copy_(prior)
     held_out = [s for s in (*samples, *also) if s.subject in set(hold_out)]
     sampling = SampleConfig(flip=False)
-    monitor = RunMonitor(run, held_out, parcellation, validate_minutes, sampling, device)
+    monitor = RunMonitor(
+        run, held_out, parcellation, validate_minutes, sampling, device, config.spad
+    )
     mirror = torch.from_numpy(parcellation.mirror_classes)
     draws = Draws(
         chosen,
@@ -129,7 +131,7 @@ def train(
         also=trusted_less,
         also_share=config.also_share,
     )
-    session.fit(draws, config.objective, workers=workers, monitor=monitor)
+    session.fit(draws, config.minimised, workers=workers, monitor=monitor)
     monitor.close()
     return session.export(Model, parcellation=parcellation)
 
