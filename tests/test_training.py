@@ -31,7 +31,6 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages import register as stages_register
 from cadiff_cli.training import loop
-from cadiff_cli.training.atlas import load_atlas
 from cadiff_cli.training.batch import stack
 from cadiff_cli.training.loop import (
     load_checkpoint,
@@ -49,6 +48,7 @@ from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.run import train
+from cadiff_cli.training.templates import load_atlas
 
 CPU = torch.device("cpu")
 PATIENCE_S = 300.0

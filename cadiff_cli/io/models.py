@@ -4,11 +4,14 @@
 """
 
 import json
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,12 +20,15 @@ from torch import nn
 from cadiff_cli.config import as_dict
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import replacing, sha256
-from cadiff_cli.io.releases import DEFAULT, DEFAULT_BRAIN, find_weights
+from cadiff_cli.io.releases import DEFAULT, DEFAULT_ATLAS, DEFAULT_BRAIN, find_weights
 from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
+from cadiff_cli.nets.atlas import AtlasConfig, AtlasNet
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
-from cadiff_cli.nets.models import BrainModel, Model, Trained
+from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, Trained
 from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
+from cadiff_cli.spatial.grid import Grid, Volume
 
 METADATA_KEY = "cadiff"
 """The only key: safetensors writes several in changing order, and the checksum with them."""
@@ -68,6 +74,37 @@ def _parcellation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"parcellation": parcellation}
 
 
+def _facts_of_atlas(model: AtlasModel) -> dict[str, Any]:
+    """Grids, conditions, and the base's labels: compressed, they are a small text."""
+    labels = np.asarray(model.labels.data, dtype="<i2")
+    return {
+        "base": model.base,
+        "grid": _grid_as_dict(model.grid),
+        "space": as_dict(model.space),
+        "labels": b64encode(zlib.compress(labels.tobytes(), 9)).decode(),
+        "labels_grid": _grid_as_dict(model.labels.grid),
+    }
+
+
+def _atlas_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    grid = _grid_of(metadata["labels_grid"])
+    codes = np.frombuffer(zlib.decompress(b64decode(metadata["labels"])), dtype="<i2")
+    return {
+        "base": metadata["base"],
+        "grid": _grid_of(metadata["grid"]),
+        "space": ConditionSpace.from_dict(metadata["space"]),
+        "labels": Volume(codes.reshape(grid.shape).astype(np.int16), grid),
+    }
+
+
+def _grid_as_dict(grid: Grid) -> dict[str, Any]:
+    return {"shape": list(grid.shape), "affine": grid.affine.tolist()}
+
+
+def _grid_of(values: Mapping[str, Any]) -> Grid:
+    return Grid(tuple(values["shape"]), np.array(values["affine"]))
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a kind of network is stored.
@@ -100,6 +137,13 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
         "cadiff-brain-1",
         DEFAULT_BRAIN,
         lambda settings: BrainNet(BrainConfig.from_dict(settings)),
+    ),
+    AtlasModel: Kind(
+        "cadiff-atlas-1",
+        DEFAULT_ATLAS,
+        lambda settings: AtlasNet(AtlasConfig.from_dict(settings)),
+        facts=_facts_of_atlas,
+        restore=_atlas_facts,
     ),
 }
 

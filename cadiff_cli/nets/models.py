@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import torch
 from torch import nn
 
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.nets.atlas import AtlasNet
 from cadiff_cli.nets.brain_mask import BrainNet
+from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.nets.segmenter import CADiffNet
-from cadiff_cli.products import ModelInfo
+from cadiff_cli.products import Condition, ModelInfo
+from cadiff_cli.spatial.grid import Grid, Volume
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -54,3 +59,43 @@ class Model(Trained[CADiffNet]):
 @dataclass(frozen=True, eq=False)
 class BrainModel(Trained[BrainNet]):
     """A network that finds the brain in a whole head."""
+
+
+@dataclass(frozen=True, eq=False)
+class AtlasModel(Trained[AtlasNet]):
+    """A network that deforms a base brain into the atlas of a condition.
+
+    ``base`` names the template, ``grid`` is the velocity's grid in its world; ``space`` describes
+    the people that it was trained on.  ``labels`` are the base's structures, as codes (int16) on
+    its brain's grid.
+    """
+
+    base: str = field(kw_only=True)
+    grid: Grid = field(kw_only=True)
+    space: ConditionSpace = field(kw_only=True)
+    labels: Volume = field(kw_only=True)
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Least and greatest value of each number of a condition, by name."""
+        space = self.space
+        return {"age_years": space.age_years, "ventricles_percent": space.ventricles_percent}
+
+    def check(self, condition: Condition) -> None:
+        """Raise ``UsageError`` for a condition of which the people tell nothing."""
+        self.space.check(condition)
+
+    @torch.no_grad()
+    def velocity(self, condition: Condition, seed: int | None = None) -> np.ndarray:
+        """(3, X, Y, Z) float32 in mm on ``grid``: its exponential takes points of the base there.
+
+        Without a ``seed`` it is the atlas, in the middle of the condition's people.  A seed draws
+        the shape of one possible person.  Raises what ``check`` raises.
+        """
+        self.check(condition)
+        conditions = torch.from_numpy(self.space.scaled(condition))[None]
+        space = self.net.latent.space
+        noise = torch.zeros(1, *space)
+        if seed is not None:
+            noise = torch.randn(1, *space, generator=torch.Generator().manual_seed(seed))
+        return np.asarray(self.net(noise, conditions)[0])

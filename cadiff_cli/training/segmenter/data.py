@@ -28,7 +28,7 @@ from cadiff_cli.stages.condition import FIELD_STRIDE
 from cadiff_cli.stages.field import mean_field
 from cadiff_cli.stages.register import settings
 from cadiff_cli.training import store
-from cadiff_cli.training.atlas import frame, load_atlas
+from cadiff_cli.training.templates import frame, load_atlas
 
 log = logging.getLogger(__name__)
 

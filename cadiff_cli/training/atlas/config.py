@@ -1,0 +1,72 @@
+"""Settings for training a conditional atlas."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from cadiff_cli.errors import UsageError
+from cadiff_cli.nets.atlas import AtlasConfig
+from cadiff_cli.training.loop import Schedule
+from cadiff_cli.training.settings import load_training, overridden
+
+
+@dataclass(frozen=True)
+class PeopleConfig(Schedule):
+    """How to learn from few people.
+
+    ``hold_out`` is the share of people left out, spread over age and source.  Conditions get noise
+    of standard deviation ``jitter`` (ages and ventricles are scaled to 0..1), and each number is
+    hidden with probability ``hidden``: a network that saw exact ages would know people by theirs.
+
+    The first ``atlases`` draws of each batch make an atlas.  Morphology is preserved over
+    ``neighbours`` people, drawn from those within ``near`` of the condition; the distance widens by
+    ``near`` until there are enough.  ``preserve = "centre"`` demands it of the atlas (noise of 0)
+    alone, ``"samples"`` of every sample, as the paper does.  ``morphology``, ``smoothness`` and
+    ``kl`` weigh losses; the first ``autoencoder_steps`` train the autoencoder alone, if there is
+    one.
+    """
+
+    steps: int = 3000
+    decay: int = 1000
+    rate: float = 1e-3
+    batch: int = 8
+    atlases: int = 1
+    hold_out: float = 0.2
+    jitter: float = 0.05
+    hidden: float = 0.3
+    neighbours: int = 15
+    near: float = 0.05
+    preserve: str = "centre"
+    morphology: float = 1.0
+    smoothness: float = 0.1
+    kl: float = 1e-6
+    autoencoder_steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` for a share or a word that is not allowed."""
+        super().__post_init__()
+        if not 0 <= self.hold_out < 1:
+            raise UsageError(f"hold_out is {self.hold_out}", "use 0 or more, and less than 1")
+        if self.preserve not in ("centre", "samples"):
+            raise UsageError(f"preserve is {self.preserve!r}", "use 'centre' or 'samples'")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of an atlas as a file: its base template, network and run.
+
+    ``spacing_mm`` is that of the velocity grid; the shape in ``net`` follows from it and the base.
+    """
+
+    kind: ClassVar[str] = "atlas"
+    command: ClassVar[str] = "cadiff atlas train"
+    base: str = "MNI152NLin2009aSym"
+    spacing_mm: float = 4.0
+    net: AtlasConfig = field(default_factory=AtlasConfig)
+    train: PeopleConfig = field(default_factory=PeopleConfig)
+
+
+def load(
+    name: str, *, steps: int | None = None, decay: int | None = None, **settings: Any
+) -> Training:
+    """Load a training by name or from a ``.toml`` file; other arguments override the file."""
+    return overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)

@@ -1,0 +1,294 @@
+"""People to learn from: each prepared once, by the very code that inference runs.
+
+A prepared person holds the velocity that makes its shape of the base brain, the volumes of its
+structures, and its image and classes at 2 mm, to be registered to when an atlas is judged.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.config import REVISION, Config, SampleConfig, as_dict
+from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.io import models
+from cadiff_cli.io.bids.index import entities_of
+from cadiff_cli.io.bids.people import People, read_people
+from cadiff_cli.io.files import sha256
+from cadiff_cli.io.images import load_scan
+from cadiff_cli.io.releases import find_weights, strip_weights_sha256
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.nets.atlas import MULTIPLE
+from cadiff_cli.nets.models import Model
+from cadiff_cli.pipeline import prepare
+from cadiff_cli.products import Condition, Conditions, CoordinateField, Template
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample, resample_labels, resample_mask
+from cadiff_cli.stages.condition import FIELD_STRIDE, brain_crop, normalise
+from cadiff_cli.stages.field import template_coordinates
+from cadiff_cli.stages.register import settings
+from cadiff_cli.stages.sampling import class_probabilities
+from cadiff_cli.training import store
+from cadiff_cli.training.atlas.velocity import fit_velocity, velocity_grid
+from cadiff_cli.training.segmenter.data import pool
+from cadiff_cli.training.templates import frame
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Increase when the preparation of people changes; older files are then prepared again."""
+HOW = Config(sample=SampleConfig(steps=1, flip=False))
+"""Brains are found and registered as a run with default options does it, labels drawn quickly."""
+STRIDE = 2
+"""The field is fitted at twice this many mm, and images are kept at so many."""
+VENTRICLES = (4, 5, 14, 15, 43, 44)
+"""Codes of the lateral ventricles with their inferior horns, the third and the fourth."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sitter:
+    """A prepared person.
+
+    ``velocity_mm`` (3, X, Y, Z) float16 is on the base's velocity grid; ``volumes_mm3`` maps a code
+    to the volume of a structure.  ``image`` (uint8, 255 = 1.0) and ``classes`` of ``BASE`` are at
+    2 mm.  ``residual_mm`` and ``folded`` are those of the velocity's ``Fit``.  ``key`` is the
+    checksum of the scan.
+    """
+
+    name: str
+    source: str
+    velocity_mm: np.ndarray
+    volumes_mm3: Mapping[int, float]
+    image: Volume
+    classes: Volume
+    residual_mm: float
+    folded: int
+    trusted: bool
+    key: str
+    age_years: float | None = None
+    sex: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The person's name among those of several sources."""
+        return f"{self.source}/{self.name}"
+
+    @property
+    def brain_mm3(self) -> float:
+        """Sum of all structures but vessels."""
+        return brain_of(self.volumes_mm3)
+
+    @property
+    def ventricles_percent(self) -> float:
+        """Volume of the ventricles in per cent of the brain's."""
+        return share_of(self.volumes_mm3, VENTRICLES)
+
+    @cached_property
+    def condition(self) -> Condition:
+        """All that is known of the person."""
+        return Condition(self.age_years, self.sex, round(self.ventricles_percent, 3))  # type: ignore[arg-type]
+
+
+def brain_of(volumes_mm3: Mapping[int, float]) -> float:
+    """Sum of all structures of ``BASE`` but vessels, from volumes by code."""
+    structures = load_parcellation(BASE).structures
+    return sum(volumes_mm3.get(s.code, 0.0) for s in structures if s.is_tissue)
+
+
+def share_of(volumes_mm3: Mapping[int, float], codes: Sequence[int]) -> float:
+    """Volume of structures in per cent of the brain's."""
+    return 100 * sum(volumes_mm3.get(code, 0.0) for code in codes) / brain_of(volumes_mm3)
+
+
+def scans_of(folder: Path) -> dict[str, Path]:
+    """One T1w scan of each person of a BIDS-like folder, the first, by the person's label.
+
+    Raises ``MissingInputError`` if the folder is absent, ``DataError`` if it holds no scan.
+    """
+    if not folder.is_dir():
+        raise MissingInputError(f"no folder {folder}", "give BIDS-like folders of T1w scans")
+    scans: dict[str, Path] = {}
+    for path in sorted(folder.glob("sub-*/**/[!.]*_T1w.nii*")):
+        entities = entities_of(path, folder, derived=True)
+        if "space" not in entities:
+            scans.setdefault(str(entities["subject"]), path)
+    if not scans:
+        raise DataError(
+            f"{folder} holds no scans", "name them sub-X[/ses-Y]/anat/sub-X[_ses-Y]_T1w.nii.gz"
+        )
+    return scans
+
+
+def known_people(folder: Path) -> People:
+    """Ages and sexes of a folder; raises ``DataError`` where no age is known."""
+    people = read_people(folder)
+    for text in people.notes:
+        log.warning("%s: %s", folder.name, text)
+    if all(person.age_years is None for person in people.persons.values()):
+        why = f" ({people.notes[0]})" if people.notes else ""
+        raise DataError(
+            f"{folder} tells nobody's age{why}",
+            "write participants.tsv with the columns participant_id, age and sex",
+        )
+    return people
+
+
+def prepare_people(
+    folders: Sequence[Path], base: Template, spacing_mm: float, cache: Path
+) -> list[Sitter]:
+    """Prepare one scan of every person once (kept in ``cache``) and load them all.
+
+    People of unknown age serve as well: a network learns from missing conditions.  Left out, with a
+    warning, are those whose registration is not trusted, or whose velocity folds.
+    """
+    # Whatever is wrong with a folder is said before the first scan.
+    told = [(folder, scans_of(folder), known_people(folder)) for folder in folders]
+    grid = base_grid(base, spacing_mm)
+    cache.mkdir(parents=True, exist_ok=True)
+    people, bad = list[Sitter](), list[str]()
+    for folder, scans, about in told:
+        for index, (label, path) in enumerate(scans.items(), start=1):
+            log.info("preparing sub-%s of %s, %d of %d", label, folder.name, index, len(scans))
+            person = about.of(label)
+            sitter = load(build(path, f"sub-{label}", base, grid, cache), grid)
+            sitter = replace(sitter, source=folder.name, age_years=person.age_years, sex=person.sex)
+            if sitter.trusted and not sitter.folded:
+                people.append(sitter)
+            else:
+                bad.append(sitter.label)
+    if bad:
+        log.warning("left out, being registered badly: %s", ", ".join(bad))
+    return people
+
+
+def base_grid(base: Template, spacing_mm: float) -> Grid:
+    """The grid of velocities of a base template."""
+    return velocity_grid(Volume(brain_mask(base), base.brain.grid), spacing_mm, MULTIPLE)
+
+
+def base_labels(base: Template, model: Model) -> Volume:
+    """The structures of the base, as codes (int16) on its brain's grid, drawn by ``model``.
+
+    Its field is exact: it is registered to itself.
+    """
+    own = base.brain.grid
+    mask = resample_mask(Volume(brain_mask(base), own), own.working())
+    grid = brain_crop(mask)
+    inside = resample(mask, grid)
+    image = normalise(resample(base.brain, grid).data, inside.data, grid.spacing_mm)
+    half = grid.coarsen(FIELD_STRIDE)
+    field = np.stack([resample(each, half).data for each in template_coordinates(base)])
+    conditions = Conditions(
+        Volume(image, grid), inside, CoordinateField(field.clip(0, 1).astype(np.float32), half)
+    )
+    p, _ = class_probabilities(conditions, model, SampleConfig())
+    classes = resample(Volume(p.most_probable() * inside.data, grid), own, order=0)
+    return Volume(model.parcellation.codes[classes.data], own)
+
+
+def brain_mask(base: Template) -> np.ndarray:
+    """(X, Y, Z) bool: the base's brain, where its mask or, without one, its image is not 0."""
+    return np.asarray(base.brain.data > 0 if base.mask is None else base.mask.data > 0.5)
+
+
+def build(scan: Path, name: str, base: Template, grid: Grid, cache: Path) -> Path:
+    """Prepare one scan and write it into ``cache``; an existing file is kept."""
+    made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
+    shape = [*grid.shape, *grid.affine.ravel().tolist()]
+    key = sha256(scan)
+    content = [FORMAT, REVISION, made, frame(base.name), shape, key, find_weights()[2]]
+    return store.once(
+        store.stored_path(cache, name, content), name, lambda: _arrays(scan, name, base, grid, key)
+    )
+
+
+@cache
+def labeller() -> Model:
+    """The released network: one definition of structures for all people."""
+    return models.load(Model)
+
+
+def _arrays(scan: Path, name: str, base: Template, grid: Grid, key: str) -> dict[str, Any]:
+    model = labeller()
+    with tempfile.TemporaryDirectory() as work:
+        prepared = prepare(load_scan(scan), [base], HOW, Path(work))
+    conditions = prepared.conditions
+    p, _ = class_probabilities(conditions, model, HOW.sample)
+    classes = p.most_probable() * conditions.mask.data
+    assert conditions.field is not None
+    trusted = prepared.registrations[0].transform.trusted
+    return {"name": name, "key": key, "trusted": trusted} | arrays_of(
+        conditions.image,
+        Volume(classes, conditions.image.grid),
+        pool(conditions.field.data, STRIDE),
+        model.parcellation,
+        base,
+        grid,
+    )
+
+
+def arrays_of(
+    image: Volume,
+    classes: Volume,
+    field: np.ndarray,
+    parcellation: Parcellation,
+    base: Template,
+    grid: Grid,
+) -> dict[str, Any]:
+    """What is stored of a person's ``image`` and ``classes`` at 1 mm and field at 4 mm."""
+    fine, coarse = image.grid, image.grid.coarsen(2 * STRIDE)
+    mask = pool((classes.data > 0)[None].astype(np.float32), 2 * STRIDE)[0] > 0.5
+    fit = fit_velocity(field.astype(np.float32), mask, coarse, base.frame, grid)
+    counts = np.bincount(classes.data.ravel(), minlength=parcellation.n_classes)[1:]
+    small = fine.coarsen(STRIDE)
+    return {
+        "velocity": fit.velocity_mm.astype(np.float16),
+        "residual_mm": fit.residual_mm,
+        "folded": fit.folded,
+        "codes": parcellation.codes[1:],
+        "volumes_mm3": counts * fine.voxel_volume_mm3,
+        "image": np.round(resample(image, small).data * 255).astype(np.uint8),
+        "classes": resample_labels(classes, small).data.astype(np.uint8),
+        "affine": small.affine,
+    }
+
+
+def load(path: Path, grid: Grid) -> Sitter:
+    """Read a person that ``build`` wrote."""
+    stored = store.read(path)
+    small = Grid(stored["image"].shape, stored["affine"])
+    volumes = zip(stored["codes"].tolist(), stored["volumes_mm3"].tolist(), strict=True)
+    assert stored["velocity"].shape[1:] == grid.shape
+    return Sitter(
+        str(stored["name"]),
+        "",
+        stored["velocity"],
+        dict(volumes),
+        Volume(stored["image"], small),
+        Volume(stored["classes"], small),
+        float(stored["residual_mm"]),
+        int(stored["folded"]),
+        bool(stored["trusted"]),
+        str(stored["key"]),
+    )
+
+
+def held_out(people: Sequence[Sitter], share: float) -> set[str]:
+    """Labels of the people to leave out: evenly spread over age in each source."""
+    chosen = set[str]()
+    for source in sorted({p.source for p in people}):
+        mine = [p for p in people if p.source == source]
+        mine.sort(key=lambda p: (p.age_years is None, p.age_years or 0.0, p.name))
+        # The middle of each stretch of 1 / share people: neither the youngest nor the oldest.
+        places = (
+            {int((k + 0.5) / share) for k in range(int(len(mine) * share + 0.5))}
+            if share
+            else set()
+        )
+        chosen |= {p.label for k, p in enumerate(mine) if k in places}
+    return chosen

@@ -1,0 +1,74 @@
+"""The baseline of every atlas: kernel regression of log-velocities over conditions.
+
+With few people a weighted mean of those near in condition is strong, and simple.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.products import Condition
+from cadiff_cli.training.atlas.data import Sitter
+
+WIDTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+"""Widths of the kernel over age and ventricles, as shares of their ranges."""
+SEX_WIDTHS = (0.5, 1.0, 4.0)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelRegression:
+    """Nadaraya-Watson regression with a Gaussian kernel.
+
+    ``conditions`` (n, 3) are scaled by ``space``, ``velocities`` (n, 3, X, Y, Z) in mm; ``widths``
+    (3,) are the kernel's over age, sex and ventricles.
+    """
+
+    space: ConditionSpace
+    conditions: np.ndarray
+    velocities: np.ndarray
+    widths: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, people: Sequence[Sitter], space: ConditionSpace) -> "KernelRegression":
+        """The regression whose widths predict each person best from all others.
+
+        Each number of a condition is used alone and with the others: widths must serve missing
+        conditions as well.
+        """
+        conditions = np.stack([space.scaled(p.condition) for p in people])
+        velocities = np.stack([p.velocity_mm for p in people]).astype(np.float32)
+        flat = velocities.reshape(len(people), -1)
+        gram = (flat @ flat.T).astype(np.float64)
+
+        def error(widths: tuple[float, float, float]) -> float:
+            total = 0.0
+            for shown in ([0], [0, 1], [0, 1, 2]):
+                asked = np.full_like(conditions, np.nan)
+                asked[:, shown] = conditions[:, shown]
+                w = np.stack([_weights(conditions, one, widths) for one in asked])
+                np.fill_diagonal(w, 0.0)
+                w /= np.maximum(w.sum(axis=1, keepdims=True), 1e-12)
+                total += float(
+                    (np.diag(gram) - 2 * (w * gram).sum(1) + ((w @ gram) * w).sum(1)).sum()
+                )
+            return total
+
+        widths = min(itertools.product(WIDTHS, SEX_WIDTHS, WIDTHS), key=error)
+        return cls(space, conditions, velocities, widths)
+
+    def velocity(self, condition: Condition) -> np.ndarray:
+        """(3, X, Y, Z) float32 in mm; raises ``UsageError`` as the network's does."""
+        self.space.check(condition)
+        w = _weights(self.conditions, self.space.scaled(condition), self.widths)
+        return np.tensordot((w / w.sum()).astype(np.float32), self.velocities, 1)
+
+
+def _weights(conditions: np.ndarray, asked: np.ndarray, widths: Sequence[float]) -> np.ndarray:
+    """(n,) kernel weights of people for one condition (3,); an unknown number counts as far."""
+    known = np.isfinite(asked)
+    apart = np.nan_to_num(abs(conditions[:, known] - asked[known]), nan=1.0)
+    squared = ((apart / np.array(widths)[known]) ** 2).sum(axis=1)
+    return np.asarray(np.exp(-(squared - squared.min()) / 2))

@@ -1,0 +1,154 @@
+"""The run of ``cadiff atlas train``: fit, export, compare on the people left out."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cadiff_cli.config import as_dict, fingerprint
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.files import write_tsv
+from cadiff_cli.nets.atlas import AUTOENCODER, AtlasNet, LinearLatent
+from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.models import AtlasModel
+from cadiff_cli.products import Condition, Template
+from cadiff_cli.spatial.deformation import exponential
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.training.atlas.config import Training
+from cadiff_cli.training.atlas.data import Sitter, brain_mask, held_out
+from cadiff_cli.training.atlas.draws import PeopleDraws
+from cadiff_cli.training.atlas.losses import mean_square
+from cadiff_cli.training.atlas.objective import AtlasObjective, AutoencoderObjective
+from cadiff_cli.training.atlas.regression import KernelRegression
+from cadiff_cli.training.session import Identity, Session, new_net
+
+log = logging.getLogger(__name__)
+
+FEWEST = 8
+"""People without whom nothing can be learnt of a condition."""
+
+
+@dataclass(frozen=True)
+class PeopleIdentity(Identity):
+    """The people of a run, those left out, a digest of all, and the base with its content."""
+
+    trained_on: Sequence[str]
+    held_out: Sequence[str]
+    people_files: str
+    base: str
+    base_sha256: str
+
+
+def train_atlas(
+    people: Sequence[Sitter],
+    base: Template,
+    grid: Grid,
+    run: Path,
+    training: Training,
+    *,
+    device: str = "auto",
+    workers: int = 0,
+    max_minutes: float = math.inf,
+) -> Path:
+    """Fit on all people but a share; returns the exported weights.
+
+    ``base`` carries labels, which the weights keep; ``grid`` is that of the people's velocities.
+    ``run/held_out.tsv`` gets the distance from the base, from kernel regression and from the atlas
+    to each person left out.  Raises ``DataError`` for too few people.
+    """
+    config = training.train
+    out = held_out(people, config.hold_out)
+    learnt = [p for p in people if p.label not in out]
+    if len(learnt) < FEWEST:
+        raise DataError(
+            f"{len(learnt)} people remain to learn from", f"give {FEWEST} or more to learn from"
+        )
+    space = ConditionSpace.of([p.condition for p in learnt])
+    settings = replace(training.net, shape=grid.shape)
+    net = new_net(AtlasNet, settings, None, config.seed, device)
+    if isinstance(net.latent, LinearLatent):
+        velocities = torch.from_numpy(np.stack([p.velocity_mm for p in learnt])).float()
+        net.latent.fit(velocities.to(net.latent.mean.device))
+    identity = PeopleIdentity(
+        net=as_dict(net.config),
+        init=None,
+        trained_on=sorted(p.label for p in learnt),
+        held_out=sorted(out),
+        people_files=fingerprint(sorted([p.label, p.key, as_dict(p.condition)] for p in people)),
+        base=base.name,
+        base_sha256=base.sha256,
+    )
+    facts = {"people": Counter(p.source for p in learnt)}
+    session = Session.open(run, net, config, identity, facts, max_minutes)
+    draws = PeopleDraws(learnt, space, grid.spacing_mm.tolist(), config)
+    brain = torch.from_numpy(brain_weight(base, grid))
+    objective = AtlasObjective(config, brain, grid.spacing_mm.tolist())
+    goes_on = True
+    if training.net.latent == AUTOENCODER:
+        first = replace(config, steps=min(config.autoencoder_steps, config.steps), decay=1)
+        alone = AutoencoderObjective(config, brain)
+        goes_on = session.fit(draws, alone, schedule=first, workers=workers)
+    if goes_on:
+        session.fit(draws, objective, workers=workers)
+    parts: dict[str, Any] = {"base": base.name, "grid": grid, "space": space, "labels": base.labels}
+    path = session.export(AtlasModel, **parts)
+    model = AtlasModel(session.state.ema.cpu().eval(), **parts)
+    regression = KernelRegression.of(learnt, space)
+    log.info("kernel regression has widths %s (age, sex, ventricles)", regression.widths)
+    sources = {
+        "base": lambda _condition: np.zeros((3, *grid.shape), np.float32),
+        "regression": regression.velocity,
+        "atlas": model.velocity,
+    }
+    _compare([p for p in people if p.label in out], sources, brain, grid, run)
+    return path
+
+
+Source = Callable[[Condition], np.ndarray]
+"""Makes a velocity (3, X, Y, Z) of a condition."""
+
+
+def distances_mm(
+    person: Sitter, sources: Mapping[str, Source], brain: torch.Tensor, grid: Grid
+) -> list[float]:
+    """For each source, the root mean square distance in mm to the person's shape."""
+    own = displacement(person.velocity_mm, grid)
+    gaps = (displacement(make(person.condition), grid) - own for make in sources.values())
+    return [float(mean_square(gap[None], brain).sqrt()) for gap in gaps]
+
+
+def _compare(
+    people: Sequence[Sitter],
+    sources: Mapping[str, Source],
+    brain: torch.Tensor,
+    grid: Grid,
+    run: Path,
+) -> None:
+    """Write and log how far the sources are from people left out."""
+    found = [distances_mm(person, sources, brain, grid) for person in people]
+    rows = (
+        (p.label, p.age_years, *(round(mm, 4) for mm in each))
+        for p, each in zip(people, found, strict=True)
+    )
+    write_tsv(run / "held_out.tsv", ("person", "age", *sources), rows)
+    for name, values in zip(sources, zip(*found, strict=True), strict=False):
+        log.info("%s: %.3f mm from %d people left out", name, np.mean(values), len(values))
+
+
+def displacement(velocity_mm: np.ndarray, grid: Grid) -> torch.Tensor:
+    """(3, X, Y, Z) float32 in mm: the exponential of a velocity."""
+    velocity = torch.from_numpy(velocity_mm.astype(np.float32))[None]
+    return exponential(velocity, grid.spacing_mm.tolist())[0]
+
+
+def brain_weight(base: Template, grid: Grid) -> np.ndarray:
+    """(X, Y, Z) float32: 1 in the base brain, 0 outside, on the velocity grid."""
+    share = resample(Volume(brain_mask(base).astype(np.float32), base.brain.grid), grid)
+    return (share.data > 0.5).astype(np.float32)

@@ -1,0 +1,386 @@
+"""Conditional atlases learn a known law: brains whose ventricle grows with age."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from scipy.ndimage import map_coordinates
+
+from cadiff_cli.atlas import deform, structure_volumes
+from cadiff_cli.cli import atlas_evaluate, atlas_train
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.evaluation import atlas as scores
+from cadiff_cli.io import models
+from cadiff_cli.nets.atlas import AtlasConfig
+from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.models import AtlasModel
+from cadiff_cli.products import Condition, Frame, Template
+from cadiff_cli.spatial.deformation import exponential, jacobian
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.training.atlas import data
+from cadiff_cli.training.atlas.config import PeopleConfig, Training
+from cadiff_cli.training.atlas.data import Sitter, held_out, known_people, scans_of
+from cadiff_cli.training.atlas.draws import PeopleDraws
+from cadiff_cli.training.atlas.regression import KernelRegression
+from cadiff_cli.training.atlas.run import brain_weight, train_atlas
+from cadiff_cli.training.atlas.velocity import fit_velocity
+
+SHAPE, SPACING = (16, 16, 16), 8.0
+GRID = Grid(SHAPE, np.diag([SPACING, SPACING, SPACING, 1.0]))
+CENTRE = np.array([60.0, 60.0, 60.0])
+NET = AtlasConfig(shape=SHAPE, components=2, width=16, depth=1, heads=2, steps=2)
+RUN = PeopleConfig(
+    steps=140,
+    decay=80,
+    warmup=10,
+    rate=8e-3,
+    ema=0.96,
+    batch=4,
+    neighbours=4,
+    near=0.02,
+    jitter=0.02,
+)
+
+
+def growth(age):
+    """The law: by how much lengths in the ventricle grow until ``age``."""
+    return 1 + 0.4 * (age - 20) / 60
+
+
+def ball(grid, radius_mm):
+    world = grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1)) - CENTRE
+    return np.linalg.norm(world, axis=-1) < radius_mm
+
+
+def velocity_of(scale, shift=0.0):
+    """exp(v) scales lengths about the centre by ``scale``, fading out beyond the ventricle."""
+    away = GRID.to_world(np.moveaxis(np.indices(SHAPE), 0, -1)) - CENTRE
+    radius = np.linalg.norm(away, axis=-1, keepdims=True)
+    fade = 1 / (1 + (radius / 48) ** 8)
+    return np.moveaxis(np.log(scale) * away * fade, -1, 0) + shift
+
+
+def sitter(k, age, sex="F"):
+    """A person by the law, with a shape of its own that no condition explains."""
+    rng = np.random.default_rng(k)
+    small = Grid((2, 2, 2), np.eye(4))
+    nothing = Volume(np.zeros((2, 2, 2), np.uint8), small)
+    volumes = {4: 20.0 * growth(age) ** 3, 17: 4.0, 2: 1000.0}
+    velocity = velocity_of(growth(age), rng.normal(0, 1.0)).astype(np.float16)
+    return Sitter(
+        f"sub-{k:02}", "toys", velocity, volumes, nothing, nothing, 0.0, 0, True, str(k), age, sex
+    )
+
+
+@pytest.fixture(scope="module")
+def people():
+    rng = np.random.default_rng(0)
+    return [sitter(k, float(age), "FM"[k % 2]) for k, age in enumerate(rng.uniform(20, 80, 40))]
+
+
+@pytest.fixture(scope="module")
+def base():
+    """A brain of 56 mm with a ventricle of 24 mm."""
+    inside = ball(GRID, 56.0)
+    codes = np.where(ball(GRID, 24.0), 4, 2 * inside).astype(np.int16)
+    frame = Frame((0.0,) * 3, (0.0,) * 3, (120.0,) * 3)
+    return Template(
+        "toy", Volume(inside.astype(np.float32), GRID), frame, labels=Volume(codes, GRID)
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(people, base, tmp_path_factory):
+    run = tmp_path_factory.mktemp("atlas")
+    path = train_atlas(people, base, GRID, run, Training(net=NET, train=RUN), device="cpu")
+    return models.load(AtlasModel, str(path))
+
+
+def ventricle_growth(velocity):
+    """By how much exp(v) enlarges a ventricle of 24 mm, as a length."""
+    change = jacobian(exponential(torch.from_numpy(velocity)[None], [SPACING] * 3), [SPACING] * 3)
+    return float(change[0][torch.from_numpy(ball(GRID, 24.0))].mean()) ** (1 / 3)
+
+
+def test_the_law_is_learnt(trained):
+    """The ventricle grows with age as in the people, in trend and in size."""
+    ages = [30, 40, 50, 60, 70]
+    sizes = [ventricle_growth(trained.velocity(Condition(age_years=age))) for age in ages]
+    assert sizes == sorted(sizes)
+    assert sizes == pytest.approx([growth(age) for age in ages], abs=0.05)
+
+
+def test_other_conditions_tell_the_same(trained):
+    """Ventricles alone tell the shape, and no condition gives that of all people."""
+    percent = 100 * 20 * growth(70) ** 3 / (1004 + 20 * growth(70) ** 3)
+    told = ventricle_growth(trained.velocity(Condition(ventricles_percent=percent)))
+    assert told == pytest.approx(growth(70), abs=0.06)
+    assert ventricle_growth(trained.velocity(Condition())) == pytest.approx(growth(50), abs=0.08)
+
+
+def test_samples_differ_by_seed_around_the_atlas(trained):
+    """A seed draws one person, the same each time; their mean is near the atlas."""
+    condition = Condition(age_years=50)
+    draws = np.stack([trained.velocity(condition, seed) for seed in range(24)])
+    assert (draws[0] == trained.velocity(condition, 0)).all()
+    spread = draws.std(axis=0).mean()
+    assert spread > 0.2
+    assert abs(draws.mean(axis=0) - trained.velocity(condition)).mean() < spread
+
+
+def test_kernel_regression_learns_the_law_too(people):
+    regression = KernelRegression.of(people, ConditionSpace.of([p.condition for p in people]))
+    sizes = [
+        ventricle_growth(regression.velocity(Condition(age_years=age))) for age in (30, 50, 70)
+    ]
+    assert sizes == pytest.approx([growth(age) for age in (30, 50, 70)], abs=0.06)
+
+
+def run_of(people, base, folder, steps, **changes):
+    """The tensors that a short run exports."""
+    train = replace(RUN, steps=steps, decay=1, warmup=1, **changes)
+    path = train_atlas(people, base, GRID, folder, Training(net=NET, train=train), device="cpu")
+    return models.load(AtlasModel, str(path)).net.state_dict()
+
+
+def test_going_on_is_the_uninterrupted_run(people, base, tmp_path):
+    whole = run_of(people, base, tmp_path / "whole", 6)
+    run_of(people, base, tmp_path / "parts", 3)
+    parts = run_of(people, base, tmp_path / "parts", 6)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    with pytest.raises(UsageError, match="trained_on"):
+        run_of(people[1:], base, tmp_path / "parts", 6)
+
+
+def test_the_papers_way_trains_too(people, base, tmp_path):
+    """An autoencoder's latents, a U-Net with cross-attention, morphology in every sample."""
+    pytest.importorskip("einops")
+    net = replace(NET, latent="autoencoder", components=3, channels=(8, 8, 8))
+    train = replace(RUN, steps=4, decay=1, batch=1, autoencoder_steps=2, preserve="samples")
+    path = train_atlas(people, base, GRID, tmp_path, Training(net=net, train=train), device="cpu")
+    velocity = models.load(AtlasModel, str(path)).velocity(Condition(age_years=50))
+    assert velocity.shape == (3, *SHAPE)
+    assert np.isfinite(velocity).all()
+
+
+def test_weights_hold_all_that_an_atlas_needs(trained, base):
+    assert (trained.labels.data == base.labels.data).all()
+    assert trained.base == "toy"
+    assert (trained.grid.affine == GRID.affine).all()
+    assert trained.ranges["age_years"][1] - trained.ranges["age_years"][0] > 50
+    assert len(trained.seen) == 32  # a fifth of 40 people was left out
+
+
+def test_a_fifth_of_every_source_is_left_out_over_all_ages(people):
+    others = [replace(p, source="others") for p in people[:10]]
+    out = held_out([*people, *others], 0.2)
+    assert [sum(label.startswith(s) for label in out) for s in ("toys", "others")] == [8, 2]
+    ages = sorted(p.age_years for p in people if p.label in out)
+    assert ages[0] < 35 and ages[-1] > 65  # noqa: PT018
+    assert held_out(people, 0.0) == set()
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        (Condition(age_years=5), "20 to 80 years"),
+        (Condition(age_years=95), "20 to 80 years"),
+        (Condition(ventricles_percent=30), "1 to 5"),
+        (Condition(age_years=20, ventricles_percent=5), "contradict age 20"),
+    ],
+)
+def test_conditions_of_nobody_are_refused(condition, words):
+    ages = np.linspace(20, 80, 13)
+    wobble = np.where(np.arange(13) % 2, 1.02, 0.98)
+    law = [
+        Condition(a, "F", float(np.exp(np.log(5) * (a - 20) / 60) * w))
+        for a, w in zip(ages, wobble, strict=True)
+    ]
+    space = replace(ConditionSpace.of(law), ventricles_percent=(1.0, 5.0))
+    with pytest.raises(UsageError, match=words):
+        space.check(condition)
+    space.check(Condition(age_years=83))  # within the margin: as the oldest
+    assert space.scaled(Condition(age_years=83))[0] == 1
+    assert np.isnan(space.scaled(Condition())).all()
+
+
+def test_people_of_one_age_teach_nothing(people):
+    with pytest.raises(DataError, match="1 different values of age"):
+        ConditionSpace.of([replace(p.condition, age_years=30.0) for p in people])
+
+
+def test_a_neighbourhood_widens_until_it_is_large_enough(people):
+    space = ConditionSpace.of([p.condition for p in people])
+    draws = PeopleDraws(people, space, [SPACING] * 3, RUN)
+    near = draws.near(torch.tensor([0.5, torch.nan, torch.nan]))
+    assert RUN.neighbours <= len(near) < len(people)
+    apart = (draws.conditions[:, 0] - 0.5).abs()
+    assert apart[near].max() <= apart.sort().values[RUN.neighbours] + RUN.near
+    # A sex that is told is that of all neighbours.
+    assert (draws.conditions[draws.near(torch.tensor([0.5, 1.0, torch.nan])), 1] == 1).all()
+    assert len(draws.near(torch.full((3,), torch.nan))) == len(people)
+
+
+def read_at(field, points):
+    """A field (3, X, Y, Z) on the velocity grid at points (3, ...) in mm."""
+    return np.stack([map_coordinates(x, points / SPACING, order=1, mode="nearest") for x in field])
+
+
+def registered(affine, velocity, shape=(20, 20, 20), spacing=8.0):
+    """The field of a person: base place of each voxel, exp(-v) after ``affine``, as a fraction."""
+    grid = Grid(shape, np.diag([spacing, spacing, spacing, 1.0]))
+    world = grid.to_world(np.moveaxis(np.indices(shape), 0, -1)) @ affine[:3, :3].T + affine[:3, 3]
+    back = exponential(-torch.from_numpy(velocity)[None].float(), [SPACING] * 3)[0].numpy()
+    points = np.moveaxis(world, -1, 0)
+    moved = points + read_at(back, points)
+    inside = np.linalg.norm(world - CENTRE, axis=-1) < 50
+    low, high = np.full((3, 1, 1, 1), -100.0), np.full((3, 1, 1, 1), 250.0)
+    return (moved - low) / (high - low), inside, grid
+
+
+FRAME = Frame((0.0,) * 3, (-100.0,) * 3, (250.0,) * 3)
+
+
+def test_the_affine_part_of_a_field_leaves_no_velocity():
+    affine = np.array([[0.9, 0.1, 0, 3], [-0.1, 1.1, 0, -4], [0, 0, 1.05, 2], [0, 0, 0, 1.0]])
+    field, inside, grid = registered(affine, np.zeros((3, *SHAPE)))
+    fit = fit_velocity(field, inside, grid, FRAME, GRID)
+    assert abs(fit.velocity_mm).max() < 1e-3
+    assert (fit.residual_mm, fit.folded) == (pytest.approx(0, abs=1e-3), 0)
+
+
+def test_the_velocity_of_a_field_is_found_again():
+    """A twist about the centre: no affine map is any part of it."""
+    away = np.moveaxis(GRID.to_world(np.moveaxis(np.indices(SHAPE), 0, -1)) - CENTRE, -1, 0)
+    wave = 3 * np.sin(away / 12)
+    twist = np.stack([wave[1], wave[2], wave[0]]) * np.exp(
+        -((np.linalg.norm(away, axis=0) / 45) ** 4)
+    )
+    field, inside, grid = registered(np.eye(4), twist)
+    fit = fit_velocity(field, inside, grid, FRAME, GRID)
+    assert fit.folded == 0
+    assert fit.residual_mm < 0.1
+    low, high = np.array(FRAME.low_mm), np.array(FRAME.high_mm)
+    base_mm = np.moveaxis(field, 0, -1)[inside] * (high - low) + low
+    ones = np.ones((int(inside.sum()), 1))
+    person = np.hstack([grid.to_world(np.argwhere(inside).astype(float)), ones])
+    aligned = (person @ np.linalg.lstsq(person, base_mm, rcond=None)[0]).T
+    back = exponential(-torch.from_numpy(fit.velocity_mm)[None], [SPACING] * 3)[0].numpy()
+    error = aligned + read_at(back, aligned) - base_mm.T
+    assert np.sqrt((error**2).sum(axis=0).mean()) < 0.3
+    assert np.sqrt(((aligned - base_mm.T) ** 2).sum(axis=0).mean()) > 1.0
+
+
+def test_scores_of_a_case_with_known_answers(people):
+    """People moved by 2 and by 4 mm along x: the base is 3 mm off, an atlas of 3 mm is not."""
+    shifted = []
+    for person, mm in zip(people[:2], (2.0, 4.0), strict=True):
+        velocity = np.zeros((3, *SHAPE), np.float16)
+        velocity[0] = mm
+        shifted.append(replace(person, velocity_mm=velocity))
+    middle = np.zeros((3, *SHAPE), np.float32)
+    middle[0] = 3.0
+    brain = torch.ones(SHAPE)
+    score = {
+        name: scores.score_group("all", shifted, name, lambda _c, v=v: v, GRID, brain, ["sex"])
+        for name, v in (("base", 0 * middle), ("atlas", middle))
+    }
+    assert score["base"].centrality_mm == pytest.approx(3)
+    assert score["atlas"].centrality_mm == pytest.approx(0, abs=1e-4)
+    assert score["base"].distance_mm == pytest.approx(3)
+    assert score["atlas"].distance_mm == pytest.approx(1)
+    for one in score.values():  # a variance of 2 mm^2 over two people
+        assert (one.people, one.folded, one.roughness) == (2, 0, pytest.approx(0, abs=1e-5))
+        assert one.chance_mm == pytest.approx(1)
+
+
+def test_volumes_follow_the_jacobian(base):
+    still, grown = (
+        structure_volumes(base, deform(GRID, velocity_of(scale).astype(np.float32), GRID))
+        for scale in (1.0, 1.2)
+    )
+    assert still[4] == pytest.approx(float((base.labels.data == 4).sum()) * SPACING**3)
+    assert grown[4] / still[4] == pytest.approx(1.2**3, rel=0.05)
+
+
+def test_folds_are_counted():
+    rng = np.random.default_rng(0)
+    wild = torch.from_numpy(rng.normal(0, 60, (1, 3, *SHAPE))).float()
+    assert scores.count_folds(wild, [SPACING] * 3) > 0
+    assert scores.count_folds(torch.zeros(1, 3, *SHAPE), [SPACING] * 3) == 0
+
+
+def test_a_curve_fits_its_law_and_widens_with_noise():
+    ages = np.linspace(20, 90, 40)
+    law = np.exp(0.3 + 0.02 * (ages - 50) + 2e-4 * (ages - 50) ** 2)
+    middle, low, high, *_ = scores.Curve.of(ages, law).at(70)
+    assert (middle, low, high) == pytest.approx((np.exp(0.3 + 0.4 + 0.08),) * 3)
+    noisy = law * np.exp(np.random.default_rng(0).normal(0, 0.2, 40))
+    middle, low, high, least, most = scores.Curve.of(ages, noisy).at(70)
+    assert least < low < np.exp(0.78) < high < most
+    assert np.log(most / middle) == pytest.approx(1.96 * 0.2, rel=0.3)
+
+
+def test_the_commands_train_and_compare(people, base, tmp_path, monkeypatch):
+    """Options in, tables out; the people need not be prepared from scans again."""
+    folder = tmp_path / "toys"
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        'kind = "atlas"\nbase = "toy"\nspacing_mm = 8\n'
+        "[net]\ncomponents = 2\nwidth = 16\ndepth = 1\nheads = 2\n"
+        "[train]\nsteps = 3\nbatch = 2\nneighbours = 4\n"
+    )
+    monkeypatch.setattr(data, "prepare_people", lambda *_: people)
+    monkeypatch.setattr(data, "base_grid", lambda *_: GRID)
+    monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", SPACING)
+    monkeypatch.setattr("cadiff_cli.training.templates.load_atlas", lambda _: base)
+    run = tmp_path / "run"
+    options = [str(folder), str(config), "-o", str(run), "--device", "cpu"]
+    done = CliRunner().invoke(atlas_train.command, options, catch_exceptions=False)
+    assert done.exit_code == 0
+    table = (run / "held_out.tsv").read_text().splitlines()
+    assert table[0].split("\t") == ["person", "age", "base", "regression", "atlas"]
+    assert len(table) == 1 + 8
+    model = str(run / "model.safetensors")
+    options = [model, str(folder), "-o", str(tmp_path / "scores"), "--given", "age"]
+    done = CliRunner().invoke(atlas_evaluate.command, options, catch_exceptions=False)
+    assert done.exit_code == 0
+    groups = (tmp_path / "scores" / "atlas_groups.tsv").read_text().splitlines()
+    assert len(groups) == 1 + 3 * 3
+    assert sum(int(line.split("\t")[2]) for line in groups[1:]) == 3 * 8
+    ages = (tmp_path / "scores" / "atlas_ages.tsv").read_text().splitlines()
+    assert ages[0].split("\t")[-3:] == ["base", "regression", "atlas"]
+    with pytest.raises(UsageError, match="height"):
+        CliRunner().invoke(
+            atlas_evaluate.command, [*options[:-1], "height"], catch_exceptions=False
+        )
+
+
+def test_one_scan_of_each_person_is_taken(tmp_path):
+    for name in (
+        "sub-1/ses-a/anat/sub-1_ses-a",
+        "sub-1/ses-b/anat/sub-1_ses-b",
+        "sub-2/anat/sub-2",
+    ):
+        path = tmp_path / f"{name}_T1w.nii.gz"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert {k: p.name for k, p in scans_of(tmp_path).items()} == {
+        "1": "sub-1_ses-a_T1w.nii.gz",
+        "2": "sub-2_T1w.nii.gz",
+    }
+    with pytest.raises(MissingInputError):
+        scans_of(tmp_path / "none")
+    with pytest.raises(DataError, match="nobody's age"):
+        known_people(tmp_path)
+    (tmp_path / "participants.tsv").write_text("participant_id\tsex\nsub-1\tF\n")
+    with pytest.raises(DataError, match="no column age"):
+        known_people(tmp_path)
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-1\t90+\nsub-2\tn/a\n")
+    assert known_people(tmp_path).of("1").age_years == 90
+
+
+def test_the_brain_is_weighed_on_the_velocity_grid(base):
+    assert (brain_weight(base, GRID) == (base.brain.data > 0)).all()
