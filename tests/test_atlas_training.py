@@ -180,6 +180,11 @@ def test_a_fifth_of_every_source_is_left_out_over_all_ages(people):
     ages = sorted(p.age_years for p in people if p.label in out)
     assert ages[0] < 35 and ages[-1] > 65  # noqa: PT018
     assert held_out(people, 0.0) == set()
+    named = held_out([*people, *others], 0.2, ["toys/sub-03"])
+    assert sum(label.startswith("toys") for label in named) == 1
+    assert len(named) == 3
+    with pytest.raises(UsageError, match="toys/sub-99"):
+        held_out(people, 0.2, ["toys/sub-99"])
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from cadiff_cli.training.settings import load_training, overridden
 class PeopleConfig(Schedule):
     """How to learn from few people.
 
-    ``hold_out`` is the share of people left out, spread over age and source.  Conditions get noise
-    of standard deviation ``jitter`` (ages and ventricles are scaled to 0..1), and each number is
+    ``hold_out`` is the share of people left out, spread over age and source; a source with people
+    in ``leave_out`` (labels ``folder/sub-X``) leaves out those alone.  Conditions get noise of
+    standard deviation ``jitter`` (ages and ventricles are scaled to 0..1), and each number is
     hidden with probability ``hidden``: a network that saw exact ages would know people by theirs.
 
     The first ``atlases`` draws of each batch make an atlas.  Morphology is preserved over
@@ -31,6 +32,7 @@ class PeopleConfig(Schedule):
     batch: int = 8
     atlases: int = 1
     hold_out: float = 0.2
+    leave_out: tuple[str, ...] = ()
     jitter: float = 0.05
     hidden: float = 0.3
     neighbours: int = 15

@@ -6,7 +6,7 @@ structures, and its image and classes at 2 mm, to be registered to when an atlas
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.config import REVISION, Config, SampleConfig, as_dict
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.index import entities_of
 from cadiff_cli.io.bids.people import People, read_people
@@ -278,17 +278,21 @@ def load(path: Path, grid: Grid) -> Sitter:
     )
 
 
-def held_out(people: Sequence[Sitter], share: float) -> set[str]:
-    """Labels of the people to leave out: evenly spread over age in each source."""
-    chosen = set[str]()
-    for source in sorted({p.source for p in people}):
+def held_out(people: Sequence[Sitter], share: float, named: Collection[str] = ()) -> set[str]:
+    """Labels of the people to leave out: a share of each source, evenly spread over age.
+
+    Sources with people in ``named`` (labels) leave out those alone.  Raises ``UsageError`` for a
+    name that nobody has.
+    """
+    if unknown := sorted(set(named) - {p.label for p in people}):
+        raise UsageError(
+            f"leave_out names {', '.join(unknown)}", f"people are named as {people[0].label}"
+        )
+    chosen = set(named)
+    for source in sorted({p.source for p in people} - {label.split("/")[0] for label in named}):
         mine = [p for p in people if p.source == source]
         mine.sort(key=lambda p: (p.age_years is None, p.age_years or 0.0, p.name))
         # The middle of each stretch of 1 / share people: neither the youngest nor the oldest.
-        places = (
-            {int((k + 0.5) / share) for k in range(int(len(mine) * share + 0.5))}
-            if share
-            else set()
-        )
-        chosen |= {p.label for k, p in enumerate(mine) if k in places}
+        count = round(len(mine) * share)
+        chosen |= {mine[int((k + 0.5) * len(mine) / count)].label for k in range(count)}
     return chosen

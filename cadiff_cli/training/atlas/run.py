@@ -64,7 +64,7 @@ def train_atlas(
     to each person left out.  Raises ``DataError`` for too few people.
     """
     config = training.train
-    out = held_out(people, config.hold_out)
+    out = held_out(people, config.hold_out, config.leave_out)
     learnt = [p for p in people if p.label not in out]
     if len(learnt) < FEWEST:
         raise DataError(
