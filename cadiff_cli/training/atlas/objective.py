@@ -35,7 +35,7 @@ class AtlasObjective:
     zooms_mm: Sequence[float]
 
     def __call__(
-        self, net: AtlasNet, batch: PeopleBatch, generator: torch.Generator
+        self, net: AtlasNet, batch: PeopleBatch, generator: torch.Generator, _progress: float = 1.0
     ) -> AtlasLosses:
         """Losses of a batch.
 
@@ -76,7 +76,7 @@ class AutoencoderObjective:
     brain: Tensor
 
     def __call__(
-        self, net: AtlasNet, batch: PeopleBatch, generator: torch.Generator
+        self, net: AtlasNet, batch: PeopleBatch, generator: torch.Generator, _progress: float = 1.0
     ) -> AutoencoderLosses:
         """Losses of a batch; keeps the scale of latents up to date."""
         latent, device = net.latent, batch.velocity.device
