@@ -8,6 +8,7 @@ import subprocess
 import sys
 from base64 import b64decode
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
     transform = tmp_path_factory.mktemp("identity") / "identity.h5"
     ants.write_transform(ants.new_ants_transform(dimension=3), str(transform))
 
+    @cache
+    def head_of(orientation):
+        head = phantom(orientation)
+        return head, stripped_of(head), conditions_of(head)
+
     def write(
         out,
         name="sub-01_T1w.nii.gz",
@@ -69,7 +75,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         labelled=True,
         **found,
     ):
-        head = phantom(orientation)
+        head, stripped, conditions = head_of(orientation)
         path = out.parent / "scans" / name
         save_volume(path, head.t1.data, head.t1.grid)
         template = load_template(EMBEDDED, offline=True)
@@ -85,7 +91,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         )
         scan = Scan(head.t1, path, tuple(Note(NoteCode.UNKNOWN, text) for text in warnings))
         prepared = Prepared(
-            *(scan, stripped_of(head), registrations, conditions_of(head)),
+            *(scan, stripped, registrations, conditions),
             tuple(r.template for r in registrations),
         )
         labels = Volume(head.codes * labelled, head.t1.grid)
