@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,6 +31,7 @@ COMMANDS = (
     "crossval",
     "paint",
     "train-mask",
+    "atlas",
     "example",
     "fuse",
     "evaluate",
@@ -39,23 +41,29 @@ COMMANDS = (
 
 
 class Lazy(click.Group):
-    """A group that imports a command's module only to run it."""
+    """A group that imports a command's module only to run it.
+
+    The module of a command ``NAME`` is ``cli/PREFIX_NAME``, without a ``prefix`` ``cli/NAME``.
+    """
+
+    def __init__(self, *args: Any, names: tuple[str, ...], prefix: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.names, self.prefix = names, prefix
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order in which a newcomer needs them."""
-        return list(COMMANDS)
+        return list(self.names)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, imported now."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.names:
             return None
-        command: click.Command = import_module(
-            f"cadiff_cli.cli.{cmd_name.replace('-', '_')}"
-        ).command
+        module = f"{self.prefix}{cmd_name}".replace("-", "_")
+        command: click.Command = import_module(f"cadiff_cli.cli.{module}").command
         return command
 
 
-@click.group(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Lazy, names=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cadiff")
 def cadiff() -> None:
     """Brain structures and their volumes from T1-weighted MRI."""

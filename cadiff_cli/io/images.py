@@ -348,6 +348,21 @@ def save_volume(
         nib.save(image, temporary)
 
 
+def save_displacement(path: Path, displacement_mm: np.ndarray, grid: Grid) -> None:
+    """Write a displacement (3, X, Y, Z) in RAS mm as ITK reads it: a NIfTI vector image in LPS.
+
+    ANTs and nitransforms take such a file for a transform.
+    """
+    vectors = np.moveaxis(displacement_mm, 0, -1)[..., None, :] * (-1, -1, 1)
+    image = nib.Nifti1Image(vectors.astype(np.float32), grid.affine)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("mm")
+    image.set_sform(grid.affine, code="mni")
+    image.set_qform(grid.affine, code="mni")
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
 _STALE = [
     "intent_code",
     "intent_p1",

@@ -100,8 +100,11 @@ def spec_of(name: str, source: str) -> str:
 
 
 def own_contents(templates: Iterable[Template]) -> tuple[tuple[str, str], ...]:
-    """(name, SHA-256) of the templates whose name alone does not tell their content."""
-    return tuple((t.name, t.sha256) for t in templates if not _is_shipped(t))
+    """(name, SHA-256) of the templates whose name alone does not tell their content.
+
+    For one that the run itself makes, the checksum is that of its cause.
+    """
+    return tuple((t.name, t.cause or t.sha256) for t in templates if not _is_shipped(t))
 
 
 def _is_shipped(template: Template) -> bool:
@@ -130,7 +133,7 @@ def parse_specs(specs: str) -> tuple[str, ...]:
         elif pieces[0] == "auto":
             if specs != "auto":
                 raise UsageError(f"auto is among others in {specs!r}", "give auto alone, or names")
-        elif pieces[0] not in registry() and not _head(*_folder_of(pieces[0])):
+        elif pieces[0] not in registry() and not _head(*folder_of(pieces[0])):
             raise _unknown(pieces[0], specs)
         found["+".join(pieces[:size])] = None
         pieces = pieces[size:]
@@ -168,7 +171,7 @@ def load_template(spec: str, *, offline: bool = False, anew: bool = False) -> Te
     if entry.get("source") == "nilearn":
         brain, mask = _nilearn_brain()
         return Template(spec, brain, _frame(entry), mask=mask, source="nilearn package data")
-    folder, name = _folder_of(spec)
+    folder, name = folder_of(spec)
     head = entry.get("head") or _head(folder, name)
     if head is None:
         raise _unknown(spec, spec)
@@ -185,8 +188,12 @@ def load_template(spec: str, *, offline: bool = False, anew: bool = False) -> Te
     return replace(template, source="templateflow", citation=_citation(spec, told))
 
 
-def _folder_of(spec: str) -> tuple[str, str]:
-    """Where TemplateFlow keeps a template's files, and what their names begin with."""
+def folder_of(spec: str) -> tuple[str, str]:
+    """Where TemplateFlow keeps a template's files, and what their names begin with.
+
+    >>> folder_of("MNIInfant:cohort-2")
+    ('tpl-MNIInfant/cohort-2', 'tpl-MNIInfant_cohort-2')
+    """
     match = NAME.fullmatch(spec)
     assert match is not None
     name, cohort = match.groups()

@@ -49,6 +49,10 @@ class Outline:
     path: str
 
 
+Drawn = Callable[[int, int], Iterable[Outline]]
+"""The outlines over a slice (axis, index)."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """One picture of ``width`` x ``height`` voxels: an image and the outlines over it."""
@@ -148,6 +152,11 @@ def structures(case: Case, parcellation: Parcellation, n: int = SLICES) -> list[
     brain = near_mask(case)
     image = grey(t1, brain)
     shown = labels > 0 if labels.any() else brain
+    return planes(image, case.near, shown, n, outlined(labels, parcellation))
+
+
+def outlined(labels: np.ndarray, parcellation: Parcellation) -> Drawn:
+    """Outlines of the structures in label codes (X, Y, Z)."""
     by_code = {s.code: s for s in parcellation.structures}
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
@@ -157,7 +166,7 @@ def structures(case: Case, parcellation: Parcellation, n: int = SLICES) -> list[
             if s is not None and (path := outline(codes == code)):
                 yield Outline(s.name, s.color, path)
 
-    return _planes(image, case.near, shown, n, drawn)
+    return drawn
 
 
 def head(case: Case, n: int = 2) -> list[Plane]:
@@ -170,7 +179,7 @@ def head(case: Case, n: int = 2) -> list[Plane]:
     def drawn(axis: int, index: int) -> Iterable[Outline]:
         yield Outline("brain mask", "#ffd43b", outline(cut(brain, axis, index)))
 
-    return _planes(image, grid, brain, n, drawn)
+    return planes(image, grid, brain, n, drawn)
 
 
 def registration(case: Case, n: int = 2) -> list[Plane]:
@@ -187,7 +196,7 @@ def registration(case: Case, n: int = 2) -> list[Plane]:
         for level, color in zip(TISSUES, ("#ffd43b", "#66d9e8"), strict=True):
             yield Outline("template", color, outline(cut(smooth, axis, index), level * top))
 
-    return _planes(image, case.near, brain, n, drawn, other)
+    return planes(image, case.near, brain, n, drawn, other)
 
 
 def coordinates(case: Case, n: int = 2) -> list[Plane]:
@@ -206,7 +215,7 @@ def coordinates(case: Case, n: int = 2) -> list[Plane]:
             path = "".join(outline(values, float(level)) for level in levels)
             yield Outline("xyz"[channel], COLOURS[channel], path)
 
-    return _planes(image, case.near, inside, n, drawn, tinted(image, field, inside))
+    return planes(image, case.near, inside, n, drawn, tinted(image, field, inside))
 
 
 def tinted(image: np.ndarray, field: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -226,7 +235,7 @@ def uncertainty(case: Case, n: int = 2) -> list[Plane]:
     inside = near_mask(case)
     image = grey(resample(case.t1, case.near), inside)
     glowing = glow(image, case.uncertainty.data)
-    return _planes(image, case.near, inside, n, lambda _axis, _index: (), glowing)
+    return planes(image, case.near, inside, n, lambda _axis, _index: (), glowing)
 
 
 def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
@@ -236,15 +245,18 @@ def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
     return np.asarray(((1 - share) * image[..., None] + share * colour).astype(np.uint8))
 
 
-def _planes(
+def planes(
     image: np.ndarray,
     grid: Grid,
     inside: np.ndarray,
     n: int,
-    drawn: Callable[[int, int], Iterable[Outline]],
+    drawn: Drawn,
     second: np.ndarray | None = None,
 ) -> list[Plane]:
-    """``n`` slices of each orientation; ``drawn`` gives the outlines over a slice (axis, index)."""
+    """``n`` slices of each orientation, spread over the object ``inside``.
+
+    ``image``, and ``second`` that can be laid over it, are (X, Y, Z) or with colours (X, Y, Z, 3).
+    """
     return [
         Plane(
             name,

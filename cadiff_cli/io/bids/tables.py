@@ -26,11 +26,15 @@ def table_name(parcellation: Parcellation) -> str:
 def save_table(out: Path, parcellation: Parcellation) -> None:
     """Write the parcellation's table, unless it is there already.
 
-    The table of ``BASE`` has BIDS' columns; others have all, so ``parcellation_of`` can read them.
+    ``parcellation_of`` reads the tables of others than ``BASE``.
     """
     path = out / table_name(parcellation)
-    if path.exists():
-        return
+    if not path.exists():
+        write_table(path, parcellation)
+
+
+def write_table(path: Path, parcellation: Parcellation) -> None:
+    """Write the parcellation's table: BIDS' columns for ``BASE``, all columns for others."""
     if parcellation.name != BASE:
         write_text(path, parcellation.as_tsv())
         return
