@@ -176,10 +176,12 @@ class Request:
         "auto",
         "MNIColin27, MNI152NLin2009aSym (embedded), another of TemplateFlow's such as"
         " MNIPediatricAsym:cohort-5, or a folder in its layout; several, joined by +, share in the"
-        " field. auto: Colin27, if it can be had, and the embedded one.",
+        " field. auto: Colin27, if it can be had, and the embedded one. conditional: the atlas of"
+        " the person's age and sex.",
         "--template",
         "--atlas",
     )
+    atlas_model: str = option("cadiff-atlas", "Makes the atlases of --template conditional.")
     model: str = option("cadiff-malc", "cadiff-malc; cadiff-synth, for any contrast; or a file.")
     offline: bool = option(False, "Never try to download a template.")
     machine: Machine = Machine()

@@ -32,6 +32,7 @@ class NoteCode(StrEnum):
     AFFINE_ONLY = "affine-only"
     POOR_SCORE = "poor-score"
     SPACE_REGISTRATION = "space-registration"
+    NO_ATLAS = "no-atlas"
     ATLAS_NOT_STRIPPED = "atlas-not-stripped"
     # The machine
     DEVICE = "device"

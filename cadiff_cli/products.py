@@ -119,7 +119,7 @@ class Condition:
     """
 
     age_years: float | None = None
-    sex: Literal["F", "M"] | None = None
+    sex: Sex | None = None
     ventricles_percent: float | None = None
 
     @property

@@ -4,7 +4,7 @@ import click
 
 from cadiff_cli.cli import Lazy
 
-COMMANDS = ("make",)
+COMMANDS = ("make", "train", "evaluate")
 
 
 @click.group(

@@ -2,12 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import click
 
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.releases import DEFAULT_ATLAS
+
+if TYPE_CHECKING:
+    from cadiff_cli.products import Sex
 
 MOST = 100
 """Atlases of one range: each takes about 30 MB."""
@@ -70,7 +73,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
 @click.option("--report/--no-report", default=True, help="Write a page to look at [on].")
 def command(
     age: str | None,
-    sex: Literal["F", "M"] | None,
+    sex: "Sex | None",
     ventricles: float | None,
     out: Path,
     samples: int | None,

@@ -12,7 +12,7 @@ from cadiff_cli.io.files import sha256
 
 DEFAULT: str = Request.model
 DEFAULT_BRAIN = "brain-mask"
-DEFAULT_ATLAS = "cadiff-atlas"
+DEFAULT_ATLAS: str = Request.atlas_model
 
 
 def weights_folder() -> Path:

@@ -30,6 +30,8 @@ from cadiff_cli.spatial.deformation import on_grid
 from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.spatial.resample import resample
 
+SLICES = 2
+"""Of each orientation."""
 LINES_MM = 10.0
 """Distance of the grid's lines in the base."""
 MOST_CHANGE = 2.0
@@ -101,15 +103,14 @@ class AtlasPage:
         assert template.labels is not None
         near = around(base.mask)
         inside = resample(base.mask, near, order=0).data
+        before = grey(resample(base.brain, near), inside)
         if not self.base:
             self.base_name = base.name
             codes = resample(base.labels, near, order=0).data
-            image = grey(resample(base.brain, near), inside)
-            self.base = planes(image, near, inside, 1, outlined(codes, parcellation))
+            self.base = planes(before, near, inside, SLICES, outlined(codes, parcellation))
         codes = resample(template.labels, near, order=0).data
-        # Both in the same grey: the base's brightest tissue is that of the atlas.
         image = grey(resample(template.brain, near), codes > 0)
-        brain = planes(image, near, inside, 1, outlined(codes, parcellation))
+        brain = planes(image, near, inside, SLICES, outlined(codes, parcellation), before)
         change = np.where(codes > 0, resample(atlas.log_jacobian, near).data, 0)
         self.panels.append(
             Panel(
@@ -119,7 +120,7 @@ class AtlasPage:
                 atlas.condition.age_years,
                 brain,
                 _grid_lines(atlas, image, near, inside, codes > 0),
-                planes(coloured(image, change), near, inside, 1, lambda _axis, _index: ()),
+                planes(coloured(image, change), near, inside, SLICES, lambda _axis, _index: ()),
                 volume_lines(atlas, parcellation, samples),
                 _facts(atlas, len(samples)),
             )
@@ -170,7 +171,7 @@ def _grid_lines(
             found.append(Outline("xyz"[channel], COLOURS[channel], path))
         return found
 
-    return planes(image, near, inside, 1, drawn)
+    return planes(image, near, inside, SLICES, drawn)
 
 
 def volume_lines(
@@ -229,7 +230,6 @@ class Curve:
     """Volume over age as an SVG line: ``dots`` are (x, y, text)."""
 
     name: str
-    color: str
     path: str
     dots: list[tuple[float, float, str]]
     low: str
@@ -261,7 +261,6 @@ def curves(panels: Sequence[Panel]) -> list[Curve]:
         found.append(
             Curve(
                 lines[0].name,
-                lines[0].color,
                 "M" + "L".join(f"{a} {b}" for a, b in points),
                 [
                     (a, b, f"{age:g} years: {ml:.4g} ml")

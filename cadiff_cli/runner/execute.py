@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import cadiff_cli
 from cadiff_cli.config import Machine, Request
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.files import locked
@@ -29,12 +29,13 @@ from cadiff_cli.io.templates import (
 from cadiff_cli.machine import cores
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.pipeline import Announce, run
-from cadiff_cli.products import Result, Scan, Template
+from cadiff_cli.products import Person, Result, Scan, Template
 from cadiff_cli.report.methods import cite
 from cadiff_cli.report.page import report_scan
 from cadiff_cli.runner.job import Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
+from cadiff_cli.runner.personal import PersonalAtlas, split
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def execute(job: Job) -> Outcome:
                 with logged(job.log_dir / f"{job.entities}.log"):
                     device = prepare_torch(job.machine)
                     scan = replace(load_scan(job.t1), person=job.person)
-                    templates = _templates(job.templates, job.recipe.template_sha256, job.notes)
+                    templates = _templates_of(job)
                     result, failed = make_result(job, scan, templates, device)
                 seconds = round(time.perf_counter() - begun, 1)
                 notes = (*result.notes, *_no_page(failed))
@@ -90,17 +91,22 @@ def _no_page(failed: str) -> tuple[Note, ...]:
     return (Note(NoteCode.NO_PAGE, failed),) if failed else ()
 
 
-def segment_file(t1: Path, out: Path, request: Request, watcher: Watcher) -> Result:
+def segment_file(
+    t1: Path, out: Path, request: Request, watcher: Watcher, person: Person = Person()
+) -> Result:
     """Segment one file outside of a dataset, and write its derivatives.  Errors rise.
 
     Input and output are checked before anything costly begins.  Results that stand are refused
     unless ``request.overwrite`` is set; remains of a killed run are replaced.
     """
     capture_warnings()
-    scan = load_scan(t1)
+    scan = replace(load_scan(t1), person=person)
     if mask := request.config.strip.mask:
         given_mask(mask, scan)
-    parse_specs(request.template)
+    specs, conditional = split(request.template)
+    parse_specs(specs)
+    if conditional and person.age_years is None:
+        raise UsageError("--template conditional needs the person's age", "give --age, and --sex")
     place, journal = Derivatives(out, t1), Journal(out)
     journal.make_room(place, t1, mask, overwrite=request.overwrite)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
@@ -108,8 +114,12 @@ def segment_file(t1: Path, out: Path, request: Request, watcher: Watcher) -> Res
         watcher.stage("load")
         device = prepare_torch(request.machine)
         job, templates = job_of(request, out)
+        job = job.of(t1, "").personal(person)
+        if job.atlas:
+            templates = _templates_of(job)
+        elif conditional:
+            raise UsageError(job.notes[-1].text, "use other templates for this person")
         jobs = request.machine.threads or cores()
-        job = job.of(t1, "")
         result, _ = make_result(job, scan, templates, device, watcher.stage, jobs)
         if trouble := cite(out):
             LOGGER.warning(trouble)
@@ -215,12 +225,24 @@ def _model(name: str, sha256: str) -> "Model":
     return model
 
 
+def _templates_of(job: Job) -> tuple[Template, ...]:
+    """The job's templates; the person's own atlas is made now, unless it was."""
+    if job.atlas:
+        job.atlas.provide(job.out)
+    return _templates(job.templates, job.recipe.template_sha256, job.notes, job.atlas)
+
+
 @lru_cache(maxsize=1)
 def _templates(
-    specs: str, contents: tuple[tuple[str, str], ...], notes: tuple[Note, ...]
+    specs: str,
+    contents: tuple[tuple[str, str], ...],
+    notes: tuple[Note, ...],
+    atlas: PersonalAtlas | None,
 ) -> tuple[Template, ...]:
     """Loaded once per process; ``notes`` are what was said when they were chosen."""
     templates = load_templates(specs, offline=True)
+    if atlas:
+        templates = tuple(map(atlas.mark, templates))
     if own_contents(templates) != contents:
         raise DataError(
             f"the templates {specs} changed while cadiff was running", "run it again from the start"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cadiff_cli.config import Machine, Recipe, Request
-from cadiff_cli.errors import OutputError
+from cadiff_cli.errors import OutputError, UsageError
 from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.checksums import checksums
@@ -13,9 +13,10 @@ from cadiff_cli.io.files import sha256
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.releases import find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates, parse_space
-from cadiff_cli.notes import Note
+from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Person, Template
 from cadiff_cli.quality.calibration import calibration
+from cadiff_cli.runner.personal import WORD, Conditional, PersonalAtlas, split
 
 RECORD = "logs/journal/inputs.tsv"
 """Where an output folder keeps the checksums of its inputs."""
@@ -30,6 +31,9 @@ class Job:
     ``overwrite`` allows it to replace a result of other settings. A job that finds another
     process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``source`` and
     ``run_id`` are empty for a scan that is not segmented as part of a dataset.
+
+    A job for no scan in particular may wish for a ``conditional`` atlas: ``personal`` turns it into
+    one for a person, with the person's ``atlas``.
     """
 
     t1: Path
@@ -45,6 +49,40 @@ class Job:
     overwrite: bool = False
     wait: bool = False
     person: Person = Person()
+    conditional: Conditional | None = None
+    atlas: PersonalAtlas | None = None
+
+    def personal(self, person: Person) -> "Job":
+        """The same job for a scan of this person: with the person's atlas, if one is wanted.
+
+        Who has none gets the templates that it would stand beside or replace, with a note.
+        """
+        job = replace(self, person=person, conditional=None)
+        if self.conditional is None:
+            return job
+        try:
+            atlas = self.conditional.of(person)
+        except UsageError as error:
+            text = f"no atlas of the person's own ({error.message}): {self.recipe.template} serves"
+            return replace(job, notes=(*self.notes, Note(NoteCode.NO_ATLAS, text)))
+        folder, content = str(atlas.folder(self.out)), (atlas.name, atlas.cause)
+        recipe = self.recipe
+        if self.conditional.alone:
+            recipe = replace(recipe, template=atlas.name, template_sha256=(content,))
+            return replace(job, recipe=recipe, templates=folder, notes=(), atlas=atlas)
+        recipe = replace(
+            recipe,
+            template=f"{recipe.template}+{atlas.name}",
+            template_sha256=(*recipe.template_sha256, content),
+        )
+        return replace(job, recipe=recipe, templates=f"{self.templates}+{folder}", atlas=atlas)
+
+    @property
+    def specs(self) -> str:
+        """What a later run takes for ``--template``."""
+        if self.conditional is None:
+            return self.templates
+        return WORD if self.conditional.alone else f"{self.templates}+{WORD}"
 
     def of(self, t1: Path, source: str) -> "Job":
         """The same job for another scan."""
@@ -125,11 +163,13 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
 
     Raises ``MissingInputError`` or ``DataError`` for weights and templates that cannot be had.
     """
-    path, label, checksum = find_weights(request.model)
-    templates = load_templates(request.template, offline=request.offline)
+    _, label, checksum = find_weights(request.model)
+    specs, conditional = split(request.template)
+    templates = load_templates(specs, offline=request.offline)
     spaces = {parse_space(text, templates)[0] for text in request.config.output.spaces}
     for name in spaces - {template.name for template in templates}:
         load_template(name, offline=request.offline)
+    wish = Conditional(_anywhere(request.atlas_model), request.template == WORD)
     job = Job(
         t1=Path(),
         out=out,
@@ -138,14 +178,20 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
             request.config, templates, label, checksum, calibration(request.config, checksum)
         ),
         templates=joint_spec(templates),
-        weights=str(path.absolute()) if Path(request.model).suffix else request.model,
+        weights=_anywhere(request.model),
         run_id=run_id,
         work_dir=request.work_dir,
         machine=request.machine,
         notes=templates[0].notes,
         overwrite=request.overwrite,
+        conditional=wish if conditional else None,
     )
     return job, templates
+
+
+def _anywhere(model: str) -> str:
+    """A released name, or a file by a path that stays valid in another working directory."""
+    return str(Path(model).absolute()) if Path(model).suffix else model
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,9 @@ def _validate(dataset: Dataset, listener: Listener, shown: int = 5) -> None:
 
 def _keep_options(request: DatasetRequest, job: Job) -> None:
     """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
-    values = {**request.options, "template": job.templates, "model": job.weights}
+    values = {**request.options, "template": job.specs, "model": job.weights}
+    if job.conditional:
+        values["atlas_model"] = job.conditional.model
     chosen = request.selection  # labels may have come from a file with a relative path
     values |= {"participant_label": chosen.participants, "session_label": chosen.sessions}
     if values.get("mem"):  # bytes by now; a bare number would be MB

@@ -5,10 +5,10 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from cadiff_cli.errors import CadiffError, DataError
+from cadiff_cli.errors import CadiffError, DataError, first_few
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.bids.raw import Dataset
@@ -65,18 +65,20 @@ def make_plan(
     results = {result.entities: result for result in finished(like.out)}
     if not like.overwrite:
         for result in results.values():
-            like.refuse(result.entities, result.provenance.differs(like.recipe))
+            wanted = like.personal(dataset.people.of(result.entities.split("_")[0]))
+            like.refuse(result.entities, result.provenance.differs(wanted.recipe))
     journal, notes = Journal(like.out), [*selected.notes, *dataset.people.notes]
     jobs, pages, done = list[Job](), list[Job](), list[str]()
     failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()
     for paths in _by_name(selected.images).values():
         person = dataset.people.of(source_entities(paths[0]).split("_")[0])
-        job = replace(like.of(paths[0], dataset.uri(paths[0])), person=person)
+        theirs = like.personal(person)
+        job = theirs.of(paths[0], dataset.uri(paths[0]))
         try:
             if len(paths) > 1:
                 image = _one_of(paths)
                 notes.append(f"{image.name} is taken; {paths[0].name} is the same image")
-                job = replace(like.of(image, dataset.uri(image)), person=person)
+                job = theirs.of(image, dataset.uri(image))
             if job.is_finished(results.get(job.entities)):
                 if job.lacks_page():
                     pages.append(job)
@@ -88,6 +90,11 @@ def make_plan(
                 jobs.append(job)
         except (CadiffError, OSError) as error:
             failed.append((job, error))
+    if like.conditional and (without := [job.entities for job in jobs if job.atlas is None]):
+        notes.append(
+            f"{like.recipe.template} instead of an atlas of their own for {first_few(without)}:"
+            " the age is unknown, or none that the atlas model knows"
+        )
     return Plan(
         tuple(jobs), tuple(pages), tuple(done), tuple(failed), tuple(unsuitable), tuple(notes)
     )

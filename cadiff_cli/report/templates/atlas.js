@@ -6,8 +6,12 @@ if (slider) {
     const wanted = slider.value;
     panels.forEach((panel) => { panel.hidden = panel.dataset.index !== wanted; });
     told.textContent = panels.find((panel) => !panel.hidden).dataset.people;
-    document.querySelectorAll(".curve circle").forEach((dot) => dot.classList.toggle("now", dot.dataset.index === wanted));
+    document.querySelectorAll(".curve circle, .ages button").forEach((one) => one.classList.toggle("now", one.dataset.index === wanted));
   };
+  document.querySelectorAll(".ages button").forEach((button) => button.addEventListener("click", () => {
+    slider.value = button.dataset.index;
+    show();
+  }));
   slider.addEventListener("input", show);
   show();
 }
