@@ -84,9 +84,9 @@ def command(
 ) -> None:
     """Make a template of the people of an age, a sex or a size of the ventricles.
 
-    The network deforms the MNI152 brain of the package. Writes OUT/tpl-NAME/cohort-X/ with T1w,
-    brain mask, labels, transforms both ways, log-Jacobian, volumes and provenance, prints that
-    folder, which --template takes, and writes a page.
+    The network deforms the MNI152 brain of the package. Writes a template's folder below OUT
+    (T1w, brain mask, labels, transforms both ways, log-Jacobian, volumes, provenance) and a page,
+    and prints their paths. --template takes the folder.
 
     Exit codes: 0 done, 1 failure, 64 usage, 65 bad data, 66 weights missing, 73 output cannot be
     created, 74 disk error.
