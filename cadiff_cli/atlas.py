@@ -109,7 +109,12 @@ def make_atlas(
     here, zooms = deformation.grid, deformation.grid.spacing_mm
     larger = -log_jacobian(torch.from_numpy(deformation.backward_mm)[None], zooms)[0]
     return Atlas(
-        replace(made, citation=CITATION, cause=cause(model.sha256, condition, seed)),
+        replace(
+            made,
+            citation=CITATION,
+            condition=condition,
+            cause=cause(model.sha256, condition, seed),
+        ),
         base,
         condition,
         seed,

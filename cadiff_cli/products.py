@@ -67,6 +67,35 @@ class Citation:
     links: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Condition:
+    """The people that an atlas is made for; None is not known, and an atlas of all is made then.
+
+    ``sex`` is as ``participants.tsv`` of BIDS spells it; ``ventricles_percent`` is the volume of
+    the ventricles in per cent of the brain's.
+    """
+
+    age_years: float | None = None
+    sex: Sex | None = None
+    ventricles_percent: float | None = None
+
+    @property
+    def given(self) -> dict[str, float | str]:
+        """The values that are known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @staticmethod
+    def read(told: object) -> "Condition | None":
+        """What ``given`` gave; None if that cannot be read."""
+        if not isinstance(told, Mapping):
+            return None
+        age, sex, ventricles = (
+            told.get(name) for name in ("age_years", "sex", "ventricles_percent")
+        )
+        numbers = all(x is None or isinstance(x, int | float) for x in (age, ventricles))
+        return Condition(age, sex, ventricles) if numbers and sex in (None, "F", "M") else None
+
+
 @dataclass(frozen=True, eq=False)
 class Template:
     """A brain to register: ``brain`` is skull-stripped, on a grid in the template's world.
@@ -76,8 +105,8 @@ class Template:
     skull have ``head=None``.  ``labels`` are cadiff's codes (int16) on the brain's grid, where
     somebody drew them.  ``source`` is the folder that it was read from, or the library.
     ``citation`` is its makers' own; the shipped templates are cited from ``data/references.bib``.
-    ``cause`` is set where a run makes the template by itself: a checksum of everything that decides
-    its content, which settings hold in place of ``sha256``.
+    ``condition`` is that of an atlas.  ``cause`` is set where a run makes the template by itself: a
+    checksum of everything that decides its content, which settings hold in place of ``sha256``.
     """
 
     name: str
@@ -89,6 +118,7 @@ class Template:
     source: str = ""
     citation: Citation | None = None
     notes: tuple[Note, ...] = ()
+    condition: Condition | None = None
     cause: str = ""
 
     @cached_property
@@ -108,24 +138,6 @@ class Template:
             digest.update(volume.grid.affine.astype("<f8").tobytes())
             digest.update(volume.data.astype("<f4").tobytes())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Condition:
-    """The people that an atlas is made for; None is not known, and an atlas of all is made then.
-
-    ``sex`` is as ``participants.tsv`` of BIDS spells it; ``ventricles_percent`` is the volume of
-    the ventricles in per cent of the brain's.
-    """
-
-    age_years: float | None = None
-    sex: Sex | None = None
-    ventricles_percent: float | None = None
-
-    @property
-    def given(self) -> dict[str, float | str]:
-        """The values that are known, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from atlas_model import make_base
@@ -26,6 +27,7 @@ from cadiff_cli.io.templates import EMBEDDED, load_template, own_contents
 from cadiff_cli.notes import NoteCode
 from cadiff_cli.products import Person
 from cadiff_cli.report.case import read_case
+from cadiff_cli.report.methods import describe, methods
 from cadiff_cli.runner import personal
 from cadiff_cli.runner.execute import _templates_of, execute, segment_file
 from cadiff_cli.runner.job import job_of
@@ -103,13 +105,14 @@ def test_people_of_one_age_and_sex_share_an_atlas(batch):
 
 
 def test_the_sidecar_tells_which_atlas_and_by_what_it_was_made(batch):
-    _, out, _, _ = batch
+    _, out, plan, _ = batch
     made = next(finished(out)).provenance
     folder = out / "templates" / "tpl-growinglaw" / "cohort-age72F"
     (used,) = made.templates
     assert used.name == made.settings["template"] == NAME
     assert used.sha256 == load_template(str(folder)).sha256
     assert used.citation.title.startswith("Diff-Def")
+    assert used.condition == plan.jobs[0].atlas.condition
     cause = read_json(folder / "template_description.json")["Cause"]
     assert made.settings["template_sha256"] == {NAME: cause}
     assert not [note for note in made.notes if note.code == NoteCode.NO_ATLAS]
@@ -133,6 +136,20 @@ def test_a_page_shows_the_registration_to_the_atlas(batch):
     case = read_case(out, next(finished(out)))
     assert case.registered.template.name == NAME
     assert not any("registration" in note for note in case.notes)
+
+
+def test_the_methods_text_names_the_atlas_or_that_each_has_its_own(batch):
+    _, out, _, _ = batch
+    first, other = finished(out)
+    assert f"registered to {NAME} [@template-growinglaw]" in " ".join(describe([first]))
+    (used,) = first.provenance.templates
+    older = replace(used, name="growinglaw:cohort-age80M")
+    second = replace(other, provenance=replace(other.provenance, templates=(older,)))
+    paragraphs, cited = methods([first, second])
+    text = " ".join(paragraphs)
+    assert "registered to an atlas of the participant's age and sex (Starck et al.)" in text
+    assert "cohort-" not in text
+    assert sum("Diff-Def" in source.bibtex for source in cited) == 1
 
 
 def test_results_are_finished_until_an_age_changes(batch, request_for):

@@ -21,6 +21,7 @@ from cadiff_cli.notes import Note, NoteCode, texts
 from cadiff_cli.products import (
     Calibration,
     Citation,
+    Condition,
     Person,
     Result,
     Scan,
@@ -55,8 +56,8 @@ class UsedTemplate:
     """A template of a result: how the scan was registered to it, and whether it is in the field.
 
     ``registration`` is the kind (``fast``, ``affine``...); ``none`` if the network found the field.
-    ``source`` and ``citation`` are those of ``Template``, ``sha256`` its content's; results of
-    older versions tell no checksum.
+    ``source``, ``citation`` and ``condition`` are those of ``Template``, ``sha256`` its content's;
+    results of older versions tell no checksum.
     """
 
     name: str
@@ -66,6 +67,7 @@ class UsedTemplate:
     in_field: bool = True
     sha256: str = ""
     citation: Citation | None = None
+    condition: Condition | None = None
 
     def entry(self) -> dict[str, Any]:
         """The template's entry in the sidecar."""
@@ -75,6 +77,7 @@ class UsedTemplate:
             "Source": self.source,
             **({"SHA256": self.sha256} if self.sha256 else {}),
             **cited,
+            **({"Condition": self.condition.given} if self.condition else {}),
             "Registration": self.registration,
             "Score": self.score,
             "InField": self.in_field,
@@ -91,6 +94,7 @@ class UsedTemplate:
             told.required("InField", bool),
             told.optional("SHA256", str) or "",
             _read_citation(told),
+            Condition.read(told.optional("Condition", dict)),
         )
 
 
@@ -190,6 +194,7 @@ class Provenance:
                     template.name in in_field,
                     template.sha256,
                     template.citation,
+                    template.condition,
                 )
                 for template in prepared.templates
                 for transform in [transforms.get(template.name)]

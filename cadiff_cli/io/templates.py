@@ -24,7 +24,7 @@ from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.templateflow import fetch, listed, packaged_json, templateflow_home
 from cadiff_cli.notes import Note, NoteCode
-from cadiff_cli.products import Citation, Frame, Template
+from cadiff_cli.products import Citation, Condition, Frame, Template
 from cadiff_cli.spatial.grid import Volume, border_value, faces
 from cadiff_cli.spatial.resample import same_grid
 
@@ -228,6 +228,7 @@ def _from_folder(folder: Path) -> Template:
         labels=_labels(labels, template, SEE) if labels.exists() else None,
         source=str(folder),
         citation=_citation(name, told),
+        condition=Condition.read(told.get("Condition")),
         notes=(Note(NoteCode.TEMPLATE_MASK, text),) if others else (),
     )
 

@@ -128,6 +128,7 @@ def describe(results: Sequence[Finished]) -> list[str]:
         dataset=any(scan.source.startswith("bids:") for scan in scans),
         spaces=spaces,
         atlases=_atlases(scans, spaces),
+        personal=len({t.name for scan in scans for t in scan.in_field if t.condition}) > 1,
     )
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
@@ -143,9 +144,15 @@ def _atlases(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
 def _key(template: UsedTemplate) -> str | None:
     """The key to cite a template by; None if no citation is known."""
     if template.citation:
-        return f"template-{template.name}"
+        return _own_key(template)
     # A user's folder may have the name of a shipped template.
     return None if template.source.startswith(("/", "~")) else SHIPPED.get(template.name)
+
+
+def _own_key(template: UsedTemplate) -> str:
+    """The key of a template with its own citation; atlases of one network share it."""
+    name = template.name.partition(":")[0] if template.condition else template.name
+    return f"template-{name}"
 
 
 def _own_source(key: str, citation: Citation) -> Source:
@@ -170,7 +177,7 @@ def _cited(paragraphs: Sequence[str], results: Sequence[Finished]) -> dict[str, 
     """The sources that the paragraphs cite: ``references.bib`` in its order, then templates."""
     used = {key for group in CITED.findall(" ".join(paragraphs)) for key in _keys(group)}
     own = {
-        f"template-{template.name}": _own_source(f"template-{template.name}", template.citation)
+        _own_key(template): _own_source(_own_key(template), template.citation)
         for result in results
         for template in result.provenance.templates
         if template.citation
