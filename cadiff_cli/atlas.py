@@ -221,5 +221,9 @@ def _moved_frame(frame: Frame, mask: Volume, deformation: Deformation) -> Frame:
     before = grid.to_world(np.argwhere(inside)) - ac
     after = before + ac + forward[:, inside].T - moved
     scale = (before * after).sum(axis=0) / (before**2).sum(axis=0)
-    ends = (np.round(scale * np.array(end), 1) for end in (frame.low_mm, frame.high_mm))
-    return Frame(*(tuple(map(float, point)) for point in (np.round(moved, 2), *ends)))  # type: ignore[arg-type]
+    points = (moved, scale * np.array(frame.low_mm), scale * np.array(frame.high_mm))
+    # Zeros have no sign.
+    rounded = (
+        np.round(point, digits) + 0.0 for point, digits in zip(points, (2, 1, 1), strict=True)
+    )
+    return Frame(*(tuple(map(float, point)) for point in rounded))  # type: ignore[arg-type]

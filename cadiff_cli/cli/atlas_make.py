@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cadiff_cli.products import Sex
 
 MOST = 100
-"""Atlases of one range: each takes about 30 MB."""
+"""Atlases of one range: each takes about 10 MB."""
 NUMBER = r"(\d+(?:\.\d+)?)"
 
 
