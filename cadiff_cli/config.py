@@ -184,6 +184,10 @@ class Request:
     atlas_model: str = option("cadiff-atlas", "Makes the atlases of --template conditional.")
     model: str = option("cadiff-malc", "cadiff-malc; cadiff-synth, for any contrast; or a file.")
     offline: bool = option(False, "Never try to download a template.")
+    ranges: Path | None = option(
+        None,
+        "Percentiles by age of your own people: a file of cadiff ranges train [those that ship].",
+    )
     machine: Machine = Machine()
     work_dir: Path | None = option(
         None, "Folder for temporary files [system's].", "--work-dir", "-w"
@@ -202,7 +206,8 @@ class Recipe:
     ``template`` holds names, joined by ``+``, never ``auto``; ``template_sha256`` the (name,
     checksum) of those whose name does not tell their content.  ``strip_sha256`` is that of the
     network which may have found the brain, ``calibration`` the fingerprint of what calibrates the
-    expected Dice; both are empty without one.
+    expected Dice; both are empty without one.  ``ranges`` is the fingerprint of age ranges that the
+    user gave, empty for those that ship.
     """
 
     config: Config
@@ -212,6 +217,7 @@ class Recipe:
     strip_sha256: str = ""
     calibration: str = ""
     template_sha256: tuple[tuple[str, str], ...] = ()
+    ranges: str = ""
 
     def settings(self) -> dict[str, Any]:
         """Plain values that decide the result; neither its page nor where files lie.
@@ -237,6 +243,7 @@ class Recipe:
             "weights_sha256": self.weights_sha256,
             "strip_sha256": self.strip_sha256,
             "calibration": self.calibration,
+            **({"ranges": self.ranges} if self.ranges else {}),
             "output_spaces": output["spaces"],
             "field": output["field"],
             **plain,

@@ -11,6 +11,7 @@ from cadiff_cli.config import Config
 from cadiff_cli.io.images import given_mask
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Prepared, Result, Scan, Stripped, Template
+from cadiff_cli.quality.age_ranges import AgeRanges, load_age_ranges, percentiles
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
@@ -101,11 +102,13 @@ def run(
     gate: AbstractContextManager[object] | None = None,
     device: str = "auto",
     jobs: int = 1,
+    ranges: AgeRanges | None = None,
 ) -> Result:
     """From a scan to labels and volumes; nothing is written but the transforms in ``work_dir``.
 
     ``gate`` is entered for the inference on the ``device``, where several processes share a GPU.
-    ``jobs`` registrations are done at a time.
+    ``jobs`` registrations are done at a time.  ``ranges`` are the user's own, in place of those
+    that ship.
     """
     from cadiff_cli.stages.segment import segment
 
@@ -114,13 +117,22 @@ def run(
     with gate or nullcontext(), watch.stage("segment"):
         mask = on_scan(prepared.stripped, scan)
         segmentation = segment(scan, prepared.conditions, mask, model, config, device)
+    volumes = volumes_mm3(segmentation)
+    known = ranges or load_age_ranges(model.parcellation)
+    drawn = {
+        s.name: volumes[s.code] if s.code in model.structures or volumes[s.code] else None
+        for s in model.parcellation.structures
+    }
     return Result(
         prepared,
         mask,
         segmentation,
-        volumes_mm3(segmentation),
+        volumes,
         model.info,
         config,
         watch.seconds,
         calibration=calibration(config, model.sha256),
+        percentiles=percentiles(known, drawn, model.parcellation, scan.person),
+        percentiles_of=known.people if known else "",
+        ranges=ranges.fingerprint if ranges else "",
     )

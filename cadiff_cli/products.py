@@ -30,6 +30,18 @@ class Person:
     sex: Sex | None = None
 
 
+@dataclass(frozen=True)
+class Percentile:
+    """Per cent of people of the same age and sex in whom something is smaller.
+
+    The true ``value`` lies between ``low`` and ``high`` with 95 % confidence: few were measured.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
     """A T1-weighted image as the user gave it: ``t1`` is 3-D, finite, on its own grid.
@@ -372,7 +384,9 @@ class Result:
     ``mask`` is the brain on the scan's own grid; ``volumes_mm3`` maps a code to mm^3, and to 0.0
     too if it is not in ``model.structures``, those that the network was taught; ``seconds`` maps a
     stage to its wall time; ``spaces`` are the standard spaces it was carried into; ``calibration``
-    corrects the expected Dice, if one was measured for the model and settings.
+    corrects the expected Dice, if one was measured for the model and settings.  ``percentiles`` are
+    by name, of what has one at the person's age, among the people that ``percentiles_of`` names;
+    ``ranges`` is the fingerprint of age ranges that the user gave, empty for those that ship.
     """
 
     prepared: Prepared
@@ -384,6 +398,9 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     spaces: tuple["InSpace", ...] = ()
     calibration: Calibration | None = None
+    percentiles: Mapping[str, Percentile] = field(default_factory=dict)
+    percentiles_of: str = ""
+    ranges: str = ""
 
     @property
     def notes(self) -> tuple[Note, ...]:

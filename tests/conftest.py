@@ -16,6 +16,7 @@ import torch
 from cadiff_cli import machine
 from cadiff_cli.config import StripMethod
 from cadiff_cli.io import models
+from cadiff_cli.io.cohorts import Cohort
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import DEFAULT, weights_folder
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
@@ -26,12 +27,14 @@ from cadiff_cli.products import (
     Conditions,
     CoordinateField,
     Frame,
+    Person,
     Registered,
     Scan,
     Stripped,
     Template,
     Transform,
 )
+from cadiff_cli.quality.age_fit import fit
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import brain_crop, normalise
@@ -339,6 +342,21 @@ def tiny_net(toy_sample, parcellation):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_net, parcellation):
     return Model(tiny_net, "tiny", "0" * 64, parcellation=parcellation)
+
+
+@pytest.fixture(scope="session")
+def age_ranges(parcellation):
+    """Ranges of made-up people of 20 to 80 years: ventricles grow, women have larger thalami."""
+    rng, n = np.random.default_rng(0), 60
+    ages, female = np.linspace(20, 80, n), np.arange(n) % 2
+    mm3 = {s.name: 1000 * rng.lognormal(0, 0.1, n) for s in parcellation.structures if s.is_tissue}
+    for side in ("Left", "Right"):
+        mm3[f"{side}-Lateral-Ventricle"] *= np.exp(0.03 * (ages - 20))
+        mm3[f"{side}-Thalamus"] *= np.exp(0.1 * female)
+    persons = tuple(Person(float(a), "F" if f else "M") for a, f in zip(ages, female, strict=True))
+    subjects = tuple(f"{k:02d}" for k in range(n))
+    cohort = Cohort(subjects, ("x",) * n, persons, {k: tuple(v) for k, v in mm3.items()})
+    return fit(cohort, parcellation, "60 made-up people")
 
 
 @pytest.fixture(scope="session")

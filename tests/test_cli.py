@@ -20,6 +20,8 @@ from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputErr
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.products import Person
+from cadiff_cli.quality.age_ranges import percentiles, write_age_ranges
 from cadiff_cli.runner.journal import Journal
 
 HEAVY = {
@@ -278,7 +280,7 @@ def small_brain(phantom):
 
 
 @pytest.fixture(scope="module")
-def segmented(phantom, tiny_weights, tmp_path_factory):
+def segmented(phantom, tiny_weights, age_ranges, tmp_path_factory):
     """One real run from file to files, offline, with the embedded template.
 
     Everything lies where ANTs' and glob's own signs are in the path, as in an array job.
@@ -293,7 +295,9 @@ def segmented(phantom, tiny_weights, tmp_path_factory):
         *("--template", "MNI152NLin2009aSym", "--registration", "affine", "--offline"),
         *("--steps", "1", "--no-flip", "--seed", "5", "--threads", "1"),
         *("--posteriors", "--save-field", "--samples", "2"),
+        *("--age", "040Y", "--sex", "female", "--ranges", str(folder / "ranges.json")),
     ]
+    write_age_ranges(folder / "ranges.json", age_ranges)
     done = call("cadiff-seg", *arguments, TMPDIR=str(folder))
     return done, source, folder / "out", arguments
 
@@ -310,7 +314,7 @@ def test_a_run_is_silent_when_not_in_a_terminal(segmented):
     assert all(line.startswith("cadiff: WARNING") for line in done.stderr.splitlines())
 
 
-def test_every_result_is_there(segmented):
+def test_every_result_is_there(segmented, age_ranges):
     _, _, out, _ = segmented
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     logs = {name for name in found if name.startswith("logs/")}
@@ -326,7 +330,7 @@ def test_every_result_is_there(segmented):
     transforms = ("from-MNI152NLin2009aSym_to-T1w", "from-T1w_to-MNI152NLin2009aSym")
     assert found - logs == {
         *("dataset_description.json", ".bidsignore", "dseg.tsv", "README.md"),
-        "sub-01_ses-a.html",
+        *("sub-01_ses-a.html", f"age_ranges_{age_ranges.fingerprint}.json"),
         *(f"{prefix}{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
         *(f"{prefix}{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
         *(f"{prefix}desc-distance_field.{suffix}" for suffix in ("nii.gz", "json")),
@@ -403,6 +407,29 @@ def test_every_structure_tells_what_to_expect(segmented):
     for needed in ("Uncertainty", "not calibrated for these weights", "2 samples averaged"):
         assert needed in page
     assert "is not shown" not in page, "the registration"
+
+
+def test_a_table_says_where_the_person_stands(segmented, age_ranges, parcellation):
+    """Among people of the age and sex that were given, by the ranges that were given."""
+    _, _, out, _ = segmented
+    with anat(out, "desc-volumetric_morph.tsv").open() as stream:
+        rows = {row["name"]: row for row in csv.DictReader(stream, delimiter="\t")}
+    volumes = {s.name: float(rows[s.name]["volume-mm3"]) for s in parcellation.structures}
+    wanted = percentiles(age_ranges, volumes, parcellation, Person(40.0, "F"))
+    found = {name: row["percentile"] for name, row in rows.items() if row["percentile"] != "n/a"}
+    assert "Left-Cerebral-Cortex" in found
+    assert "Brain-Segmentation" in found
+    assert {*found} == {*wanted} & {*rows}
+    for name, text in found.items():
+        assert float(text) == pytest.approx(wanted[name].value, abs=0.06)
+        row = rows[name]
+        assert float(row["percentile_low"]) <= float(text) <= float(row["percentile_high"])
+    described = json.loads(anat(out, "desc-volumetric_morph.json").read_text())
+    assert described["percentile"]["MeasuredOn"] == "60 made-up people"
+    sidecar = json.loads(anat(out, "seg-cadiff_dseg.json").read_text())
+    assert (sidecar["AgeYears"], sidecar["Sex"]) == (40.0, "F")
+    assert sidecar["Settings"]["ranges"] == age_ranges.fingerprint
+    assert 'id="age"' in (out / "sub-01_ses-a.html").read_text()
 
 
 def test_the_sidecar_says_how(segmented, tiny_weights):

@@ -91,6 +91,13 @@ def test_finished_results_stay_finished(name, monkeypatch):
     assert fingerprint(changed(name)) == FINISHED[name]
 
 
+def test_own_age_ranges_change_the_fingerprint():
+    """They decide percentiles; those that ship have those of before."""
+    recipe = Recipe(Config(), "MNIColin27", "cadiff-malc", "0" * 64)
+    assert replace(recipe, ranges="abc").fingerprint() != recipe.fingerprint()
+    assert "ranges" not in recipe.settings()
+
+
 @pytest.fixture
 def parse():
     """What a command with the options of ``Request`` makes of words."""

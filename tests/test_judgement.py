@@ -184,6 +184,38 @@ def test_adults_ranges_are_not_everybodys(parcellation, age, fine, compared_with
     assert columns(said)["age"] == age
 
 
+def test_what_is_plausible_depends_on_the_age(parcellation, age_ranges):
+    """Ventricles of old people are large in the young; of an unknown age they may be anybody's."""
+    span = Range(0.1, 1.0, 99.0)
+    anybody = Ranges("tests", dict.fromkeys(age_ranges.curves, span), {}, (18.0, 90.0))
+    grown = 1000.0 * np.exp(0.03 * 58)
+
+    rows = [
+        Row(s.code, s.name, grown if "Lateral-Vent" in s.name else 1000.0)
+        for s in parcellation.structures
+    ]
+    rows.append(Row(None, "Brain-Mask", 1.4e6))
+
+    def said(person, ranges=anybody):
+        result = Finished("sub-01", Path(), replace(MADE, person=person))
+        return judge(result, rows, None, parcellation, ranges, age_ranges)
+
+    old, young, unknown, older = (said(Person(age, "M")) for age in (78.0, 25.0, None, 88.0))
+    assert old.fine
+    assert {*young.implausible} == {"Left-Lateral-Ventricle", "Right-Lateral-Ventricle"}
+    assert young.percentiles["Left-Lateral-Ventricle"].value > 99.9
+    assert 5 < old.percentiles["Ventricles"].value < 95
+    assert unknown.fine
+    assert not unknown.percentiles
+    assert unknown.compared_with == older.compared_with == "adults of 18 to 90 years"
+    assert (old.compared_with, old.by_age) == ("", "60 people of 20 to 80 years")
+    assert young.plausible["Left-Thalamus"].low > span.low
+    # The network, too, has learnt from people of some ages.
+    young_only = replace(anybody, ages=(18.0, 30.0))
+    (reason,) = said(Person(78.0, "M"), young_only).reasons
+    assert reason == "age 78: what the network has learnt is of adults of 18 to 30 years"
+
+
 def test_released_ranges_are_ordered_and_of_known_structures(parcellation):
     ranges = load_ranges(parcellation)
     assert ranges.people

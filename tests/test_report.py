@@ -27,6 +27,7 @@ from cadiff_cli.io.volumes import read_rows
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import (
     Calibration,
+    Person,
     Prepared,
     Registered,
     Result,
@@ -34,6 +35,7 @@ from cadiff_cli.products import (
     Segmentation,
     Transform,
 )
+from cadiff_cli.quality.age_ranges import keep_age_ranges, percentiles
 from cadiff_cli.quality.judgement import judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report import figures
@@ -73,6 +75,8 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         model=tiny_model.info,
         calibration=None,
         labelled=True,
+        person=Person(),
+        ranges="",
         **found,
     ):
         head, stripped, conditions = head_of(orientation)
@@ -89,7 +93,8 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
             )
             for x in templates
         )
-        scan = Scan(head.t1, path, tuple(Note(NoteCode.UNKNOWN, text) for text in warnings))
+        notes = tuple(Note(NoteCode.UNKNOWN, text) for text in warnings)
+        scan = Scan(head.t1, path, notes, person=person)
         prepared = Prepared(
             *(scan, stripped, registrations, conditions),
             tuple(r.template for r in registrations),
@@ -100,7 +105,8 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         config, seconds = Config(output=OutputConfig(field=True)), {"segment": 1.0}
         volumes = volumes_mm3(segmentation)
         result = Result(
-            prepared, mask, segmentation, volumes, model, config, seconds, (), calibration
+            *(prepared, mask, segmentation, volumes, model, config, seconds, (), calibration),
+            ranges=ranges,
         )
         save_result(result, out, prepared.conditions.field)
         return path
@@ -226,6 +232,40 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
     result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
     assert {row.expected_dice for row in read_rows(result.morph)} == {None}
     assert "a low Dice is expected" not in write_page(out, result).read_text()
+
+
+def test_pages_and_groups_say_where_a_person_stands(
+    write_result, age_ranges, parcellation, tmp_path
+):
+    """Where the age is known, and among those of the people; else adults' ranges, and why."""
+    out, known = tmp_path / "out", age_ranges.fingerprint
+    people = {"sub-01": Person(40.0, "F"), "sub-02": Person(85.0), "sub-03": Person(3.0, "M")}
+    for name, person in people.items():
+        write_result(out, f"{name}_T1w.nii.gz", person=person, ranges=known)
+    keep_age_ranges(out, age_ranges)
+    first = next(finished(out))
+    text = write_page(out, first).read_text()
+    assert text.count('class="chart"') == 5
+    for needed in ('id="age"', "of the same age and sex", "60 made-up people", "<dd>F</dd>"):
+        assert needed in text
+    rows = {row["scan"]: row for row in collect(out, [*people]).rows}
+    row = rows["sub-01"]
+    volumes = {x.name: x.mm3 for x in read_rows(first.morph) if x.code is not None}
+    wanted = percentiles(age_ranges, volumes, parcellation, people["sub-01"])
+    assert float(row["left_thalamus_percentile"]) == pytest.approx(
+        wanted["Left-Thalamus"].value, abs=0.06
+    )
+    assert (row["age"], row["sex"], row["left_amygdala_percentile"]) == (40.0, "F", None)
+    assert row["compared_with"] == "60 people of 20 to 80 years"
+    for name in ("sub-02", "sub-03"):
+        assert rows[name]["left_thalamus_percentile"] is None
+        assert rows[name]["compared_with"] == "adults of 18 to 90 years"
+    assert "age 3: the ranges, and what the network has learnt, are of" in rows["sub-03"]["reasons"]
+    # Without their file, ranges that were given are unknown: no others take their place.
+    next(out.glob("age_ranges_*")).unlink()
+    (row,) = collect(out, ["sub-01"]).rows
+    assert row["left_thalamus_percentile"] is None
+    assert row["compared_with"] is None
 
 
 def test_what_the_network_never_draws_is_neither_missing_nor_compared(

@@ -26,6 +26,7 @@ COMMANDS = (
     "reorient",
     "run",
     "report",
+    "ranges",
     "fetch",
     "train",
     "crossval",

@@ -14,9 +14,13 @@ from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.files import read_text
 
 if TYPE_CHECKING:
+    from cadiff_cli.products import Sex
+
     Converter = click.ParamType[int]
+    AgeConverter = click.ParamType[float]
+    SexConverter = click.ParamType[Sex]
 else:
-    Converter = click.ParamType  # generic only in the newest versions
+    Converter = AgeConverter = SexConverter = click.ParamType  # generic only in the newest versions
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -126,6 +130,34 @@ def _eater(process: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
             process(state.rargs.pop(0), state)
 
     return eat
+
+
+class Age(AgeConverter):
+    """``72``, ``0.5``, ``89+`` or DICOM's ``018M`` -> years."""
+
+    name = "YEARS"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Years of an age as a person writes it."""
+        from cadiff_cli.io.bids.people import OLDEST_YEARS, age_of
+
+        if (years := age_of(str(value))) is None:
+            self.fail(f"{value!r} is no age of 0 to {OLDEST_YEARS} years: write 72", param, ctx)
+        return years
+
+
+class SexOption(SexConverter):
+    """``F``, ``M``, ``female`` or ``male``."""
+
+    name = "F|M"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> "Sex":
+        """The sex as a letter."""
+        from cadiff_cli.io.bids.people import sex_of
+
+        if (sex := sex_of(str(value))) is None:
+            self.fail(f"{value!r} is neither F nor M", param, ctx)
+        return sex
 
 
 class Memory(Converter):

@@ -38,6 +38,7 @@ def make_recipe(
     model: str,
     weights_sha256: str,
     calibration: Calibration | None,
+    ranges: str = "",
 ) -> Recipe:
     """The recipe of results that this installation makes, or has just made, with these settings."""
     return Recipe(
@@ -48,6 +49,7 @@ def make_recipe(
         strip_weights_sha256(config.strip),
         fingerprint(calibration.as_dict()) if calibration else "",
         own_contents(templates),
+        ranges,
     )
 
 
@@ -170,6 +172,7 @@ class Provenance:
             result.model.name,
             result.model.sha256,
             result.calibration,
+            result.ranges,
         )
         return cls(
             fingerprint=recipe.fingerprint(),
@@ -333,6 +336,11 @@ class Provenance:
     def samples(self) -> int:
         """Number of predictions that were averaged."""
         return _Reader(self.settings).inner("sample").optional("samples", int) or 1
+
+    @property
+    def ranges(self) -> str:
+        """Fingerprint of the age ranges that the user gave; empty for those that ship."""
+        return _Reader(self.settings).optional("ranges", str) or ""
 
     @property
     def output_spaces(self) -> tuple[str, ...]:

@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.products import Result
+from cadiff_cli.products import Percentile, Result
 
 AGGREGATES = {
     "Brain-Segmentation": "Sum of all structures but vessels",
     "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF",
     "Brain-Mask": "Volume of the brain mask, with sulcal CSF",
 }
+
+PERCENTILE = {
+    "percentile": "Per cent of people of the same age and sex in whom it is smaller, as a share of"
+    " the brain (the brain itself: in mm3). n/a where the age is unknown or outside that of the"
+    " people, and where nothing is known of the structure",
+    "percentile_low": "Lower end of the percentile's 95 % confidence interval: few people were"
+    " measured",
+    "percentile_high": "Upper end of the percentile's 95 % confidence interval",
+}
+"""Columns of the volume table."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,11 @@ class Row:
     sd_mm3: float | None = None
 
 
+def column(name: str) -> str:
+    """A structure's column: ``Left-Cerebral-White-Matter`` -> ``left_cerebral_white_matter``."""
+    return name.lower().replace("-", "_")
+
+
 def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the volume table: every structure, then the aggregates.
 
@@ -48,7 +63,13 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
 
     def row(name: str, mm3: float, **values: object) -> dict[str, object]:
         share = f"{100 * mm3 / brain:.3f}" if brain else None
-        return {"name": name, "volume-mm3": f"{mm3:.3f}", "percent-brain": share, **values}
+        return {
+            "name": name,
+            "volume-mm3": f"{mm3:.3f}",
+            "percent-brain": share,
+            **percentile_cells(result.percentiles.get(name)),
+            **values,
+        }
 
     for s in parcellation.structures:
         if s.code not in drawable and not volumes[s.code]:
@@ -62,6 +83,15 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         yield row(s.name, volumes[s.code], index=s.code, abbreviation=s.abbreviation, **shown)
     for name, mm3 in zip(AGGREGATES, (brain, brain - csf, mask), strict=True):
         yield row(name, mm3)
+
+
+def percentile_cells(found: Percentile | None, prefix: str = "") -> dict[str, str]:
+    """Cells of the columns ``PERCENTILE``, whose names begin with ``prefix``; empty without one."""
+    if found is None:
+        return {}
+    values = (found.value, found.low, found.high)
+    names = (f"{prefix}{name}" for name in PERCENTILE)
+    return {name: f"{x:.1f}" for name, x in zip(names, values, strict=True)}
 
 
 def about_expected_dice(result: Result) -> dict[str, Any]:

@@ -11,9 +11,18 @@ from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.notes import NoteCode
-from cadiff_cli.products import MaskQuality
+from cadiff_cli.products import MaskQuality, Percentile, Person
+from cadiff_cli.quality.age_ranges import AgeRanges, percentiles
 from cadiff_cli.quality.limits import PLAUSIBLE_LITRES, POOR_SCORE
-from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, base_volumes, brain_mm3, pairs
+from cadiff_cli.quality.ranges import (
+    WIDE,
+    Range,
+    Ranges,
+    asymmetry,
+    base_volumes,
+    brain_mm3,
+    pairs,
+)
 
 ANYTHING = Range(-inf, 0.0, inf)
 FAR_BELOW = 0.15
@@ -27,6 +36,7 @@ POOR_DICE = 0.6
 MOST_SPREAD = 10.0
 """Per cent of its volume by which samples of a structure may differ (SD): a good scan's largest was
 2.4 % (docs/report.md)."""
+LEARNT_TOO = "the ranges, and what the network has learnt, are"
 SAID_OTHERWISE = (
     NoteCode.TEMPLATE_MISSING,
     NoteCode.TEMPLATE_MASK,
@@ -39,7 +49,10 @@ Results of versions that stored no codes repeat them.
 """
 COLUMNS = {
     "verdict": "'fine', or 'look' where something is suspicious",
-    "age": "Age in years, of participants.tsv; ranges are adults'",
+    "age": "Age in years, of participants.tsv or --age",
+    "sex": "Sex (F, M), of participants.tsv or --sex",
+    "compared_with": "Whose sizes were plausible: people of the same age and sex, or, where the age"
+    " is unknown or outside theirs, adults of all ages",
     "reasons": "What is suspicious",
     "mask_litres": "Volume of the brain mask in litres",
     "mask_largest_share": "Share of the largest component in the mask as it was found or given",
@@ -52,7 +65,7 @@ COLUMNS = {
     "expected_dice": "Mean Dice to expect of the structures (docs/report.md)",
     "least_expected": "Structure of which the lowest Dice is expected, and how much",
     "largest_spread": "Structure whose volume differs most between samples, SD in per cent of it",
-    "implausible": "Structures outside the range of the people the network was trained on",
+    "implausible": "Structures outside the range of the people of column compared_with",
 }
 """What the group table says of quality, besides what it always did."""
 
@@ -77,7 +90,8 @@ class Judgement:
     """What can be said of a result without the truth.  ``reasons`` to look; none: looks fine.
 
     ``compared_with`` names the people whose ranges were used where the person's own age is not
-    known to lie among theirs.
+    known to lie among those of the age ranges; where it does, ``by_age`` names their people.
+    ``plausible`` are the ranges that were used; ``percentiles`` are by name of ``sizes``.
     Mappings are by structure, but vessels.  ``spread_percent`` is the standard deviation of volumes
     over samples, in per cent; empty where one was drawn.  ``doubtful`` ones were found, but a low
     Dice is to be expected of them.
@@ -95,7 +109,10 @@ class Judgement:
     implausible: Mapping[str, str] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     compared_with: str = ""
-    age_years: float | None = None
+    by_age: str = ""
+    person: Person = Person()
+    plausible: Mapping[str, Range] = field(default_factory=dict)
+    percentiles: Mapping[str, Percentile] = field(default_factory=dict)
 
     @property
     def fine(self) -> bool:
@@ -142,8 +159,13 @@ def judge(
     mask_quality: MaskQuality | None,
     parcellation: Parcellation,
     ranges: Ranges,
+    age_ranges: AgeRanges | None = None,
 ) -> Judgement:
-    """Compare a result with what is plausible, and expected with usual Dice."""
+    """Compare a result with what is plausible, and expected with usual Dice.
+
+    Sizes are compared with those of people of the same age and sex, where ``age_ranges`` cover the
+    age, else with ``ranges``.
+    """
     ranges, made = fitting(ranges, rows), result.provenance
     volumes = {row.name: row.mm3 for row in rows if row.mm3 is not None}
     unknown = {row.name for row in rows if row.mm3 is None}
@@ -165,13 +187,24 @@ def judge(
     )
     sizes = base_volumes(volumes, parcellation) if brain else {}
     present = {name: 100 * mm3 / brain for name, mm3 in sizes.items() if mm3}
-    found = replace(found, implausible=dict(_implausible(present, ranges)))
-    return replace(
+    drawn = {row.name: row.mm3 for row in rows if row.code is not None}
+    percentile = percentiles(age_ranges, drawn, parcellation, made.person)
+    plausible = dict(ranges.percent_brain)
+    if age_ranges and percentile:
+        at_age = {name: age_ranges.range(name, made.person, WIDE) for name in present}
+        plausible |= {name: span for name, span in at_age.items() if span}
+    known = made.person.age_years is not None
+    unlike = age_ranges is not None or not known
+    found = replace(
         found,
-        reasons=tuple(_reasons(found, ranges, made)),
-        age_years=made.person.age_years,
-        compared_with=ranges.of_ages if made.person.age_years is None else "",
+        implausible=dict(_implausible(present, plausible)),
+        person=made.person,
+        plausible=plausible,
+        percentiles=percentile,
+        by_age=age_ranges.of_ages if age_ranges and percentile else "",
+        compared_with=ranges.of_ages if unlike and not percentile else "",
     )
+    return replace(found, reasons=tuple(_reasons(found, ranges, made)))
 
 
 def _sides(
@@ -185,12 +218,14 @@ def _sides(
             yield Side(left, right, percent, percent in span)
 
 
-def _implausible(shares: Mapping[str, float], ranges: Ranges) -> Iterator[tuple[str, str]]:
+def _implausible(
+    shares: Mapping[str, float], plausible: Mapping[str, Range]
+) -> Iterator[tuple[str, str]]:
     """Structures that are there, but smaller or larger than in anybody known; and by how much.
 
     ``shares`` are in per cent of the brain.
     """
-    for name, span in ranges.percent_brain.items():
+    for name, span in plausible.items():
         share = shares.get(name)
         if share is not None and share not in span:
             yield (
@@ -219,7 +254,8 @@ def _reasons(found: Judgement, ranges: Ranges, made: Provenance) -> Iterator[str
     """Everything that is suspicious, in words; the result's own warnings last."""
     age = made.person.age_years
     if ranges.ages and age is not None and not ranges.ages[0] <= age <= ranges.ages[1]:
-        yield f"age {age:g}: the ranges, and what the network has learnt, are of {ranges.of_ages}"
+        what = "what the network has learnt is" if found.by_age else LEARNT_TOO
+        yield f"age {age:g}: {what} of {ranges.of_ages}"
     low, high = PLAUSIBLE_LITRES
     if not low <= found.mask_litres <= high:
         yield f"the brain mask holds {found.mask_litres:.2f} l, {low} to {high} l expected"
@@ -253,7 +289,9 @@ def columns(judgement: Judgement) -> dict[str, Any]:
     apart = judgement.largest_spread
     return {
         "verdict": "fine" if judgement.fine else "look",
-        "age": judgement.age_years,
+        "age": judgement.person.age_years,
+        "sex": judgement.person.sex,
+        "compared_with": judgement.by_age or judgement.compared_with or None,
         "reasons": "; ".join(judgement.reasons) or None,
         "mask_litres": round(judgement.mask_litres, 3),
         **{f"mask_{each.name}": of_mask.get(each.name) for each in fields(MaskQuality)},

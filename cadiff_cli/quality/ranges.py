@@ -104,10 +104,13 @@ def load_ranges(parcellation: Parcellation) -> Ranges:
     own = _stored(parcellation.name)
     if own.percent_brain:
         return own
-    base = load_parcellation(BASE)
-    parents = {s.parent for s in parcellation.structures}
-    covers = parents >= {s.code for s in base.structures if s.is_tissue}
-    return _stored(BASE) if covers else own
+    return _stored(BASE) if covers_base(parcellation) else own
+
+
+def covers_base(parcellation: Parcellation) -> bool:
+    """Whether the structures of ``BASE`` can be put together from this one's, but for vessels."""
+    tissue = {s.code for s in load_parcellation(BASE).structures if s.is_tissue}
+    return parcellation.name == BASE or {s.parent for s in parcellation.structures} >= tissue
 
 
 def base_volumes(volumes: Mapping[str, float], parcellation: Parcellation) -> Mapping[str, float]:

@@ -13,9 +13,11 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import AGGREGATES, Row
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
-from cadiff_cli.quality.ranges import Ranges, load_ranges
+from cadiff_cli.quality.ranges import load_ranges
 from cadiff_cli.report.case import Case, read_case
+from cadiff_cli.report.charts import charts
 from cadiff_cli.report.methods import methods, references
 from cadiff_cli.report.render import render_page
 
@@ -67,7 +69,8 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
     result.provenance.check()
     case = read_case(out, result, scans)
     ranges = fitting(load_ranges(parcellation), case.rows)
-    judgement = judge(result, case.rows, case.quality, parcellation, ranges)
+    by_age = ranges_of(out, result.provenance.ranges, parcellation)
+    judgement = judge(result, case.rows, case.quality, parcellation, ranges, by_age)
     paragraphs, cited = methods([result])
     text = render_page(
         "scan.html.j2",
@@ -82,13 +85,15 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
             figures.coordinates(case),
             figures.uncertainty(case),
         ],
-        volumes=volume_table(case, judgement, parcellation, ranges),
+        volumes=volume_table(case, judgement, parcellation),
+        charts=charts(judgement, by_age, case.rows, parcellation) if by_age else [],
         aggregates=[
             (row.name, row.mm3 / 1000)
             for row in case.rows
             if row.name in AGGREGATES and row.mm3 is not None
         ],
         measured_on=ranges.people,
+        ranges_people=by_age.people if by_age else "",
         settings=plain(result.provenance.settings),
         viewer=viewer_data(case, parcellation),
         paragraphs=paragraphs,
@@ -106,7 +111,7 @@ def claim(path: Path) -> None:
 
 
 def volume_table(
-    case: Case, judgement: Judgement, parcellation: Parcellation, ranges: Ranges
+    case: Case, judgement: Judgement, parcellation: Parcellation
 ) -> list[dict[str, Any]]:
     """One line per structure, left and right together."""
     rows = {row.name: row for row in case.rows}
@@ -130,7 +135,8 @@ def volume_table(
                         **_measured(rows.get(one.name)),
                         "doubtful": one.name in judgement.doubtful,
                         "percent": judgement.percent_brain.get(one.name),
-                        "range": ranges.percent_brain.get(one.name),
+                        "range": judgement.plausible.get(one.name),
+                        "percentile": judgement.percentiles.get(one.name),
                         "odd": one.name in judgement.implausible or one.name in judgement.missing,
                     }
                     for one in members

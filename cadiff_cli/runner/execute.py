@@ -30,6 +30,7 @@ from cadiff_cli.machine import cores
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Person, Result, Scan, Template
+from cadiff_cli.quality.age_ranges import AgeRanges, fits, keep_age_ranges, read_age_ranges
 from cadiff_cli.report.methods import cite
 from cadiff_cli.report.page import report_scan
 from cadiff_cli.runner.job import Job, Outcome, job_of
@@ -156,6 +157,7 @@ def make_result(
     journal = Journal(job.out)
     journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
     model = _model(job.weights, job.recipe.weights_sha256)
+    ranges = _ranges(job, model) if job.ranges else None
     with tempfile.TemporaryDirectory(
         prefix=f"cadiff-{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
     ) as folder:
@@ -170,6 +172,7 @@ def make_result(
             gate(device),
             job.machine.device,
             jobs=jobs,
+            ranges=ranges,
         )
         own = {template.name: template for template in templates}
         for text in config.output.spaces:
@@ -179,6 +182,8 @@ def make_result(
         begin("write")
         wanted = config.output.field
         field = mean_field(result.prepared.registrations, scan.t1.grid) if wanted else None
+        if ranges:
+            keep_age_ranges(job.out, ranges)
         with journal.writing(job.entities):
             save_result(
                 result, job.out, field, source=job.source or None, run_id=job.run_id or None
@@ -230,6 +235,22 @@ def _templates_of(job: Job) -> tuple[Template, ...]:
     if job.atlas:
         job.atlas.provide(job.out)
     return _templates(job.templates, job.recipe.template_sha256, job.notes, job.atlas)
+
+
+def _ranges(job: Job, model: "Model") -> AgeRanges:
+    """The user's own age ranges.  Raises ``UsageError`` for those of other structures."""
+    ranges = read_age_ranges(job.ranges or Path())
+    if ranges.fingerprint != job.recipe.ranges:
+        raise DataError(
+            f"{job.ranges} changed while cadiff was running", "run it again from the start"
+        )
+    if not fits(ranges, model.parcellation):
+        raise UsageError(
+            f"--ranges {job.ranges} are of {ranges.parcellation}, {model.name} draws"
+            f" {model.parcellation.name}",
+            "make them from results of these weights with cadiff ranges train",
+        )
+    return ranges
 
 
 @lru_cache(maxsize=1)

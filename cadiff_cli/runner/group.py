@@ -11,8 +11,16 @@ from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
-from cadiff_cli.io.volumes import AGGREGATES, Row, read_rows
+from cadiff_cli.io.volumes import (
+    AGGREGATES,
+    PERCENTILE,
+    Row,
+    column,
+    percentile_cells,
+    read_rows,
+)
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.quality.age_ranges import BRAIN, NOT_CSF, ranges_of
 from cadiff_cli.quality.group import Group, outliers
 from cadiff_cli.quality.judgement import COLUMNS, Judgement, columns, judge
 from cadiff_cli.quality.ranges import load_ranges
@@ -34,6 +42,8 @@ ENTITIES = {
     "chunk": ("chunk", "Chunk of the field of view"),
 }
 """Columns that identify a row's scan; ``scan`` holds all of its entities."""
+WITH_PERCENTILE = (BRAIN, NOT_CSF)
+"""Aggregates that have percentiles, too."""
 SUFFIX = {"suffix": "Suffix of the scan: T1w, or UNIT1 (uniform image of an MP2RAGE)"}
 QUALITY = {
     "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
@@ -47,11 +57,6 @@ QUALITY = {
     **COLUMNS,
     "outlier": "Why the scan stands out from the group (median and MAD; docs/report.md)",
 }
-
-
-def column(name: str) -> str:
-    """A structure's column: ``Left-Cerebral-White-Matter`` -> ``left_cerebral_white_matter``."""
-    return name.lower().replace("-", "_")
 
 
 def collect(out: Path, expected: Sequence[str]) -> Group:
@@ -80,8 +85,11 @@ def collect(out: Path, expected: Sequence[str]) -> Group:
             continue
         try:
             lines = read_rows(result.morph)
-            judgement = judge(result, lines, read_mask_quality(result), parcellation, ranges)
-            rows.append(row(result, lines, parcellation) | columns(judgement))
+            by_age = ranges_of(out, result.provenance.ranges, parcellation)
+            quality = read_mask_quality(result)
+            judgement = judge(result, lines, quality, parcellation, ranges, by_age)
+            found = row(result, lines, parcellation) | columns(judgement)
+            rows.append(found | _percentiles(judgement, parcellation))
             judged[result.entities] = judgement
             sound.append(result)
         except Exception as error:  # one bad result must not cost the others their table
@@ -119,7 +127,7 @@ def write_group(out: Path, expected: Sequence[str]) -> Group:
     group = collect(out, expected)
     parcellation = group.parcellation
     volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in AGGREGATES]
-    header = ("scan", *ENTITIES, *SUFFIX, *volumes, *QUALITY)
+    header = ("scan", *ENTITIES, *SUFFIX, *volumes, *_of_percentiles(parcellation), *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
     write_json(group.path.with_suffix(".json"), _columns(parcellation))
     missing_path = out / MISSING
@@ -200,5 +208,23 @@ def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:
             column(name): {"LongName": name, "Description": text, "Units": "mm3"}
             for name, text in AGGREGATES.items()
         },
+        **{
+            name: {"Description": f"{whose}. {PERCENTILE[kind]}", "Units": "%"}
+            for name, (whose, kind) in _of_percentiles(parcellation).items()
+        },
         **{name: {"Description": text} for name, text in QUALITY.items()},
     }
+
+
+def _of_percentiles(parcellation: Parcellation) -> dict[str, tuple[str, str]]:
+    """Column -> whose percentile it is, and of which kind."""
+    names = [*(s.name for s in parcellation.structures if s.is_tissue), *WITH_PERCENTILE]
+    return {f"{column(name)}_{kind}": (name, kind) for name in names for kind in PERCENTILE}
+
+
+def _percentiles(judgement: Judgement, parcellation: Parcellation) -> dict[str, str | None]:
+    """The group table's percentiles of a scan; None where there is none."""
+    cells = dict.fromkeys(_of_percentiles(parcellation))
+    for name in {name for name, _ in _of_percentiles(parcellation).values()}:
+        cells |= percentile_cells(judgement.percentiles.get(name), f"{column(name)}_")
+    return cells

@@ -15,6 +15,7 @@ from cadiff_cli.io.releases import find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates, parse_space
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Person, Template
+from cadiff_cli.quality.age_ranges import read_age_ranges
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.runner.personal import WORD, Conditional, PersonalAtlas, split
 
@@ -28,6 +29,7 @@ class Job:
 
     ``source`` is the scan's BIDS URI. ``templates`` is what ``load_templates`` takes,
     ``weights`` what ``io.models.load`` does. ``notes`` are about the template.
+    ``ranges`` is a file of the user's own age ranges.
     ``overwrite`` allows it to replace a result of other settings. A job that finds another
     process at its scan comes back as ``busy``, or waits if ``wait`` is set. ``source`` and
     ``run_id`` are empty for a scan that is not segmented as part of a dataset.
@@ -49,6 +51,7 @@ class Job:
     overwrite: bool = False
     wait: bool = False
     person: Person = Person()
+    ranges: Path | None = None
     conditional: Conditional | None = None
     atlas: PersonalAtlas | None = None
 
@@ -161,8 +164,10 @@ class Job:
 def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Template, ...]]:
     """A job for no scan in particular, and its templates, downloaded if need be.
 
-    Raises ``MissingInputError`` or ``DataError`` for weights and templates that cannot be had.
+    Raises ``MissingInputError`` or ``DataError`` for weights, templates and age ranges that cannot
+    be had.
     """
+    ranges = read_age_ranges(request.ranges) if request.ranges else None
     _, label, checksum = find_weights(request.model)
     specs, conditional = split(request.template)
     templates = load_templates(specs, offline=request.offline)
@@ -175,7 +180,12 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
         out=out,
         source="",
         recipe=make_recipe(
-            request.config, templates, label, checksum, calibration(request.config, checksum)
+            request.config,
+            templates,
+            label,
+            checksum,
+            calibration(request.config, checksum),
+            ranges.fingerprint if ranges else "",
         ),
         templates=joint_spec(templates),
         weights=_anywhere(request.model),
@@ -185,6 +195,7 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
         notes=templates[0].notes,
         overwrite=request.overwrite,
         conditional=wish if conditional else None,
+        ranges=request.ranges.absolute() if request.ranges else None,
     )
     return job, templates
 

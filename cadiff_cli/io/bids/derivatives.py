@@ -32,7 +32,7 @@ from cadiff_cli.io.bids.tables import save_table, table_name
 from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance, told
-from cadiff_cli.io.volumes import AGGREGATES, about_expected_dice, volume_rows
+from cadiff_cli.io.volumes import AGGREGATES, PERCENTILE, about_expected_dice, volume_rows
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import (
     CoordinateField,
@@ -265,6 +265,11 @@ class _Writer:
             },
             "percent-brain": {"Description": "Share of the row Brain-Segmentation", "Units": "%"},
             "expected-dice": about_expected_dice(result),
+        }
+        about_people = {"MeasuredOn": result.percentiles_of} if result.percentiles_of else {}
+        described |= {
+            name: {"Description": text, "Units": "%", **about_people}
+            for name, text in PERCENTILE.items()
         }
         if result.calibration:
             described["usual-dice"] = {"Description": "Dice to expect of it in a good scan"}

@@ -13,7 +13,7 @@ from cadiff_cli.io.files import read_json, write_json, write_text
 VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 """The version that OpenNeuro appends to a dataset's DOI."""
 BIDS_VERSION = "1.10.0"
-BIDSIGNORE = "*.html\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\ntemplates\n"
+BIDSIGNORE = "*.html\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\ntemplates\nage_ranges_*\n"
 TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
 README = """# cadiff derivatives
 

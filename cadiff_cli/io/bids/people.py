@@ -36,6 +36,9 @@ class People:
     persons: Mapping[str, Person] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __bool__(self) -> bool:
+        return bool(self.persons or self.notes)
+
     def of(self, label: str) -> Person:
         """The person with this label, with or without ``sub-``."""
         return self.persons.get(label.removeprefix("sub-"), Person())
@@ -74,14 +77,14 @@ def sex_of(text: str, levels: Mapping[str, str] | None = None) -> Sex | None:
     return SEXES.get((levels or {}).get(text, text).strip().lower())
 
 
-def read_people(root: Path) -> People:
-    """Read ``participants.tsv`` of the folder ``root``, with units and codes of its JSON.
+def read_people(root: Path, table: str = TABLE) -> People:
+    """Read the ``table`` of the folder ``root``, with units and codes of its JSON.
 
     Columns are ``participant_id``, ``age`` and ``sex`` (or ``gender``), in upper or lower case.
     A label with several lines has the values in which those agree that have one.  Never raises:
     what cannot be read is unknown, and a note says so.  Without the table nothing is known.
     """
-    path = root / TABLE
+    path = root / table
     try:
         lines = read_text(path).splitlines()
     except FileNotFoundError:

@@ -1,0 +1,299 @@
+"""Fit age ranges to the volumes of people, and check them on people who were left out.
+
+The logarithm of a size is normal.  Its mean is ``age_ranges.design`` times coefficients, plus an
+intercept of the source (a scanner, a study), which is drawn from a normal distribution too: sources
+differ in age, so an intercept of its own for each could hide what age does, and none at all could
+pass a scanner for age.  The standard deviation is exponential in age.  Restricted maximum
+likelihood: Henderson's equations for the mean, Smyth's (2002) scores for the spread, in turn.  How
+much sources differ, relative to people, is drawn to one number for all structures, because few
+sources say little about each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cadiff_cli.errors import DataError
+from cadiff_cli.io.cohorts import Cohort
+from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.products import Person
+from cadiff_cli.quality.age_ranges import (
+    CODED,
+    AgeRanges,
+    Curve,
+    design,
+    sizes,
+    spread_design,
+)
+
+FEWEST_PEOPLE = 20
+"""People without whom nothing is fitted."""
+FEWEST_OF_A_SEX = 5
+"""People of each sex without whom the sexes are not told apart."""
+LEAST_SPAN_YEARS = 2.0
+"""Ages that lie closer together are no range of ages."""
+ENDS = (5.0, 95.0)
+"""Percentiles of the ages at which the spline has its first and last knot."""
+MOST_LACKING = 0.05
+"""Share of people who may lack a structure that has a curve: it is of those who have it."""
+RATIO_LOG_SD = 1.0
+"""How far the ratios of structures may lie from that of all, as the SD of their logarithm."""
+RATIOS = np.geomspace(1e-3, 4.0, 20)
+"""Of the variances of sources and of people, that are tried."""
+PERCENTILES = (5.0, 25.0, 50.0, 75.0, 95.0)
+FOLDS = 10
+AGE_GROUPS = {"under 40": (0.0, 40.0), "40 to 65": (40.0, 65.0), "over 65": (65.0, 999.0)}
+DIGITS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """What is fitted: ``logs`` (n,) by name, NaN where a structure is absent."""
+
+    ages: np.ndarray
+    sexes: np.ndarray
+    sources: np.ndarray
+    logs: Mapping[str, np.ndarray]
+
+    def part(self, rows: np.ndarray) -> "_Table":
+        logs = {name: values[rows] for name, values in self.logs.items()}
+        return _Table(self.ages[rows], self.sexes[rows], self.sources[rows], logs)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How flexible curves are: the number of ``knots``, and what they depend on."""
+
+    knots: int = 3
+    of_age: bool = True
+    of_sex: bool = True
+    spread_of_age: bool = True
+    of_source: bool = True
+
+
+FORMS = {
+    "by age and sex": Form(),
+    "straight lines": Form(knots=2, spread_of_age=False),
+    "all ages together": Form(of_age=False, of_sex=False, spread_of_age=False),
+}
+"""What curves are checked against."""
+
+
+def fit(
+    cohort: Cohort, parcellation: Parcellation, people: str = "", form: Form = Form()
+) -> AgeRanges:
+    """Fit curves to everything that ``age_ranges.sizes`` gives of a cohort.
+
+    A structure that one in twenty lack has no curve.  ``people`` says who they are, in words.
+    The order of rows does not matter.  Raises ``DataError`` for too few people, or ages.
+    """
+    table = _table(cohort, parcellation)
+    _check(table)
+    return _fit(table, parcellation.name, people, form)
+
+
+def check(
+    cohort: Cohort, parcellation: Parcellation, forms: Mapping[str, Form] = FORMS
+) -> dict[str, Any]:
+    """Predict people who were left out, tenth by tenth, and whole sources.
+
+    Form -> group of people -> the per cent of them below each predicted percentile (``coverage``:
+    5, 25, 50, 75, 95 are right), and the pinball loss (mean over structures, people and
+    percentiles, in log units; lower is better).
+    """
+    table = _table(cohort, parcellation)
+    _check(table)
+    fold = np.random.default_rng(0).permutation(len(table.ages)) % FOLDS
+    found = dict[str, Any]()
+    for name, form in forms.items():
+        found[name] = _scored(table, fold, form)
+        if len({*table.sources}) > 1:
+            found[name]["other sources"] = _scored(table, table.sources, form)["all"]
+    return found
+
+
+def _table(cohort: Cohort, parcellation: Parcellation) -> _Table:
+    """The cohort's people of known age, in an order of their own."""
+    order = sorted(range(len(cohort)), key=lambda k: (cohort.sources[k], cohort.subjects[k]))
+    rows = [k for k in order if cohort.persons[k].age_years is not None]
+    persons = [cohort.persons[k] for k in rows]
+    measured = sizes(
+        {name: np.asarray(v, float)[rows] for name, v in cohort.mm3.items()}, parcellation
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = {name: np.log(np.where(v > 0, v, np.nan)) for name, v in measured.items()}
+    sexes = np.array([CODED[p.sex] if p.sex else 0.0 for p in persons])
+    if min((sexes > 0).sum(), (sexes < 0).sum()) < FEWEST_OF_A_SEX:
+        sexes = np.zeros(len(sexes))
+    return _Table(
+        np.array([p.age_years for p in persons], float),
+        sexes,
+        np.array([cohort.sources[k] for k in rows]),
+        {name: v for name, v in logs.items() if np.isnan(v).sum() <= MOST_LACKING * len(v)},
+    )
+
+
+def _check(table: _Table) -> None:
+    if (n := len(table.ages)) < FEWEST_PEOPLE:
+        raise DataError(
+            f"{n} people of known age",
+            f"at least {FEWEST_PEOPLE} are needed, and 100 or more for percentiles that tell much",
+        )
+    if (span := float(np.ptp(table.ages))) < LEAST_SPAN_YEARS:
+        raise DataError(
+            f"all people are {table.ages[0]:g} to {table.ages[0] + span:g} years old",
+            f"ages must differ by {LEAST_SPAN_YEARS:g} years at least",
+        )
+    if not table.logs:
+        raise DataError("no structure is there in most people", "look at their label maps")
+
+
+def _fit(table: _Table, parcellation: str, people: str, form: Form) -> AgeRanges:
+    knots = _knots(table.ages, form)
+    names, of = np.unique(table.sources, return_inverse=True)
+    x, s = design(table.ages, table.sexes, knots), spread_design(table.ages, knots)
+    x_used = [0, *([1] if form.of_sex and table.sexes.any() else [])]
+    x_used += [*range(2, x.shape[1])] if form.of_age else []
+    s_used = [0, 1] if form.spread_of_age else [0]
+    z = np.eye(len(names))[of] if form.of_source and len(names) > 1 else np.zeros((len(of), 0))
+    y = np.stack([*table.logs.values()])
+    found = _likeliest(y, x[:, x_used], z, s[:, s_used])
+    curves = {}
+    for k, name in enumerate(table.logs):
+        mean, mean_cov = _whole(found.mean[k], found.mean_covariance[k], x_used, x.shape[1])
+        spread, spread_cov = _whole(found.spread[k], found.spread_covariance[k], s_used, 2)
+        parts = (mean, spread, found.source_sd[k], mean_cov, spread_cov)
+        curves[name] = Curve(*map(_plain, parts))
+    counts = {str(name): int((of == k).sum()) for k, name in enumerate(names)}
+    sexes = {"F": int((table.sexes > 0).sum()), "M": int((table.sexes < 0).sum())}
+    ages = (float(table.ages.min()), float(table.ages.max()))
+    return AgeRanges(parcellation, people, counts, ages, knots, curves, sexes)
+
+
+def _knots(ages: np.ndarray, form: Form) -> tuple[float, ...]:
+    """Ages, evenly spaced between the percentiles ``ENDS``."""
+    low, high = np.percentile(ages, ENDS)
+    return tuple(round(float(x), 2) for x in np.linspace(low, high, form.knots))
+
+
+@dataclass(frozen=True, eq=False)
+class _Solution:
+    """Of m sizes: ``mean`` (m, p) and ``spread`` (m, r) with covariances, and the likelihood."""
+
+    mean: np.ndarray
+    mean_covariance: np.ndarray
+    spread: np.ndarray
+    spread_covariance: np.ndarray
+    source_sd: np.ndarray
+    likelihood: np.ndarray
+
+
+def _likeliest(y: np.ndarray, x: np.ndarray, z: np.ndarray, s: np.ndarray) -> _Solution:
+    """Fit all sizes ``y`` (m, n), with the likeliest ratio of sources to people for each.
+
+    It is the likeliest given that the ratios of all sizes lie around one.
+    """
+    if not z.shape[1]:
+        return _solve(y, x, z, s, np.zeros(len(y)))
+    tried = list[_Solution]()
+    for ratio in RATIOS:
+        begin = tried[-1].spread if tried else None
+        tried.append(_solve(y, x, z, s, np.full(len(y), ratio), begin))
+    likelihood = np.stack([one.likelihood for one in tried])
+    logs = np.log(RATIOS)
+    shared = logs[likelihood.sum(axis=1).argmax()]
+    own = likelihood - (((logs - shared) / RATIO_LOG_SD) ** 2 / 2)[:, None]
+    return _solve(y, x, z, s, RATIOS[own.argmax(axis=0)], tried[-1].spread)
+
+
+def _solve(
+    y: np.ndarray,
+    x: np.ndarray,
+    z: np.ndarray,
+    s: np.ndarray,
+    ratio: np.ndarray,
+    begin: np.ndarray | None = None,
+) -> _Solution:
+    """Fit sizes ``y`` (m, n) on ``x`` (n, p), sources ``z`` (n, q), log spreads on ``s`` (n, r).
+
+    ``ratio`` (m,) is the variance of sources over the mean variance of people.  NaN is left out.
+    """
+    has, c, p, q = np.isfinite(y), np.hstack([x, z]), x.shape[1], z.shape[1]
+    y = np.where(has, y, 0)
+    if begin is None:
+        begin = np.zeros((len(y), s.shape[1]))
+        begin[:, 0] = 0.5 * np.log(np.maximum(np.var(y, axis=1), 1e-12))
+    spread, random = begin, range(p, p + q)
+    for _ in range(100):
+        variance = np.exp(2 * spread @ s.T)
+        weight = has / variance
+        source = ratio * variance.mean(axis=1)
+        inner = (weight[:, None] * c.T) @ c
+        inner[:, random, random] += 1 / source[:, None] if q else 0.0
+        covariance = np.linalg.inv(inner)
+        both = (covariance @ ((weight * y) @ c)[..., None])[..., 0]
+        rest = has * (y - both @ c.T)
+        free = has - weight * ((c @ covariance) * c).sum(axis=2)
+        information = 2 * (free[:, None] * s.T) @ s
+        score = (rest**2 * weight - free) @ s
+        step = np.linalg.solve(information, score[..., None])[..., 0]
+        spread = spread + np.clip(step, -1, 1)
+        if abs(step).max() < 1e-6:
+            break
+    twice = (has * np.log(variance) + rest**2 * weight).sum(axis=1) + np.linalg.slogdet(inner)[1]
+    if q:
+        twice += q * np.log(source) + (both[:, p:] ** 2).sum(axis=1) / source
+    return _Solution(
+        both[:, :p],
+        covariance[:, :p, :p],
+        spread,
+        np.linalg.inv(information),
+        np.sqrt(source),
+        -twice / 2,
+    )
+
+
+def _whole(
+    values: np.ndarray, covariance: np.ndarray, used: Sequence[int], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients of all columns, from those of the ``used`` ones; the others are 0."""
+    all_values, all_covariance = np.zeros(size), np.zeros((size, size))
+    all_values[used] = values
+    all_covariance[np.ix_(used, used)] = covariance
+    return all_values, all_covariance
+
+
+def _plain(values: Any) -> Any:
+    """Nested tuples of numbers with ``DIGITS`` significant digits."""
+    if np.ndim(values) == 0:
+        return float(f"{float(values):.{DIGITS}g}")
+    return tuple(map(_plain, values))
+
+
+def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
+    """Coverage and pinball loss over folds, each predicted from the others."""
+    shape = (len(table.ages), len(table.logs), len(PERCENTILES))
+    below, loss = np.full(shape, np.nan), np.full(shape, np.nan)
+    levels = np.array(PERCENTILES) / 100
+    for one in np.unique(fold):
+        out = np.flatnonzero(fold == one)
+        ranges = _fit(table.part(fold != one), "", "", form)
+        for k, (name, y) in enumerate(table.logs.items()):
+            for coded in np.unique(table.sexes[out]):
+                rows = out[table.sexes[out] == coded]
+                person = Person(sex=next((s for s, x in CODED.items() if x == coded), None))
+                lines = np.log(ranges.lines(name, table.ages[rows], person, PERCENTILES)).T
+                error = y[rows, None] - lines
+                below[rows, k] = np.where(np.isnan(error), np.nan, error < 0)
+                loss[rows, k] = np.maximum(levels * error, (levels - 1) * error)
+    return {
+        name: {
+            "people": int(rows.sum()),
+            "coverage": [round(100 * float(v), 1) for v in np.nanmean(below[rows], axis=(0, 1))],
+            "pinball": round(float(np.nanmean(loss[rows])), 5),
+        }
+        for name, (low, high) in {"all": (0.0, np.inf), **AGE_GROUPS}.items()
+        if (rows := (table.ages >= low) & (table.ages < high)).any()
+    }

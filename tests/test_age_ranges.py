@@ -1,0 +1,423 @@
+"""Percentiles by age and sex: a known law is recovered, with honest uncertainty."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from scipy.special import ndtr, ndtri
+
+from cadiff_cli.cli.ranges import command
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.io.cohorts import Cohort, parcellation_in, read_cohort
+from cadiff_cli.io.volumes import column
+from cadiff_cli.labels.parcellation import BASE, Parcellation, Structure
+from cadiff_cli.products import Person
+from cadiff_cli.quality.age_fit import PERCENTILES, Form, check, fit
+from cadiff_cli.quality.age_ranges import (
+    BRAIN,
+    NOT_CSF,
+    VENTRICLES,
+    design,
+    percentiles,
+    read_age_ranges,
+    sizes,
+    write_age_ranges,
+)
+
+TOY = Parcellation(
+    "toy",
+    (
+        Structure(3, "Left-Cortex", "L_CTX", "#111111", 8, 42),
+        Structure(4, "Left-Ventricle", "L_LV", "#222222", 3, 43),
+        Structure(17, "Left-Hippocampus", "L_HIP", "#333333", 2, 53),
+        Structure(30, "Left-vessel", "L_VES", "#444444", 6, 62),
+        Structure(42, "Right-Cortex", "R_CTX", "#111111", 8, 3),
+        Structure(43, "Right-Ventricle", "R_LV", "#222222", 3, 4),
+        Structure(53, "Right-Hippocampus", "R_HIP", "#333333", 2, 17),
+        Structure(62, "Right-vessel", "R_VES", "#444444", 6, 30),
+    ),
+)
+SEX_EFFECT = 0.06
+
+
+def law(name, ages):
+    """Mean and SD of the log share (per cent) of a structure; women have ``SEX_EFFECT`` more."""
+    grown = np.asarray(ages, float) - 18
+    if name.endswith("Ventricle"):
+        return np.log(0.5) + 0.02 * grown, 0.3 + 0 * grown
+    return np.log(0.3) - 0.00004 * grown**2, 0.06 * np.exp(0.01 * (grown - 32))
+
+
+def people(n, seed=0, ages=(18, 90), source_sd=0.0, n_sources=1):
+    """People whose shares of the brain follow the law exactly.
+
+    Sources shift it by ``source_sd`` times the standard deviation of people.
+    """
+    rng = np.random.default_rng(seed)
+    age, female = rng.uniform(*ages, n), rng.integers(0, 2, n)
+    source = rng.integers(0, n_sources, n)
+    shares = {}
+    for name in ("Left-Ventricle", "Right-Ventricle", "Left-Hippocampus", "Right-Hippocampus"):
+        mean, sd = law(name, age)
+        shift = source_sd * rng.normal(0, 1, n_sources)[source]
+        shares[name] = np.exp(mean + SEX_EFFECT * female + sd * (shift + rng.standard_normal(n)))
+    rest = (100 - sum(shares.values())) / 2
+    brain = rng.normal(1.1e6, 1e5, n)
+    shares |= {"Left-Cortex": rest, "Right-Cortex": rest}
+    return Cohort(
+        tuple(f"{k:03d}" for k in range(n)),
+        tuple(f"scanner {k}" for k in source),
+        tuple(Person(float(a), "F" if f else "M") for a, f in zip(age, female, strict=True)),
+        {name: tuple((share * brain / 100).tolist()) for name, share in shares.items()},
+    )
+
+
+def rearranged(cohort, order):
+    return Cohort(
+        *(tuple(values[k] for k in order) for values in (cohort.subjects, cohort.sources)),
+        tuple(cohort.persons[k] for k in order),
+        {name: tuple(values[k] for k in order) for name, values in cohort.mm3.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def many():
+    return fit(people(2000), TOY, "2000 phantoms")
+
+
+@pytest.fixture(scope="module")
+def few():
+    return fit(people(130, seed=3), TOY)
+
+
+@pytest.mark.parametrize("name", ["Left-Ventricle", "Right-Hippocampus"])
+def test_the_law_is_recovered(many, name):
+    ages = np.array([22.0, 40.0, 60.0, 75.0, 88.0])
+    mean, sd = law(name, ages)
+    for sex, shift in (("F", SEX_EFFECT), ("M", 0.0)):
+        lines = np.log(many.lines(name, ages, Person(sex=sex), PERCENTILES))
+        wanted = mean + shift + ndtri(np.array(PERCENTILES) / 100)[:, None] * sd
+        assert abs((lines - wanted) / sd).max() < 0.35
+    sex = many.curves[name].mean[1], np.sqrt(many.curves[name].mean_covariance[1][1])
+    assert abs(sex[0] - SEX_EFFECT) < 3 * sex[1]
+    assert many.ages == pytest.approx((18, 90), abs=0.5)
+
+
+def test_a_percentile_is_the_share_of_people_who_have_less(many, few):
+    fresh = people(800, seed=9)
+    measured = sizes({name: np.array(v) for name, v in fresh.mm3.items()}, TOY)
+    for ranges, tolerance in ((many, 5.0), (few, 10.0)):
+        for name in ("Left-Ventricle", "Hippocampus", VENTRICLES, BRAIN):
+            found = [
+                ranges.percentile(name, float(size), person)
+                for size, person in zip(measured[name], fresh.persons, strict=True)
+            ]
+            values = np.array([p.value for p in found if p])
+            for level in PERCENTILES:
+                assert 100 * (values < level).mean() == pytest.approx(level, abs=tolerance)
+
+
+def test_the_interval_of_a_percentile_holds_the_true_one():
+    """In about 95 % of cohorts of few people."""
+    name, person = "Left-Hippocampus", Person(70.0, "F")
+    mean, sd = (float(x) for x in law(name, 70.0))
+    inside = []
+    for seed in range(40):
+        ranges = fit(people(80, seed=seed), TOY)
+        for z in (-1.5, 0.0, 1.0):
+            size = np.exp(mean + SEX_EFFECT + z * sd)
+            found = ranges.percentile(name, size, person)
+            inside.append(found.low <= 100 * ndtr(z) <= found.high)
+            assert found.low < found.value < found.high
+    assert 0.87 < np.mean(inside) < 1
+
+
+def test_little_is_known_where_few_people_are():
+    young, old = people(120, ages=(20, 45)), people(8, seed=1, ages=(45, 85))
+    both = Cohort(
+        *(getattr(young, x) + getattr(old, x) for x in ("subjects", "sources", "persons")),
+        {name: young.mm3[name] + old.mm3[name] for name in young.mm3},
+    )
+    ranges = fit(both, TOY)
+    ages, name = np.array([32.0, 50.0, 65.0, 80.0]), "Left-Hippocampus"
+    middle = ranges.lines(name, ages, Person(sex="F"), [50.0])[0]
+    found = [
+        ranges.percentile(name, size, Person(age, "F"))
+        for age, size in zip(ages, middle, strict=True)
+    ]
+    widths = [p.high - p.low for p in found]
+    assert widths == sorted(widths)
+    assert widths[-1] > 2 * widths[0]
+    assert all(p.value == pytest.approx(50) for p in found)
+
+
+def test_the_order_of_people_does_not_matter(few):
+    cohort = people(130, seed=3)
+    order = np.random.default_rng(1).permutation(130)
+    assert fit(rearranged(cohort, order), TOY) == few
+    forms = {"": Form()}
+    assert check(cohort, TOY, forms) == check(rearranged(cohort, order), TOY, forms)
+
+
+def test_a_scanner_does_not_pass_for_age():
+    """Old people of another scanner, all of whose hippocampi look 15 % larger."""
+    young, old = people(60, ages=(20, 50)), people(60, seed=1, ages=(45, 80))
+    old = replace(old, sources=("other",) * 60, subjects=tuple(f"x{k}" for k in range(60)))
+    name = "Left-Hippocampus"
+    larger = tuple(1.15 * v for v in old.mm3[name])
+    both = Cohort(
+        *(getattr(young, x) + getattr(old, x) for x in ("subjects", "sources", "persons")),
+        {k: young.mm3[k] + (larger if k == name else old.mm3[k]) for k in young.mm3},
+    )
+
+    def error(form):
+        lines = fit(both, TOY, form=form).lines(name, np.array([25.0, 75.0]), Person(sex="M"), [50])
+        true = law(name, [25.0, 75.0])[0]
+        change = np.diff(np.log(lines[0]))[0] - np.diff(true)[0]
+        return abs(change)
+
+    assert error(Form()) < 0.7 * error(Form(of_source=False))
+    assert fit(both, TOY).curves[name].source_sd > 0
+    assert fit(young, TOY).curves[name].source_sd == 0
+
+
+def test_new_scanners_are_covered():
+    """People of sources that are left out lie within the percentiles all the same."""
+    cohort = people(240, seed=5, source_sd=0.8, n_sources=12)
+    fresh = people(600, seed=6, source_sd=0.8, n_sources=600)
+    measured = sizes({name: np.array(v) for name, v in fresh.mm3.items()}, TOY)
+
+    def outside(form):
+        """Per cent of people below 5 or above 95, who should be 10."""
+        ranges, name = fit(cohort, TOY, form=form), "Left-Hippocampus"
+        found = [
+            ranges.percentile(name, *x) for x in zip(measured[name], fresh.persons, strict=True)
+        ]
+        return 100 * np.mean([not 5 < p.value < 95 for p in found if p])
+
+    assert outside(Form()) == pytest.approx(10, abs=5)
+    assert outside(replace(Form(), of_source=False)) > outside(Form())
+
+
+def test_age_and_sex_predict_better_than_neither():
+    cohort = people(200, seed=2)
+    forms = {"age": Form(), "none": Form(of_age=False, of_sex=False, spread_of_age=False)}
+    found = check(cohort, TOY, forms)
+    for group in ("all", "under 40", "over 65"):
+        assert found["age"][group]["pinball"] < found["none"][group]["pinball"]
+    assert found["age"]["over 65"]["coverage"] == pytest.approx(PERCENTILES, abs=8)
+
+
+def test_two_knots_make_a_straight_line_and_three_bend_it():
+    ages = np.linspace(0, 100, 101)
+    straight = design(ages, 0 * ages, (10, 90))
+    assert np.linalg.matrix_rank(np.stack([np.ones(101), ages, *straight.T])) == 2
+    bent = design(ages, 0 * ages, (10, 50, 90))
+    curvature = np.diff(bent @ [0, 0, 0, 1.0], 2)
+    assert abs(curvature[ages[1:-1] < 10]).max() < 1e-12
+    assert abs(curvature[ages[1:-1] > 91]).max() < 1e-12
+    assert abs(curvature).max() > 1e-6
+
+
+def test_who_has_no_percentile(few):
+    volumes = {name: values[0] for name, values in people(1).mm3.items()}
+    assert percentiles(few, volumes, TOY, Person(40.0, "F"))
+    for person in (Person(), Person(sex="F"), Person(3.0, "F"), Person(95.0, "M")):
+        assert percentiles(few, volumes, TOY, person) == {}
+    assert percentiles(None, volumes, TOY, Person(40.0)) == {}
+    never = volumes | {"Left-Ventricle": None}
+    assert percentiles(few, never, TOY, Person(40.0)) == {}
+    absent = percentiles(few, volumes | {"Left-Ventricle": 0.0}, TOY, Person(40.0))
+    assert "Left-Ventricle" not in absent
+    assert "Left-vessel" not in absent
+    other = replace(TOY, name="other")
+    assert percentiles(few, volumes, other, Person(40.0)) == {}
+
+
+def test_an_unknown_sex_is_either(few):
+    volumes = {name: values[0] for name, values in people(1).mm3.items()}
+    both, woman, man = (
+        percentiles(few, volumes, TOY, Person(40.0, sex))["Hippocampus"] for sex in (None, "F", "M")
+    )
+    assert both.value == pytest.approx((woman.value + man.value) / 2)
+    assert both.low == min(woman.low, man.low)
+    assert both.high == max(woman.high, man.high)
+    assert woman.value < man.value
+
+
+def test_what_is_small_among_ventricles_is_large_among_the_rest(few):
+    volumes = {name: values[5] for name, values in people(9).mm3.items()}
+    found = percentiles(few, volumes, TOY, Person(60.0, "M"))
+    assert found[NOT_CSF].value == pytest.approx(100 - found[VENTRICLES].value)
+    assert found[NOT_CSF].low < found[NOT_CSF].value < found[NOT_CSF].high
+    larger = {name: 1.3 * v for name, v in volumes.items()}
+    again = percentiles(few, larger, TOY, Person(60.0, "M"))
+    assert again["Hippocampus"].value == pytest.approx(found["Hippocampus"].value)
+    assert again[BRAIN].value > found[BRAIN].value
+
+
+def test_a_structure_that_many_lack_has_no_curve():
+    cohort = people(100)
+    lacking = tuple(0.0 if k < 9 else v for k, v in enumerate(cohort.mm3["Left-Ventricle"]))
+    found = fit(replace(cohort, mm3=cohort.mm3 | {"Left-Ventricle": lacking}), TOY)
+    assert "Left-Ventricle" not in found.curves
+    assert "Right-Ventricle" in found.curves
+    one = tuple(0.0 if k < 1 else v for k, v in enumerate(cohort.mm3["Left-Ventricle"]))
+    assert (
+        "Left-Ventricle"
+        in fit(replace(cohort, mm3=cohort.mm3 | {"Left-Ventricle": one}), TOY).curves
+    )
+
+
+@pytest.mark.parametrize(
+    ("cohort", "why"),
+    [
+        (people(12), "12 people"),
+        (people(50, ages=(30, 31)), "years old"),
+        (replace(people(50), persons=(Person(),) * 50), "0 people"),
+    ],
+)
+def test_too_few_people_are_refused(cohort, why):
+    with pytest.raises(DataError, match=why):
+        fit(cohort, TOY)
+
+
+def test_one_sex_alone_tells_nothing_of_the_other():
+    cohort = people(60)
+    men = replace(cohort, persons=tuple(replace(p, sex="M") for p in cohort.persons))
+    found = fit(men, TOY).curves["Left-Hippocampus"]
+    assert found.mean[1] == 0
+
+
+def test_a_file_holds_the_same_ranges(few, tmp_path):
+    path = tmp_path / "ranges.json"
+    write_age_ranges(path, few)
+    assert read_age_ranges(path) == few
+    assert read_age_ranges(path).fingerprint == few.fingerprint
+    assert replace(few, people="others").fingerprint != few.fingerprint
+    whole = json.loads(path.read_text())
+    for spoilt in (
+        {**whole, "format": 99},
+        {**whole, "knots": [1]},
+        {**whole, "curves": {"x": {}}},
+        {k: v for k, v in whole.items() if k != "ages"},
+        [],
+    ):
+        path.write_text(json.dumps(spoilt))
+        with pytest.raises(DataError, match="no age ranges"):
+            read_age_ranges(path)
+    path.write_text(json.dumps(whole).replace(str(few.curves[BRAIN].mean[0]), "NaN"))
+    with pytest.raises(DataError, match="without numbers"):
+        read_age_ranges(path)
+    with pytest.raises(MissingInputError, match="cadiff ranges train"):
+        read_age_ranges(tmp_path / "none.json")
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of people of ``cadiff40``-like columns, in the toy's structures."""
+
+    def write(name="people.tsv", delimiter="\t", title=column, more=(), **changes):
+        cohort = people(60)
+        header = ["participant_id", "age", "sex", *(title(x) for x in cohort.mm3), *more]
+        lines = [header]
+        for k, subject in enumerate(cohort.subjects):
+            person = cohort.persons[k]
+            cells = [f"sub-{subject}", f"{person.age_years:.1f}", person.sex]
+            cells += [f"{v[k]:.3f}" for v in cohort.mm3.values()]
+            lines.append([*cells, *(more[x](k) for x in more)])
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(delimiter.join(map(str, line)) + "\n" for line in lines)
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_tables_are_read_by_names_or_codes(table):
+    codes = {s.name: str(s.code) for s in TOY.structures}
+    first = read_cohort([table()], TOY)
+    assert len(first) == 60
+    assert first.notes == ()
+    again = read_cohort([table("codes.csv", ",", codes.get)], TOY)
+    assert again.mm3 == first.mm3
+    assert again.persons == first.persons
+    assert {*again.sources} == {"codes"}
+
+
+def test_several_scans_of_a_person_count_once(table):
+    once = read_cohort([table()], TOY)
+    path = table("twice.tsv", more={"source": lambda k: "a" if k < 30 else "b"})
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, *lines[1:]]) + "\n")
+    twice = read_cohort([path], TOY)
+    assert twice.mm3 == once.mm3
+    assert "60 people have several scans" in twice.notes[0]
+    assert {*twice.sources} == {"a", "b"}
+
+
+def test_what_a_table_lacks_is_told(table, tmp_path):
+    path = table(more={"verdict": lambda k: "look" if k < 3 else "fine"})
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace("sub-000\t", "sub-000\tn/a\t").rsplit("\t", 2)[0]
+    lines[2] = "\t".join("n/a" if k == 1 else x for k, x in enumerate(lines[2].split("\t")))
+    path.write_text("\n".join(lines) + "\n")
+    found = read_cohort([path], TOY)
+    assert len(found) == 58
+    text = "; ".join(found.notes)
+    for needed in ("sub-000", "1 of 59 scans are left out: no age", "verdict 'look'"):
+        assert needed in text
+    participants = tmp_path / "participants.tsv"
+    participants.write_text("participant_id\tage\tsex\nsub-001\t33\tF\n")
+    assert len(read_cohort([path], TOY, participants)) == 59
+    for text, why in (("a\tb\n1\t2\n", "no column participant_id"), ("", "no column")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=why):
+            read_cohort([path], TOY)
+    path.write_text("subject\tage\n1\t2\n")
+    with pytest.raises(DataError, match="no column left_cortex"):
+        read_cohort([path], TOY)
+    with pytest.raises(MissingInputError, match="group"):
+        read_cohort([tmp_path], TOY)
+    with pytest.raises(UsageError, match="twice"):
+        read_cohort([path, path], TOY)
+
+
+def train(*words):
+    return CliRunner().invoke(command, ["train", *map(str, words)])
+
+
+def test_ranges_are_trained_from_tables_and_folders(table, tmp_path):
+    """A folder's group table, and the dataset's ages."""
+    toy = tmp_path / "toy.tsv"
+    toy.write_text(TOY.as_tsv())
+    group = table("study/group_morph.tsv", age="years")
+    (tmp_path / "study" / "participants.tsv").write_text(
+        group.read_text().replace("years", "age"), encoding="utf-8"
+    )
+    out = tmp_path / "ranges.json"
+    done = train(group.parent, table(), "-o", out, "--parcellation", toy, "--no-check")
+    assert done.exit_code == 0, done.output
+    found = read_age_ranges(out)
+    assert found.sources == {"study": 60, "people": 60}
+    assert found.people == "120 people (people 60, study 60)"
+    assert str(tmp_path) not in out.read_text()
+    again = train(table(), "-o", out, "--parcellation", toy, "--no-check")
+    assert isinstance(again.exception, CadiffError)
+    done = train(table(), "-o", out, "--parcellation", toy, "--overwrite", "--people", "us")
+    assert done.exit_code == 0, done.output
+    assert "by age and sex, over 65" in done.output
+    assert read_age_ranges(out).people == "us"
+    assert read_age_ranges(out).check["by age and sex"]["all"]["people"] == 60
+
+
+def test_a_parcellation_is_named_or_that_of_the_results(tmp_path):
+    assert parcellation_in([tmp_path]).name == BASE
+    assert parcellation_in([], "cadiff40").name == BASE
+    with pytest.raises(MissingInputError, match="no parcellation"):
+        parcellation_in([], "none")
