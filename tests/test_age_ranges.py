@@ -20,6 +20,7 @@ from cadiff_cli.quality.age_ranges import (
     NOT_CSF,
     VENTRICLES,
     design,
+    load_age_ranges,
     percentiles,
     read_age_ranges,
     sizes,
@@ -421,3 +422,18 @@ def test_a_parcellation_is_named_or_that_of_the_results(tmp_path):
     assert parcellation_in([], "cadiff40").name == BASE
     with pytest.raises(MissingInputError, match="no parcellation"):
         parcellation_in([], "none")
+
+
+def test_released_ranges_cover_the_parcellation(parcellation):
+    ranges = load_age_ranges(parcellation)
+    assert ranges is not None
+    names = {s.name for s in parcellation.structures if s.is_tissue}
+    assert names <= set(ranges.curves)
+    assert ranges.ages[0] < 20
+    assert ranges.ages[1] > 90
+    ages = np.linspace(*ranges.ages, 20)
+    for name in ranges.curves:
+        lines = ranges.lines(name, ages, Person(), PERCENTILES)
+        assert (np.diff(lines, axis=0) > 0).all()
+    finer = replace(TOY, name="finer")
+    assert load_age_ranges(finer) is None

@@ -69,18 +69,18 @@ def train(
 
 
 def shown(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Coverage and pinball loss of people who were left out, as lines of text."""
+    """How well people who were left out were predicted, as lines of text."""
     from cadiff_cli.quality.age_fit import PERCENTILES
 
     head = "".join(f"{p:>7.0f}" for p in PERCENTILES)
     lines = [
-        "Left-out people below each percentile, in %; pinball loss (log, lower is better):",
-        f"{'':32}{'people':>8}{head}{'loss':>9}",
+        "Left-out people below each percentile, in %; pinball loss, in log (lower is better);",
+        "people who have an implausible size, in %:",
+        f"{'':32}{'people':>8}{head}{'loss':>9}{'implausible':>13}",
     ]
     for form, groups in scores.items():
         for group, found in groups.items():
             below = "".join(f"{x:>7.1f}" for x in found["coverage"])
-            lines.append(
-                f"{form + ', ' + group:32}{found['people']:>8}{below}{found['pinball']:>9.4f}"
-            )
+            numbers = f"{found['pinball']:>9.4f}{found['implausible']:>13.1f}"
+            lines.append(f"{form + ', ' + group:32}{found['people']:>8}{below}{numbers}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.cohorts import Cohort
@@ -27,6 +28,7 @@ from cadiff_cli.quality.age_ranges import (
     sizes,
     spread_design,
 )
+from cadiff_cli.quality.ranges import WIDE
 
 FEWEST_PEOPLE = 20
 """People without whom nothing is fitted."""
@@ -100,8 +102,8 @@ def check(
     """Predict people who were left out, tenth by tenth, and whole sources.
 
     Form -> group of people -> the per cent of them below each predicted percentile (``coverage``:
-    5, 25, 50, 75, 95 are right), and the pinball loss (mean over structures, people and
-    percentiles, in log units; lower is better).
+    5, 25, 50, 75, 95 are right), the pinball loss (mean over structures, people and percentiles,
+    in log units; lower is better), and the per cent who have an ``implausible`` size (``WIDE``).
     """
     table = _table(cohort, parcellation)
     _check(table)
@@ -276,7 +278,8 @@ def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
     """Coverage and pinball loss over folds, each predicted from the others."""
     shape = (len(table.ages), len(table.logs), len(PERCENTILES))
     below, loss = np.full(shape, np.nan), np.full(shape, np.nan)
-    levels = np.array(PERCENTILES) / 100
+    far = np.zeros(len(table.ages), bool)
+    levels, ends = np.array(PERCENTILES) / 100, 100 * ndtr([-WIDE, WIDE])
     for one in np.unique(fold):
         out = np.flatnonzero(fold == one)
         ranges = _fit(table.part(fold != one), "", "", form)
@@ -284,7 +287,10 @@ def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
             for coded in np.unique(table.sexes[out]):
                 rows = out[table.sexes[out] == coded]
                 person = Person(sex=next((s for s, x in CODED.items() if x == coded), None))
-                lines = np.log(ranges.lines(name, table.ages[rows], person, PERCENTILES)).T
+                wanted = (*PERCENTILES, *ends)
+                lines = np.log(ranges.lines(name, table.ages[rows], person, wanted)).T
+                lines, (low, high) = lines[:, :-2], lines[:, -2:].T
+                far[rows] |= (y[rows] < low) | (y[rows] > high)
                 error = y[rows, None] - lines
                 below[rows, k] = np.where(np.isnan(error), np.nan, error < 0)
                 loss[rows, k] = np.maximum(levels * error, (levels - 1) * error)
@@ -293,6 +299,7 @@ def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
             "people": int(rows.sum()),
             "coverage": [round(100 * float(v), 1) for v in np.nanmean(below[rows], axis=(0, 1))],
             "pinball": round(float(np.nanmean(loss[rows])), 5),
+            "implausible": round(100 * float(far[rows].mean()), 1),
         }
         for name, (low, high) in {"all": (0.0, np.inf), **AGE_GROUPS}.items()
         if (rows := (table.ages >= low) & (table.ages < high)).any()

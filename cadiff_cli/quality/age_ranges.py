@@ -72,10 +72,9 @@ class AgeRanges:
 
     @property
     def of_ages(self) -> str:
-        """Whose they are, as ``131 people of 18 to 95 years``."""
-        return (
-            f"{sum(self.sources.values())} people of {self.ages[0]:.0f} to {self.ages[1]:.0f} years"
-        )
+        """Whose they are, as ``102 people of 18 to 95.6 years``."""
+        low, high = (round(age, 1) for age in self.ages)
+        return f"{sum(self.sources.values())} people of {low:g} to {high:g} years"
 
     def covers(self, person: Person) -> bool:
         """Whether the person's age is known, and lies among those of the people."""
