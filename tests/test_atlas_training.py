@@ -13,6 +13,8 @@ from cadiff_cli.cli import atlas_evaluate, atlas_train
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.evaluation import atlas as scores
 from cadiff_cli.io import models
+from cadiff_cli.io.releases import DEFAULT_ATLAS, weights_folder
+from cadiff_cli.io.templates import load_template
 from cadiff_cli.nets.atlas import AtlasConfig
 from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.nets.models import AtlasModel
@@ -21,7 +23,15 @@ from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.atlas import data
 from cadiff_cli.training.atlas.config import PeopleConfig, Training
-from cadiff_cli.training.atlas.data import Sitter, held_out, known_people, scans_of
+from cadiff_cli.training.atlas.data import (
+    VENTRICLES,
+    Sitter,
+    base_grid,
+    held_out,
+    known_people,
+    scans_of,
+    share_of,
+)
 from cadiff_cli.training.atlas.draws import PeopleDraws
 from cadiff_cli.training.atlas.regression import KernelRegression
 from cadiff_cli.training.atlas.run import brain_weight, train_atlas
@@ -38,7 +48,8 @@ RUN = PeopleConfig(
     rate=8e-3,
     ema=0.96,
     batch=4,
-    neighbours=4,
+    atlases=4,
+    neighbours=6,
     near=0.02,
     jitter=0.02,
 )
@@ -109,7 +120,7 @@ def test_the_law_is_learnt(trained):
     ages = [30, 40, 50, 60, 70]
     sizes = [ventricle_growth(trained.velocity(Condition(age_years=age))) for age in ages]
     assert sizes == sorted(sizes)
-    assert sizes == pytest.approx([growth(age) for age in ages], abs=0.05)
+    assert sizes == pytest.approx([growth(age) for age in ages], abs=0.06)
 
 
 def test_other_conditions_tell_the_same(trained):
@@ -389,3 +400,24 @@ def test_one_scan_of_each_person_is_taken(tmp_path):
 
 def test_the_brain_is_weighed_on_the_velocity_grid(base):
     assert (brain_weight(base, GRID) == (base.brain.data > 0)).all()
+
+
+def test_the_released_atlas_ages(monkeypatch):
+    """Ventricles grow with age, hippocampi shrink in the old."""
+    if not (weights_folder() / DEFAULT_ATLAS / "model.safetensors").exists():
+        pytest.skip(f"no released weights {DEFAULT_ATLAS}")
+    monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", 4.0)
+    model = models.load(AtlasModel)
+    base = replace(load_template(model.base, offline=True), labels=model.labels)
+    assert model.grid.shape == base_grid(base, 4.0).shape
+    volumes = [
+        structure_volumes(
+            base, deform(base.brain.grid, model.velocity(Condition(age_years=age)), model.grid)
+        )
+        for age in (25, 50, 75)
+    ]
+    ventricles = [share_of(v, VENTRICLES) for v in volumes]
+    assert ventricles == sorted(ventricles)
+    assert ventricles[2] > 1.5 * ventricles[0]
+    assert share_of(volumes[2], (17, 53)) < share_of(volumes[1], (17, 53))
+    assert not model.seen & set(model.training["held_out"])
