@@ -18,7 +18,7 @@ RUN command -v python3 > /dev/null && python3 -c "import ensurepip" 2> /dev/null
 
 FROM python AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=dask,validate
+ARG EXTRAS=dask,dicom,validate
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE CHANGELOG.md ./
 COPY cadiff_cli cadiff_cli

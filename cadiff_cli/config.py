@@ -10,7 +10,7 @@ from typing import Any
 
 from cadiff_cli import __version__
 
-REVISION = 8
+REVISION = 9
 """Increase when unchanged settings give other results; older results then count as outdated."""
 
 
@@ -123,11 +123,17 @@ class SampleConfig:
 class OutputConfig:
     """The files that a run writes besides label map, mask, brain, transforms and volumes.
 
-    ``posteriors`` is the 4-D probseg; ``uncertainty`` the entropy of the probabilities, which
-    several samples give unasked; ``field`` the distance field; ``spaces`` are standard spaces
-    (``NAME[:res-N]``) that results are resampled to; ``report`` is the page.
+    ``codes`` may ask for a second label map; ``posteriors`` is the 4-D probseg; ``uncertainty`` the
+    entropy of the probabilities, which several samples give unasked; ``field`` the distance field;
+    ``spaces`` are standard spaces (``NAME[:res-N]``) that results are resampled to; ``report`` is
+    the page.
     """
 
+    codes: str = option(
+        "cadiff",
+        "freesurfer: also write the labels with codes of FreeSurfer's table alone.",
+        choices=("cadiff", "freesurfer"),
+    )
     posteriors: bool = option(False, "Also write the 4-D probseg.")
     uncertainty: bool = option(
         False, "Also write a map of uncertainty (--samples 2 and more always do)."
@@ -246,6 +252,7 @@ class Recipe:
             **({"ranges": self.ranges} if self.ranges else {}),
             "output_spaces": output["spaces"],
             "field": output["field"],
+            **({"codes": output["codes"]} if output["codes"] != OutputConfig.codes else {}),
             **plain,
         }
 

@@ -13,6 +13,7 @@ from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Prepared, Result, Scan, Stripped, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, load_age_ranges, percentiles
 from cadiff_cli.quality.calibration import calibration
+from cadiff_cli.stages.bias import evened_head
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
 from cadiff_cli.stages.register import register_templates, registrars
@@ -135,4 +136,5 @@ def run(
         percentiles=percentiles(known, drawn, model.parcellation, scan.person),
         percentiles_of=known.people if known else "",
         ranges=ranges.fingerprint if ranges else "",
+        head=evened_head(prepared.stripped),
     )

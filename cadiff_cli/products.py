@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cadiff_cli.config import Config, StripMethod
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import Parcellation, Tissue
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -214,7 +214,9 @@ class Stripped:
 
     ``quality`` tells how the mask looks, if it was judged.  ``own`` is the mask on the scan's own
     grid, where somebody drew it or cut the brain out there.  ``t1`` is corrected for a receive
-    bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.
+    bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.  ``head`` is
+    the scan on its own grid with the intensities from which ``t1`` was cut (none negative or
+    extreme), not corrected; ``log_bias`` is the logarithm of the field that was found.
     """
 
     t1: Volume
@@ -224,6 +226,8 @@ class Stripped:
     quality: MaskQuality | None = None
     own: Volume | None = None
     bias_ratio: float = 1.0
+    head: Volume | None = None
+    log_bias: Volume | None = None
 
     @property
     def summary(self) -> str:
@@ -296,7 +300,8 @@ class Segmentation:
     are (a ``Calibration`` corrects them); a structure that is absent is not in it.
     ``volume_sd_mm3`` is the standard deviation of each volume over the samples, empty for a single
     one.  ``uncertainty`` (X, Y, Z) float32 is the entropy of the probabilities, 0 to 1, 0 outside
-    the mask, when it was asked for.
+    the mask, when it was asked for.  ``tissues`` are (X, Y, Z) float16 probabilities, 0 outside the
+    mask.
     """
 
     labels: Volume
@@ -311,6 +316,7 @@ class Segmentation:
     expected_dice: Mapping[int, float] = field(default_factory=dict)
     volume_sd_mm3: Mapping[int, float] = field(default_factory=dict)
     uncertainty: np.ndarray | None = None
+    tissues: Mapping[Tissue, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -387,6 +393,7 @@ class Result:
     corrects the expected Dice, if one was measured for the model and settings.  ``percentiles`` are
     by name, of what has one at the person's age, among the people that ``percentiles_of`` names;
     ``ranges`` is the fingerprint of age ranges that the user gave, empty for those that ship.
+    ``head`` is the scan with even brightness, on its own grid.
     """
 
     prepared: Prepared
@@ -401,6 +408,7 @@ class Result:
     percentiles: Mapping[str, Percentile] = field(default_factory=dict)
     percentiles_of: str = ""
     ranges: str = ""
+    head: Volume | None = None
 
     @property
     def notes(self) -> tuple[Note, ...]:

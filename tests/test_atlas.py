@@ -229,10 +229,10 @@ def rows_of(path):
 def test_the_volume_table_holds_samples_and_their_spread(made, atlas):
     folder = made[1][0]
     row = rows_of(next(folder.glob("*_morph.tsv")))["Left-Lateral-Ventricle"]
-    assert float(row["volume-mm3"]) == pytest.approx(atlas.volumes_mm3[4], abs=0.1)
-    drawn = [float(row[f"sample-{k}-mm3"]) for k in (1, 2, 3)]
-    assert float(row["samples-mean-mm3"]) == pytest.approx(np.mean(drawn), abs=0.1)
-    assert float(row["samples-sd-mm3"]) == pytest.approx(np.std(drawn, ddof=1), abs=0.1)
+    assert float(row["volume_mm3"]) == pytest.approx(atlas.volumes_mm3[4], abs=0.1)
+    drawn = [float(row[f"sample_{k}_mm3"]) for k in (1, 2, 3)]
+    assert float(row["samples_mean_mm3"]) == pytest.approx(np.mean(drawn), abs=0.1)
+    assert float(row["samples_sd_mm3"]) == pytest.approx(np.std(drawn, ddof=1), abs=0.1)
 
 
 def test_ventricles_of_a_range_grow(made):
@@ -242,9 +242,9 @@ def test_ventricles_of_a_range_grow(made):
     rows = [
         rows_of(next(folder.glob("*_morph.tsv")))["Left-Lateral-Ventricle"] for folder in folders
     ]
-    values = [float(row["volume-mm3"]) for row in rows]
+    values = [float(row["volume_mm3"]) for row in rows]
     assert values == sorted(values)
-    assert "samples-mean-mm3" not in rows[0]
+    assert "samples_mean_mm3" not in rows[0]
 
 
 def transforms_of(folder):

@@ -41,6 +41,15 @@ HEAVY = {
 }
 
 
+CODES = (
+    *("seg-cadiff_dseg.tsv", "seg-cadiff_dseg.json", "luts/seg-cadiff_FreeSurferColorLUT.txt"),
+    *("luts/seg-cadiff_fsleyes.lut", "luts/seg-cadiff_itksnap.txt"),
+)
+"""What explains the labels at the root of a dataset."""
+TABLES = {"desc-volumetric_morph", "desc-totals_morph"}
+"""Of every result."""
+
+
 def call(program, *arguments, home=None, cwd=None, **variables):
     """Run ``cadiff`` or ``cadiff-seg`` as the installed script would, not in a terminal."""
     entry = {"cadiff": "main", "cadiff-seg": "segment_main"}[program]
@@ -306,6 +315,12 @@ def anat(out, suffix):
     return out / "sub-01" / "ses-a" / "anat" / f"sub-01_ses-a_{suffix}"
 
 
+def table(out, desc):
+    """Rows of a table of volumes."""
+    with anat(out, f"{desc}_morph.tsv").open() as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
 def test_a_run_is_silent_when_not_in_a_terminal(segmented):
     done, *_ = segmented
     assert done.returncode == 0, done.stderr
@@ -324,17 +339,20 @@ def test_every_result_is_there(segmented, age_ranges):
     assert logs == {log, *locks, *cited}
     prefix = "sub-01/ses-a/anat/sub-01_ses-a_"
     images = (
-        *("desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg", "seg-cadiff_probseg"),
+        *("desc-preproc_T1w", "desc-brain_mask", "res-1_desc-brain_T1w", "dseg"),
+        *("seg-cadiff_desc-structures_dseg", "seg-cadiff_probseg"),
+        *(f"label-{tissue}_probseg" for tissue in ("GM", "WM", "CSF")),
         "seg-cadiff_desc-uncertainty_probseg",
     )
     transforms = ("from-MNI152NLin2009aSym_to-T1w", "from-T1w_to-MNI152NLin2009aSym")
     assert found - logs == {
-        *("dataset_description.json", ".bidsignore", "dseg.tsv", "README.md"),
+        *("dataset_description.json", ".bidsignore", "README.md", *CODES),
         *("sub-01_ses-a.html", f"age_ranges_{age_ranges.fingerprint}.json"),
         *(f"{prefix}{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
         *(f"{prefix}{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
         *(f"{prefix}desc-distance_field.{suffix}" for suffix in ("nii.gz", "json")),
         *(f"{prefix}desc-volumetric_morph.{suffix}" for suffix in ("tsv", "json")),
+        *(f"{prefix}desc-totals_morph.{suffix}" for suffix in ("tsv", "json")),
     }
 
 
@@ -342,7 +360,7 @@ def test_results_lie_on_the_scan(segmented):
     _, source, out, _ = segmented
     scan = nib.load(source)
     maps = ("seg-cadiff_probseg", "seg-cadiff_desc-uncertainty_probseg")
-    for suffix in ("seg-cadiff_dseg", "desc-brain_mask", *maps):
+    for suffix in ("seg-cadiff_desc-structures_dseg", "desc-brain_mask", *maps):
         image = nib.load(anat(out, f"{suffix}.nii.gz"))
         assert image.shape[:3] == scan.shape
         np.testing.assert_array_equal(image.affine, scan.affine)
@@ -354,7 +372,7 @@ def test_the_phantom_is_found(segmented, phantom):
     """Left on the left, and the brain where it is."""
     _, _, out, _ = segmented
     head = small_brain(phantom)
-    labels = np.asarray(nib.load(anat(out, "seg-cadiff_dseg.nii.gz")).dataobj)
+    labels = np.asarray(nib.load(anat(out, "seg-cadiff_desc-structures_dseg.nii.gz")).dataobj)
     mask = np.asarray(nib.load(anat(out, "desc-brain_mask.nii.gz")).dataobj)
     assert (mask == (head.codes > 0)).mean() > 0.995
     x = head.t1.grid.to_world(np.moveaxis(np.indices(labels.shape), 0, -1))[..., 0]
@@ -364,39 +382,42 @@ def test_the_phantom_is_found(segmented, phantom):
 
 def test_volumes_are_label_counts_times_the_voxel(segmented):
     _, _, out, _ = segmented
-    image = nib.load(anat(out, "seg-cadiff_dseg.nii.gz"))
+    image = nib.load(anat(out, "seg-cadiff_desc-structures_dseg.nii.gz"))
     labels, voxel = np.asarray(image.dataobj), abs(np.linalg.det(image.affine[:3, :3]))
-    with anat(out, "desc-volumetric_morph.tsv").open() as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
-    volumes = {row["index"]: float(row["volume-mm3"]) for row in rows if row["index"] != "n/a"}
+    volumes = {row["index"]: float(row["volume_mm3"]) for row in table(out, "desc-volumetric")}
     parcellation = load_parcellation(BASE)
     assert set(volumes) == {str(s.code) for s in parcellation.structures}
     for code, mm3 in volumes.items():
         expected = np.count_nonzero(labels == int(code)) * voxel
         assert mm3 == pytest.approx(expected, abs=2e-3, rel=1e-6)
-    sums = {row["name"]: float(row["volume-mm3"]) for row in rows if row["index"] == "n/a"}
+    totals = table(out, "desc-totals")
+    sums = {row["name"]: float(row["volume_mm3"]) for row in totals}
     vessels = volumes["30"] + volumes["62"]
     fluid = sum(volumes[code] for code in ("4", "43", "5", "44", "14", "15", "24"))
     brain = sum(volumes.values()) - vessels
     assert sums["Brain-Segmentation"] == pytest.approx(brain, abs=0.1)
     assert sums["Brain-Segmentation-Not-CSF"] == pytest.approx(brain - fluid, abs=0.1)
-    shares = [float(row["percent-brain"]) for row in rows if row["name"] in ("Brain-Segmentation",)]
-    assert shares == [100]
+    shares = {row["name"]: float(row["percent_brain"]) for row in totals}
+    assert shares["Brain-Segmentation"] == 100
+    parts = {"Cortex": "3 42", "Cerebral-White": "2 41"}
+    parts["Subcortical-Grey"] = "10 49 11 50 12 51 13 52 17 53 18 54 26 58 28 60"
+    parts["Total-Grey"] = f"{parts['Cortex']} {parts['Subcortical-Grey']} 8 47 630 631 632"
+    for name, codes in parts.items():
+        total = sum(volumes[code] for code in codes.split())
+        assert sums[name] == pytest.approx(total, abs=0.1), name
 
 
 def test_every_structure_tells_what_to_expect(segmented):
     _, _, out, _ = segmented
-    with anat(out, "desc-volumetric_morph.tsv").open() as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
+    rows = table(out, "desc-volumetric")
     for row in rows:
-        if row["index"] == "n/a":
-            assert (row["expected-dice"], row["volume-sd-mm3"]) == ("n/a", "n/a")
-        else:
-            assert float(row["volume-sd-mm3"]) >= 0
-            assert float(row["volume-mm3"]) == 0 or 0 <= float(row["expected-dice"]) <= 1
+        assert float(row["volume_sd_mm3"]) >= 0
+        assert float(row["volume_mm3"]) == 0 or 0 <= float(row["expected_dice"]) <= 1
     described = json.loads(anat(out, "desc-volumetric_morph.json").read_text())
-    assert not described["expected-dice"]["Calibrated"]
-    assert "2 samples" in described["volume-sd-mm3"]["Description"]
+    assert not described["expected_dice"]["Calibrated"]
+    assert "2 samples" in described["volume_sd_mm3"]["Description"]
+    assert {*rows[0]} <= {*described}
+    assert [*described["name"]["Levels"]] == [row["name"] for row in rows]
     entropy = nib.load(anat(out, "seg-cadiff_desc-uncertainty_probseg.nii.gz"))
     brain = np.asarray(nib.load(anat(out, "desc-brain_mask.nii.gz")).dataobj) > 0
     assert entropy.get_data_dtype() == np.float32
@@ -412,9 +433,9 @@ def test_every_structure_tells_what_to_expect(segmented):
 def test_a_table_says_where_the_person_stands(segmented, age_ranges, parcellation):
     """Among people of the age and sex that were given, by the ranges that were given."""
     _, _, out, _ = segmented
-    with anat(out, "desc-volumetric_morph.tsv").open() as stream:
-        rows = {row["name"]: row for row in csv.DictReader(stream, delimiter="\t")}
-    volumes = {s.name: float(rows[s.name]["volume-mm3"]) for s in parcellation.structures}
+    both = (*table(out, "desc-volumetric"), *table(out, "desc-totals"))
+    rows = {row["name"]: row for row in both}
+    volumes = {s.name: float(rows[s.name]["volume_mm3"]) for s in parcellation.structures}
     wanted = percentiles(age_ranges, volumes, parcellation, Person(40.0, "F"))
     found = {name: row["percentile"] for name, row in rows.items() if row["percentile"] != "n/a"}
     assert "Left-Cerebral-Cortex" in found
@@ -426,7 +447,7 @@ def test_a_table_says_where_the_person_stands(segmented, age_ranges, parcellatio
         assert float(row["percentile_low"]) <= float(text) <= float(row["percentile_high"])
     described = json.loads(anat(out, "desc-volumetric_morph.json").read_text())
     assert described["percentile"]["MeasuredOn"] == "60 made-up people"
-    sidecar = json.loads(anat(out, "seg-cadiff_dseg.json").read_text())
+    sidecar = json.loads(anat(out, "seg-cadiff_desc-structures_dseg.json").read_text())
     assert (sidecar["AgeYears"], sidecar["Sex"]) == (40.0, "F")
     assert sidecar["Settings"]["ranges"] == age_ranges.fingerprint
     assert 'id="age"' in (out / "sub-01_ses-a.html").read_text()
@@ -434,16 +455,16 @@ def test_a_table_says_where_the_person_stands(segmented, age_ranges, parcellatio
 
 def test_the_sidecar_says_how(segmented, tiny_weights):
     _, source, out, _ = segmented
-    sidecar = json.loads(anat(out, "seg-cadiff_dseg.json").read_text())
+    sidecar = json.loads(anat(out, "seg-cadiff_desc-structures_dseg.json").read_text())
     assert sidecar["Model"]["WeightsSHA256"] == sha256(tiny_weights)
     assert (sidecar["Seed"], sidecar["Steps"]) == (5, 1)
     assert sidecar["Templates"][0]["Name"] == "MNI152NLin2009aSym"
     assert sidecar["Templates"][0]["Registration"] == "affine"
-    assert sidecar["Sources"][0] == source.name
+    assert sidecar["Sources"][0] == f"../{source.name}"
     assert set(sidecar["Sources"][1:]) == {
         f"bids::{anat(Path(), name).as_posix()}"
         for name in (
-            "desc-preproc_T1w.nii.gz",
+            "res-1_desc-brain_T1w.nii.gz",
             "desc-brain_mask.nii.gz",
             "from-MNI152NLin2009aSym_to-T1w_mode-image_xfm.h5",
         )
@@ -459,7 +480,7 @@ def test_posteriors_and_field_are_what_they_say(segmented):
     _, _, out, _ = segmented
     p = np.asarray(nib.load(anat(out, "seg-cadiff_probseg.nii.gz")).dataobj)
     np.testing.assert_allclose(p.sum(-1), 1, atol=5e-3)
-    labels = np.asarray(nib.load(anat(out, "seg-cadiff_dseg.nii.gz")).dataobj)
+    labels = np.asarray(nib.load(anat(out, "seg-cadiff_desc-structures_dseg.nii.gz")).dataobj)
     # Ties in half precision may fall either way.
     assert (load_parcellation(BASE).codes[p.argmax(-1)] == labels).mean() > 0.999
     field = np.asarray(nib.load(anat(out, "desc-distance_field.nii.gz")).dataobj)
@@ -491,7 +512,8 @@ def test_what_a_killed_run_has_left_is_replaced(segmented, tmp_path):
     for stage in ("load", "strip", "register", "segment", "write"):
         assert re.search(rf"s  {stage}\b", begun)
     assert "what is not background: nothing was stripped" in end
-    said = json.loads((anat(tmp_path / "out", "seg-cadiff_dseg.json")).read_text())["Warnings"]
+    sidecar = anat(tmp_path / "out", "seg-cadiff_desc-structures_dseg.json")
+    said = json.loads(sidecar.read_text())["Warnings"]
     assert said
     assert end.count("look: ") == len(said)
 
@@ -544,7 +566,7 @@ def test_a_failed_run_leaves_no_result(segmented, tmp_path):
 def test_evaluate_prints_a_table_and_nothing_else(segmented, tmp_path):
     """A segmentation against itself; other libraries' warnings are not the user's business."""
     _, _, out, _ = segmented
-    path, scores = str(anat(out, "seg-cadiff_dseg.nii.gz")), tmp_path / "scores"
+    path, scores = str(anat(out, "seg-cadiff_desc-structures_dseg.nii.gz")), tmp_path / "scores"
     done = call("cadiff", "evaluate", path, path, "--reference-labels", "cadiff", "-o", str(scores))
     assert done.returncode == 0
     assert done.stdout.count("1.0000") >= 8

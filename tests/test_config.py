@@ -20,6 +20,7 @@ CHANGED = {
     "sample.samples": 2,
     "sample.flip": False,
     "sample.tile": 96,
+    "output.codes": "freesurfer",
     "output.posteriors": True,
     "output.uncertainty": True,
     "output.field": True,

@@ -150,7 +150,7 @@ def test_recipes_agree():
     apptainer = (ROOT / "containers" / "apptainer.def").read_text()
     for needed in (
         *("MNIColin27", "MNI152NLin2009cAsym", "TEMPLATEFLOW_HOME", "/opt/templateflow"),
-        *("MPLCONFIGDIR", "dask,validate"),
+        *("MPLCONFIGDIR", "dask,dicom,validate"),
     ):
         assert needed in docker, needed
         assert needed in apptainer, needed

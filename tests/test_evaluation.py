@@ -227,6 +227,7 @@ def test_what_references_cannot_hold_is_not_scored(write, parcellation, caplog):
     ("name", "scan"),
     [
         ("sub-1_ses-2_acq-x_run-3_seg-cadiff_dseg.nii.gz", "sub-1_ses-2_acq-x_run-3"),
+        ("sub-1_run-2_seg-cadiff_desc-structures_dseg.nii.gz", "sub-1_run-2"),
         ("sub-1_space-T1w_seg-manual_dseg.nii", "sub-1"),
         ("sub-1_dseg.mgz", "sub-1"),
         ("sub-1_run-01_atlas-MUSE_label-GM_dseg.nii", "sub-1_run-1"),
@@ -429,8 +430,14 @@ def sessions(phantom, tmp_path_factory):
     for session, (head, moved) in heads.items():
         grid = Grid(head.t1.grid.shape, moved @ head.t1.grid.affine)
         place = out / "sub-1" / f"ses-{session}" / "anat"
-        save_volume(place / f"sub-1_ses-{session}_desc-preproc_T1w.nii.gz", head.t1.data, grid)
-        save_volume(place / f"sub-1_ses-{session}_seg-cadiff_dseg.nii.gz", head.codes, grid)
+        # The first was made by an earlier version.
+        brain, labels = (
+            ("desc-preproc_T1w", "seg-cadiff_dseg")
+            if session == "a"
+            else ("res-1_desc-brain_T1w", "seg-cadiff_desc-structures_dseg")
+        )
+        save_volume(place / f"sub-1_ses-{session}_{brain}.nii.gz", head.t1.data, grid)
+        save_volume(place / f"sub-1_ses-{session}_{labels}.nii.gz", head.codes, grid)
     return out, motion
 
 
@@ -500,7 +507,7 @@ def test_retest_says_what_is_missing(sessions, tmp_path, capsys):
     for text, folder in (
         ("none with two scans", out / "sub-1" / "ses-a"),
         ("no folder", out / "gone"),
-        ("sub-1_ses-b_desc-preproc_T1w.nii.gz", lacking),
+        ("sub-1_ses-b_res-1_desc-brain_T1w.nii.gz", lacking),
     ):
         assert cli("retest", folder) == 66
         (line,) = capsys.readouterr().err.splitlines()

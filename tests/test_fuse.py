@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from test_cli import CODES
 
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import RegisterConfig, StripMethod
@@ -199,7 +201,7 @@ def run(dataset, tmp_path_factory):
         *("--registration", "affine", "--exclude", "3", "--jobs", "2"),
     )
     assert done.returncode == 0, done.stderr
-    return out, image_of(out, "sub-1_ses-1", "seg-jlf_dseg")
+    return out, image_of(out, "sub-1_ses-1", "seg-cadiff_desc-jlf_dseg")
 
 
 def test_the_labels_lie_on_the_scan_and_beat_one_atlas(dataset, run, target, parcellation):
@@ -244,8 +246,9 @@ def test_the_sidecar_names_the_voters(run):
     assert set(about["Seconds"]) == {"register", "fuse"}
     found = {p.name for p in out.rglob("*") if p.is_file()}
     assert found == {
-        *("dataset_description.json", ".bidsignore", "dseg.tsv", "README.md"),
+        *("dataset_description.json", ".bidsignore", "README.md"),
         *(path.name, path.name.replace(".nii.gz", ".json")),
+        *(Path(name).name for name in CODES),
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY, awake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cli import call, segmented_alone
+from test_cli import TABLES, call, segmented_alone
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io import models
@@ -42,7 +42,7 @@ def out(phantom, lobes_weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dseg(out):
-    return out / "sub-01" / "anat" / "sub-01_seg-lobes_dseg.nii.gz"
+    return out / "sub-01" / "anat" / "sub-01_seg-lobes_desc-structures_dseg.nii.gz"
 
 
 def codes_of(path):
@@ -74,14 +74,16 @@ def test_weights_name_a_parcellation_that_is(tiny_weights, parcellation, tmp_pat
 
 def test_files_are_named_after_the_parcellation(out, dseg, lobes):
     names = {path.name.removeprefix("sub-01_").split(".")[0] for path in dseg.parent.iterdir()}
-    maps = {"seg-lobes_dseg", "seg-lobes_probseg", "seg-lobes_desc-uncertainty_probseg"}
-    assert names == {"desc-preproc_T1w", "desc-brain_mask", "desc-volumetric_morph", *maps}
-    assert json.loads(dseg.with_name("sub-01_seg-lobes_dseg.json").read_text())["Parcellation"] == (
-        "lobes"
-    )
+    maps = {dseg.name.removeprefix("sub-01_").removesuffix(".nii.gz"), "seg-lobes_probseg"}
+    maps |= {"dseg", "seg-lobes_desc-uncertainty_probseg"}
+    maps |= {f"label-{tissue}_probseg" for tissue in ("GM", "WM", "CSF")}
+    images = {"desc-preproc_T1w", "desc-brain_mask", "res-1_desc-brain_T1w"}
+    assert names == {*images, *TABLES, *maps}
+    sidecar = json.loads(dseg.with_suffix("").with_suffix(".json").read_text())
+    assert sidecar["Parcellation"] == "lobes"
     # The codes are explained beside, and cadiff40's, which nothing holds, are not.
     assert load_parcellation(out / "seg-lobes_dseg.tsv") == parcellation_of(dseg) == lobes
-    assert not (out / "dseg.tsv").exists()
+    assert not [*out.glob("*cadiff_dseg.tsv")]
 
 
 def test_labels_and_volumes_are_the_parcellations(dseg, lobes):
@@ -93,7 +95,7 @@ def test_labels_and_volumes_are_the_parcellations(dseg, lobes):
     mm3 = np.prod(nib.load(dseg).header.get_zooms())
     for s in lobes.structures:
         count = np.count_nonzero(codes_of(dseg) == s.code)
-        assert float(rows[s.name]["volume-mm3"]) == pytest.approx(count * mm3)
+        assert float(rows[s.name]["volume_mm3"]) == pytest.approx(count * mm3)
 
 
 def test_pages_and_the_group_table_are_the_parcellations(out, lobes):
@@ -160,11 +162,12 @@ def test_a_rerun_with_another_parcellation_leaves_nothing(out, dseg, tmp_path):
     (tmp_path / "seg-lobes_dseg.tsv").write_bytes((out / "seg-lobes_dseg.tsv").read_bytes())
     place = Derivatives(tmp_path, dseg.with_name("sub-01_T1w.nii.gz"))
     place.folder.mkdir(parents=True)
-    for name in ("seg-lobes_dseg", "seg-lobes_probseg", "seg-cadiff_dseg", "seg-aseg_dseg"):
+    ours = ("seg-lobes_desc-structures_dseg", "seg-lobes_probseg", "label-GM_probseg", "dseg")
+    for name in (*ours, "seg-cadiff_dseg", "seg-aseg_dseg"):
         place.path(f"{name}.json").write_text("{}")
     assert [path.name for path in place.commits] == [
         "sub-01_seg-cadiff_dseg.json",
-        "sub-01_seg-lobes_dseg.json",
+        "sub-01_seg-lobes_desc-structures_dseg.json",
     ]
     place.clear()
     assert [path.name for path in place.folder.iterdir()] == ["sub-01_seg-aseg_dseg.json"]

@@ -105,3 +105,13 @@ def test_a_large_voxel_is_the_mean_of_the_small_ones_in_it(crop):
     )
     blocks = p.reshape(4, 4, 2, 4, 2, 3, 2).mean(dim=(2, 4, 6))
     np.testing.assert_allclose(found, blocks.numpy(), atol=1e-3)
+
+
+def test_groups_of_classes_are_summed():
+    """What is in no group is background; every voxel's probabilities still add up to 1."""
+    p = Probabilities.of_all(random_p((3, 4, 5)))
+    found = p.summed([(1, 3), ()])
+    torch.testing.assert_close(found.values[:, 1], p.values[:, 1] + p.values[:, 3])
+    torch.testing.assert_close(found.values[:, 0], p.values[:, 0] + p.values[:, 2])
+    assert not found.values[:, 2].any()
+    assert found.shape == p.shape

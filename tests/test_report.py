@@ -23,7 +23,6 @@ from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
-from cadiff_cli.io.volumes import read_rows
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import (
     Calibration,
@@ -217,7 +216,7 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
         uncertainty=uncertain,
     )
     (result,) = finished(out)
-    rows = [row for row in read_rows(result.morph) if row.code]
+    rows = [row for row in result.rows() if row.code]
     assert {(row.expected_dice, row.sd_mm3) for row in rows} == {(0.45, 12.0)}
     assert {row.name: row.usual_dice for row in rows if row.usual_dice} == {"Left-Thalamus": 0.8}
     text = write_page(out, result).read_text()
@@ -230,7 +229,7 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
     # Tables of earlier versions lack the columns.
     lines = [line.split("\t")[:5] for line in result.morph.read_text().splitlines()]
     result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
-    assert {row.expected_dice for row in read_rows(result.morph)} == {None}
+    assert {row.expected_dice for row in result.rows()} == {None}
     assert "a low Dice is expected" not in write_page(out, result).read_text()
 
 
@@ -250,7 +249,7 @@ def test_pages_and_groups_say_where_a_person_stands(
         assert needed in text
     rows = {row["scan"]: row for row in collect(out, [*people]).rows}
     row = rows["sub-01"]
-    volumes = {x.name: x.mm3 for x in read_rows(first.morph) if x.code is not None}
+    volumes = {x.name: x.mm3 for x in first.rows() if x.code is not None}
     wanted = percentiles(age_ranges, volumes, parcellation, people["sub-01"])
     assert float(row["left_thalamus_percentile"]) == pytest.approx(
         wanted["Left-Thalamus"].value, abs=0.06
@@ -277,7 +276,7 @@ def test_what_the_network_never_draws_is_neither_missing_nor_compared(
     out = tmp_path / "out"
     write_result(out, model=replace(tiny_model.info, structures=frozenset(drawn)))
     (result,) = finished(out)
-    rows = read_rows(result.morph)
+    rows = result.rows()
     assert {row.code for row in rows if row.mm3 is None} == {s.code for s in vermis}
     found = judge(result, rows, None, parcellation, load_ranges(parcellation))
     known = judge(

@@ -78,11 +78,17 @@ def test_an_odd_name_is_not_lost_silently(batch):
 def test_every_scan_has_its_own_complete_result(batch):
     _, _, out, _ = batch
     template = "MNI152NLin2009aSym"
-    images = ("desc-preproc_T1w", "desc-brain_mask", "desc-distance_field")
-    images += ("seg-cadiff_dseg", "seg-cadiff_probseg", "seg-cadiff_desc-uncertainty_probseg")
+    images = ("desc-preproc_T1w", "desc-brain_mask", "res-1_desc-brain_T1w", "dseg")
+    images += ("seg-cadiff_desc-structures_dseg", "desc-distance_field", "seg-cadiff_probseg")
+    images += ("seg-cadiff_desc-uncertainty_probseg",)
+    images += tuple(f"label-{tissue}_probseg" for tissue in ("GM", "WM", "CSF"))
     images += tuple(
         f"space-{template}_{name}"
-        for name in ("res-4_desc-preproc_T1w", "res-4_desc-brain_mask", "seg-cadiff_res-4_dseg")
+        for name in (
+            "res-4_desc-brain_T1w",
+            "res-4_desc-brain_mask",
+            "seg-cadiff_res-4_desc-structures_dseg",
+        )
     )
     transforms = [f"from-{a}_to-{b}" for a, b in ((template, "T1w"), ("T1w", template))]
     for entities in GOOD:
@@ -92,6 +98,7 @@ def test_every_scan_has_its_own_complete_result(batch):
             *(f"{name}.{suffix}" for name in images for suffix in ("nii.gz", "json")),
             *(f"{t}_mode-image_xfm.{suffix}" for t in transforms for suffix in ("h5", "json")),
             *(f"desc-volumetric_morph.{suffix}" for suffix in ("tsv", "json")),
+            *(f"desc-totals_morph.{suffix}" for suffix in ("tsv", "json")),
         }
     assert not list(anat(out, BROKEN).glob("*"))
 
@@ -122,7 +129,7 @@ def test_sources_are_uris_of_files_that_exist(batch):
     assert raw == bids.resolve()
     roots = {"bids::": out, "bids:raw:": raw}
     sidecars = list(out.glob("sub-*/**/anat/*.json"))
-    assert len(sidecars) == 12 * len(GOOD)
+    assert len(sidecars) == 18 * len(GOOD)
     for sidecar in sidecars:
         values = json.loads(sidecar.read_text())
         uris = [*values["Sources"], *[v for k, v in values.items() if k == "SpatialReference"]]
@@ -147,7 +154,7 @@ def test_the_label_map_of_posteriors_fits(batch):
     _, _, out, _ = batch
     base = anat(out, GOOD[0]) / f"{GOOD[0]}_seg-cadiff_probseg"
     names = json.loads(base.with_suffix(".json").read_text())["LabelMap"]
-    with (out / "dseg.tsv").open() as stream:
+    with (out / "seg-cadiff_dseg.tsv").open() as stream:
         abbreviations = [row["abbreviation"] for row in csv.DictReader(stream, delimiter="\t")]
     assert names == abbreviations
     assert nib.load(base.with_suffix(".nii.gz")).shape[3] == len(names)
@@ -164,9 +171,12 @@ def test_results_in_standard_space_agree_with_those_in_native_space(batch):
         left, right = (np.isin(labels, codes).sum() for codes in ((2, 3), (41, 42)))
         return left / (left + right)
 
-    native, standard = map(left_share, ("seg-cadiff_dseg", f"{space}_seg-cadiff_res-4_dseg"))
+    native, standard = (
+        left_share(f"{each}_desc-structures_dseg")
+        for each in ("seg-cadiff", f"{space}_seg-cadiff_res-4")
+    )
     assert standard == pytest.approx(native, abs=0.1)
-    t1 = nib.load(folder / f"{entities}_{space}_res-4_desc-preproc_T1w.nii.gz")
+    t1 = nib.load(folder / f"{entities}_{space}_res-4_desc-brain_T1w.nii.gz")
     assert tuple(t1.header.get_zooms()) == (4, 4, 4)
 
 
@@ -306,12 +316,15 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
     assert [row[k] for k in which] == ["sub-01", "ses-b", "2", "n/a", "n/a", "T1w"]
     # Volumes are those of the scan's own table, under the same name.
     for entities, row in rows.items():
-        with (anat(out, entities) / f"{entities}_desc-volumetric_morph.tsv").open() as stream:
-            volumes = {
-                line["name"].lower().replace("-", "_"): line["volume-mm3"]
-                for line in csv.DictReader(stream, delimiter="\t")
-            }
+        volumes = {}
+        for table in ("volumetric", "totals"):
+            with (anat(out, entities) / f"{entities}_desc-{table}_morph.tsv").open() as stream:
+                for line in csv.DictReader(stream, delimiter="\t"):
+                    name = line["name"].replace("3rd", "third").replace("4th", "fourth")
+                    volumes[name.lower().replace("-", "_")] = line["volume_mm3"]
         assert {name: row[name] for name in volumes} == volumes
+        assert all(name.isidentifier() for name in row)
+        assert row["bids_name"] == f"{entities}_T1w"
         assert float(row["registration_score"]) > 1
     with (out / "group_missing.tsv").open() as stream:
         (missing,) = csv.DictReader(stream, delimiter="\t")

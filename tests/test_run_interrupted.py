@@ -94,7 +94,7 @@ def test_sigkill_of_everything_leaves_what_the_next_run_completes(
     # Whatever claims to be complete is.
     for result in finished(out):
         folder = result.commit.parent
-        for name in ("seg-cadiff_dseg.nii.gz", "desc-brain_mask.nii.gz"):
+        for name in ("seg-cadiff_desc-structures_dseg.nii.gz", "desc-brain_mask.nii.gz"):
             assert (folder / f"{result.entities}_{name}").stat().st_size > 0
     is_complete(dataset, out, arguments)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import awake
 from scipy import ndimage
-from test_cli import segmented_alone
+from test_cli import TABLES, segmented_alone
 
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
@@ -396,9 +396,11 @@ def unregistered(phantom, tiny_weights, tmp_path_factory):
 def test_without_registration_there_are_labels_but_no_transforms(unregistered):
     source, anat = unregistered
     names = {p.name.removeprefix("sub-01_").split(".")[0] for p in anat.iterdir()}
-    images = {"desc-preproc_T1w", "desc-brain_mask", "seg-cadiff_dseg"}
-    assert names == {*images, "desc-volumetric_morph"}
-    image, scan = nib.load(anat / "sub-01_seg-cadiff_dseg.nii.gz"), nib.load(source)
+    images = {"desc-preproc_T1w", "desc-brain_mask", "res-1_desc-brain_T1w", "dseg"}
+    images |= {f"label-{tissue}_probseg" for tissue in ("GM", "WM", "CSF")}
+    assert names == {*images, "seg-cadiff_desc-structures_dseg", *TABLES}
+    image = nib.load(anat / "sub-01_seg-cadiff_desc-structures_dseg.nii.gz")
+    scan = nib.load(source)
     assert image.shape == scan.shape
     np.testing.assert_array_equal(image.affine, scan.affine)
     labels = np.asarray(image.dataobj)
@@ -410,7 +412,7 @@ def test_without_registration_there_are_labels_but_no_transforms(unregistered):
 
 def test_the_sidecar_says_that_nothing_was_registered(unregistered):
     _, anat = unregistered
-    sidecar = json.loads((anat / "sub-01_seg-cadiff_dseg.json").read_text())
+    sidecar = json.loads((anat / "sub-01_seg-cadiff_desc-structures_dseg.json").read_text())
     assert sidecar["Templates"][0]["Registration"] == "none"
     assert sidecar["Templates"][0]["Score"] is None
     assert sidecar["Settings"]["register"]["name"] == "none"

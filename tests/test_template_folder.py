@@ -97,7 +97,8 @@ def test_files_are_named_as_fmriprep_names_them_and_pybids_reads_them(batch):
         found = parse_file_entities(str(path), config=["bids", "derivatives"])
         start, end = re.fullmatch(r"from-(.+)_to-(.+)", ends).groups()
         assert (found["from"], found["to"], found["suffix"]) == (start, end, "xfm")
-    for name in ("res-2_desc-preproc_T1w", "res-2_desc-brain_mask", "seg-cadiff_res-2_dseg"):
+    labels = "seg-cadiff_res-2_desc-structures_dseg"
+    for name in ("res-2_desc-brain_T1w", "res-2_desc-brain_mask", labels):
         path = anat / f"sub-01_space-toy_cohort-2_{name}.nii.gz"
         assert path.is_file()
         found = parse_file_entities(str(path), config=["bids", "derivatives"])
@@ -148,7 +149,7 @@ def test_one_scan_by_the_older_name_of_the_option(small_head, scan_of, toy, tiny
     options = ["--model", tiny_weights, "-o", out, *OTHERS]
     done = cadiff("seg", scan.path, *options, "--atlas", specs)
     assert done.returncode == 0, done.stderr
-    sidecar = read_json(out / "sub-01" / "anat" / "sub-01_seg-cadiff_dseg.json")
+    sidecar = read_json(out / "sub-01" / "anat" / "sub-01_seg-cadiff_desc-structures_dseg.json")
     assert [t["Name"] for t in sidecar["Templates"]] == ["MNI152NLin2009aSym", "toy:cohort-2"]
     assert [*sidecar["Settings"]["template_sha256"]] == ["toy:cohort-2"]
     gone = cadiff("seg", scan.path, *options, "--template", tmp_path / "gone")
@@ -181,7 +182,7 @@ def test_a_persons_brain_serves_as_well(released, shared, parcellation, tmp_path
             timeout=1800,
         )
         assert done.returncode == 0, done.stderr
-        labels = load_volume(next(out.rglob("*_seg-cadiff_dseg.nii.gz"))).data
+        labels = load_volume(next(out.rglob("*_seg-cadiff_desc-structures_dseg.nii.gz"))).data
         found.append(parcellation.encode(labels, parcellation.class_of))
     scores = dice(*found, range(1, parcellation.n_classes))
     assert np.nanmean(scores) > 0.93

@@ -26,6 +26,7 @@ COMMANDS = (
     "reorient",
     "run",
     "report",
+    "export",
     "ranges",
     "fetch",
     "train",

@@ -107,14 +107,7 @@ def command(
 
 
 def _name(vote: str, parcellation: "Parcellation") -> str:
-    """Name of the label map; its ``seg-`` leads ``parcellation_of`` to the parcellation.
-
-    For ``BASE``, the default parcellation, ``seg-`` names the vote.
-    """
-    from cadiff_cli.labels.parcellation import BASE
-
-    if parcellation.name == BASE:
-        return f"seg-{SEGMENTATIONS[vote]}_dseg"
+    """Name of the label map; its ``seg-`` leads ``parcellation_of`` to the parcellation."""
     return f"seg-{parcellation.segmentation}_desc-{SEGMENTATIONS[vote]}_dseg"
 
 
@@ -149,7 +142,7 @@ def _save(
 
     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
     sidecar.unlink(missing_ok=True)
-    save_volume(path, fused.labels.data, fused.labels.grid, like=t1)
+    save_volume(path, fused.labels.data, fused.labels.grid, like=t1, labels=True)
     joint = {"Radius": RADIUS, "Search": SEARCH, "Beta": BETA} if fused.vote == "joint" else {}
     about = {
         "Description": "Brain structures by multi-atlas label fusion; codes in "

@@ -15,7 +15,7 @@ import click
 def command(out: Path, scans: Path | None) -> int:
     """Rebuild the page of every finished result in OUT, and group.html if there are several.
 
-    Pages show the scan itself if it is found (by its SHA-256), else only its brain.
+    Pages show the scan itself if it is found (by its SHA-256), else its copy in OUT (or its brain).
     """
     from cadiff_cli.cli.console import RunConsole
     from cadiff_cli.report.group import PATH, write_group_page

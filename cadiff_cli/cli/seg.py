@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @click.option("--age", type=Age(), help="Of the person: percentiles among people of this age.")
 @click.option("--sex", type=SexOption(), help="Of the person: percentiles among people of it.")
 @options_of(Request)
+@click.option("--series", type=int, help="Of a DICOM folder: number of the series.")
+@click.option("--subject", help="Of a DICOM folder: label for its files [01].")
 @click.option("-v", "--verbose", count=True, help="More messages.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
 @click.version_option(__version__, prog_name="cadiff")
@@ -27,11 +29,13 @@ def command(
     out: Path,
     age: float | None,
     sex: "Sex | None",
+    series: int | None,
+    subject: str | None,
     verbose: int,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Segment the brain of a T1-weighted scan (NIfTI or MGH).
+    """Segment the brain of a T1-weighted scan: NIfTI, MGH, or a folder of DICOM files.
 
     Writes labels on the scan's own grid, a volume table, brain mask, transforms and provenance
     into OUT as BIDS derivatives, and a page to judge them by.
@@ -41,9 +45,33 @@ def command(
     """
     request = made(Request, options)
     check(request.config)
+    if t1.is_dir():
+        t1 = _from_dicom(t1, out, series, subject or "01", request, quiet=quiet)
+    elif series is not None or subject is not None:
+        raise click.UsageError("--series and --subject are for a folder of DICOM files")
     from cadiff_cli.cli.console import ScanConsole
     from cadiff_cli.products import Person
     from cadiff_cli.runner.execute import segment_file
 
     console = ScanConsole(t1, out, verbosity=-1 if quiet else verbose)
     console.done(segment_file(t1, out, request, console, Person(age, sex)))
+
+
+def _from_dicom(
+    folder: Path, out: Path, series: int | None, subject: str, request: Request, *, quiet: bool
+) -> Path:
+    """The scan of a DICOM folder as a file in OUT, without the names and dates of the files."""
+    from cadiff_cli.io.bids.description import refuse_foreign
+    from cadiff_cli.io.bids.names import is_label
+    from cadiff_cli.io.dicom import convert
+    from cadiff_cli.io.files import check_writable
+
+    if not is_label(subject):
+        raise click.BadParameter(f"{subject!r}: use letters and digits", param_hint="--subject")
+    refuse_foreign(out)
+    path = out / "sourcedata" / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz"
+    check_writable(path.parent)
+    title = convert(folder, series, path, overwrite=request.overwrite)
+    if not quiet:
+        click.echo(f"cadiff: {title} is {path}", err=True)
+    return path

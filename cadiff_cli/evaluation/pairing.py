@@ -1,17 +1,14 @@
 """Pair label maps to be scored against each other, by the entities in their names."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.names import HEAD, LABEL_MAP, WORKING, source_entities
 from cadiff_cli.io.bids.tables import named_parcellation
+from cadiff_cli.io.files import read_json
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
-
-OURS = re.compile(r"_seg-[A-Za-z0-9]+_dseg\.")
-"""The mark of a label map in a file name; it is cadiff's if ``seg-`` names a known parcellation."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,8 @@ def label_maps(
         if prefer_ours:
             own = [p for p in paths if _is_own(p) and "_space-" not in p.name]
             by_scan[scan] = paths = own or paths
+        elif len(paths) > 1:
+            by_scan[scan] = paths = [p for p in paths if not _holds_tissues(p)]
         if len(paths) > 1:
             raise DataError(
                 f"{folder} has {len(paths)} label maps of {scan}:"
@@ -125,9 +124,20 @@ def listed(names: Iterable[str], most: int = 20) -> str:
 
 def _is_own(path: Path) -> bool:
     """Whether a label map's name says that cadiff wrote it."""
-    return bool(OURS.search(path.name)) and named_parcellation(path) is not None
+    return bool(LABEL_MAP.search(path.name)) and named_parcellation(path) is not None
 
 
-def preprocessed(dseg: Path) -> Path:
-    """The preprocessed T1w image beside a label map of cadiff's."""
-    return dseg.with_name(OURS.sub("_desc-preproc_T1w.", dseg.name))
+def _holds_tissues(path: Path) -> bool:
+    """Whether a map holds the tissue classes that cadiff writes beside its labels."""
+    sidecar = read_json(path.with_name(f"{stem(path)}.json")) or {}
+    sources = sidecar.get("Sources")
+    return isinstance(sources, list) and any(LABEL_MAP.search(str(uri)) for uri in sources)
+
+
+def brain_beside(dseg: Path) -> Path:
+    """The brain on the working grid, beside a label map of cadiff's.
+
+    Up to revision 8 its name was that of the whole head today.
+    """
+    now, before = (dseg.with_name(LABEL_MAP.sub(f"_{x}", dseg.name)) for x in (WORKING, HEAD))
+    return now if now.exists() or not before.exists() else before

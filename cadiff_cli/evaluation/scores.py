@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.evaluation.pairing import preprocessed, scan_of
+from cadiff_cli.evaluation.pairing import brain_beside, scan_of
 from cadiff_cli.io.bids.tables import parcellation_of
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.label_maps import load_classes, say_once
@@ -155,11 +155,11 @@ def retest_pair(
 ) -> list[Score]:
     """Compare the label maps of two scans of one person, both written by cadiff.
 
-    The later brain (``desc-preproc_T1w``) is registered rigidly to the first, and its labels are
-    carried with it.  Volumes are measured on the scans' own grids.
+    The later brain is registered rigidly to the first, and its labels are carried with it.  Volumes
+    are measured on the scans' own grids.
     """
     r, p = (load_own(path, parcellation) for path in (first, later))
-    motion = rigid(load_volume(preprocessed(first)), load_volume(preprocessed(later)))
+    motion = rigid(load_volume(brain_beside(first)), load_volume(brain_beside(later)))
     moved = Volume(carry(p, motion, r.grid), r.grid)
     scores = score_classes(
         scan_of(later), moved, r, parcellation, subset, tolerance_mm, scan_of(first)

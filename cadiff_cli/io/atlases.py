@@ -85,7 +85,7 @@ def save_atlas(
             (LOG_JACOBIAN, atlas.log_jacobian),
         ):
             path = new / f"{begin}_{name}.nii.gz"
-            save_volume(path, volume.data, volume.grid, code="mni")
+            save_volume(path, volume.data, volume.grid, code="mni", labels=name == LABELS)
         base, own = atlas.base.label, template.label
         for start, end, displacement in (
             (base, own, deformation.backward_mm),
@@ -111,8 +111,8 @@ def write_volumes(
     samples: Sequence[Mapping[int, float]] = (),
 ) -> None:
     """Write the volumes of structures in atlas and base, and those of samples with their spread."""
-    more = ("samples-mean-mm3", "samples-sd-mm3") if samples else ()
-    each = [f"sample-{k}-mm3" for k in range(1, len(samples) + 1)]
+    more = ("samples_mean_mm3", "samples_sd_mm3") if samples else ()
+    each = [f"sample_{k}_mm3" for k in range(1, len(samples) + 1)]
     rows = []
     for s in parcellation.structures:
         if s.code not in atlas.volumes_mm3:
@@ -123,7 +123,7 @@ def write_volumes(
         )
         values = [atlas.volumes_mm3[s.code], atlas.base_volumes_mm3[s.code], *spread, *drawn]
         rows.append((s.code, s.name, *(None if v is None else f"{v:.1f}" for v in values)))
-    write_tsv(path, ("index", "name", "volume-mm3", "base-volume-mm3", *more, *each), rows)
+    write_tsv(path, ("index", "name", "volume_mm3", "base_volume_mm3", *more, *each), rows)
 
 
 def description(atlas: Atlas, parcellation: Parcellation, samples: int) -> dict[str, Any]:

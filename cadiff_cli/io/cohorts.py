@@ -115,6 +115,11 @@ def _people(path: Path, participants: Path | None, notes: list[str]) -> People:
     return found
 
 
+def _columns(name: str, code: str) -> tuple[str, str, str]:
+    """Columns that may hold a structure: as now, as up to revision 8, and by its code."""
+    return column(name), name.lower().replace("-", "_"), code
+
+
 def _scans(
     table: Path, source: str, columns: Mapping[str, str], people: People, notes: list[str]
 ) -> Iterator[_Scan]:
@@ -128,7 +133,7 @@ def _scans(
             "name the people: several scans of one person count as one",
         )
     where = {
-        name: next((header[x] for x in (column(name), code) if x in header), "")
+        name: next((header[x] for x in _columns(name, code) if x in header), "")
         for name, code in columns.items()
     }
     if lacking := [column(name) for name, place in where.items() if not place]:

@@ -50,7 +50,7 @@ _FORMATS = (
         "DICOM",
         rb".{128}DICM",
         (".dcm", ".ima", ".dicom"),
-        _CONVERT.format("dcm2niix -z y FOLDER, the folder of all its slices"),
+        "give the folder of all its slices to cadiff-seg, or convert it: dcm2niix -z y FOLDER",
     ),
     _Format(
         "Analyze 7.5 or one half of a NIfTI pair",
@@ -155,7 +155,8 @@ def check_there(path: Path) -> None:
             raise MissingInputError(f"no such file: {path}", "check the path")
         if path.is_dir():
             raise MissingInputError(
-                f"{path} is a folder", "give one image file (dcm2niix makes one of DICOM slices)"
+                f"{path} is a folder",
+                "give one image file; cadiff-seg takes a folder of DICOM files too",
             )
         if not path.is_file():
             raise MissingInputError(f"{path} is a pipe or a device", "give one image file")

@@ -311,13 +311,20 @@ def _frame_notes(header: Any, name: str) -> list[Note]:
 
 
 def save_volume(
-    path: Path, data: np.ndarray, grid: Grid, like: Path | None = None, code: str = "scanner"
+    path: Path,
+    data: np.ndarray,
+    grid: Grid,
+    like: Path | None = None,
+    code: str = "scanner",
+    *,
+    labels: bool = False,
 ) -> None:
     """Write ``data`` ((X, Y, Z) or (X, Y, Z, n)) as NIfTI, atomically.
 
     ``like``: an image on the same grid whose header (qform and sform with their codes, units) is
     kept; data type, scaling and display range are reset.  ``code`` names the world of a new
-    header (NIfTI's ``scanner``, ``mni``...).
+    header (NIfTI's ``scanner``, ``mni``...).  ``labels`` marks a label map: viewers such as NiiVue
+    give it colours of labels, and do not interpolate.
     """
     header = None
     affine: np.ndarray | None = grid.affine
@@ -341,9 +348,13 @@ def save_volume(
     klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = klass(data, affine, header or klass.header_class(), dtype=dtype)
     if header is None:
-        image.header.set_xyzt_units("mm")
         image.set_sform(grid.affine, code=code)
         image.set_qform(grid.affine, code=code, strip_shears=True)
+    unit, time = image.header.get_xyzt_units()
+    if unit == "unknown":  # we take it to be mm, so others should
+        image.header.set_xyzt_units("mm", time)
+    if labels:
+        image.header.set_intent("label")
     with replacing(path) as temporary:
         nib.save(image, temporary)
 

@@ -1,7 +1,7 @@
-"""The volume table: the structures of a result with their expected Dice, and the aggregates."""
+"""The volume tables of a result: structures with their expected Dice, and totals."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,32 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.errors import DataError
+from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.products import Percentile, Result
 
-AGGREGATES = {
-    "Brain-Segmentation": "Sum of all structures but vessels",
-    "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF",
-    "Brain-Mask": "Volume of the brain mask, with sulcal CSF",
+CORTEX, CEREBRAL_WHITE, CEREBELLAR_CORTEX = (3, 42), (2, 41), (8, 47, 630, 631, 632)
+DEEP_GREY = (10, 49, 11, 50, 12, 51, 13, 52, 17, 53, 18, 54, 26, 58, 28, 60)
+"""Codes of ``BASE``; FreeSurfer counts the ventral diencephalon too."""
+SUMS: Mapping[str, tuple[int, ...]] = {
+    "Total-Grey": (*CORTEX, *DEEP_GREY, *CEREBELLAR_CORTEX),
+    "Cortex": CORTEX,
+    "Subcortical-Grey": DEEP_GREY,
+    "Cerebral-White": CEREBRAL_WHITE,
 }
+"""Sums that papers of volumes give: their codes of ``BASE``."""
+TOTALS = {
+    "Brain-Segmentation": "All structures but vessels (FreeSurfer's BrainSegVol)",
+    "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF (BrainSegVolNotVent)",
+    "Brain-Mask": "The brain mask, with fluid in sulci (MaskVol)",
+    "Total-Grey": "Cortex, deep grey matter, cortex of the cerebellum with vermis (TotalGrayVol)",
+    "Cortex": "Cortex of the cerebrum (CortexVol)",
+    "Subcortical-Grey": "Thalamus, caudate, putamen, pallidum, hippocampus, amygdala, accumbens,"
+    " ventral diencephalon (SubCortGrayVol)",
+    "Cerebral-White": "White matter of the cerebrum (CerebralWhiteMatterVol)",
+}
+"""Volumes that are no structures', with FreeSurfer's names for them: they have a table apart."""
 
+ORDINALS = {"3rd": "third", "4th": "fourth", "5th": "fifth"}
 PERCENTILE = {
     "percentile": "Per cent of people of the same age and sex in whom it is smaller, as a share of"
     " the brain (the brain itself: in mm3). n/a where the age is unknown or outside that of the"
@@ -25,12 +43,12 @@ PERCENTILE = {
     " measured",
     "percentile_high": "Upper end of the percentile's 95 % confidence interval",
 }
-"""Columns of the volume table."""
+"""Columns of the volume tables."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the volume table; aggregates have no ``code``.
+    """A line of a volume table; totals have no ``code``.
 
     ``mm3`` is None if the network never draws the structure, ``expected_dice`` if the structure is
     absent, ``usual_dice`` if it was not measured, ``sd_mm3`` if only one sample was drawn.
@@ -45,44 +63,68 @@ class Row:
 
 
 def column(name: str) -> str:
-    """A structure's column: ``Left-Cerebral-White-Matter`` -> ``left_cerebral_white_matter``."""
-    return name.lower().replace("-", "_")
+    """A structure's column, a name that formulas and attributes may have.
+
+    >>> column("Left-Cerebral-White-Matter"), column("3rd-Ventricle")
+    ('left_cerebral_white_matter', 'third_ventricle')
+    """
+    first, *others = name.lower().split("-")
+    return "_".join([ORDINALS.get(first, first), *others])
 
 
 def volume_rows(result: Result) -> Iterator[dict[str, object]]:
-    """Rows of the volume table: every structure, then the aggregates.
+    """Rows of the table of structures.
 
     Missing values are left out; structures that the network never draws have no volume either.
     """
     segmentation, volumes = result.segmentation, result.volumes_mm3
     parcellation, calibrate = segmentation.parcellation, result.calibration
     drawable = result.model.structures
-    brain = sum(volumes[s.code] for s in parcellation.structures if s.is_tissue)
-    csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
-    mask = np.count_nonzero(result.mask.data) * result.mask.grid.voxel_volume_mm3
+    brain = _brain_mm3(result)
+    for s in parcellation.structures:
+        one = {"index": s.code, "name": s.name, "abbreviation": s.abbreviation}
+        mm3 = volumes[s.code]
+        if s.code not in drawable and not mm3:
+            yield one
+            continue
+        measured = {"volume_mm3": mm3, "percent_brain": 100 * mm3 / brain if brain else None}
+        measured["usual_dice"] = calibrate.usual.get(s.name) if calibrate else None
+        if (raw := segmentation.expected_dice.get(s.code)) is not None:
+            measured["expected_dice"] = calibrate(s.name, raw) if calibrate else raw
+        measured["volume_sd_mm3"] = segmentation.volume_sd_mm3.get(s.code)
+        shown = {key: f"{x:.3f}" for key, x in measured.items() if x is not None}
+        yield one | shown | percentile_cells(result.percentiles.get(s.name))
 
-    def row(name: str, mm3: float, **values: object) -> dict[str, object]:
-        share = f"{100 * mm3 / brain:.3f}" if brain else None
-        return {
+
+def total_rows(result: Result) -> Iterator[dict[str, object]]:
+    """Rows of the table of totals; those of which nothing is drawn have no volume."""
+    volumes, parcellation = result.volumes_mm3, result.segmentation.parcellation
+    brain, mask = _brain_mm3(result), result.mask
+    csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
+    totals: dict[str, float | None] = {
+        "Brain-Segmentation": brain,
+        "Brain-Segmentation-Not-CSF": brain - csf,
+        "Brain-Mask": np.count_nonzero(mask.data) * mask.grid.voxel_volume_mm3,
+    }
+    own = parcellation.name == BASE
+    for name, codes in SUMS.items():
+        parts = [s.code for s in parcellation.structures if (s.code if own else s.parent) in codes]
+        known = [volumes[c] for c in parts if c in result.model.structures or volumes[c]]
+        totals[name] = sum(known) if known else None
+    for name in TOTALS:
+        mm3 = totals[name]
+        yield {
             "name": name,
-            "volume-mm3": f"{mm3:.3f}",
-            "percent-brain": share,
+            "volume_mm3": None if mm3 is None else f"{mm3:.3f}",
+            "percent_brain": f"{100 * mm3 / brain:.3f}" if brain and mm3 is not None else None,
             **percentile_cells(result.percentiles.get(name)),
-            **values,
         }
 
-    for s in parcellation.structures:
-        if s.code not in drawable and not volumes[s.code]:
-            yield {"name": s.name, "index": s.code, "abbreviation": s.abbreviation}
-            continue
-        measured = {"usual-dice": calibrate.usual.get(s.name) if calibrate else None}
-        if (raw := segmentation.expected_dice.get(s.code)) is not None:
-            measured["expected-dice"] = calibrate(s.name, raw) if calibrate else raw
-        measured["volume-sd-mm3"] = segmentation.volume_sd_mm3.get(s.code)
-        shown = {key: f"{x:.3f}" for key, x in measured.items() if x is not None}
-        yield row(s.name, volumes[s.code], index=s.code, abbreviation=s.abbreviation, **shown)
-    for name, mm3 in zip(AGGREGATES, (brain, brain - csf, mask), strict=True):
-        yield row(name, mm3)
+
+def _brain_mm3(result: Result) -> float:
+    """Sum of all structures but vessels."""
+    structures = result.segmentation.parcellation.structures
+    return sum(result.volumes_mm3[s.code] for s in structures if s.is_tissue)
 
 
 def percentile_cells(found: Percentile | None, prefix: str = "") -> dict[str, str]:
@@ -95,7 +137,7 @@ def percentile_cells(found: Percentile | None, prefix: str = "") -> dict[str, st
 
 
 def about_expected_dice(result: Result) -> dict[str, Any]:
-    """The sidecar's description of the column ``expected-dice``."""
+    """The sidecar's description of the column ``expected_dice``."""
     calibration = result.calibration
     return {
         "Description": "Dice to expect, from the probabilities of the network"
@@ -105,22 +147,33 @@ def about_expected_dice(result: Result) -> dict[str, Any]:
     }
 
 
-def read_rows(path: Path) -> tuple[Row, ...]:
-    """Read the rows of a volume table.  Raises ``DataError`` if the file is none."""
+def read_rows(structures: Path, totals: Path | None = None) -> tuple[Row, ...]:
+    """Read the rows of the tables of a result: structures, then totals.
+
+    Up to revision 8 one table held both, and had ``-`` in the names of columns.  Raises
+    ``DataError`` if a file is no such table.
+    """
+    found = [*_read(structures)]
+    if totals is not None and totals.is_file():
+        found += _read(totals)
+    return tuple(found)
+
+
+def _read(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            return tuple(
-                Row(
-                    None if line["index"] == "n/a" else int(line["index"]),
-                    line["name"],
-                    _number(line["volume-mm3"]),
+            for line in csv.DictReader(stream, delimiter="\t"):
+                cells = {str(key).replace("-", "_"): value for key, value in line.items()}
+                code = cells.get("index", "n/a")
+                yield Row(
+                    None if code == "n/a" else int(code),
+                    cells["name"],
+                    _number(cells["volume_mm3"]),
                     *(
-                        _number(line.get(name, "n/a"))
-                        for name in ("expected-dice", "usual-dice", "volume-sd-mm3")
+                        _number(cells.get(name, "n/a"))
+                        for name in ("expected_dice", "usual_dice", "volume_sd_mm3")
                     ),
                 )
-                for line in csv.DictReader(stream, delimiter="\t")
-            )
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} is not a volume table ({error})",

@@ -8,6 +8,7 @@ forebrain and the vermal lobules).  ``Parcellation`` is the only place where the
 import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -25,6 +26,34 @@ PAPER = "malc27"
 """The subset that the CA-Diff paper scores; other parcellations may name one so, too."""
 CSF_TISSUE, NON_BRAIN_TISSUE = 3, 6
 """BIDS' standard tissue classes, column ``mapping`` of a table."""
+
+
+FREESURFER = {91: 865, 92: 866, 630: 172, 631: 172, 632: 172}
+"""Codes of ``BASE`` that are in no table of FreeSurfer -> those that are: left and right basal
+forebrain, and one vermis.  ``aseg`` draws neither: it counts the vermis to the cerebellar cortex of
+both sides, which no list of codes can do.
+"""
+
+
+class Tissue(IntEnum):
+    """What brain mappers call tissue, with BIDS' numbers."""
+
+    GM = 1
+    WM = 2
+    CSF = 3
+
+    @property
+    def in_words(self) -> str:
+        """The tissue's full name."""
+        return {1: "grey matter", 2: "white matter", 3: "fluid"}[self]
+
+
+TISSUE_OF_CLASS: Mapping[int, Tissue] = {
+    **dict.fromkeys((1, 8, 9, 11), Tissue.GM),  # grey matter; cortical; deep; of the cerebellum
+    **dict.fromkeys((2, 10), Tissue.WM),  # white matter; brain stem, which is mostly white
+    CSF_TISSUE: Tissue.CSF,
+}
+"""BIDS' standard tissue class -> tissue; others have none."""
 COLUMNS = ("index", "name", "abbreviation", "color", "mapping", "mirror")
 """Columns that a table must have; ``parent`` and ``subsets`` may follow."""
 LEAST_CODE, GREATEST_CODE = 1, 32767
@@ -100,6 +129,29 @@ class Parcellation:
     def left_codes(self) -> dict[int, int]:
         """Code -> that of the pair's left structure; its own in the middle."""
         return {s.code: min(s.code, s.mirror) for s in self.structures}
+
+    @cached_property
+    def tissues(self) -> Mapping[Tissue, tuple[int, ...]]:
+        """Classes of each tissue; a structure with a parent is of its parent's tissue."""
+        base = self if self.name == BASE else load_parcellation(BASE)
+        of_parent = {s.code: s.tissue for s in base.structures}
+        found = [
+            TISSUE_OF_CLASS.get(of_parent.get(s.parent or 0, s.tissue)) for s in self.structures
+        ]
+        return {
+            tissue: tuple(k for k, each in enumerate(found, start=1) if each is tissue)
+            for tissue in Tissue
+        }
+
+    def tissue_map(self, codes: np.ndarray) -> np.ndarray:
+        """A label map (codes) with every structure replaced by its ``Tissue``, uint8; 0 for none.
+
+        Raises ``DataError`` for codes that are not its own.
+        """
+        lut = np.zeros(self.n_classes, dtype=np.uint8)
+        for tissue, classes in self.tissues.items():
+            lut[list(classes)] = tissue
+        return np.asarray(lut[self.encode(codes, self.class_of)])
 
     @property
     def segmentation(self) -> str:
@@ -181,6 +233,16 @@ class Parcellation:
         """
         base = load_parcellation(BASE)
         return np.asarray(base.codes[base.encode(codes, self.mapping_to(base))])
+
+    def freesurfer(self, codes: np.ndarray) -> np.ndarray:
+        """A label map (codes) with codes of FreeSurfer's table alone (``FREESURFER``), int16.
+
+        A finer parcellation becomes its parents.  Raises ``DataError`` where it has none.
+        """
+        found = self.coarsen(codes)
+        for own, theirs in FREESURFER.items():
+            found[found == own] = theirs
+        return found
 
     def reached(self, mapping: Mapping[int, int]) -> set[int]:
         """Classes that a mapping from foreign ids can give."""

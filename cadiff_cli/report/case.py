@@ -13,14 +13,14 @@ from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.bids.derivatives import read_mask_quality
 from cadiff_cli.io.bids.description import links
 from cadiff_cli.io.bids.layout import Finished
-from cadiff_cli.io.bids.names import MASK, T1W, UNCERTAINTY, xfm_name
+from cadiff_cli.io.bids.names import HEAD, MASK, UNCERTAINTY, WORKING, xfm_name
 from cadiff_cli.io.files import read_json, sha256
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template, spec_of
-from cadiff_cli.io.volumes import Row, read_rows
+from cadiff_cli.io.volumes import Row
 from cadiff_cli.products import CoordinateField, MaskQuality, Registered, Transform, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
@@ -76,17 +76,20 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     working = labels.grid.working()
     notes = []
     scan = find_scan(out, result, scans)
-    if scan is None:
+    head, brain = (_beside(result, f"{name}.nii.gz") for name in (HEAD, WORKING))
+    if scan is None and head.is_file() and brain.is_file():
+        notes.append("the scan itself was not found: its copy with even brightness is shown")
+        scan = head
+    elif scan is None:
         notes.append("the scan itself was not found: only its brain is shown")
-        t1 = load_volume(_beside(result, f"{T1W}.nii.gz"))
-    else:
-        t1 = load_volume(scan)
+    # Up to revision 8 the brain had the head's name.
+    t1 = load_volume(scan or (brain if brain.is_file() else head))
     shown = resample(Volume(finite(t1.data), t1.grid), working)
     inside = resample_mask(Volume(mask.data > 0, mask.grid), working)
     codes = Volume(parcellation.codes[resample_labels(labels, working).data], working)
     case = Case(
         result,
-        read_rows(result.morph),
+        result.rows(),
         shown,
         scan is not None,
         inside,
@@ -114,8 +117,7 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
         name = Path(inner).name
         inside = scans / result.entities.split("_")[0]
         places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
-    if inner != source:
-        places.append(out / raw / inner)
+    places.append(out / raw / inner if inner != source else out / inner)
     checksum = result.provenance.source_sha256
     for place in places:
         if place.is_file() and sha256(place) == checksum:

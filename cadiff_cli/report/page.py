@@ -11,7 +11,7 @@ from cadiff_cli.errors import OutputError, in_a_line
 from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.volumes import AGGREGATES, Row
+from cadiff_cli.io.volumes import TOTALS, Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
@@ -90,7 +90,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         aggregates=[
             (row.name, row.mm3 / 1000)
             for row in case.rows
-            if row.name in AGGREGATES and row.mm3 is not None
+            if row.name in TOTALS and row.mm3 is not None
         ],
         measured_on=ranges.people,
         ranges_people=by_age.people if by_age else "",

@@ -157,6 +157,8 @@ def make_result(
     journal = Journal(job.out)
     journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
     model = _model(job.weights, job.recipe.weights_sha256)
+    if config.output.codes == "freesurfer":  # raises now, not when all is computed
+        model.parcellation.freesurfer(model.parcellation.codes)
     ranges = _ranges(job, model) if job.ranges else None
     with tempfile.TemporaryDirectory(
         prefix=f"cadiff-{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True

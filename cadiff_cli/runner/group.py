@@ -11,14 +11,7 @@ from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
-from cadiff_cli.io.volumes import (
-    AGGREGATES,
-    PERCENTILE,
-    Row,
-    column,
-    percentile_cells,
-    read_rows,
-)
+from cadiff_cli.io.volumes import PERCENTILE, SUMS, TOTALS, Row, column, percentile_cells
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.age_ranges import BRAIN, NOT_CSF, ranges_of
 from cadiff_cli.quality.group import Group, outliers
@@ -43,7 +36,8 @@ ENTITIES = {
 }
 """Columns that identify a row's scan; ``scan`` holds all of its entities."""
 WITH_PERCENTILE = (BRAIN, NOT_CSF)
-"""Aggregates that have percentiles, too."""
+"""Totals that have percentiles, too."""
+SCAN = {"bids_name": "Name of the scan's file without its ending, as in MRIQC's tables"}
 SUFFIX = {"suffix": "Suffix of the scan: T1w, or UNIT1 (uniform image of an MP2RAGE)"}
 QUALITY = {
     "registration_score": "Normalised mutual information of scan and template (1 to 2), the lowest",
@@ -84,7 +78,7 @@ def collect(out: Path, expected: Sequence[str]) -> Group:
             missing[result.entities] = f"its labels are of {other}, not of {parcellation.name}"
             continue
         try:
-            lines = read_rows(result.morph)
+            lines = result.rows()
             by_age = ranges_of(out, result.provenance.ranges, parcellation)
             quality = read_mask_quality(result)
             judgement = judge(result, lines, quality, parcellation, ranges, by_age)
@@ -126,8 +120,9 @@ def write_group(out: Path, expected: Sequence[str]) -> Group:
     """Write ``group_morph.tsv`` with its JSON; list missing scans in ``group_missing.tsv``."""
     group = collect(out, expected)
     parcellation = group.parcellation
-    volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in AGGREGATES]
-    header = ("scan", *ENTITIES, *SUFFIX, *volumes, *_of_percentiles(parcellation), *QUALITY)
+    volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in TOTALS]
+    of_people = _of_percentiles(parcellation)
+    header = ("scan", *SCAN, *ENTITIES, *SUFFIX, *volumes, *of_people, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
     write_json(group.path.with_suffix(".json"), _columns(parcellation))
     missing_path = out / MISSING
@@ -168,7 +163,8 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
     provenance = result.provenance
     provenance.check()
     source = stem(Path(provenance.source))
-    names = {*(s.name for s in parcellation.structures), *AGGREGATES}
+    # Up to revision 8 there were no sums.
+    names = {*(s.name for s in parcellation.structures), *TOTALS} - {*SUMS}
     if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
             f"{result.morph.name} lacks {', '.join(lacking[:3])}",
@@ -176,8 +172,10 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
         )
     return {
         "scan": result.entities,
+        "bids_name": source or None,
         **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
         "suffix": next((x for x in SUFFIXES if source.endswith(f"_{x}")), None),
+        **dict.fromkeys(map(column, SUMS)),
         **{column(x.name): None if x.mm3 is None else f"{x.mm3:.3f}" for x in lines},
         "registration_score": provenance.registration_score,
         "registration": "+".join(dict.fromkeys(used.registration for used in provenance.templates)),
@@ -194,6 +192,7 @@ def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:
     """The description of every column."""
     return {
         "scan": {"Description": "Entities of the scan; its files begin with them"},
+        **{name: {"Description": text} for name, text in SCAN.items()},
         **{name: {"Description": text} for name, (_, text) in ENTITIES.items()},
         **{name: {"Description": text} for name, text in SUFFIX.items()},
         **{
@@ -206,7 +205,7 @@ def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:
         },
         **{
             column(name): {"LongName": name, "Description": text, "Units": "mm3"}
-            for name, text in AGGREGATES.items()
+            for name, text in TOTALS.items()
         },
         **{
             name: {"Description": f"{whose}. {PERCENTILE[kind]}", "Units": "%"}

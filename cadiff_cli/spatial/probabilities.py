@@ -1,7 +1,7 @@
 """Class probabilities (classes, X, Y, Z) float32: most probable class, entropy, resampling."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,14 @@ class Probabilities:
         """(X, Y, Z) float32 entropy of the probabilities: 0 to 1, 1 if all are equal."""
         entropy = torch.special.entr(self.values).sum(dim=1)
         return self._spread(entropy.div_(math.log(self.n_classes)).clamp_(0, 1))
+
+    def summed(self, groups: Sequence[Sequence[int]]) -> "Probabilities":
+        """Those of groups of classes; all others are background."""
+        group_of = torch.zeros(self.n_classes, len(groups) + 1)
+        group_of[:, 0] = 1
+        for k, group in enumerate(groups, start=1):
+            group_of[list(group)] = F.one_hot(torch.tensor(k), len(groups) + 1).float()
+        return Probabilities(self.values @ group_of, self.voxels, self.shape)
 
     def dense(self) -> Tensor:
         """(classes, X, Y, Z) float32: the whole volume, for interpolation."""

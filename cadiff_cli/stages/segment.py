@@ -5,7 +5,7 @@ import numpy as np
 from cadiff_cli.config import Config
 from cadiff_cli.device import enough_memory, precision, usable_device
 from cadiff_cli.errors import UsageError
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import Parcellation, Tissue
 from cadiff_cli.nets.models import Model
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Conditions, Scan, Segmentation
@@ -48,7 +48,8 @@ def segment(
         p, tile = class_probabilities(conditions, model, sample, each, str(device))
     best = p.most_probable()
     drawn = best * inside
-    if same_lattice(grid.voxel_map(native)):
+    copied = same_lattice(grid.voxel_map(native))
+    if copied:
         classes = resample(Volume(best, grid), native, order=0).data
     else:
         classes = native_classes(p, grid, native)
@@ -57,6 +58,12 @@ def segment(
         posteriors = native_posteriors(p, grid, native)
         posteriors[1:, ~mask.data] = 0
         posteriors[0, ~mask.data] = 1
+    of_tissues = p.summed([*parcellation.tissues.values()])
+    if copied:
+        volumes_of = (Volume(x.numpy(), grid) for x in of_tissues.dense()[1:])
+        tissues = [resample(x, native, order=0).data.astype(np.float16) for x in volumes_of]
+    else:
+        tissues = [*native_posteriors(of_tissues, grid, native)[1:]]
     entropy = None
     if output.uncertainty or several:
         entropy = resample(Volume(p.uncertainty(), grid), native).data
@@ -78,6 +85,7 @@ def segment(
         expected_dice=by_code(parcellation, of_drawn(expected_dice(p, drawn), drawn)),
         volume_sd_mm3=by_code(parcellation, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
         uncertainty=entropy,
+        tissues={tissue: x * mask.data for tissue, x in zip(Tissue, tissues, strict=True)},
     )
 
 

@@ -136,7 +136,8 @@ def strip(
         log.warning(note.text)
     if own:
         own = Volume(tidy(own.data, SPECK), own.grid)
-    return Stripped(evened(inside, bias), mask, method, tuple(notes), quality, own, bias.ratio)
+    t1 = evened(inside, bias)
+    return Stripped(t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log)
 
 
 def winsorized(t1: Volume) -> Volume:

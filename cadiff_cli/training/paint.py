@@ -166,5 +166,6 @@ def paint_dataset(label_maps: Path, dataset: Path, seed: int = 0) -> Iterator[Pa
         painted, labels = paint_t1(dseg, np.random.default_rng([seed, number]))
         folder = dataset / f"sub-{name}" / "anat"
         for volume, suffix in ((labels, "dseg"), (painted, "T1w")):
-            save_volume(folder / f"sub-{name}_{suffix}.nii.gz", volume.data, volume.grid)
+            path = folder / f"sub-{name}_{suffix}.nii.gz"
+            save_volume(path, volume.data, volume.grid, labels=suffix == "dseg")
         yield folder / f"sub-{name}_T1w.nii.gz"

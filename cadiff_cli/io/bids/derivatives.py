@@ -3,8 +3,9 @@
 Every file appears under a temporary name and is renamed when it is complete.
 """
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,18 +14,24 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli import machine
+from cadiff_cli.config import StripMethod
 from cadiff_cli.io.bids.description import save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import (
     BRAIN,
     DSEG,
     FIELD,
+    FREESURFER,
+    HEAD,
     MASK,
     MORPH,
     OURS,
     PROBSEG,
-    T1W,
+    TISSUE,
+    TISSUES,
+    TOTALS_MORPH,
     UNCERTAINTY,
+    WORKING,
     standard_name,
     xfm_name,
 )
@@ -32,7 +39,13 @@ from cadiff_cli.io.bids.tables import save_table, table_name
 from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance, told
-from cadiff_cli.io.volumes import AGGREGATES, PERCENTILE, about_expected_dice, volume_rows
+from cadiff_cli.io.volumes import (
+    PERCENTILE,
+    TOTALS,
+    about_expected_dice,
+    total_rows,
+    volume_rows,
+)
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.products import (
     CoordinateField,
@@ -57,30 +70,39 @@ def save_result(
 ) -> list[Path]:
     """Write everything a run produced; returns the paths.
 
-    ``source`` is the BIDS URI of the scan (default: its file name).  What an earlier run left under
-    other names is removed.
+    ``source`` is the BIDS URI of the scan (default: ``place_from``).  What an earlier run left
+    under other names is removed.
     """
     prepared, segmentation = result.prepared, result.segmentation
     path, native = prepared.scan.path, prepared.scan.t1.grid
     registrations, parcellation = prepared.registrations, segmentation.parcellation
-    write = _Writer(Derivatives(out, path), source or path.name)
+    write = _Writer(Derivatives(out, path), source or place_from(out, path))
     dseg, probseg, uncertainty = (
         name.format(parcellation.segmentation) for name in (DSEG, PROBSEG, UNCERTAINTY)
     )
-    mask, t1w = write.uri(MASK), write.uri(T1W)
+    mask, t1w = write.uri(MASK), write.uri(WORKING)
     to_scan = [write.place.uri(xfm_name(r.template.label, "T1w")) for r in registrations]
     save_dataset_files(out)
     save_table(out, parcellation)
     for commit in write.place.commits:
         commit.unlink(missing_ok=True)
 
-    write.image(T1W, prepared.stripped.t1.data, prepared.stripped.t1.grid)
+    write.image(WORKING, prepared.stripped.t1.data, prepared.stripped.t1.grid)
     write.sidecar(
-        T1W,
+        WORKING,
         [write.raw, mask],
-        Description="Skull-stripped T1w on the working grid: RAS axes, 1 mm",
+        Description="The brain as the network saw it",
+        Resolution="1 mm voxels, axes nearest to RAS",
         SkullStripped=True,
     )
+    if result.head is not None:
+        write.image(HEAD, result.head.data, native, like=path)
+        write.sidecar(
+            HEAD,
+            [write.raw, mask],
+            Description="The scan with even brightness: the field that N4 found in the brain",
+            SkullStripped=prepared.stripped.method is StripMethod.AS_IS,
+        )
     write.image(MASK, result.mask.data, native, like=path)
     given = result.config.strip.mask
     known = {"MaskFile": {"Name": given.name, "SHA256": sha256(given)}} if given else {}
@@ -126,6 +148,18 @@ def save_result(
             " 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
             Manual=False,
         )
+    write.tissues(result, like=path)
+    if result.config.output.codes == "freesurfer":
+        theirs = FREESURFER.format(parcellation.segmentation)
+        codes = parcellation.freesurfer(segmentation.labels.data)
+        write.image(theirs, codes, native, like=path)
+        write.sidecar(
+            theirs,
+            [write.uri(dseg)],
+            Description="The labels with codes of FreeSurferColorLUT.txt: vermis 172, basal"
+            " forebrain 865 and 866",
+            Manual=False,
+        )
     for space in result.spaces:
         write.standard(space, dseg)
     write.volumes(result, [write.uri(dseg), mask])
@@ -139,6 +173,17 @@ def save_result(
         **made.sidecar(),
     )
     return sorted(write.written)
+
+
+def place_from(out: Path, scan: Path) -> str:
+    """The path of a scan from ``out``, if it lies in ``out`` or beside it; else its name.
+
+    Longer paths tell more of somebody's machine than a result should.
+    """
+    here, there = scan.resolve(), out.resolve()
+    if here.is_relative_to(there.parent):
+        return Path(os.path.relpath(here, there)).as_posix()
+    return scan.name
 
 
 def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
@@ -206,9 +251,10 @@ class _Writer:
         like: Path | None = None,
         code: str = "scanner",
     ) -> None:
-        save_volume(self.path(f"{name}.nii.gz"), data, grid, like, code)
+        path = self.path(f"{name}.nii.gz")
+        save_volume(path, data, grid, like, code, labels=name.endswith("dseg"))
 
-    def sidecar(self, name: str, sources: Sequence[str], **values: Any) -> None:
+    def sidecar(self, name: str, sources: Sequence[str], /, **values: Any) -> None:
         reference = {} if name.startswith("space-") else {"SpatialReference": self.raw}
         path = self.path(f"{name}.json")
         write_json(path, {**values, "Sources": list(sources), **reference})
@@ -241,46 +287,91 @@ class _Writer:
             spacing = space.labels.grid.spacing_mm[0]
             times = f"{int(space.resolution)} times the template's"
             described["Resolution"] = f"{spacing:g} mm voxels, {times}"
-        parts: tuple[tuple[str, Volume, dict[str, Any]], ...] = (
-            (T1W, space.t1, {"SkullStripped": True}),
-            (MASK, space.mask, {"Type": "Brain"}),
-            (dseg, space.labels, {"Manual": False}),
+        parts: tuple[tuple[str, str, Volume, dict[str, Any]], ...] = (
+            (BRAIN, WORKING, space.t1, {"SkullStripped": True}),
+            (MASK, MASK, space.mask, {"Type": "Brain"}),
+            (dseg, dseg, space.labels, {"Manual": False}),
         )
-        for name, volume, values in parts:
+        for name, source, volume, values in parts:
             standard = standard_name(name, template.name, space.resolution)
             self.image(standard, volume.data, volume.grid, code="mni")
             self.sidecar(
                 standard,
-                [self.uri(name), self.place.uri(xfm_name("T1w", template.label))],
+                [self.uri(source), self.place.uri(xfm_name("T1w", template.label))],
                 **values,
                 **described,
             )
 
+    def tissues(self, result: Result, like: Path) -> None:
+        """Tissue classes of the labels and their probabilities, under names that sMRIPrep reads."""
+        labels, parcellation = result.segmentation.labels, result.segmentation.parcellation
+        sources = [self.uri(DSEG.format(parcellation.segmentation))]
+        self.image(TISSUES, parcellation.tissue_map(labels.data), labels.grid, like=like)
+        self.sidecar(
+            TISSUES,
+            sources,
+            Description="Tissue classes of the labels; fluid in sulci has none",
+            LabelMap={"1": "GM", "2": "WM", "3": "CSF"},
+            Manual=False,
+        )
+        for tissue, p in result.segmentation.tissues.items():
+            name = TISSUE.format(tissue.name)
+            self.image(name, p, labels.grid, like=like)
+            self.sidecar(
+                name,
+                sources,
+                Description=f"Probability of all structures of {tissue.in_words}",
+                Manual=False,
+            )
+
     def volumes(self, result: Result, sources: Sequence[str]) -> None:
-        """The volume table and what its columns mean."""
+        """The tables of structures and of totals."""
+        parcellation = result.segmentation.parcellation
+        names = {s.name: f"Label {s.code} ({s.abbreviation})" for s in parcellation.structures}
+        volume: dict[str, Any] = {
+            "Description": "Label count times voxel volume on the scan's own grid",
+            "Units": "mm3",
+        }
+        share = {"Description": "Share of the total Brain-Segmentation", "Units": "%"}
         described: dict[str, dict[str, Any]] = {
-            "volume-mm3": {
-                "Description": "Label count times voxel volume on the scan's own grid",
-                "Units": "mm3",
-            },
-            "percent-brain": {"Description": "Share of the row Brain-Segmentation", "Units": "%"},
-            "expected-dice": about_expected_dice(result),
+            "index": {"Description": f"Code of the label, of {table_name(parcellation)}"},
+            "name": {"Description": "Structure", "Levels": names},
+            "abbreviation": {"Description": "Short name of the structure"},
+            "volume_mm3": volume,
+            "percent_brain": share,
+            "expected_dice": about_expected_dice(result),
         }
         about_people = {"MeasuredOn": result.percentiles_of} if result.percentiles_of else {}
-        described |= {
+        percentiles = {
             name: {"Description": text, "Units": "%", **about_people}
             for name, text in PERCENTILE.items()
         }
+        described |= percentiles
         if result.calibration:
-            described["usual-dice"] = {"Description": "Dice to expect of it in a good scan"}
+            described["usual_dice"] = {"Description": "Dice to expect of it in a good scan"}
         if result.segmentation.volume_sd_mm3:
-            described["volume-sd-mm3"] = {
+            described["volume_sd_mm3"] = {
                 "Description": "Standard deviation of the volume, counted at 1 mm, over"
                 f" {result.config.sample.samples} samples",
                 "Units": "mm3",
             }
-        header = ("index", "name", "abbreviation", *described)
-        rows = ([row.get(name) for name in header] for row in volume_rows(result))
-        write_tsv(self.path(f"{MORPH}.tsv"), header, rows)
-        aggregates = {name: {"Description": text} for name, text in AGGREGATES.items()}
-        self.sidecar(MORPH, sources, **described, **aggregates)
+        self.table(MORPH, volume_rows(result), described, sources)
+        totals = {
+            "name": {"Description": "What is summed", "Levels": TOTALS},
+            "volume_mm3": volume,
+            "percent_brain": share,
+            **percentiles,
+        }
+        self.table(TOTALS_MORPH, total_rows(result), totals, sources)
+
+    def table(
+        self,
+        name: str,
+        rows: Iterable[Mapping[str, object]],
+        described: Mapping[str, object],
+        sources: Sequence[str],
+    ) -> None:
+        """A table and what its columns mean."""
+        cells = ([row.get(column) for column in described] for row in rows)
+        write_tsv(self.path(f"{name}.tsv"), described, cells)
+        self.sidecar(name, sources, **described)

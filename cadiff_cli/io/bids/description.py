@@ -13,14 +13,19 @@ from cadiff_cli.io.files import read_json, write_json, write_text
 VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 """The version that OpenNeuro appends to a dataset's DOI."""
 BIDS_VERSION = "1.10.0"
-BIDSIGNORE = "*.html\nlog\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\ntemplates\nage_ranges_*\n"
+BIDSIGNORE = (
+    "*.html\nlog\nluts\nexport\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\ntemplates\nage_ranges_*\n"
+)
 TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
 README = """# cadiff derivatives
 
 Brain structures and their volumes, segmented from T1-weighted scans by cadiff.
 
-- `sub-*/[ses-*/]anat/*_seg-cadiff_dseg.nii.gz`: labels on the scan's own grid; codes in `dseg.tsv`
+- `sub-*/[ses-*/]anat/*_seg-cadiff_desc-structures_dseg.nii.gz`: labels on the scan's own grid;
+  codes in `seg-cadiff_dseg.tsv`
+- `sub-*/[ses-*/]anat/*_dseg.nii.gz`: tissues (1 grey matter, 2 white matter, 3 fluid)
 - `sub-*/[ses-*/]anat/*_desc-volumetric_morph.tsv`: volumes in mm3
+- `luts/`: the colours of the codes for FreeView, FSLeyes, ITK-SNAP and others
 - `sub-*.html`, `group.html`: pages to check the results with
 - `group_morph.tsv`: one row a scan, written by `cadiff run BIDS_DIR OUT group`
 - `logs/CITATION.md`: the text of a methods section, with references

@@ -5,17 +5,17 @@ The label map's sidecar is written last: where it exists, everything else does.
 
 import glob
 import os
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.description import refuse_foreign
-from cadiff_cli.io.bids.names import DSEG, MORPH, OURS, source_entities
+from cadiff_cli.io.bids.names import LABEL_MAP, MORPH, OURS, TOTALS_MORPH, source_entities
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
 from cadiff_cli.io.files import check_writable, read_json
 from cadiff_cli.io.provenance import Provenance
+from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation
 
 MAX_STEM_BYTES = 160
@@ -42,7 +42,8 @@ class Derivatives:
     @property
     def commits(self) -> list[Path]:
         """Sidecars of label maps, each written last of its result: everything else is there."""
-        return sorted(self._found(f"{DSEG}.json".format("*")))
+        found = self._found("seg-*_dseg.json")
+        return sorted(path for path in found if LABEL_MAP.search(path.name))
 
     def existing(self) -> list[Path]:
         """Files that are there already under names that a run may write."""
@@ -111,8 +112,12 @@ class Finished:
 
     @property
     def morph(self) -> Path:
-        """The table of its volumes."""
+        """The table of its structures' volumes."""
         return self.commit.with_name(f"{self.entities}_{MORPH}.tsv")
+
+    def rows(self) -> tuple[Row, ...]:
+        """Its volumes: structures, then totals.  Raises ``DataError``."""
+        return read_rows(self.morph, self.commit.with_name(f"{self.entities}_{TOTALS_MORPH}.tsv"))
 
     @property
     def parcellation(self) -> Parcellation:
@@ -133,8 +138,10 @@ def finished_result(place: Derivatives) -> Finished | None:
 def finished(out: Path) -> Iterator[Finished]:
     """Every complete result below ``out``, sorted by path."""
     last = None
-    for path in sorted(out.glob(f"sub-*/**/anat/*_{DSEG}.json".format("*"))):
-        place = Derivatives(out, Path(re.sub(r"_seg-[^_]*_dseg\.json$", "_T1w.nii.gz", path.name)))
+    for path in sorted(out.glob("sub-*/**/anat/*_seg-*_dseg.json")):
+        if not LABEL_MAP.search(path.name) or "_space-" in path.name:
+            continue
+        place = Derivatives(out, Path(LABEL_MAP.sub("_T1w", path.name)))
         if place.stem == last or place.folder != path.parent or not is_ours(out, path):
             continue
         if result := _complete(place, path):
@@ -144,7 +151,9 @@ def finished(out: Path) -> Iterator[Finished]:
 
 def _complete(place: Derivatives, commit: Path) -> Finished | None:
     """The result that a sidecar vouches for, if its labels and volumes are there."""
-    made = (commit.with_suffix(".nii.gz"), place.path(f"{MORPH}.tsv"))
+    made = [commit.with_suffix(".nii.gz"), place.path(f"{MORPH}.tsv")]
+    if "_desc-" in commit.name:  # up to revision 8 one table held the totals too
+        made.append(place.path(f"{TOTALS_MORPH}.tsv"))
     # A link to nothing is a file that git-annex has dropped, not one that was deleted.
     if not all(path.exists() or path.is_symlink() for path in made):
         return None

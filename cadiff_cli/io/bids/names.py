@@ -1,20 +1,33 @@
 """File names: read the entities of a name, and build the names of a result's files."""
 
+import re
 from pathlib import Path
 
 from cadiff_cli.io.formats import stem
 
-T1W, MASK, FIELD = "desc-preproc_T1w", "desc-brain_mask", "desc-distance_field"
-BRAIN = "desc-brain_T1w"
-MORPH = "desc-volumetric_morph"
-DSEG, PROBSEG, UNCERTAINTY = "seg-{}_dseg", "seg-{}_probseg", "seg-{}_desc-uncertainty_probseg"
+HEAD, BRAIN, WORKING = "desc-preproc_T1w", "desc-brain_T1w", "res-1_desc-brain_T1w"
+"""The evened head, and the brain cut out of the scan, on the scan's own grid; the brain on the
+working grid.  Other programs take all files without ``space-`` and ``res-`` to lie on one grid.
+"""
+MASK, FIELD = "desc-brain_mask", "desc-distance_field"
+MORPH, TOTALS_MORPH = "desc-volumetric_morph", "desc-totals_morph"
+DSEG = "seg-{}_desc-structures_dseg"
+FREESURFER = "seg-{}_desc-freesurfer_dseg"
+PROBSEG, UNCERTAINTY = "seg-{}_probseg", "seg-{}_desc-uncertainty_probseg"
 """To be formatted with ``Parcellation.segmentation``."""
+TISSUES, TISSUE = "dseg", "label-{}_probseg"
+"""Tissue classes and their probabilities.  sMRIPrep takes a ``dseg`` without ``desc-`` for such."""
+LABEL_MAP = re.compile(r"_seg-[A-Za-z0-9]+(_desc-structures)?_dseg(?=\.)")
+"""How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
 OURS = (
-    *(f"{name}.*" for name in (T1W, BRAIN, MASK, FIELD, MORPH)),
-    *(f"{name}.*".format("*") for name in (DSEG, PROBSEG, UNCERTAINTY)),
-    *(f"space-*_{name}.*".format("*") for name in (T1W, MASK, DSEG)),
-    "space-*_seg-*_res-*_dseg.*",
+    *(f"{name}.*" for name in (HEAD, BRAIN, WORKING, MASK, FIELD, MORPH, TOTALS_MORPH, TISSUES)),
+    *(f"{name}.*".format("*") for name in (DSEG, PROBSEG, UNCERTAINTY, TISSUE)),
+    *(f"space-*_{name}.*" for name in (BRAIN, MASK)),
+    "space-*_seg-*_dseg.*",
     "from-*_mode-image_xfm.*",
+    # Up to revision 8.
+    "seg-*_dseg.*",
+    f"space-*_{HEAD}.*",
 )
 """Patterns of output names, after the source's entities.
 
@@ -34,7 +47,7 @@ def source_entities(path: Path) -> str:
     if parts[0].startswith("sub-") and all("-" in p for p in parts[:-1]):
         entities = parts if "-" in parts[-1] else parts[:-1]
         kept = [p for p in entities if p.split("-", 1)[0] not in ("desc", "space", "res")]
-        if all(_is_label(p.split("-", 1)[1]) for p in kept):
+        if all(is_label(p.split("-", 1)[1]) for p in kept):
             return "_".join(kept)
     label = "".join(c for c in name if c.isalnum() and c.isascii())
     return f"sub-{label or 'unnamed'}"
@@ -43,17 +56,17 @@ def source_entities(path: Path) -> str:
 def standard_name(name: str, template: str, resolution: str = "") -> str:
     """``name`` in a template's space, with entities in BIDS' order.
 
-    >>> standard_name("seg-cadiff_dseg", "MNIColin27", "2")
-    'space-MNIColin27_seg-cadiff_res-2_dseg'
+    >>> standard_name("seg-cadiff_desc-structures_dseg", "MNIColin27", "2")
+    'space-MNIColin27_seg-cadiff_res-2_desc-structures_dseg'
     >>> standard_name("desc-brain_mask", "MNIColin27", "2")
     'space-MNIColin27_res-2_desc-brain_mask'
     >>> standard_name("desc-brain_mask", "MNIInfant:cohort-2")
     'space-MNIInfant_cohort-2_desc-brain_mask'
     """
-    entity, suffix = name.split("_")
-    res = [f"res-{resolution}"] if resolution else []
-    middle = [entity, *res] if entity.startswith("seg-") else [*res, entity]
-    return "_".join([f"space-{template.replace(':', '_')}", *middle, suffix])
+    parts = [f"space-{template.replace(':', '_')}", *name.split("_")]
+    if resolution:
+        parts.insert(2 if parts[1].startswith("seg-") else 1, f"res-{resolution}")
+    return "_".join(parts)
 
 
 def xfm_name(start: str, end: str) -> str:
@@ -72,5 +85,6 @@ def page_path(out: Path, entities: str) -> Path:
     return out / f"{entities}.html"
 
 
-def _is_label(text: str) -> bool:
+def is_label(text: str) -> bool:
+    """Whether a text may be an entity's value."""
     return bool(text) and text.isascii() and text.replace("+", "").isalnum()

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from cadiff_cli.io.files import write_text, write_tsv
+from cadiff_cli.io.files import write_json, write_text, write_tsv
+from cadiff_cli.labels.luts import FORMATS
 from cadiff_cli.labels.parcellation import (
     BASE,
     OWN_SEGMENTATION,
@@ -13,23 +14,39 @@ from cadiff_cli.labels.parcellation import (
 )
 
 SEGMENTATION = re.compile(r"_seg-([A-Za-z0-9]+)_")
+ABOUT = {
+    "name": "Name of the structure",
+    "abbreviation": "Its short name",
+    "color": "Its colour, red green blue in hexadecimal digits",
+    "mirror": "Code of the partner in the other hemisphere; its own in the middle",
+    "parent": "Code of the structure of cadiff40 that this one is a part of",
+    "subsets": "Names of selections that the structure belongs to",
+}
+"""What the columns of a table mean; ``index`` and ``mapping`` are BIDS' own."""
 BASE_COLUMNS = ("index", "name", "abbreviation", "color", "mapping")
 
 
 def table_name(parcellation: Parcellation) -> str:
-    """File at the root of a dataset that explains the codes: ``dseg.tsv`` for ``BASE``."""
-    if parcellation.name == BASE:
-        return "dseg.tsv"
+    """File at the root of a dataset that explains the codes: ``seg-cadiff_dseg.tsv``."""
     return f"seg-{parcellation.segmentation}_dseg.tsv"
 
 
 def save_table(out: Path, parcellation: Parcellation) -> None:
-    """Write the parcellation's table, unless it is there already.
+    """Write the parcellation's table, and its colours for viewers, unless they are there already.
 
-    ``parcellation_of`` reads the tables of others than ``BASE``.
+    ``parcellation_of`` reads the tables of others than ``BASE``.  That of earlier versions is
+    removed: it would explain the map of tissues too.
     """
+    if _is_earlier(before := out / "dseg.tsv"):
+        before.unlink()
+    for ending, text in FORMATS.items():
+        colours = out / "luts" / f"seg-{parcellation.segmentation}_{ending}"
+        if not colours.exists():
+            write_text(colours, text(parcellation))
     path = out / table_name(parcellation)
     if not path.exists():
+        about = {name: {"Description": text} for name, text in ABOUT.items()}
+        write_json(path.with_suffix(".json"), about)
         write_table(path, parcellation)
 
 
@@ -40,6 +57,16 @@ def write_table(path: Path, parcellation: Parcellation) -> None:
         return
     rows = [(s.code, s.name, s.abbreviation, s.color, s.tissue) for s in parcellation.structures]
     write_tsv(path, BASE_COLUMNS, [(0, "Background", "BG", "#000000", 0), *rows])
+
+
+def _is_earlier(path: Path) -> bool:
+    """Whether a ``dseg.tsv`` is the table of ``BASE`` that cadiff wrote up to revision 8."""
+    try:
+        lines = [line.split("\t")[:3] for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return False
+    known = [[str(s.code), s.name, s.abbreviation] for s in load_parcellation(BASE).structures]
+    return lines[2:] == known
 
 
 def is_ours(out: Path, path: Path) -> bool:

@@ -1,0 +1,40 @@
+"""``cadiff export``: volumes in the layouts of other programs."""
+
+from pathlib import Path
+
+import click
+
+FORMATS = ("enigma", "freesurfer", "synthseg")
+
+
+@click.command(name="export", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(FORMATS),
+    required=True,
+    help="enigma: LandRvolumes.csv. freesurfer: as asegstats2table. synthseg: as mri_synthseg"
+    " --vol.",
+)
+@click.option(
+    "-o", "--out", "path", type=click.Path(path_type=Path), help="File to write [in OUT/export]."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+def command(out: Path, layout: str, path: Path | None, overwrite: bool) -> None:
+    """Write the volumes of all finished results in OUT as another program would.
+
+    ICV, MaskVol and the total intracranial volume are that of the brain mask, which includes fluid
+    in sulci.  The cerebellar cortex is without the vermis, which has a column of its own.
+    """
+    from cadiff_cli.errors import OutputError
+    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.runner.export import LAYOUTS, export
+
+    path = path or out / "export" / LAYOUTS[layout].file
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} is there already", "use --overwrite, or another file with -o")
+    if out.is_dir():
+        check_writable(path.absolute().parent)
+    rows = export(out, LAYOUTS[layout], path)
+    click.echo(f"{path}: {rows} rows")

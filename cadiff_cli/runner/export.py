@@ -1,0 +1,142 @@
+"""Tables of volumes in the layouts that other programs write, for communities that merge them.
+
+``enigma``: ``LandRvolumes.csv`` of ENIGMA's subcortical protocol.  ``freesurfer``: what
+``asegstats2table`` writes.  ``synthseg``: what ``mri_synthseg --vol`` writes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cadiff_cli.errors import MissingInputError
+from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.files import write_text
+from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.quality.ranges import base_volumes
+
+Measure = str | Sequence[str]
+"""A volume by its name in our tables, or several to be added."""
+MASK = "Brain-Mask"
+ENIGMA: Mapping[str, Measure] = {
+    f"{side[0]}{short}": f"{side}-{name}"
+    for short, name in (
+        ("LatVent", "Lateral-Ventricle"),
+        ("thal", "Thalamus"),
+        ("caud", "Caudate"),
+        ("put", "Putamen"),
+        ("pal", "Pallidum"),
+        ("hippo", "Hippocampus"),
+        ("amyg", "Amygdala"),
+        ("accumb", "Accumbens-area"),
+    )
+    for side in ("Left", "Right")
+} | {"ICV": MASK}
+WHOLE_HEMISPHERES = {2, 3, 41, 42}
+"""``aseg.stats`` has them among its measures, not among its structures."""
+VERMIS = tuple(s.name for s in load_parcellation(BASE).structures if s.code in (630, 631, 632))
+FREESURFER: Mapping[str, Measure] = {
+    **{
+        s.name: s.name
+        for s in load_parcellation(BASE).structures
+        if s.code not in WHOLE_HEMISPHERES and s.name not in VERMIS
+    },
+    "Vermis": VERMIS,
+    "BrainSegVol": "Brain-Segmentation",
+    "BrainSegVolNotVent": "Brain-Segmentation-Not-CSF",
+    "lhCortexVol": "Left-Cerebral-Cortex",
+    "rhCortexVol": "Right-Cerebral-Cortex",
+    "CortexVol": "Cortex",
+    "lhCerebralWhiteMatterVol": "Left-Cerebral-White-Matter",
+    "rhCerebralWhiteMatterVol": "Right-Cerebral-White-Matter",
+    "CerebralWhiteMatterVol": "Cerebral-White",
+    "SubCortGrayVol": "Subcortical-Grey",
+    "TotalGrayVol": "Total-Grey",
+    "MaskVol": MASK,
+}
+LEFT = {
+    "left cerebral white matter": "Left-Cerebral-White-Matter",
+    "left cerebral cortex": "Left-Cerebral-Cortex",
+    "left lateral ventricle": "Left-Lateral-Ventricle",
+    "left inferior lateral ventricle": "Left-Inf-Lat-Vent",
+    "left cerebellum white matter": "Left-Cerebellum-White-Matter",
+    "left cerebellum cortex": "Left-Cerebellum-Cortex",
+    "left thalamus": "Left-Thalamus",
+    "left caudate": "Left-Caudate",
+    "left putamen": "Left-Putamen",
+    "left pallidum": "Left-Pallidum",
+    "3rd ventricle": "3rd-Ventricle",
+    "4th ventricle": "4th-Ventricle",
+    "brain-stem": "Brain-Stem",
+    "left hippocampus": "Left-Hippocampus",
+    "left amygdala": "Left-Amygdala",
+    "csf": "CSF",
+    "left accumbens area": "Left-Accumbens-area",
+    "left ventral DC": "Left-VentralDC",
+}
+SYNTHSEG: Mapping[str, Measure] = {
+    "total intracranial": MASK,
+    **LEFT,
+    **{
+        column.replace("left ", "right "): name.replace("Left-", "Right-")
+        for column, name in LEFT.items()
+        if column.startswith("left ")
+    },
+    "vermis": VERMIS,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Its usual file name, the head of its first column, the other columns, and what parts them."""
+
+    file: str
+    first: str
+    columns: Mapping[str, Measure]
+    separator: str = ","
+
+
+LAYOUTS = {
+    "enigma": Layout("LandRvolumes.csv", "SubjID", ENIGMA),
+    "freesurfer": Layout("asegstats.tsv", "Measure:volume", FREESURFER, "\t"),
+    "synthseg": Layout("synthseg_volumes.csv", "subject", SYNTHSEG),
+}
+
+
+def export(out: Path, layout: Layout, path: Path) -> int:
+    """Write the volumes of every finished result in ``out``; returns the number of rows.
+
+    A row is named after its person, or after the scan where a person has several.  What a network
+    never draws is ``NA``.  Raises ``MissingInputError`` without a result, and ``DataError`` for one
+    that cannot be read.
+    """
+    results = [*finished(out)]
+    if not results:
+        raise MissingInputError(f"{out} holds no finished result", "give a folder of cadiff's")
+    name = _namer(results)
+    lines = [(layout.first, *layout.columns)]
+    for result in results:
+        volumes = base_volumes(
+            {row.name: row.mm3 for row in result.rows() if row.mm3 is not None},
+            result.parcellation,
+        )
+        cells = (_cell(volumes, measure) for measure in layout.columns.values())
+        lines.append((name(result), *cells))
+    write_text(path, "".join(layout.separator.join(line) + "\n" for line in lines))
+    return len(results)
+
+
+def _namer(results: Sequence[Finished]) -> Callable[[Finished], str]:
+    people = Counter(result.entities.split("_")[0] for result in results)
+
+    def name(result: Finished) -> str:
+        person = result.entities.split("_")[0]
+        return person if people[person] == 1 else result.entities
+
+    return name
+
+
+def _cell(volumes: Mapping[str, float], measure: Measure) -> str:
+    names = [measure] if isinstance(measure, str) else measure
+    known = [volumes[name] for name in names if name in volumes]
+    return f"{sum(known):.3f}" if known else "NA"
