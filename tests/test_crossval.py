@@ -147,7 +147,7 @@ def test_an_unfinished_fold_is_not_scored(toy_sample, tiny_config, tmp_path):
             **limits,
         )
 
-    with pytest.raises(CadiffError, match="fold 1 was stopped at step 0 of 1"):
+    with pytest.raises(CadiffError, match="fold-1 was stopped at step 0 of 1"):
         first_fold(max_minutes=0)
     assert not (tmp_path / "folds.json").exists()
     assert first_fold()

@@ -31,6 +31,7 @@ COMMANDS = (
     "fetch",
     "train",
     "crossval",
+    "ablate",
     "paint",
     "train-mask",
     "atlas",

@@ -1,9 +1,14 @@
 """``cadiff train``: from a folder of labelled scans to weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from cadiff_cli.io.bids.labelled import LabelledScan
+    from cadiff_cli.labels.parcellation import Parcellation
 
 RUN_OPTIONS = (
     click.option(
@@ -52,6 +57,32 @@ SCAN_OPTIONS = (
 )
 
 
+ALSO_OPTIONS = (
+    click.option(
+        "--also",
+        type=(click.Path(path_type=Path), str),
+        multiple=True,
+        metavar="DATASET LABELS",
+        help="Scans whose labels are trusted less: a share of the patches, no vote in the prior.",
+    ),
+    click.option(
+        "--also-share",
+        type=click.FloatRange(0, 1),
+        help="Share of the patches that --also gets [0.3].",
+    ),
+    click.option(
+        "--init", metavar="MODEL", help="Begin with these weights (released name or file)."
+    ),
+)
+
+
+def also_options(command: Any) -> Any:
+    """Options that ``train`` and ``ablate`` share."""
+    for option in reversed(ALSO_OPTIONS):
+        command = option(command)
+    return command
+
+
 def run_options(command: Any) -> Any:
     """Options that every training has."""
     for option in reversed(RUN_OPTIONS):
@@ -66,23 +97,35 @@ def training_options(command: Any) -> Any:
     return run_options(command)
 
 
+def sources_of(
+    dataset: Path, labels: str, also: Sequence[tuple[Path, str]], parcellation: "Parcellation"
+) -> list[tuple[list["LabelledScan"], dict[int, int]]]:
+    """The scans of a dataset, and of each of ``also``, with the mapping of its ids to classes.
+
+    Raises ``UsageError`` if two of ``also`` share a subject.
+    """
+    from collections import Counter
+
+    from cadiff_cli.errors import UsageError
+    from cadiff_cli.io.bids.labelled import labelled_scans
+    from cadiff_cli.labels.schemes import load_scheme
+
+    sources = [
+        (labelled_scans(path), load_scheme(name, parcellation))
+        for path, name in ((dataset, labels), *also)
+    ]
+    others = ({scan.subject for scan in scans} for scans, _ in sources[1:])
+    counted = Counter(name for group in others for name in group)
+    if both := sorted(name for name, n in counted.items() if n > 1):
+        raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
+    return sources
+
+
 @click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
-@click.option(
-    "--also",
-    type=(click.Path(path_type=Path), str),
-    multiple=True,
-    metavar="DATASET LABELS",
-    help="Scans whose labels are trusted less: a share of the patches, no vote in the prior.",
-)
-@click.option(
-    "--also-share",
-    type=click.FloatRange(0, 1),
-    help="Share of the patches that --also gets [0.3].",
-)
-@click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
+@also_options
 @click.option(
     "--recount-prior", is_flag=True, help="Count the label prior over DATASET, not --init's."
 )
@@ -120,15 +163,12 @@ def command(
     a kill, and goes on further with more --steps.
     """
     import logging
-    from collections import Counter
 
     from cadiff_cli.device import pick_device
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io import models
-    from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels.parcellation import load_parcellation
-    from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import Model
     from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
@@ -146,14 +186,8 @@ def command(
     model = models.load(Model, init) if init else None
     pick_device(device)
     parcellation = load_parcellation(training.parcellation)
-    sources = [
-        (labelled_scans(path), load_scheme(name, parcellation))
-        for path, name in ((dataset, training.labels), *also)
-    ]
+    sources = sources_of(dataset, training.labels, also, parcellation)
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
-    counted = Counter(name for group in others for name in group)
-    if both := sorted(name for name, n in counted.items() if n > 1):
-        raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
     held = tuple(name.removeprefix("sub-") for name in hold_out)
     check_people(subjects, set().union(*others), held, model, training.net, parcellation)
     for folder in (run, cache or run):

@@ -1,9 +1,10 @@
 """Means of scores over scans and structures, and the tables that hold them."""
 
+import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cadiff_cli.evaluation.scores import Score
@@ -59,6 +60,24 @@ def write_scores(path: Path, scores: Iterable[Score], measures: Sequence[str]) -
     """Write a TSV with one row per scan and structure."""
     columns = ("scan", "reference", "structure", "volume_mm3", "reference_mm3", *measures)
     write_tsv(path, columns, (_rounded(getattr(s, c) for c in columns) for s in scores))
+
+
+def read_scores(path: Path) -> list[Score]:
+    """What ``write_scores`` wrote with all measures of a ``Score``, rounded as it is there."""
+
+    def number(cell: str) -> float:
+        return math.nan if cell == "n/a" else float(cell)
+
+    scores = []
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
+            names = ("dice", "nsd", "hd95_mm", "volume_mm3", "reference_mm3")
+            score = Score(
+                row["scan"], row["reference"], row["structure"], *(number(row[n]) for n in names)
+            )
+            missed = math.isnan(score.hd95_mm) and not score.absent
+            scores.append(replace(score, hd95_mm=math.inf) if missed else score)
+    return scores
 
 
 def write_summaries(path: Path, key: str, summaries: Sequence[Summary]) -> None:

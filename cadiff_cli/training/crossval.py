@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def cross_validate(
         if only and k not in only:
             continue
         log.info("fold %d of %d: held out %s", k, n_folds, ", ".join(held_out))
-        weights = train(
+        model = fitted(
             samples,
             run / f"fold-{k}",
             config,
@@ -98,26 +99,37 @@ def cross_validate(
             net_config=net_config,
             device=device,
             workers=workers,
-            validate_minutes=math.inf,
             max_minutes=(until - time.monotonic()) / 60,
         )
-        model = models.load(Model, str(weights))
-        if (reached := model.training["steps"]) < config.steps:
-            raise CadiffError(
-                f"fold {k} was stopped at step {reached} of {config.steps}: nothing is scored",
-                "give the same command again: it goes on from there",
-            )
         for sample in (s for s in samples if s.subject in held_out):
-            shape = sample.classes.shape
-            grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
-            classes = segment_sample(model.net, sample, parcellation, sampling, device)
-            predicted = Volume(classes, grid)
-            reference = Volume(sample.classes, grid)
-            scored = {
-                parcellation.structures[k - 1].name
-                for k in sample.scored(parcellation.subset(subset))
-            }
-            rows = score_classes(sample.name, predicted, reference, parcellation, subset)
-            scores += [score for score in rows if score.structure in scored]
+            scores += score_sample(model, sample, sampling, device)
     write_text(run / "folds.json", json.dumps(split, indent=2) + "\n")
     return scores
+
+
+def fitted(samples: Sequence[Sample], run: Path, config: TrainConfig, **options: Any) -> Model:
+    """A network that was trained to the end of its schedule; ``options`` are those of ``train``.
+
+    Raises ``CadiffError`` if it was stopped before.
+    """
+    weights = train(samples, run, config, validate_minutes=math.inf, **options)
+    model = models.load(Model, str(weights))
+    if (reached := model.training["steps"]) < config.steps:
+        raise CadiffError(
+            f"{run} was stopped at step {reached} of {config.steps}: nothing is scored",
+            "give the same command again: it goes on from there",
+        )
+    return model
+
+
+def score_sample(model: Model, sample: Sample, sampling: SampleConfig, device: str) -> list[Score]:
+    """Segment a cached scan and score it on its 1 mm crop, in structures that somebody drew."""
+    shape = sample.classes.shape
+    grid = Grid((shape[0], shape[1], shape[2]), np.eye(4))
+    drawn = model.parcellation
+    classes = segment_sample(model.net, sample, drawn, sampling, device)
+    predicted, reference = Volume(classes, grid), Volume(sample.classes, grid)
+    subset = drawn.headline
+    scored = {drawn.structures[k - 1].name for k in sample.scored(drawn.subset(subset))}
+    rows = score_classes(sample.name, predicted, reference, drawn, subset)
+    return [score for score in rows if score.structure in scored]

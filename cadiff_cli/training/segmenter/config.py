@@ -70,6 +70,7 @@ FOLLOWS = 0
 def load(
     name: str,
     *,
+    common: str | None = None,
     synthetic: float | None = None,
     templates: Sequence[str] = (),
     parcellation: str | None = None,
@@ -80,10 +81,13 @@ def load(
 ) -> Training:
     """A training by name or from a ``.toml`` file; what else is given overrides the file.
 
+    ``common`` is a second file, whose keys override those of the first.
     ``synthetic`` is the share of patches with resampled contrast.  ``net.n_classes`` follows the
     parcellation; a file that names another number is a ``UsageError``.
     """
     file = load_training(name, Training(net=NetConfig(n_classes=FOLLOWS)))
+    if common:
+        file = load_training(common, file)
     training = overridden(file, steps=steps, decay=decay, **settings)
     if synthetic is not None:
         augment = training.train.augment

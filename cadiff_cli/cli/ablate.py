@@ -1,0 +1,136 @@
+"""``cadiff ablate``: the tables of the paper, and ours, with equal budgets for every row."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cadiff_cli.cli.train import also_options, sources_of, training_options
+
+
+@click.command(name="ablate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option(
+    "--tables",
+    default="II,III,IV,V,VI,4",
+    show_default=True,
+    help="Tables of the paper; 4 is its Fig. 4. Ours: SPAD, states.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings of each row."
+)
+@click.option(
+    "--hold-out",
+    multiple=True,
+    help="Subject label that is scored, of any dataset (repeatable), instead of --folds.",
+)
+@click.option("--folds", type=click.IntRange(2), default=3, show_default=True)
+@also_options
+@click.option(
+    "--common",
+    type=click.Path(path_type=Path, exists=True),
+    help="A TOML file of settings that all rows share, over those of their configs.",
+)
+@training_options
+def command(
+    dataset: Path,
+    tables: str,
+    seeds: int,
+    hold_out: tuple[str, ...],
+    folds: int,
+    also: tuple[tuple[Path, str], ...],
+    also_share: float | None,
+    init: str | None,
+    common: Path | None,
+    run: Path,
+    cache: Path | None,
+    seed: int | None,
+    templates: tuple[str, ...],
+    device: str,
+    workers: int,
+    max_minutes: float,
+    **settings: Any,
+) -> None:
+    """Train and score each row of the ablation's tables on DATASET, with equal budgets.
+
+    RUN gets a folder for each network, and for each table a Markdown file with our figures beside
+    the paper's, rewritten whenever a network is done. Seeds are --seed and those after it. The same
+    command continues after a kill, or after --max-minutes, which end it with exit code 1.
+    """
+    import logging
+    from functools import lru_cache
+
+    from cadiff_cli.device import pick_device
+    from cadiff_cli.errors import UsageError
+    from cadiff_cli.io import models
+    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.labels.parcellation import load_parcellation
+    from cadiff_cli.nets.models import Model
+    from cadiff_cli.report.ablation import write_tables
+    from cadiff_cli.training.ablation import Plan, ablate, tables_of
+    from cadiff_cli.training.crossval import folds as split
+    from cadiff_cli.training.segmenter.config import Training, load
+    from cadiff_cli.training.segmenter.data import Sample, prepare_scans
+    from cadiff_cli.training.segmenter.run import check_people
+    from cadiff_cli.training.templates import load_atlas
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if also_share is not None:
+        if not also:
+            raise UsageError("--also-share has nothing to share with", "give --also as well")
+        settings["also_share"] = also_share
+
+    def loaded(config: str, seed: int) -> Training:
+        over = None if common is None else str(common)
+        return load(config, common=over, seed=seed, **settings)
+
+    # Whatever is wrong with a name is said before hours of preparation, not after.
+    chosen = tables_of(tables)
+    model = models.load(Model, init) if init else None
+    pick_device(device)
+    first = loaded("cadiff", 0)
+    parcellation = load_parcellation(first.parcellation)
+    sources = sources_of(dataset, first.labels, also, parcellation)
+    subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
+    known = set().union(*others)
+    if hold_out:
+        splits = [[name.removeprefix("sub-") for name in hold_out]]
+    else:
+        groups = [split(group, folds) for group in (subjects, known) if group]
+        splits = [[name for part in parts for name in part] for parts in zip(*groups, strict=True)]
+    start = first.train.seed if seed is None else seed
+    plan = Plan(chosen, range(start, start + seeds), splits, templates or Plan.templates)
+    people = {scan.subject: str(scan.t1) for scan in sources[0][0]}
+    for network in plan.networks():
+        net = loaded(network.config, network.seed).net
+        check_people(subjects, known, splits[network.fold], model, net, parcellation)
+        for name in plan.templates_of(network, people):
+            load_atlas(name)
+    for folder in (run, cache or run):
+        check_writable(folder)
+
+    @lru_cache(maxsize=2)
+    def prepare(names: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
+        samples, *less_trusted = (
+            prepare_scans(scans, names, parcellation, mapping, cache or run / "cache")
+            for scans, mapping in sources
+        )
+        return samples, [sample for other in less_trusted for sample in other]
+
+    results = []
+    for result in ablate(
+        plan,
+        run,
+        loaded,
+        prepare,
+        people,
+        parcellation,
+        init=model,
+        device=device,
+        workers=workers,
+        max_minutes=max_minutes,
+    ):
+        results.append(result)
+        written = write_tables(run, plan, results, first.train.steps)
+    for path in written:
+        click.echo(path)
