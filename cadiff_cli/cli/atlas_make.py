@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cadiff_cli.cli.options import SexOption
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.releases import DEFAULT_ATLAS
 
@@ -47,7 +48,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
 
 @click.command(name="make", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--age", metavar="YEARS", help="Age, or a range FROM:TO:STEP as 20:90:10.")
-@click.option("--sex", type=click.Choice(["F", "M"]), help="Of the people [both].")
+@click.option("--sex", type=SexOption(), help="Of the people [both].")
 @click.option(
     "--ventricles",
     type=click.FloatRange(0, 100, min_open=True),

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 @click.command(name="seg", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
-@click.option("--age", type=Age(), help="Of the person: percentiles among people of this age.")
-@click.option("--sex", type=SexOption(), help="Of the person: percentiles among people of it.")
+@click.option(
+    "--age", type=Age(), help="Of the person: for percentiles, and for --template conditional."
+)
+@click.option("--sex", type=SexOption(), help="Of the person, likewise.")
 @options_of(Request)
 @click.option("--series", type=int, help="Of a DICOM folder: number of the series.")
 @click.option("--subject", help="Of a DICOM folder: label for its files [01].")
