@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from scipy.special import ndtr, ndtri
 
 from cadiff_cli.cli.ranges import command
+from cadiff_cli.config import Config, Recipe, Request
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.cohorts import Cohort, parcellation_in, read_cohort
 from cadiff_cli.io.volumes import column
@@ -20,12 +21,16 @@ from cadiff_cli.quality.age_ranges import (
     NOT_CSF,
     VENTRICLES,
     design,
+    keep_age_ranges,
     load_age_ranges,
     percentiles,
+    ranges_of,
     read_age_ranges,
     sizes,
     write_age_ranges,
 )
+from cadiff_cli.runner.execute import _ranges
+from cadiff_cli.runner.job import Job, job_of
 
 TOY = Parcellation(
     "toy",
@@ -437,3 +442,24 @@ def test_released_ranges_cover_the_parcellation(parcellation):
         assert (np.diff(lines, axis=0) > 0).all()
     finer = replace(TOY, name="finer")
     assert load_age_ranges(finer) is None
+
+
+def test_ranges_of_other_structures_are_refused(few, tiny_model, tmp_path):
+    """Before anything costly begins; and a file that changes meanwhile."""
+    path = tmp_path / "ranges.json"
+    write_age_ranges(path, few)
+    recipe = Recipe(Config(), "x", "m", "0" * 64, ranges=few.fingerprint)
+    job = Job(tmp_path / "t1.nii", tmp_path, "", recipe, "x", "m", ranges=path)
+    with pytest.raises(UsageError, match="are of toy, tiny draws cadiff40"):
+        _ranges(job, tiny_model)
+    with pytest.raises(DataError, match="changed while"):
+        _ranges(replace(job, recipe=replace(recipe, ranges="other")), tiny_model)
+    with pytest.raises(MissingInputError, match="cadiff ranges train"):
+        job_of(Request(ranges=tmp_path / "none.json"), tmp_path)
+
+
+def test_an_output_folder_keeps_the_ranges_that_were_given(few, parcellation, tmp_path):
+    keep_age_ranges(tmp_path, few)
+    assert ranges_of(tmp_path, few.fingerprint, TOY) == few
+    assert ranges_of(tmp_path, "other", TOY) is None
+    assert ranges_of(tmp_path, "", parcellation) == load_age_ranges(parcellation)

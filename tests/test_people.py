@@ -2,8 +2,11 @@
 
 import json
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from cadiff_cli.cli.options import Age, SexOption
 from cadiff_cli.io.bids.people import read_people
 from cadiff_cli.products import Person
 
@@ -105,3 +108,32 @@ def test_a_table_without_the_columns_says_what_it_has(people, tmp_path):
     nothing = read_people(tmp_path / "none")
     assert (nothing.of("01"), nothing.notes) == (Person(), ())
     assert people("participant_id\tage\tsex\n01\t3\tF", encoding="utf-16").of("01").sex == "F"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--age", "72"], (72.0, None)),
+        (["--age", "018M", "--sex", "male"], (1.5, "M")),
+        (["--age", "89+", "--sex", "f"], (89.0, "F")),
+        ([], (None, None)),
+        (["--age", "old"], "'old' is no age of 0 to 120 years: write 72"),
+        (["--age", "860"], "'860' is no age"),
+        (["--sex", "x"], "'x' is neither F nor M"),
+    ],
+)
+def test_options_take_what_tables_hold(words, wanted):
+    made = []
+
+    @click.command()
+    @click.option("--age", type=Age())
+    @click.option("--sex", type=SexOption())
+    def command(age, sex):
+        made.append((age, sex))
+
+    answer = CliRunner().invoke(command, words)
+    if isinstance(wanted, str):
+        assert answer.exit_code == 2
+        assert wanted in answer.output
+    else:
+        assert made == [wanted]

@@ -21,6 +21,7 @@ from cadiff_cli.io.bids import derivatives
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import page_path
+from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.notes import Note, NoteCode
@@ -260,6 +261,11 @@ def test_pages_and_groups_say_where_a_person_stands(
         assert rows[name]["left_thalamus_percentile"] is None
         assert rows[name]["compared_with"] == "adults of 18 to 90 years"
     assert "age 3: the ranges, and what the network has learnt, are of" in rows["sub-03"]["reasons"]
+    # Ages that are known later, or better, need no new segmentation.
+    later = People({"03": Person(50.0)})
+    row = next(row for row in collect(out, [*people], later).rows if row["scan"] == "sub-03")
+    assert (row["age"], row["sex"]) == (50.0, "M")
+    assert float(row["left_thalamus_percentile"]) >= 0
     # Without their file, ranges that were given are unknown: no others take their place.
     next(out.glob("age_ranges_*")).unlink()
     (row,) = collect(out, ["sub-01"]).rows

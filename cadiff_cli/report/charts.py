@@ -64,7 +64,7 @@ def _chart(
     lines = ranges.lines(name, ages, judgement.person, LINES) / scale
     value = size / scale
     low, high = min(lines.min(), value), max(lines.max(), value)
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    low, high = max(low - 0.05 * (high - low), 0.0), high + 0.05 * (high - low)
 
     def across(age: float) -> float:
         first, last = ranges.ages

@@ -8,6 +8,7 @@ from typing import Any
 from cadiff_cli.errors import DataError, MissingInputError, in_a_line
 from cadiff_cli.io.bids.derivatives import read_mask_quality
 from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
@@ -53,15 +54,16 @@ QUALITY = {
 }
 
 
-def collect(out: Path, expected: Sequence[str]) -> Group:
+def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Group:
     """Collect rows of the expected scans that are finished, and the reasons for missing ones.
 
     A table has one parcellation, that of most results; results in others count as missing.
+    ``people`` are of today's ``participants.tsv``: what it knows counts, not what sidecars hold.
 
     Raises ``MissingInputError`` if no expected scan is finished.
     """
     names = set(expected)
-    results = [result for result in finished(out) if result.entities in names]
+    results = [r.known_as(people) for r in finished(out) if r.entities in names]
     journal, missing, notes = Journal(out), dict[str, str](), list[str]()
     if not results:
         whys = {_why_missing(journal.read(entities)) for entities in expected} - {NOT_RUN}
@@ -116,9 +118,9 @@ def _why_missing(last: Outcome | None) -> str:
     return f"unsuitable: {last.message}" if last.status == "unsuitable" else last.message
 
 
-def write_group(out: Path, expected: Sequence[str]) -> Group:
+def write_group(out: Path, expected: Sequence[str], people: People = NOBODY) -> Group:
     """Write ``group_morph.tsv`` with its JSON; list missing scans in ``group_missing.tsv``."""
-    group = collect(out, expected)
+    group = collect(out, expected, people)
     parcellation = group.parcellation
     volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in TOTALS]
     of_people = _of_percentiles(parcellation)

@@ -16,6 +16,7 @@ from cadiff_cli.config import Request
 from cadiff_cli.errors import DiskError, MissingInputError, UsageError, in_a_line
 from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.bids.layout import finished
+from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
@@ -148,7 +149,7 @@ def group_level(request: DatasetRequest, listener: Listener) -> int:
     if request.dry_run:
         listener.line("\n".join(expected))
         return 0
-    group = write_group(request.out, expected)
+    group = write_group(request.out, expected, request.dataset.people)
     _cite(request.out, listener)
     if why := report_group(request.out, group, wanted=request.config.output.report):
         listener.warn(why)
@@ -175,17 +176,25 @@ def rebuild_reports(
     code = 0
     if pages and "participant" in levels:
         chosen = scan_names(request.dataset, request.selection, request.database)
-        code = scan_pages(request.out, request.dataset.root, listener, chosen)
+        dataset = request.dataset
+        code = scan_pages(request.out, dataset.root, listener, chosen, dataset.people)
     if pages and "group" in levels:
-        group = collect(request.out, _everybody(request))
+        group = collect(request.out, _everybody(request), request.dataset.people)
         listener.line(str(write_group_page(request.out, group)))
     return code
 
 
 def scan_pages(
-    out: Path, scans: Path | None, listener: Listener, only: Collection[str] | None = None
+    out: Path,
+    scans: Path | None,
+    listener: Listener,
+    only: Collection[str] | None = None,
+    people: People = NOBODY,
 ) -> int:
-    """Pages of all finished results, or of ``only`` those with these entities; the exit code."""
+    """Pages of all finished results, or of ``only`` those with these entities; the exit code.
+
+    Ages and sexes that ``people`` know count, not what sidecars hold.
+    """
     results = [r for r in finished(out) if only is None or r.entities in only]
     if not results:
         whose = "" if only is None else " of the scans that were named"
@@ -194,7 +203,7 @@ def scan_pages(
     for result in results:
         try:
             with alone(out, result.entities):
-                listener.line(str(write_page(out, result, scans)))
+                listener.line(str(write_page(out, result.known_as(people), scans)))
         except Exception as error:  # one bad result must not cost the others their pages
             listener.warn(f"{result.entities}: {in_a_line(error)}")
             code = 1

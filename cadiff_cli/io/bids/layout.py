@@ -6,17 +6,19 @@ The label map's sidecar is written last: where it exists, everything else does.
 import glob
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.description import refuse_foreign
 from cadiff_cli.io.bids.names import LABEL_MAP, MORPH, OURS, TOTALS_MORPH, source_entities
+from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
 from cadiff_cli.io.files import check_writable, read_json
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.products import Person
 
 MAX_STEM_BYTES = 160
 """Longest name of a scan: file systems allow 255, results and temporary files add to it."""
@@ -109,6 +111,13 @@ class Finished:
     entities: str
     commit: Path
     provenance: Provenance
+
+    def known_as(self, people: People) -> "Finished":
+        """The same result with the age and sex that ``people`` know now, where they do."""
+        then, now = self.provenance.person, people.of(self.entities.split("_")[0])
+        age = then.age_years if now.age_years is None else now.age_years
+        person = Person(age, now.sex or then.sex)
+        return replace(self, provenance=replace(self.provenance, person=person))
 
     @property
     def morph(self) -> Path:

@@ -44,6 +44,9 @@ class People:
         return self.persons.get(label.removeprefix("sub-"), Person())
 
 
+NOBODY = People()
+
+
 def age_of(text: str, per_year: float = 1.0) -> float | None:
     """Age in years; None if the text is no age, or none of 0 to 120 years.
 
