@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-NAME, BIRTH, DAY, TIME = "Doe^Jane", "19700102", "20200304", "050607.123456"
+NAME, ID = "Mustermann^Erika", "P47110815"
+BIRTH, DAY, TIME = "19700102", "20200304", "050607.123456"
 """What must never be in a result."""
 MR_IMAGE, LITTLE_ENDIAN = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.1.2.1"
 ROOT = "1.2.826.0.1.3680043.8.498"
@@ -50,7 +51,7 @@ def write_series(folder: Path, data: np.ndarray, affine: np.ndarray, number: int
             element(0x0008, 0x0070, "LO", "SIEMENS"),
             element(0x0008, 0x103E, "LO", title),
             element(0x0010, 0x0010, "PN", NAME),
-            element(0x0010, 0x0020, "LO", "4711"),
+            element(0x0010, 0x0020, "LO", ID),
             element(0x0010, 0x0030, "DA", BIRTH),
             element(0x0018, 0x0020, "CS", "GR"),
             element(0x0018, 0x0023, "CS", "3D"),
