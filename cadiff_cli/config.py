@@ -14,6 +14,10 @@ REVISION = 9
 """Increase when unchanged settings give other results; older results then count as outdated."""
 
 
+PARCELS = "nmm138"
+"""The finer parcellation that ``--parcellation`` offers, and the release of its network."""
+
+
 class StripMethod(StrEnum):
     """What found the brain.  Files hold these values: do not change them."""
 
@@ -124,9 +128,9 @@ class OutputConfig:
     """The files that a run writes besides label map, mask, brain, transforms and volumes.
 
     ``codes`` may ask for a second label map; ``posteriors`` is the 4-D probseg; ``uncertainty`` the
-    entropy of the probabilities, which several samples give unasked; ``field`` the distance field;
-    ``spaces`` are standard spaces (``NAME[:res-N]``) that results are resampled to; ``report`` is
-    the page.
+    entropy of the probabilities, which several samples give unasked; ``parcellation`` names a finer
+    one, whose labels lie beside the others; ``field`` is the distance field; ``spaces`` are
+    standard spaces (``NAME[:res-N]``) that results are resampled to; ``report`` is the page.
     """
 
     codes: str = option(
@@ -137,6 +141,11 @@ class OutputConfig:
     posteriors: bool = option(False, "Also write the 4-D probseg.")
     uncertainty: bool = option(
         False, "Also write a map of uncertainty (--samples 2 and more always do)."
+    )
+    parcellation: str | None = option(
+        None,
+        "Also name the parcels of the cerebral cortex, in a second label map.",
+        choices=(PARCELS,),
     )
     field: bool = option(False, "Also write the distance field.", "--save-field")
     spaces: tuple[str, ...] = option(
@@ -212,8 +221,9 @@ class Recipe:
     ``template`` holds names, joined by ``+``, never ``auto``; ``template_sha256`` the (name,
     checksum) of those whose name does not tell their content.  ``strip_sha256`` is that of the
     network which may have found the brain, ``calibration`` the fingerprint of what calibrates the
-    expected Dice; both are empty without one.  ``ranges`` is the fingerprint of age ranges that the
-    user gave, empty for those that ship.
+    expected Dice, ``parcels_sha256`` the checksum of the network that names parcels; all are empty
+    without one.  ``ranges`` is the fingerprint of age ranges that the user gave, empty for those
+    that ship.
     """
 
     config: Config
@@ -224,6 +234,7 @@ class Recipe:
     calibration: str = ""
     template_sha256: tuple[tuple[str, str], ...] = ()
     ranges: str = ""
+    parcels_sha256: str = ""
 
     def settings(self) -> dict[str, Any]:
         """Plain values that decide the result; neither its page nor where files lie.
@@ -253,6 +264,11 @@ class Recipe:
             "output_spaces": output["spaces"],
             "field": output["field"],
             **({"codes": output["codes"]} if output["codes"] != OutputConfig.codes else {}),
+            **(
+                {"parcellation": output["parcellation"], "parcels_sha256": self.parcels_sha256}
+                if output["parcellation"]
+                else {}
+            ),
             **plain,
         }
 

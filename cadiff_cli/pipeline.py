@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from cadiff_cli.stages.strip import on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
 if TYPE_CHECKING:
-    from cadiff_cli.nets.models import BrainModel, Model
+    from cadiff_cli.nets.models import BrainModel, Model, ParcelModel
 
 Announce = Callable[[str], None]
 """Called with a stage's name when it begins."""
@@ -63,6 +64,15 @@ def brain_model() -> "BrainModel":
     from cadiff_cli.nets.models import BrainModel
 
     return models.load(BrainModel)
+
+
+@cache
+def parcel_model(name: str) -> "ParcelModel":
+    """The released network that names the parcels of ``name``, loaded once per process."""
+    from cadiff_cli.io import models
+    from cadiff_cli.nets.models import ParcelModel
+
+    return models.load(ParcelModel, name)
 
 
 def prepare(
@@ -111,20 +121,27 @@ def run(
     ``jobs`` registrations are done at a time.  ``ranges`` are the user's own, in place of those
     that ship.
     """
+    from cadiff_cli.stages.parcels import parcellate
     from cadiff_cli.stages.segment import segment
 
     watch = Stopwatch(announce)
     prepared = prepare(scan, templates, config, work_dir, watch, jobs)
-    with gate or nullcontext(), watch.stage("segment"):
-        mask = on_scan(prepared.stripped, scan)
-        segmentation = segment(scan, prepared.conditions, mask, model, config, device)
+    finer: Result | None = None
+    with gate or nullcontext():
+        with watch.stage("segment"):
+            mask = on_scan(prepared.stripped, scan)
+            segmentation = segment(scan, prepared.conditions, mask, model, config, device)
+        if config.output.parcellation:
+            with watch.stage("parcels"):
+                namer = parcel_model(config.output.parcellation)
+                parcels = parcellate(segmentation, prepared.conditions, namer, device)
     volumes = volumes_mm3(segmentation)
     known = ranges or load_age_ranges(model.parcellation)
     drawn = {
         s.name: volumes[s.code] if s.code in model.structures or volumes[s.code] else None
         for s in model.parcellation.structures
     }
-    return Result(
+    result = Result(
         prepared,
         mask,
         segmentation,
@@ -138,3 +155,12 @@ def run(
         ranges=ranges.fingerprint if ranges else "",
         head=evened_head(prepared.stripped),
     )
+    if config.output.parcellation:
+        inner = {s.code for s in namer.parcellation.structures if s.parent != s.code}
+        finer = replace(
+            result,
+            segmentation=parcels,
+            volumes_mm3=volumes_mm3(parcels),
+            model=replace(namer.info, structures=model.structures | inner),
+        )
+    return replace(result, finer=finer)

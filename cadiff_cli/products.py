@@ -394,6 +394,7 @@ class Result:
     by name, of what has one at the person's age, among the people that ``percentiles_of`` names;
     ``ranges`` is the fingerprint of age ranges that the user gave, empty for those that ship.
     ``head`` is the scan with even brightness, on its own grid.
+    ``finer`` is the same result in a finer parcellation, if one was asked for.
     """
 
     prepared: Prepared
@@ -409,6 +410,7 @@ class Result:
     percentiles_of: str = ""
     ranges: str = ""
     head: Volume | None = None
+    finer: "Result | None" = None
 
     @property
     def notes(self) -> tuple[Note, ...]:
@@ -439,6 +441,7 @@ class InSpace:
     """A result carried onto a template's grid: brain, mask and label codes.
 
     ``resolution`` is TemplateFlow's ``res-`` label of that grid, empty for the template's own.
+    ``parcels`` are codes of the finer parcellation, if the result has one.
     """
 
     registered: Registered
@@ -446,6 +449,7 @@ class InSpace:
     mask: Volume
     labels: Volume
     resolution: str = ""
+    parcels: Volume | None = None
 
     @property
     def name(self) -> str:

@@ -21,7 +21,8 @@ COLUMNS = {
 @click.option(
     "--labels",
     help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40"
-    " [malc27; all where no structure has a parent in cadiff40].",
+    " [malc27; all where no structure has a parent in cadiff40]; nmm138 or parcels: the label maps"
+    " of --parcellation nmm138.",
 )
 @click.option(
     "--reference-labels",
@@ -61,14 +62,15 @@ def command(
 
     from cadiff_cli.cli.scores import claim, progress, report
     from cadiff_cli.evaluation.pairing import listed, pair_up
-    from cadiff_cli.evaluation.scores import score_pair, scored_in
+    from cadiff_cli.evaluation.scores import chosen_maps, score_pair, scored_in
     from cadiff_cli.io.bids.tables import parcellation_of
     from cadiff_cli.labels.schemes import OWN, load_scheme
     from cadiff_cli.runner.logs import ON_SCREEN, warning
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
-    pairs = pair_up(prediction, reference)
-    parcellation, subset = scored_in((p for p, _ in pairs.files), labels)
+    finer, wanted = chosen_maps(labels)
+    pairs = pair_up(prediction, reference, finer)
+    parcellation, subset = scored_in((p for p, _ in pairs.files), wanted)
     scheme = load_scheme(reference_labels, parcellation)
 
     def mapping(path: Path) -> Mapping[int, int]:

@@ -62,6 +62,8 @@ def check(config: Config) -> Config:
         raise click.UsageError("--samples needs a step: the prior (--steps 0) gives one answer")
     if not config.register.wanted and (config.output.field or not sample.steps):
         raise click.UsageError("--save-field and --steps 0 need a registration")
+    if not config.register.wanted and config.output.parcellation:
+        raise click.UsageError("--parcellation needs a registration: the field finds the parcels")
     return config
 
 

@@ -18,7 +18,8 @@ COLUMNS = {
 @click.option(
     "--labels",
     help="Structures to compare: all, or a subset of the label maps' parcellation or of cadiff40"
-    " [malc27; all where no structure has a parent in cadiff40].",
+    " [malc27; all where no structure has a parent in cadiff40]; nmm138 or parcels: the label maps"
+    " of --parcellation nmm138.",
 )
 @click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
 @click.option(
@@ -44,10 +45,11 @@ def command(
     """
     from cadiff_cli.cli.scores import claim, progress, report
     from cadiff_cli.evaluation.pairing import retest_pairs
-    from cadiff_cli.evaluation.scores import retest_pair, scored_in
+    from cadiff_cli.evaluation.scores import chosen_maps, retest_pair, scored_in
 
-    pairs = retest_pairs(derivatives)
-    parcellation, subset = scored_in((path for pair in pairs for path in pair), labels)
+    finer, wanted = chosen_maps(labels)
+    pairs = retest_pairs(derivatives, finer)
+    parcellation, subset = scored_in((path for pair in pairs for path in pair), wanted)
     claim(out, "retest", overwrite=overwrite)
     scores = [
         score

@@ -9,6 +9,7 @@ from cadiff_cli.io.bids.names import HEAD, LABEL_MAP, WORKING, source_entities
 from cadiff_cli.io.bids.tables import named_parcellation
 from cadiff_cli.io.files import read_json
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
+from cadiff_cli.labels.parcellation import OWN_SEGMENTATION
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,11 @@ class Pairs:
     without_prediction: tuple[str, ...] = ()
 
 
-def pair_up(prediction: Path, reference: Path) -> Pairs:
+def pair_up(prediction: Path, reference: Path, finer: str = "") -> Pairs:
     """Pair two files, or the dseg images of two folders whose names share sub, ses, run, acq...
 
-    Raises ``MissingInputError`` if no scan has both, ``DataError`` for two references of a scan.
+    ``finer`` is as in ``label_maps``.  Raises ``MissingInputError`` if no scan has both,
+    ``DataError`` for two references of a scan.
     """
     for path in (prediction, reference):
         if not path.exists():
@@ -33,7 +35,7 @@ def pair_up(prediction: Path, reference: Path) -> Pairs:
         raise UsageError(f"{file} is a file, {folder} a folder", "give two files or two folders")
     if prediction.is_file():
         return Pairs(((prediction, reference),))
-    ours = label_maps(prediction, apart_from=reference, prefer_ours=True)
+    ours = label_maps(prediction, apart_from=reference, prefer_ours=True, finer=finer)
     theirs = label_maps(reference, apart_from=prediction)
     shared = [scan for scan in ours if scan in theirs]
     if not shared:
@@ -49,15 +51,15 @@ def pair_up(prediction: Path, reference: Path) -> Pairs:
     )
 
 
-def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
+def retest_pairs(derivatives: Path, finer: str = "") -> list[tuple[Path, Path]]:
     """Pair the first label map of each subject with each later one.
 
-    Raises ``MissingInputError`` if no subject has two.
+    ``finer`` is as in ``label_maps``.  Raises ``MissingInputError`` if no subject has two.
     """
     if not derivatives.is_dir():
         raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
     subjects: dict[str, list[Path]] = {}
-    for scan, path in label_maps(derivatives, prefer_ours=True).items():
+    for scan, path in label_maps(derivatives, prefer_ours=True, finer=finer).items():
         if _is_own(path):
             subjects.setdefault(scan.split("_")[0], []).append(path)
     pairs = [(first, later) for first, *others in subjects.values() for later in others]
@@ -71,11 +73,16 @@ def retest_pairs(derivatives: Path) -> list[tuple[Path, Path]]:
 
 
 def label_maps(
-    folder: Path, *, apart_from: Path | None = None, prefer_ours: bool = False
+    folder: Path,
+    *,
+    apart_from: Path | None = None,
+    prefer_ours: bool = False,
+    finer: str = "",
 ) -> dict[str, Path]:
     """The ``*_dseg`` image of each scan in ``folder``, without those in the folder ``apart_from``.
 
-    If a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid.  Raises
+    If a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid: that of the finer
+    parcellation called ``finer`` (a scan without it is left out), or the coarser one.  Raises
     ``DataError`` if more than one is left.
     """
     skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
@@ -89,7 +96,8 @@ def label_maps(
     for scan, paths in by_scan.items():
         if prefer_ours:
             own = [p for p in paths if _is_own(p) and "_space-" not in p.name]
-            by_scan[scan] = paths = own or paths
+            named = [p for p in own if f"_seg-{finer or OWN_SEGMENTATION}_" in p.name]
+            by_scan[scan] = paths = named if finer else named or own or paths
         elif len(paths) > 1:
             by_scan[scan] = paths = [p for p in paths if not _holds_tissues(p)]
         if len(paths) > 1:
@@ -98,7 +106,7 @@ def label_maps(
                 f" {listed(str(p.relative_to(folder)) for p in paths)}",
                 "leave one, or give two files",
             )
-    return {scan: path for scan, (path,) in by_scan.items()}
+    return {scan: path for scan, paths in by_scan.items() for path in paths}
 
 
 def scan_of(path: Path) -> str:

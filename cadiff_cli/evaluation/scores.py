@@ -16,7 +16,7 @@ from cadiff_cli.evaluation.pairing import brain_beside, scan_of
 from cadiff_cli.io.bids.tables import parcellation_of
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.label_maps import load_classes, say_once
-from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -100,6 +100,21 @@ def score_pair(
     if unknown := [s.structure for s in scores if s.structure not in names]:
         say_once(f"not scored, as the references have no ids for them: {', '.join(unknown)}")
     return [s for s in scores if s.structure in names]
+
+
+def chosen_maps(labels: str | None) -> tuple[str, str | None]:
+    """What ``--labels`` means: the finer parcellation whose label maps to take, and a subset.
+
+    A shipped parcellation's name stands for all of its structures, and a subset that it alone has
+    for this parcellation; the first is empty for every other name.
+    """
+    base = load_parcellation(BASE)
+    for name in shipped_names():
+        if name != BASE and labels == name:
+            return name, "all"
+        if name != BASE and labels in set(load_parcellation(name).subsets) - set(base.subsets):
+            return name, labels
+    return "", labels
 
 
 def scored_in(label_maps: Iterable[Path], subset: str | None) -> tuple[Parcellation, str]:

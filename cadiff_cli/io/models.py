@@ -17,16 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cadiff_cli.config import as_dict
+from cadiff_cli.config import PARCELS, as_dict
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import DEFAULT, DEFAULT_ATLAS, DEFAULT_BRAIN, find_weights
-from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
+from cadiff_cli.labels.parcellation import (
+    BASE,
+    Parcellation,
+    load_parcellation,
+    parse,
+    shipped_names,
+)
 from cadiff_cli.nets.atlas import AtlasConfig, AtlasNet
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.condition import ConditionSpace
-from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, Trained
+from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, ParcelModel, Trained
+from cadiff_cli.nets.parcels import ParcelConfig, ParcelNet
 from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -42,7 +49,7 @@ def _no_facts(_: Any) -> dict[str, Any]:
     return {}
 
 
-def _facts_of(model: Model) -> dict[str, Any]:
+def _facts_of(model: Model | ParcelModel) -> dict[str, Any]:
     """The parcellation by name; one that is not shipped travels with its table."""
     parcellation = model.parcellation
     facts = {"parcellation": parcellation.name, "codes": parcellation.codes.tolist()}
@@ -50,7 +57,7 @@ def _facts_of(model: Model) -> dict[str, Any]:
     return facts if is_shipped else {**facts, "table": parcellation.as_tsv()}
 
 
-def _parcellation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _parcellation_of(metadata: Mapping[str, Any]) -> Parcellation:
     """The parcellation that the weights name; ``BASE`` if they are older than names."""
     name = metadata.get("parcellation", BASE)
     if "table" in metadata:
@@ -64,11 +71,17 @@ def _parcellation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         )
     if metadata["codes"] != parcellation.codes.tolist():
         raise DataError("it was trained on another label table", "use weights for this version")
+    return parcellation
+
+
+def _segmented(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The parcellation of a network that draws all of its classes."""
+    parcellation = _parcellation_of(metadata)
     n_classes = NetConfig.from_dict(metadata["net"]).n_classes
     if n_classes != parcellation.n_classes:
         raise DataError(
-            f"its network has {n_classes} classes, its parcellation {name} with background"
-            f" {parcellation.n_classes}",
+            f"its network has {n_classes} classes, its parcellation {parcellation.name} with"
+            f" background {parcellation.n_classes}",
             "export the network with the parcellation that it was trained on",
         )
     return {"parcellation": parcellation}
@@ -131,7 +144,7 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
         lambda settings: CADiffNet(NetConfig.from_dict(settings)),
         int8_step={"prior.logits": PRIOR_STEP},
         facts=_facts_of,
-        restore=_parcellation_of,
+        restore=_segmented,
     ),
     BrainModel: Kind(
         "cadiff-brain-1",
@@ -144,6 +157,14 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
         lambda settings: AtlasNet(AtlasConfig.from_dict(settings)),
         facts=_facts_of_atlas,
         restore=_atlas_facts,
+    ),
+    ParcelModel: Kind(
+        "cadiff-parcels-1",
+        PARCELS,
+        lambda settings: ParcelNet(ParcelConfig.from_dict(settings)),
+        int8_step={"prior": PRIOR_STEP},
+        facts=_facts_of,
+        restore=lambda metadata: {"parcellation": _parcellation_of(metadata)},
     ),
 }
 

@@ -12,7 +12,7 @@ from cadiff_cli import machine
 from cadiff_cli.config import Config, Recipe, StripConfig, StripMethod, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import sha256
-from cadiff_cli.io.releases import strip_weights_sha256
+from cadiff_cli.io.releases import parcels_sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name, own_contents
 from cadiff_cli.io.volumes import about_expected_dice
 from cadiff_cli.labels.parcellation import BASE
@@ -50,6 +50,7 @@ def make_recipe(
         fingerprint(calibration.as_dict()) if calibration else "",
         own_contents(templates),
         ranges,
+        parcels_sha256(config.output),
     )
 
 
@@ -341,6 +342,11 @@ class Provenance:
     def ranges(self) -> str:
         """Fingerprint of the age ranges that the user gave; empty for those that ship."""
         return _Reader(self.settings).optional("ranges", str) or ""
+
+    @property
+    def finer(self) -> str:
+        """The name of the finer parcellation whose labels lie beside the others; empty if none."""
+        return _Reader(self.settings).optional("parcellation", str) or ""
 
     @property
     def output_spaces(self) -> tuple[str, ...]:

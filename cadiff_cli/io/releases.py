@@ -6,7 +6,7 @@ A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha2
 
 from pathlib import Path
 
-from cadiff_cli.config import Request, StripConfig
+from cadiff_cli.config import OutputConfig, Request, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import sha256
 
@@ -51,6 +51,11 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
     elif not is_file:
         raise DataError(f"{record} is missing", "reinstall cadiff")
     return path, path.name if is_file else path.parent.name, got
+
+
+def parcels_sha256(output: OutputConfig) -> str:
+    """Checksum of the network that names parcels; empty if none are wanted."""
+    return find_weights(output.parcellation)[2] if output.parcellation else ""
 
 
 def strip_weights_sha256(strip: StripConfig) -> str:

@@ -88,9 +88,11 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
             yield one
             continue
         measured = {"volume_mm3": mm3, "percent_brain": 100 * mm3 / brain if brain else None}
-        measured["usual_dice"] = calibrate.usual.get(s.name) if calibrate else None
+        # Calibrations are of whole structures: the Dice of a part is as the network expects it.
+        known = calibrate if s.parent in (None, s.code) else None
+        measured["usual_dice"] = known.usual.get(s.name) if known else None
         if (raw := segmentation.expected_dice.get(s.code)) is not None:
-            measured["expected_dice"] = calibrate(s.name, raw) if calibrate else raw
+            measured["expected_dice"] = known(s.name, raw) if known else raw
         measured["volume_sd_mm3"] = segmentation.volume_sd_mm3.get(s.code)
         shown = {key: f"{x:.3f}" for key, x in measured.items() if x is not None}
         yield one | shown | percentile_cells(result.percentiles.get(s.name))

@@ -12,6 +12,7 @@ from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.nets.atlas import AtlasNet
 from cadiff_cli.nets.brain_mask import BrainNet
 from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.parcels import ParcelNet
 from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.products import Condition, ModelInfo
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -99,3 +100,15 @@ class AtlasModel(Trained[AtlasNet]):
         if seed is not None:
             noise = torch.randn(1, *space, generator=torch.Generator().manual_seed(seed))
         return np.asarray(self.net(noise, conditions)[0])
+
+
+@dataclass(frozen=True, eq=False)
+class ParcelModel(Trained[ParcelNet]):
+    """A network that names the parcels of the cortex, and the parcellation that has them."""
+
+    parcellation: Parcellation = field(kw_only=True)
+
+    @property
+    def info(self) -> ModelInfo:
+        """The description that its results carry."""
+        return ModelInfo(self.name, self.sha256, frozenset(self.parcellation.codes[1:].tolist()))

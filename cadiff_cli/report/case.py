@@ -20,7 +20,7 @@ from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template, spec_of
-from cadiff_cli.io.volumes import Row
+from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.products import CoordinateField, MaskQuality, Registered, Transform, sound
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
@@ -41,7 +41,8 @@ class Case:
     around the brain.  ``registered`` is the first registration that contributes to the field.  Its
     template's brain, carried onto the scan (``template``), and the distance field (``coordinates``)
     are on ``near``; where they are None, ``notes`` hold the reason.  ``uncertainty`` is on ``near``
-    too, if the result has such a map.
+    too, if the result has such a map.  ``parcels`` are codes of the finer parcellation, and
+    ``finer_rows`` its volumes, if it has one.
     """
 
     result: Finished
@@ -56,6 +57,8 @@ class Case:
     template: Volume | None = None
     coordinates: CoordinateField | None = None
     uncertainty: Volume | None = None
+    parcels: Volume | None = None
+    finer_rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -100,6 +103,10 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
     path = _beside(result, UNCERTAINTY.format(parcellation.segmentation) + ".nii.gz")
     if path.is_file():
         case = replace(case, uncertainty=resample(load_volume(path), case.near))
+    if (finer := result.finer) is not None:
+        fine = load_classes(finer.dseg, finer.parcellation, finer.parcellation.class_of)
+        parcels = finer.parcellation.codes[resample_labels(fine, working).data]
+        case = replace(case, parcels=Volume(parcels, working), finer_rows=read_rows(finer.morph))
     try:
         return replace(case, **_registration(case), notes=tuple(notes))
     except CadiffError as error:

@@ -8,7 +8,7 @@ contourpy and Pillow.
 import base64
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,16 @@ def positions(inside: np.ndarray, axis: int, n: int) -> list[int]:
     low, high = (0.08, 0.92) if n > 3 else (0.36, 0.55)
     shares = np.linspace(low, high, n)
     return [round(float(x)) for x in np.quantile(occupied, shares)]
+
+
+def parcels(case: Case, n: int = SLICES) -> list[Plane]:
+    """Outlines of the parcels of the cortex over the scan."""
+    finer = case.result.finer
+    if case.parcels is None or finer is None:
+        return []
+    inner = [s.code for s in finer.parcellation.structures if s.parent != s.code]
+    shown = np.where(np.isin(case.parcels.data, inner), case.parcels.data, 0)
+    return structures(replace(case, labels=Volume(shown, case.parcels.grid)), finer.parcellation, n)
 
 
 def structures(case: Case, parcellation: Parcellation, n: int = SLICES) -> list[Plane]:

@@ -15,7 +15,7 @@ from cadiff_cli.io.volumes import TOTALS, Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
-from cadiff_cli.quality.ranges import load_ranges
+from cadiff_cli.quality.ranges import asymmetry, load_ranges
 from cadiff_cli.report.case import Case, read_case
 from cadiff_cli.report.charts import charts
 from cadiff_cli.report.methods import methods, references
@@ -84,7 +84,9 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
             figures.registration(case),
             figures.coordinates(case),
             figures.uncertainty(case),
+            figures.parcels(case),
         ],
+        parcels=parcel_table(case),
         volumes=volume_table(case, judgement, parcellation),
         charts=charts(judgement, by_age, case.rows, parcellation) if by_age else [],
         aggregates=[
@@ -144,6 +146,24 @@ def volume_table(
                 "asymmetry": side.percent if side else None,
                 "odd": side is not None and not side.plausible,
             }
+        )
+    return lines
+
+
+def parcel_table(case: Case) -> list[dict[str, Any]]:
+    """One line per parcel of the cortex, left and right together; empty without parcels."""
+    if (finer := case.result.finer) is None:
+        return []
+    rows = {row.code: _measured(row) for row in case.finer_rows}
+    lines = []
+    for s in finer.parcellation.structures:
+        if s.parent == s.code or not s.name.startswith("Left-"):
+            continue
+        left, right = (rows.get(code, _measured(None)) for code in (s.code, s.mirror))
+        percent = asymmetry(left["ml"] or 0.0, right["ml"] or 0.0)
+        name = s.name.removeprefix("Left-").replace("-", " ")
+        lines.append(
+            {"name": name, "color": s.color, "members": [left, right], "asymmetry": percent}
         )
     return lines
 

@@ -12,8 +12,16 @@ from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
-from cadiff_cli.io.volumes import PERCENTILE, SUMS, TOTALS, Row, column, percentile_cells
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.io.volumes import (
+    PERCENTILE,
+    SUMS,
+    TOTALS,
+    Row,
+    column,
+    percentile_cells,
+    read_rows,
+)
+from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
 from cadiff_cli.quality.age_ranges import BRAIN, NOT_CSF, ranges_of
 from cadiff_cli.quality.group import Group, outliers
 from cadiff_cli.quality.judgement import COLUMNS, Judgement, columns, judge
@@ -112,6 +120,30 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
     return Group(out / "group_morph.tsv", parcellation, tuple(rows), judged, missing, tuple(notes))
 
 
+def write_finer(out: Path, group: Group) -> list[Path]:
+    """Write ``group_seg-NAME_morph.tsv`` with its JSON for every finer parcellation of the group.
+
+    It has a row for each scan of the group table that has one.
+    """
+    results = {r.entities: r for r in finished(out) if r.entities in group.scans}
+    finers = {name: r.finer for name, r in results.items() if r.finer is not None}
+    paths = []
+    for name in sorted({finer.name for finer in finers.values() if finer}):
+        parcellation = load_parcellation(name)
+        rows = [
+            {"scan": scan, **_identity(scan)}
+            | {column(row.name): _mm3(row) for row in read_rows(finer.morph)}
+            for scan, finer in sorted(finers.items())
+            if finer and finer.name == name
+        ]
+        header = ("scan", *ENTITIES, *(column(s.name) for s in parcellation.structures))
+        paths.append(out / f"group_seg-{name}_morph.tsv")
+        write_tsv(paths[-1], header, ([row.get(key) for key in header] for row in rows))
+        described = {key: text for key, text in _columns(parcellation).items() if key in header}
+        write_json(paths[-1].with_suffix(".json"), described)
+    return paths
+
+
 def _why_missing(last: Outcome | None) -> str:
     if last is None or not last.message:
         return NOT_RUN
@@ -132,6 +164,7 @@ def write_group(out: Path, expected: Sequence[str], people: People = NOBODY) -> 
         write_tsv(missing_path, ("scan", "reason"), group.missing.items())
     else:
         missing_path.unlink(missing_ok=True)
+    write_finer(out, group)
     return group
 
 
@@ -155,13 +188,6 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
 
     Raises ``DataError`` if its volume table lacks a structure, or its sidecar a value.
     """
-    parts = dict(part.split("-", 1) for part in result.entities.split("_"))
-    # BIDS tables keep the prefix of these two.
-    whole = {
-        name: f"{key}-{parts[key]}"
-        for name, key in (("participant_id", "sub"), ("session_id", "ses"))
-        if key in parts
-    }
     provenance = result.provenance
     provenance.check()
     source = stem(Path(provenance.source))
@@ -175,10 +201,10 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
     return {
         "scan": result.entities,
         "bids_name": source or None,
-        **{name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()},
+        **_identity(result.entities),
         "suffix": next((x for x in SUFFIXES if source.endswith(f"_{x}")), None),
         **dict.fromkeys(map(column, SUMS)),
-        **{column(x.name): None if x.mm3 is None else f"{x.mm3:.3f}" for x in lines},
+        **{column(line.name): _mm3(line) for line in lines},
         "registration_score": provenance.registration_score,
         "registration": "+".join(dict.fromkeys(used.registration for used in provenance.templates)),
         "template": "+".join(used.name for used in provenance.templates),
@@ -188,6 +214,23 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
         "version": provenance.version,
         "fingerprint": provenance.fingerprint,
     }
+
+
+def _identity(entities: str) -> dict[str, str | None]:
+    """The columns that identify a scan."""
+    parts = dict(part.split("-", 1) for part in entities.split("_"))
+    # BIDS tables keep the prefix of these two.
+    whole = {
+        name: f"{key}-{parts[key]}"
+        for name, key in (("participant_id", "sub"), ("session_id", "ses"))
+        if key in parts
+    }
+    return {name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()}
+
+
+def _mm3(line: Row) -> str | None:
+    """A volume as it stands in a table."""
+    return None if line.mm3 is None else f"{line.mm3:.3f}"
 
 
 def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:

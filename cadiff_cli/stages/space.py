@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.products import InSpace, Result, Template
@@ -37,13 +38,32 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
     inside = carried(stripped.mask.data, stripped.mask.grid) > 0.5
     t1 = carried(stripped.t1.data, stripped.t1.grid)
     codes = carried(labels.data, labels.grid, "genericLabel")
+    labels = Volume(np.where(inside, np.rint(codes), 0).astype(np.int16), grid)
+    parcels = None
+    if result.finer is not None:
+        finer = result.finer.segmentation
+        # In its own vote, a parcel would lose to white matter where the whole cortex wins.
+        parcels = Volume(labels.data.copy(), grid)
+        for cortex in {s.parent for s in finer.parcellation.structures if s.parent != s.code}:
+            within = labels.data == cortex
+            if within.any():
+                spread = nearest_codes(finer.labels.data, result.segmentation.labels.data == cortex)
+                moved = carried(spread, finer.labels.grid, "genericLabel")
+                parcels.data[within] = np.rint(moved[within])
     return InSpace(
         registered,
         Volume(np.where(inside, t1, 0), grid),
         Volume(inside, grid),
-        Volume(np.where(inside, np.rint(codes), 0).astype(np.int16), grid),
+        labels,
         resolution,
+        parcels,
     )
+
+
+def nearest_codes(codes: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """``codes`` (X, Y, Z) inside ``where``; elsewhere that of the nearest voxel of ``where``."""
+    _, index = ndimage.distance_transform_edt(~where, return_indices=True)
+    return np.asarray(codes[tuple(index)])
 
 
 def standard_grid(grid: Grid, factor: int) -> Grid:

@@ -19,8 +19,10 @@ from cadiff_cli.io.bids.description import save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import (
     BRAIN,
+    CONFIDENCE,
     DSEG,
     FIELD,
+    FINER_MORPH,
     FREESURFER,
     HEAD,
     MASK,
@@ -160,8 +162,14 @@ def save_result(
             " forebrain 865 and 866",
             Manual=False,
         )
+    maps = [dseg]
+    if result.finer is not None:
+        finer = result.finer.segmentation.parcellation
+        save_table(out, finer)
+        maps.append(DSEG.format(finer.segmentation))
+        write.finer(result.finer, [write.uri(dseg), *to_scan])
     for space in result.spaces:
-        write.standard(space, dseg)
+        write.standard(space, maps)
     write.volumes(result, [write.uri(dseg), mask])
     write.image(dseg, segmentation.labels.data, native, like=path)
     write.place.clear(keep=write.written)
@@ -280,17 +288,18 @@ class _Writer:
                 **(told(transform.notes) if transform.notes else {}),
             )
 
-    def standard(self, space: InSpace, dseg: str) -> None:
-        """Brain, mask and labels (called ``dseg``) on a template's grid."""
+    def standard(self, space: InSpace, maps: Sequence[str]) -> None:
+        """Brain, mask and label maps (so called) on a template's grid."""
         template, described = space.registered.template, dict[str, Any]()
         if space.resolution:
             spacing = space.labels.grid.spacing_mm[0]
             times = f"{int(space.resolution)} times the template's"
             described["Resolution"] = f"{spacing:g} mm voxels, {times}"
+        named = zip(maps, filter(None, (space.labels, space.parcels)), strict=True)
         parts: tuple[tuple[str, str, Volume, dict[str, Any]], ...] = (
             (BRAIN, WORKING, space.t1, {"SkullStripped": True}),
             (MASK, MASK, space.mask, {"Type": "Brain"}),
-            (dseg, dseg, space.labels, {"Manual": False}),
+            *((name, name, labels, {"Manual": False}) for name, labels in named),
         )
         for name, source, volume, values in parts:
             standard = standard_name(name, template.name, space.resolution)
@@ -324,8 +333,41 @@ class _Writer:
                 Manual=False,
             )
 
-    def volumes(self, result: Result, sources: Sequence[str]) -> None:
-        """The tables of structures and of totals."""
+    def finer(self, result: Result, sources: Sequence[str]) -> None:
+        """A result in a finer parcellation, beside the one that it agrees with.
+
+        Its sidecars vouch for nothing: that of the coarser label map does.
+        """
+        segmentation = result.segmentation
+        path, parcellation = result.prepared.scan.path, segmentation.parcellation
+        dseg, confidence, morph = (
+            name.format(parcellation.segmentation) for name in (DSEG, CONFIDENCE, FINER_MORPH)
+        )
+        grid = segmentation.labels.grid
+        model = {"Name": result.model.name, "WeightsSHA256": result.model.sha256}
+        if segmentation.posteriors is not None:
+            self.image(confidence, segmentation.posteriors[0], grid, like=path)
+            self.sidecar(
+                confidence,
+                sources,
+                Description="Probability of the parcel that was drawn, given that it is cortex",
+                Manual=False,
+            )
+        self.volumes(result, [self.uri(dseg)], morph, totals=False)
+        self.image(dseg, segmentation.labels.data, grid, like=path)
+        self.sidecar(
+            dseg,
+            sources,
+            Description="Brain structures, the cortex divided into parcels; codes in"
+            f" {table_name(parcellation)}",
+            Manual=False,
+            Model=model,
+        )
+
+    def volumes(
+        self, result: Result, sources: Sequence[str], name: str = MORPH, *, totals: bool = True
+    ) -> None:
+        """The tables of structures, called ``name``, and of totals."""
         parcellation = result.segmentation.parcellation
         names = {s.name: f"Label {s.code} ({s.abbreviation})" for s in parcellation.structures}
         volume: dict[str, Any] = {
@@ -355,14 +397,16 @@ class _Writer:
                 f" {result.config.sample.samples} samples",
                 "Units": "mm3",
             }
-        self.table(MORPH, volume_rows(result), described, sources)
-        totals = {
+        self.table(name, volume_rows(result), described, sources)
+        if not totals:
+            return
+        about_totals = {
             "name": {"Description": "What is summed", "Levels": TOTALS},
             "volume_mm3": volume,
             "percent_brain": share,
             **percentiles,
         }
-        self.table(TOTALS_MORPH, total_rows(result), totals, sources)
+        self.table(TOTALS_MORPH, total_rows(result), about_totals, sources)
 
     def table(
         self,

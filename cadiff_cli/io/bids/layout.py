@@ -11,13 +11,21 @@ from pathlib import Path
 
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids.description import refuse_foreign
-from cadiff_cli.io.bids.names import LABEL_MAP, MORPH, OURS, TOTALS_MORPH, source_entities
+from cadiff_cli.io.bids.names import (
+    DSEG,
+    FINER_MORPH,
+    LABEL_MAP,
+    MORPH,
+    OURS,
+    TOTALS_MORPH,
+    source_entities,
+)
 from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
 from cadiff_cli.io.files import check_writable, read_json
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import Row, read_rows
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
 from cadiff_cli.products import Person
 
 MAX_STEM_BYTES = 160
@@ -102,6 +110,20 @@ class Derivatives:
 
 
 @dataclass(frozen=True)
+class Finer:
+    """Files of a result in a finer parcellation, called ``name``: labels and table of volumes."""
+
+    name: str
+    dseg: Path
+    morph: Path
+
+    @property
+    def parcellation(self) -> Parcellation:
+        """What they are of."""
+        return load_parcellation(self.name)
+
+
+@dataclass(frozen=True)
 class Finished:
     """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``), what made it.
 
@@ -133,6 +155,17 @@ class Finished:
         """What its label map and its table of volumes are of."""
         return parcellation_of(self.commit)
 
+    @property
+    def finer(self) -> "Finer | None":
+        """Its label map and its volumes in a finer parcellation, if it was made with one."""
+        if not (name := self.provenance.finer):
+            return None
+        dseg, morph = (
+            self.commit.with_name(f"{self.entities}_{kind.format(name)}{end}")
+            for kind, end in ((DSEG, ".nii.gz"), (FINER_MORPH, ".tsv"))
+        )
+        return Finer(name, dseg, morph)
+
 
 def finished_result(place: Derivatives) -> Finished | None:
     """The complete result at ``place``, if there is one.
@@ -160,11 +193,14 @@ def finished(out: Path) -> Iterator[Finished]:
 
 def _complete(place: Derivatives, commit: Path) -> Finished | None:
     """The result that a sidecar vouches for, if its labels and volumes are there."""
-    made = [commit.with_suffix(".nii.gz"), place.path(f"{MORPH}.tsv")]
+    provenance = Provenance.read(read_json(commit) or {})
+    if provenance is None:
+        return None
+    result = Finished(place.stem, commit, provenance)
+    made = [commit.with_suffix(".nii.gz"), result.morph]
     if "_desc-" in commit.name:  # up to revision 8 one table held the totals too
         made.append(place.path(f"{TOTALS_MORPH}.tsv"))
+    if (finer := result.finer) is not None:
+        made += [finer.dseg, finer.morph]
     # A link to nothing is a file that git-annex has dropped, not one that was deleted.
-    if not all(path.exists() or path.is_symlink() for path in made):
-        return None
-    provenance = Provenance.read(read_json(commit) or {})
-    return Finished(place.stem, commit, provenance) if provenance is not None else None
+    return result if all(path.exists() or path.is_symlink() for path in made) else None

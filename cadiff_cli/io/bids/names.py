@@ -14,6 +14,7 @@ MORPH, TOTALS_MORPH = "desc-volumetric_morph", "desc-totals_morph"
 DSEG = "seg-{}_desc-structures_dseg"
 FREESURFER = "seg-{}_desc-freesurfer_dseg"
 PROBSEG, UNCERTAINTY = "seg-{}_probseg", "seg-{}_desc-uncertainty_probseg"
+FINER_MORPH, CONFIDENCE = "seg-{}_desc-volumetric_morph", "seg-{}_desc-confidence_probseg"
 """To be formatted with ``Parcellation.segmentation``."""
 TISSUES, TISSUE = "dseg", "label-{}_probseg"
 """Tissue classes and their probabilities.  sMRIPrep takes a ``dseg`` without ``desc-`` for such."""
@@ -22,6 +23,7 @@ LABEL_MAP = re.compile(r"_seg-[A-Za-z0-9]+(_desc-structures)?_dseg(?=\.)")
 OURS = (
     *(f"{name}.*" for name in (HEAD, BRAIN, WORKING, MASK, FIELD, MORPH, TOTALS_MORPH, TISSUES)),
     *(f"{name}.*".format("*") for name in (DSEG, PROBSEG, UNCERTAINTY, TISSUE)),
+    *(f"{name}.*".format("*") for name in (FINER_MORPH, CONFIDENCE)),
     *(f"space-*_{name}.*" for name in (BRAIN, MASK)),
     "space-*_seg-*_dseg.*",
     "from-*_mode-image_xfm.*",
