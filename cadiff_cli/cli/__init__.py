@@ -35,6 +35,7 @@ COMMANDS = (
     "paint",
     "train-mask",
     "atlas",
+    "train-parcels",
     "example",
     "fuse",
     "evaluate",

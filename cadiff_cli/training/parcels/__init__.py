@@ -1,0 +1,1 @@
+"""Train the network that names parcels: settings, prior, draws, losses, run."""
