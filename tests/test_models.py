@@ -13,7 +13,7 @@ from cadiff_cli.io import models
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.models import PRIOR_STEP
 from cadiff_cli.io.releases import weights_folder
-from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, Trained
+from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, ParcelModel, Trained
 
 
 def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):
@@ -179,6 +179,7 @@ def test_a_new_kind_of_network_needs_one_entry(monkeypatch, tmp_path, tiny_weigh
         (Model, "cadiff-synth"),
         (BrainModel, "brain-mask"),
         (AtlasModel, "cadiff-atlas"),
+        (ParcelModel, "nmm138"),
     ],
 )
 def test_a_release_is_written_as_it_was_read(kind, name, tmp_path):

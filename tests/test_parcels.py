@@ -376,15 +376,15 @@ def codes_of(out, name):
 
 def test_files_lie_beside_the_structures_and_agree(out):
     finer = load_parcellation("nmm138")
-    space = "space-MNI152NLin2009aSym_seg-{}_res-4_dseg"
-    for name in ("seg-{}_dseg", space):
+    space = "space-MNI152NLin2009aSym_seg-{}_res-4_desc-structures_dseg"
+    for name in ("seg-{}_desc-structures_dseg", space):
         coarse, fine = (codes_of(out, name.format(x)) for x in ("cadiff", "nmm138"))
         assert (finer.coarsen(fine) == coarse).all()
         assert np.isin(fine, [*range(100, 208)]).any()
     assert codes_of(out, "seg-nmm138_desc-confidence_probseg").max() <= 1
     assert load_parcellation("nmm138").as_tsv() == (out / "seg-nmm138_dseg.tsv").read_text()
     anat = out / "sub-01" / "anat"
-    told = json.loads((anat / "sub-01_seg-nmm138_dseg.json").read_text())
+    told = json.loads((anat / "sub-01_seg-nmm138_desc-structures_dseg.json").read_text())
     assert told["Model"]["WeightsSHA256"] == find_weights("nmm138")[2]
     tables = []
     for name in ("desc-volumetric_morph", "seg-nmm138_desc-volumetric_morph"):
@@ -397,9 +397,9 @@ def test_files_lie_beside_the_structures_and_agree(out):
             for s in finer.structures
             if s.name.startswith(side) and s.code in range(100, 208)
         ]
-        total = sum(float(fine[name]["volume-mm3"]) for name in parts)
-        assert total == pytest.approx(float(coarse[f"{side}-Cerebral-Cortex"]["volume-mm3"]))
-    assert fine["Brain-Segmentation"] == coarse["Brain-Segmentation"]
+        total = sum(float(fine[name]["volume_mm3"]) for name in parts)
+        assert total == pytest.approx(float(coarse[f"{side}-Cerebral-Cortex"]["volume_mm3"]))
+    assert fine["Left-Thalamus"]["volume_mm3"] == coarse["Left-Thalamus"]["volume_mm3"]
 
 
 def test_a_result_without_its_parcels_is_not_finished(out):
@@ -420,14 +420,14 @@ def test_page_and_group_show_parcels(out):
     with (out / "group_seg-nmm138_morph.tsv").open() as stream:
         (row,) = csv.DictReader(stream, delimiter="\t")
     assert row["scan"] == row["participant_id"] == "sub-01"
-    assert {"left_precuneus", "right_temporal_pole", "brain_segmentation"} <= {*row}
+    assert {"left_precuneus", "right_temporal_pole", "left_thalamus"} <= {*row}
     assert "left_cerebral_cortex" not in row
 
 
 def test_evaluate_takes_the_map_that_is_named(out, tmp_path):
     reference = tmp_path / "ref" / "sub-01"
     reference.mkdir(parents=True)
-    source = out / "sub-01" / "anat" / "sub-01_seg-nmm138_dseg.nii.gz"
+    source = out / "sub-01" / "anat" / "sub-01_seg-nmm138_desc-structures_dseg.nii.gz"
     (reference / "sub-01_seg-nmm138_dseg.nii.gz").write_bytes(source.read_bytes())
 
     def scored(*labels):
