@@ -312,6 +312,25 @@ def test_scores_of_a_case_with_known_answers(people):
         assert one.chance_mm == pytest.approx(1)
 
 
+def test_dice_is_that_of_people_spread_over_a_group(people, base, monkeypatch):
+    """Of three people, five are asked for: each is registered once."""
+    seen = []
+    monkeypatch.setattr(scores, "carried_dice", lambda p, _atlas: seen.append(p.label) or 0.5)
+    monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", SPACING)
+    score = scores.GroupScore("all", "base", 3, 0, 0.0, 0.0, 0.0, 0.0)
+    still = np.zeros((3, *SHAPE), np.float32)
+    options = (people[:3], lambda _c: still, base, GRID, ["sex"])
+    done = scores.register_some(score, *options, 5)
+    assert sorted(seen) == sorted(p.label for p in people[:3])
+    assert (done.dice, done.registered) == (0.5, 3)
+
+
+def test_people_of_whom_the_model_knows_nothing_are_named(trained, people, caplog):
+    old = replace(people[0], age_years=110.0, name="sub-old")
+    assert scores.known_to(trained, [people[1], old]) == [people[1]]
+    assert "toys/sub-old is left out: age 110" in caplog.text
+
+
 def test_volumes_follow_the_jacobian(base):
     still, grown = (
         structure_volumes(base, deform(GRID, velocity_of(scale).astype(np.float32), GRID))

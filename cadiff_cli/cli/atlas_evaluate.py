@@ -73,7 +73,7 @@ def command(
     prepared = prepare_people(people, base, spacing, cache or out / "cache")
     learnt = [p for p in prepared if p.label in trained.seen]
     unseen = [p for p in prepared if p.label not in trained.seen]
-    groups = scores.groups_of(unseen)
+    groups = scores.groups_of(scores.known_to(trained, unseen))
     if not groups:
         raise DataError(
             f"the model was trained on all {len(learnt)} people of known age",

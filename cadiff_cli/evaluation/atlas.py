@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cadiff_cli.atlas import deform, structure_volumes, warped
 from cadiff_cli.config import RegisterConfig
+from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import AtlasModel
@@ -97,6 +98,18 @@ def sources_of(model: AtlasModel, learnt: Sequence[Sitter]) -> dict[str, Source]
     if learnt:
         sources["regression"] = KernelRegression.of(learnt, model.space).velocity
     return {**sources, ATLAS: model.velocity}
+
+
+def known_to(model: AtlasModel, people: Sequence[Sitter]) -> list[Sitter]:
+    """Those of the people whose condition the model knows; a warning names the others."""
+    known = []
+    for person in people:
+        try:
+            model.check(person.condition)
+            known.append(person)
+        except UsageError as error:
+            log.warning("%s is left out: %s", person.label, error.message)
+    return known
 
 
 def groups_of(people: Sequence[Sitter]) -> dict[str, list[Sitter]]:
@@ -212,7 +225,8 @@ def register_some(
 ) -> GroupScore:
     """``score`` with the mean Dice over ``n`` people, spread over the ages of the group."""
     order = sorted(people, key=lambda p: (p.age_years or 0.0, p.name))
-    chosen = [order[int((k + 0.5) * len(order) / n)] for k in range(min(n, len(order)))]
+    n = min(n, len(order))
+    chosen = [order[int((k + 0.5) * len(order) / n)] for k in range(n)]
     values = []
     for velocity, members in _by_condition(chosen, make, given):
         atlas = warped(base, velocity[0].numpy(), grid, score.source)
