@@ -152,6 +152,21 @@ def test_the_methods_text_names_the_atlas_or_that_each_has_its_own(batch):
     assert sum("Diff-Def" in source.bibtex for source in cited) == 1
 
 
+def test_atlases_of_two_ages_are_one_way_to_make_a_dataset(batch):
+    _, out, _, _ = batch
+    made = next(finished(out)).provenance
+    (used,) = made.templates
+    content = {"growinglaw:cohort-age80M": "0" * 64}
+    settings = {**made.settings, "template": "growinglaw:cohort-age80M", "template_sha256": content}
+    older = replace(used, name="growinglaw:cohort-age80M")
+    other = replace(made, fingerprint="0" * 12, templates=(older,), settings=settings)
+    assert other.way == made.way != made.fingerprint
+    sample = {**made.settings["sample"], "steps": 3}
+    assert replace(other, settings={**settings, "sample": sample}).way != made.way
+    plain = [*finished(out)][1].provenance
+    assert plain.way == plain.fingerprint
+
+
 def test_results_are_finished_until_an_age_changes(batch, request_for):
     dataset, out, _, _ = batch
     job, _ = job_of(request_for(), out, "again")

@@ -309,6 +309,21 @@ class Provenance:
         return "; ".join(changes)
 
     @property
+    def way(self) -> str:
+        """The fingerprint, but alike for people who have atlases of their own (conditional)."""
+        own = {used.name for used in self.templates if used.condition}
+        if not own:
+            return self.fingerprint
+        contents = _Reader(self.settings).optional("template_sha256", dict) or {}
+        return fingerprint(
+            {
+                **self.settings,
+                "template": [None if x.name in own else x.name for x in self.templates],
+                "template_sha256": {k: v for k, v in contents.items() if k not in own},
+            }
+        )
+
+    @property
     def has_own_mask(self) -> bool:
         """Whether the user gave the brain mask."""
         return self.skull_stripping == StripMethod.MASK_FILE

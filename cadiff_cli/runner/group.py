@@ -108,7 +108,7 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
         if why := journal.failed_since(result.entities, result.commit):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
     recipes = {
-        result.provenance.fingerprint
+        result.provenance.way
         for result in sound
         if not result.provenance.has_own_mask  # a user's mask is no other setting
     }
