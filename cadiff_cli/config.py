@@ -100,10 +100,10 @@ class RegisterConfig:
 class SampleConfig:
     """How labels are denoised.
 
-    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the last but one with
-    the last, which sees the mirrored brain.  ``tile`` is the edge (voxels at 1 mm) of overlapping
-    tiles, or None for the whole volume at once: tiles change probabilities a little, so they are no
-    matter of the ``Machine``.  ``samples`` predictions, from noise of as many seeds, are averaged.
+    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the last step with that
+    of the mirrored brain.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
+    the whole volume at once: tiles change probabilities a little, so they are no matter of the
+    ``Machine``.  ``samples`` predictions, from noise of as many seeds, are averaged.
     """
 
     steps: int = option(
@@ -119,7 +119,7 @@ class SampleConfig:
         low=1,
         high=100,
     )
-    flip: bool = option(True, "Average two steps, the last of the mirrored brain [on].")
+    flip: bool = option(True, "Average the last step with the mirrored brain's [on].")
     tile: int | None = option(None, "Tile edge in mm (default: whole volume).", low=32)
 
 

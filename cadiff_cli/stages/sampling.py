@@ -158,6 +158,16 @@ class Denoiser:
     device: torch.device
     tile: int | None = None
 
+    def estimate(self, state: State, t: float) -> State:
+        """The network's estimate of the clean state."""
+
+        def clean(part: State) -> tuple[Tensor, Tensor]:
+            coarse, _ = self._ask(part, t)
+            return coarse.field.cpu(), self.net.label_state(coarse.logits.softmax(dim=1)).cpu()
+
+        field, labels = by_tiles(clean, state, self.tile)
+        return replace(state, field=state.field if self.known else field, labels=labels)
+
     def look_up(self, state: State) -> State:
         """The state with the prior at its known field; tiles look it up themselves."""
         if not self.known or self.tile is not None:
@@ -174,65 +184,36 @@ class Denoiser:
             return replace(state, labels=labels)
         return replace(state, field=step(state.field, estimate.field, t, t_next), labels=labels)
 
-    def estimate(self, state: State, t: float) -> State:
-        """The network's estimate of the clean state."""
-        return self._ask(state, t, None)[0]
+    def probabilities(self, state: State, blocks: Tensor, t: float) -> Tensor:
+        """The network's answer at 1 mm, (n, 8, classes) on the CPU, at ``blocks`` (n, 3)."""
+        if self.tile is not None:
+            p = by_tiles(lambda part: self._fine(part, t), state, self.tile)
+            return at_blocks(p[0].permute(1, 2, 3, 0), blocks)
+        p = torch.empty(len(blocks), STRIDE**3, self.net.config.n_classes)
+        blocks = blocks.to(self.device)
+        coarse, (image, t_d, t_m) = self._ask(state, t)
+        with autocast(self.device):
+            features = self.net.fine_features(image, coarse, t_d, t_m)
+            for out, some in zip(
+                torch.split(p, AT_ONCE), torch.split(blocks, AT_ONCE), strict=True
+            ):
+                logits = self.net.refine_blocks(features, coarse.logits, some)
+                out.copy_(logits.float().softmax(dim=2))
+        return p
 
-    def ask(self, state: State, t: float, blocks: Tensor) -> tuple[State, Tensor]:
-        """``estimate``; and of 2 mm voxels, ``blocks`` (n, 3), the network's fine answer.
+    def _fine(self, state: State, t: float) -> Tensor:
+        """Probabilities of all 1 mm voxels, (1, classes, 2x, 2y, 2z) on the CPU."""
+        coarse, (image, t_d, t_m) = self._ask(state, t)
+        with autocast(self.device):
+            return self.net.refine(image, coarse, t_d, t_m).float().softmax(dim=1).cpu()
 
-        The fine answer are probabilities at 1 mm, (n, 8, classes) on the CPU.
-        """
-        clean, p = self._ask(state, t, blocks)
-        assert p is not None
-        return clean, p
-
-    def _ask(self, state: State, t: float, blocks: Tensor | None) -> tuple[State, Tensor | None]:
-        if self.tile is None:
-            coarse, given = self._trunk(state, t)
-            field, labels = self._clean(coarse)
-            p = None if blocks is None else self._at_blocks(coarse, given, blocks)
-        else:
-            field, labels, *fine = by_tiles(
-                lambda part: self._everywhere(part, t, blocks is not None), state, self.tile
-            )
-            p = None if blocks is None else at_blocks(fine[0][0].permute(1, 2, 3, 0), blocks)
-        return replace(state, field=state.field if self.known else field, labels=labels), p
-
-    def _trunk(self, state: State, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
+    def _ask(self, state: State, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
         """The trunk's answer; with the image and both times on the device."""
         image, d_t, m_t = (x.to(self.device) for x in (state.image, state.field, state.labels))
         t_m = torch.full((1,), t, device=self.device)
         t_d = torch.zeros_like(t_m) if self.known else t_m
         with autocast(self.device):
             return self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior), (image, t_d, t_m)
-
-    def _clean(self, coarse: Coarse) -> tuple[Tensor, Tensor]:
-        """The clean field and the clean state of the labels, on the CPU."""
-        return coarse.field.cpu(), self.net.label_state(softmax(coarse.logits)).cpu()
-
-    def _at_blocks(
-        self, coarse: Coarse, given: tuple[Tensor, Tensor, Tensor], blocks: Tensor
-    ) -> Tensor:
-        """The fine answer at ``blocks``; ``given`` is what ``_trunk`` returns with ``coarse``."""
-        p = torch.empty(len(blocks), STRIDE**3, self.net.config.n_classes)
-        with autocast(self.device):
-            image, t_d, t_m = given
-            features = self.net.fine_features(image, coarse, t_d, t_m)
-            parts = torch.split(blocks.to(self.device), AT_ONCE)
-            for out, part in zip(torch.split(p, AT_ONCE), parts, strict=True):
-                logits = self.net.refine_blocks(features, coarse.logits, part)
-                out.copy_(logits.float().softmax(dim=2))
-        return p
-
-    def _everywhere(self, state: State, t: float, fine: bool) -> tuple[Tensor, ...]:
-        """What ``_clean`` says of a tile; if ``fine``, the fine answer of all its voxels too."""
-        coarse, (image, t_d, t_m) = self._trunk(state, t)
-        clean = self._clean(coarse)
-        if not fine:
-            return clean
-        with autocast(self.device):
-            return *clean, softmax(self.net.refine(image, coarse, t_d, t_m)).cpu()
 
 
 @torch.no_grad()
@@ -252,9 +233,8 @@ def denoise(
     ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1], or None to
     denoise it with the labels; ``blocks`` (n, 3) are the 2 mm voxels whose 8 n voxels at 1 mm are
     asked about, block by block as ``at_blocks`` orders them.  Zero steps give the label prior at
-    the field: the answer of the registration alone.  With ``mirror`` (see ``State.mirrored``) they
-    are the mean of two answers: of the brain at the last time but one, and of its mirror image at
-    the last.  No step is made for the mirror image alone.
+    the field: the answer of the registration alone.  With ``mirror`` (see ``State.mirrored``) the
+    last step is the mean over the brain and its mirror image.
     """
     if steps == 0:
         if field is None:
@@ -268,17 +248,15 @@ def denoise(
 
     d_1 = noise(3) if field is None else 2 * field - 1
     denoiser = Denoiser(net, field is not None, device, tile)
-
+    start = State(image, d_1, noise(net.config.n_classes))
     times = spaced_times(steps if net.config.reads_labels else 1)
-    straight = times[:-1] if mirror is not None and len(times) > 1 else times
-    begin = denoiser.look_up(State(image, d_1, noise(net.config.n_classes)))
-    (state,) = deque(sample(denoiser.step, denoiser.estimate, begin, straight), maxlen=1)
-    clean, p = denoiser.ask(state, straight[-1], blocks)
+    states = sample(denoiser.step, denoiser.estimate, denoiser.look_up(start), times)
+    (state,) = deque(states, maxlen=1)
+    p = denoiser.probabilities(state, blocks, times[-1])
     if mirror is not None:
-        if len(straight) < len(times):
-            state = denoiser.step(state, clean, *times[-2:])
-        state = denoiser.look_up(state.mirrored(mirror))
-        _, q = denoiser.ask(state, times[-1], mirrored_blocks(blocks, space[0]))
+        state = state.mirrored(mirror)  # which frees the prior
+        there = mirrored_blocks(blocks, space[0])
+        q = denoiser.probabilities(denoiser.look_up(state), there, times[-1])
         p.add_(unmirrored(q, mirror)).div_(2)
     return p.flatten(0, 1)
 
@@ -302,15 +280,6 @@ def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> 
         mode="gaussian",
     )
     return blended
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Probabilities (B, classes, X, Y, Z) in float32, in the memory layout of the logits.
-
-    The classes of a voxel lie together in ``channels_last_3d``; softmax of the second axis would
-    copy all twice.
-    """
-    return logits.permute(0, 2, 3, 4, 1).float().softmax(dim=4).permute(0, 4, 1, 2, 3)
 
 
 def mirrored_blocks(blocks: Tensor, size: int) -> Tensor:
