@@ -12,7 +12,7 @@ from cadiff_cli.notes import texts
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.condition import brain_crop, normalise
+from cadiff_cli.stages.condition import MARGIN_VOXELS, brain_crop, normalise
 from cadiff_cli.stages.field import coordinate_field, mean_field, template_coordinates
 from cadiff_cli.stages.register import register, register_template, settings, similarity, warp
 from cadiff_cli.stages.strip import on_scan
@@ -240,8 +240,8 @@ def test_crop_holds_the_brain_with_a_margin(phantom, stripped_of):
     start = np.round(offset[:3]).astype(int)
     np.testing.assert_allclose(offset[:3], start, atol=1e-6)
     inside = np.argwhere(mask.data)
-    assert (inside.min(0) - start >= 6).all()
-    assert (start + grid.shape - 1 - inside.max(0) >= 6).all()
+    assert (inside.min(0) - start >= MARGIN_VOXELS).all()
+    assert (start + grid.shape - 1 - inside.max(0) >= MARGIN_VOXELS).all()
 
 
 def test_normalised_intensities_do_not_depend_on_units():

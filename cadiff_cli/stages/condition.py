@@ -11,7 +11,7 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
 from cadiff_cli.stages.field import mean_field
 
-MARGIN_VOXELS = 6
+MARGIN_VOXELS = 2
 MULTIPLE = 16
 FIELD_STRIDE = 2
 """The field is smooth: the network reads it (and diffuses labels) at 2 mm."""

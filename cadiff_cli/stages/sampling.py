@@ -163,7 +163,7 @@ class Denoiser:
 
         def clean(part: State) -> tuple[Tensor, Tensor]:
             coarse, _ = self._ask(part, t)
-            return coarse.field.cpu(), self.net.label_state(coarse.logits.softmax(dim=1)).cpu()
+            return coarse.field.cpu(), self.net.label_state(softmax(coarse.logits)).cpu()
 
         field, labels = by_tiles(clean, state, self.tile)
         return replace(state, field=state.field if self.known else field, labels=labels)
@@ -205,7 +205,7 @@ class Denoiser:
         """Probabilities of all 1 mm voxels, (1, classes, 2x, 2y, 2z) on the CPU."""
         coarse, (image, t_d, t_m) = self._ask(state, t)
         with autocast(self.device):
-            return self.net.refine(image, coarse, t_d, t_m).float().softmax(dim=1).cpu()
+            return softmax(self.net.refine(image, coarse, t_d, t_m)).cpu()
 
     def _ask(self, state: State, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
         """The trunk's answer; with the image and both times on the device."""
@@ -280,6 +280,15 @@ def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> 
         mode="gaussian",
     )
     return blended
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities (B, classes, X, Y, Z) in float32, in the memory layout of the logits.
+
+    The classes of a voxel lie together in ``channels_last_3d``; softmax of the second axis would
+    copy all twice.
+    """
+    return logits.permute(0, 2, 3, 4, 1).float().softmax(dim=4).permute(0, 4, 1, 2, 3)
 
 
 def mirrored_blocks(blocks: Tensor, size: int) -> Tensor:
