@@ -23,6 +23,7 @@ CHANGED = {
     "output.codes": "freesurfer",
     "output.posteriors": True,
     "output.uncertainty": True,
+    "output.parcellation": "nmm138",
     "output.field": True,
     "output.spaces": ("MNI152NLin2009cAsym",),
     "output.report": False,
