@@ -345,7 +345,7 @@ def test_parcels_need_a_registration(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def out(phantom, tiny_weights, tmp_path_factory):
+def out(phantom, released, tmp_path_factory):
     """The folder of one run with parcels, from file to files."""
     try:
         find_weights("nmm138")
@@ -356,8 +356,8 @@ def out(phantom, tiny_weights, tmp_path_factory):
     save_volume(folder / "sub-01_T1w.nii.gz", head.t1.data, head.t1.grid)
     done = call(
         *("cadiff-seg", str(folder / "sub-01_T1w.nii.gz"), "-o", str(folder / "out")),
-        *("--model", str(tiny_weights), "--template", "MNI152NLin2009aSym", "--offline"),
-        *("--registration", "affine", "--skull-strip", "none", "--steps", "1", "--threads", "1"),
+        *("--template", "MNI152NLin2009aSym", "--offline"),
+        *("--registration", "affine", "--skull-strip", "none", "--steps", "0", "--threads", "1"),
         *(
             "--parcellation",
             "nmm138",
