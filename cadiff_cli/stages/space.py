@@ -43,13 +43,14 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
     if result.finer is not None:
         finer = result.finer.segmentation
         # In its own vote, a parcel would lose to white matter where the whole cortex wins.
-        parcels = Volume(labels.data.copy(), grid)
+        divided = labels.data.copy()
         for cortex in {s.parent for s in finer.parcellation.structures if s.parent != s.code}:
             within = labels.data == cortex
             if within.any():
                 spread = nearest_codes(finer.labels.data, result.segmentation.labels.data == cortex)
                 moved = carried(spread, finer.labels.grid, "genericLabel")
-                parcels.data[within] = np.rint(moved[within])
+                divided[within] = np.rint(moved[within])
+        parcels = Volume(divided, grid)
     return InSpace(
         registered,
         Volume(np.where(inside, t1, 0), grid),
