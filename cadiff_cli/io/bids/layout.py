@@ -94,9 +94,7 @@ class Derivatives:
 
         Also removes temporary files of a killed run: the caller holds the scan's lock.
         """
-        for path in self.commits:
-            path.unlink(missing_ok=True)
-        for path in self.existing():
+        for path in (*self.commits, *self.existing()):
             if path not in keep:
                 path.unlink(missing_ok=True)
         for name in OURS:
