@@ -242,9 +242,10 @@ def test_saving_keeps_both_forms_bit_for_bit(write_image, tmp_path, grid_of, cod
     for key in (
         *("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "pixdim"),
         *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-        "xyzt_units",
     ):
         np.testing.assert_array_equal(before.header[key], after.header[key], err_msg=key)
+    assert before.header.get_xyzt_units()[0] == "unknown"
+    assert after.header.get_xyzt_units()[0] == "mm"
     np.testing.assert_array_equal(before.affine, after.affine)
     assert after.get_data_dtype() == np.int16
     assert after.header["descrip"].item() == b""

@@ -271,8 +271,13 @@ def test_overwrite_makes_selected_scans_again(batch, tmp_path):
     steps = {result.entities: result.provenance.steps for result in finished(out)}
     assert steps == dict.fromkeys(GOOD, 1) | {"sub-01_ses-b_run-2": 0}
     left = {p.name for p in (copy / "derivatives").rglob("*run-*probseg.nii.gz")}
+    tissues = [f"label-{tissue}" for tissue in ("CSF", "GM", "WM")]
+    optional = ["seg-cadiff", "seg-cadiff_desc-uncertainty"]
+    expected = {1: [*tissues, *optional], 2: tissues}
     assert left == {
-        f"sub-01_ses-b_run-1_seg-cadiff_{name}probseg.nii.gz" for name in ("", "desc-uncertainty_")
+        f"sub-01_ses-b_run-{run}_{name}_probseg.nii.gz"
+        for run, names in expected.items()
+        for name in names
     }
     # The group level tells that the dataset is a mixture now.
     done = cadiff("run", copy, out, "group")

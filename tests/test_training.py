@@ -179,7 +179,7 @@ def test_a_patch_says_nothing_about_its_steps_times(start, ramp, mirror):
     """Both follow from seed and step, and yet a deformed patch must not mean pure noise."""
     pure = []
 
-    def witness(net, patch, generator):
+    def witness(net, patch, generator, _progress):
         """Draws the times as a step does, and leaves the network alone."""
         _, t_m = Times(pure_noise=0.5).draw(len(patch.image), generator)
         pure.append(bool(t_m == 1))

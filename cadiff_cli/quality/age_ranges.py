@@ -228,8 +228,13 @@ def percentiles(
 def sizes_in(
     ranges: AgeRanges, volumes: Mapping[str, float], parcellation: Parcellation
 ) -> dict[str, float]:
-    """Sizes of the structures that ``ranges`` are of; those of a finer parcellation are summed."""
-    if not brain_mm3(volumes, parcellation):
+    """Sizes of the structures that ``ranges`` are of; those of a finer parcellation are summed.
+
+    None where a structure has no volume: shares of a brain without it mean something else.
+    """
+    if not brain_mm3(volumes, parcellation) or {s.name for s in parcellation.structures} - {
+        *volumes
+    }:
         return {}
     if ranges.parcellation == parcellation.name:
         return sizes(volumes, parcellation)
