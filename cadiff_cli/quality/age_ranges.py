@@ -230,11 +230,11 @@ def sizes_in(
 ) -> dict[str, float]:
     """Sizes of the structures that ``ranges`` are of; those of a finer parcellation are summed.
 
-    None where a structure has no volume: shares of a brain without it mean something else.
+    None where tissue has no volume: shares of a brain without it mean something else.
     """
-    if not brain_mm3(volumes, parcellation) or {s.name for s in parcellation.structures} - {
-        *volumes
-    }:
+    if not all(s.name in volumes for s in parcellation.structures if s.is_tissue):
+        return {}
+    if not brain_mm3(volumes, parcellation):
         return {}
     if ranges.parcellation == parcellation.name:
         return sizes(volumes, parcellation)
