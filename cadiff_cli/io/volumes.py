@@ -80,7 +80,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     segmentation, volumes = result.segmentation, result.volumes_mm3
     parcellation, calibrate = segmentation.parcellation, result.calibration
     drawable = result.model.structures
-    brain = _brain_mm3(result)
+    brain = result.segmentation.parcellation.brain_mm3(result.volumes_mm3)
     for s in parcellation.structures:
         one = {"index": s.code, "name": s.name, "abbreviation": s.abbreviation}
         mm3 = volumes[s.code]
@@ -101,7 +101,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
 def total_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the table of totals; those of which nothing is drawn have no volume."""
     volumes, parcellation = result.volumes_mm3, result.segmentation.parcellation
-    brain, mask = _brain_mm3(result), result.mask
+    brain, mask = result.segmentation.parcellation.brain_mm3(result.volumes_mm3), result.mask
     csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
     totals: dict[str, float | None] = {
         "Brain-Segmentation": brain,
@@ -121,12 +121,6 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
             "percent_brain": f"{100 * mm3 / brain:.3f}" if brain and mm3 is not None else None,
             **percentile_cells(result.percentiles.get(name)),
         }
-
-
-def _brain_mm3(result: Result) -> float:
-    """Sum of all structures but vessels."""
-    structures = result.segmentation.parcellation.structures
-    return sum(result.volumes_mm3[s.code] for s in structures if s.is_tissue)
 
 
 def percentile_cells(found: Percentile | None, prefix: str = "") -> dict[str, str]:

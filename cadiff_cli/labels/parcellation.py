@@ -184,6 +184,10 @@ class Parcellation:
             )
         return tuple(self.class_of[s.code] for s in self.structures if name in ("all", *s.subsets))
 
+    def brain_mm3(self, volumes_mm3: Mapping[int, float]) -> float:
+        """Sum of all structures but vessels, of volumes by code; absent ones have none."""
+        return sum(volumes_mm3.get(s.code, 0.0) for s in self.structures if s.is_tissue)
+
     def encode(self, ids: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
         """Turn a foreign label map (X, Y, Z) into classes (``dtype``); unmapped ids become 0.
 

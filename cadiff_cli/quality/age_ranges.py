@@ -228,12 +228,7 @@ def percentiles(
 def sizes_in(
     ranges: AgeRanges, volumes: Mapping[str, float], parcellation: Parcellation
 ) -> dict[str, float]:
-    """Sizes of the structures that ``ranges`` are of; those of a finer parcellation are summed.
-
-    None where tissue has no volume: shares of a brain without it mean something else.
-    """
-    if not all(s.name in volumes for s in parcellation.structures if s.is_tissue):
-        return {}
+    """Sizes of the structures that ``ranges`` are of; those of a finer parcellation are summed."""
     if not brain_mm3(volumes, parcellation):
         return {}
     if ranges.parcellation == parcellation.name:

@@ -47,12 +47,14 @@ def charts(
     judgement: Judgement, ranges: AgeRanges, rows: Sequence[Row], parcellation: Parcellation
 ) -> list[Chart]:
     """A chart of each size in ``SHOWN`` that has a percentile."""
+    shown = [name for name in SHOWN if name in judgement.percentiles]
+    if not shown:  # then some structure may have no volume, and the others no share of the brain
+        return []
     volumes = {row.name: row.mm3 for row in rows if row.code is not None and row.mm3 is not None}
     measured = sizes_in(ranges, volumes, parcellation)
     return [
         _chart(name, measured[name], judgement.percentiles[name], judgement, ranges)
-        for name in SHOWN
-        if name in judgement.percentiles
+        for name in shown
     ]
 
 

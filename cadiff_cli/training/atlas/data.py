@@ -96,8 +96,7 @@ class Sitter:
 
 def brain_of(volumes_mm3: Mapping[int, float]) -> float:
     """Sum of all structures of ``BASE`` but vessels, from volumes by code."""
-    structures = load_parcellation(BASE).structures
-    return sum(volumes_mm3.get(s.code, 0.0) for s in structures if s.is_tissue)
+    return load_parcellation(BASE).brain_mm3(volumes_mm3)
 
 
 def share_of(volumes_mm3: Mapping[int, float], codes: Sequence[int]) -> float:
