@@ -1,7 +1,11 @@
 """Processors, memory and home folder of this machine, container or job."""
 
+import ctypes
 import os
+import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -11,6 +15,10 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 THREADS = "OMP_NUM_THREADS"
 """Environment variable of the user's number of threads for torch, numpy and others."""
 THREAD_VARIABLES = (THREADS, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+"""Parameters of glibc's ``mallopt`` (malloc.h)."""
+MMAP_THRESHOLD, MMAP_MAX = 128 * 1024, 65536
+"""What glibc begins with."""
 
 
 def share_cores() -> None:
@@ -37,6 +45,29 @@ def cores() -> int:
         if quota and period:
             limits.append(quota // period)
     return max(1, min(limits))
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Use freed memory again for the time being, rather than give it back and fetch it anew.
+
+    The kernel clears every page that it hands out: a quarter of the time of a network whose
+    tensors come and go.  Where pieces do not fit, more memory is taken: a fifth more was measured.
+    Does nothing where the C library is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    try:
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 def _processors() -> int:

@@ -1,10 +1,15 @@
 """Where torch computes: a device that works, and a remedy where memory does not suffice."""
 
+import platform
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
 from cadiff_cli.device import enough_memory, usable_device
 from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.machine import memory_kept
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that works")
@@ -27,3 +32,22 @@ def test_lack_of_memory_has_a_remedy_and_other_errors_pass():
             raise error
     with pytest.raises(RuntimeError, match="mat1"), enough_memory():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_kept_memory_stays_until_it_is_given_back():
+    """The kernel would clear it again; afterwards the process is as small as before."""
+
+    def resident_bytes():
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * resource.getpagesize()
+
+    def come_and_go():
+        [torch.ones(2**24) for _ in range(4)]  # 64 MB each
+        return resident_bytes()
+
+    before = resident_bytes()
+    with memory_kept():
+        assert come_and_go() > before + 2**26
+    assert resident_bytes() < before + 2**27
+    assert come_and_go() < before + 2**27

@@ -86,8 +86,8 @@ class Gaussian:
         (alpha, alpha_next), (sigma, sigma_next) = self.schedule.levels(
             torch.tensor([t, t_next], dtype=torch.float64)
         )
-        noise = (x_t - float(alpha) * x_0) / float(sigma)
-        return float(alpha_next) * x_0 + float(sigma_next) * noise
+        kept = float(sigma_next / sigma)
+        return (float(alpha_next - kept * alpha) * x_0).add_(x_t, alpha=kept)
 
     def guess(self, x_t: Tensor, t: Tensor, spread: float) -> tuple[Tensor, Tensor]:
         """The Wiener filter; the deviation is (B, 1, ..., 1)."""

@@ -218,7 +218,7 @@ class CADiffNet(nn.Module):
 
     def label_state(self, p: Tensor) -> Tensor:
         """The clean state of class fractions or probabilities ``p``, of any shape."""
-        return self.config.label_scale * (2 * p - 1)
+        return (2 * self.config.label_scale * p).sub_(self.config.label_scale)
 
     def look_up(self, d_t: Tensor, t_d: Tensor) -> Prior:
         """The label prior at what a field's state (B, 3, x, y, z) at ``t_d`` (B,) tells alone."""
@@ -250,21 +250,15 @@ class CADiffNet(nn.Module):
         e_d, e_m = self.time_field(t_d), self.time_label(t_m)
         guess, deviation = self.process.guess(d_t, t_d, FIELD_STD)
         prior = known or self.look_up(d_t, t_d)  # it must not see more than the noisy field tells
-        x = torch.cat(
-            [
-                2 * unshuffle(image) - 1,
-                d_t if self.config.reads_coordinates else torch.zeros_like(d_t),
-                self.embed_label(last(m_t)),
-                prior.embedded,
-            ],
-            dim=1,
-        )
-        x = self._unet(x, e_d, e_m)
+        coordinates = d_t if self.config.reads_coordinates else torch.zeros_like(d_t)
+        label = self.embed_label(last(m_t))
+        seen = [2 * unshuffle(image) - 1, coordinates, label, prior.embedded]
+        x = self._unet(torch.cat([last(part.to(label.dtype)) for part in seen], dim=1), e_d, e_m)
         field = guess + deviation * self.to_field(x).float()
         logits = prior.logits
         if self.config.reads_field and (t_d > 0).any():
             logits = last(self.prior(field.detach()))
-        return Coarse(x, field, logits + self.to_label(x).float())
+        return Coarse(x, field, plus(self.to_label(x).float(), logits))
 
     def _unet(self, x: Tensor, e_d: Tensor, e_m: Tensor) -> Tensor:
         """Features (B, C, x, y, z) of what the trunk is shown, and of the embedded times."""

@@ -20,6 +20,7 @@ from cadiff_cli.config import SampleConfig
 from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, pick_device
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
+from cadiff_cli.machine import memory_kept
 from cadiff_cli.nets.blocks import at_blocks, last, shuffle, unshuffle, upsampled
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import STRIDE, CADiffNet, Coarse, Prior
@@ -194,10 +195,11 @@ class Denoiser:
         coarse, (image, t_d, t_m) = self._ask(state, t)
         with autocast(self.device):
             features = self.net.fine_features(image, coarse, t_d, t_m)
+            coarse_logits = last(coarse.logits.to(features.dtype))
             for out, some in zip(
                 torch.split(p, AT_ONCE), torch.split(blocks, AT_ONCE), strict=True
             ):
-                logits = self.net.refine_blocks(features, coarse.logits, some)
+                logits = self.net.refine_blocks(features, coarse_logits, some)
                 out.copy_(logits.float().softmax(dim=2))
         return p
 
@@ -216,6 +218,7 @@ class Denoiser:
             return self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior), (image, t_d, t_m)
 
 
+@memory_kept()
 @torch.no_grad()
 def denoise(
     net: CADiffNet,
