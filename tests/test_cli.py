@@ -43,7 +43,7 @@ HEAVY = {
 
 CODES = (
     *("seg-cadiff_dseg.tsv", "seg-cadiff_dseg.json", "luts/seg-cadiff_FreeSurferColorLUT.txt"),
-    *("luts/seg-cadiff_fsleyes.lut", "luts/seg-cadiff_itksnap.txt"),
+    *("luts/seg-cadiff_fsleyes.lut", "luts/seg-cadiff_itksnap.txt", "luts/seg-cadiff_niivue.json"),
 )
 """What explains the labels at the root of a dataset."""
 TABLES = {"desc-volumetric_morph", "desc-totals_morph"}

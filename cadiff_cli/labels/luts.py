@@ -1,9 +1,11 @@
 """Colours and names of a parcellation as viewers read them.
 
 FreeSurfer's format is read by FreeView, MNE, surfa and MRtrix too.  Sources: FreeSurfer's
-``FreeSurferColorLUT.txt``, FSLeyes' "lookup tables", ITK-SNAP's "label descriptions".
+``FreeSurferColorLUT.txt``, FSLeyes' "lookup tables", ITK-SNAP's "label descriptions", NiiVue's
+``setColormapLabel``.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -39,10 +41,19 @@ def itk_snap(parcellation: Parcellation) -> str:
     return ITK_SNAP + _text(lines)
 
 
+def niivue(parcellation: Parcellation) -> str:
+    """A label colormap: lists of red, green and blue 0 to 255, of codes (``I``) and of names."""
+    red, green, blue = zip((0, 0, 0), *map(rgb, parcellation.structures), strict=True)
+    codes = [0, *(s.code for s in parcellation.structures)]
+    names = ["", *(s.name for s in parcellation.structures)]
+    return json.dumps({"R": red, "G": green, "B": blue, "I": codes, "labels": names}) + "\n"
+
+
 FORMATS: Mapping[str, Callable[[Parcellation], str]] = {
     "FreeSurferColorLUT.txt": freesurfer,
     "fsleyes.lut": fsleyes,
     "itksnap.txt": itk_snap,
+    "niivue.json": niivue,
 }
 """End of a file's name -> what writes its text."""
 

@@ -1,7 +1,8 @@
 """Tables of volumes in the layouts that other programs write, for communities that merge them.
 
 ``enigma``: ``LandRvolumes.csv`` of ENIGMA's subcortical protocol.  ``freesurfer``: what
-``asegstats2table`` writes.  ``synthseg``: what ``mri_synthseg --vol`` writes.
+``asegstats2table`` of FreeSurfer 7 writes.  ``synthseg``: what ``mri_synthseg --vol`` of SynthSeg
+2.0 writes: ``subject``, the total, then its 32 structures in the order of their FreeSurfer codes.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.ranges import base_volumes
 
 Measure = str | Sequence[str]
-"""A volume by its name in our tables, or several to be added."""
+"""A volume by its name in our tables, or several to be added; an empty sequence: we have none."""
 MASK = "Brain-Mask"
 ENIGMA: Mapping[str, Measure] = {
     f"{side[0]}{short}": f"{side}-{name}"
@@ -77,6 +78,7 @@ LEFT = {
 SYNTHSEG: Mapping[str, Measure] = {
     "total intracranial": MASK,
     **LEFT,
+    "csf": (),  # theirs is all fluid around the brain, up to the skull; our CSF a small part of it
     **{
         column.replace("left ", "right "): name.replace("Left-", "Right-")
         for column, name in LEFT.items()
