@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from cadiff_cli.config import Config, RegisterConfig, StripMethod
 from cadiff_cli.errors import DataError, DiskError, UsageError
@@ -12,7 +13,7 @@ from cadiff_cli.notes import texts
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.condition import MARGIN_VOXELS, brain_crop, normalise
+from cadiff_cli.stages.condition import MARGIN_VOXELS, brain_crop, deep, normalise
 from cadiff_cli.stages.field import coordinate_field, mean_field, template_coordinates
 from cadiff_cli.stages.register import register, register_template, settings, similarity, warp
 from cadiff_cli.stages.strip import on_scan
@@ -279,6 +280,16 @@ def test_contrast_does_not_depend_on_the_spacing(spacing):
     low, high = (float(scaled[near].mean()) for near in (radius < 6, (radius > 20) & (radius < 24)))
     assert low < 0.3
     assert 0.7 < high < 1
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (1.2, 0.9, 3.0)])
+def test_deep_is_what_a_distance_transform_calls_deep(spacing):
+    rng = np.random.default_rng(3)
+    mask = ndimage.gaussian_filter(rng.standard_normal((30, 28, 26)), 2) > -0.05
+    distance = ndimage.distance_transform_edt(np.pad(mask, 1), sampling=spacing)
+    found = deep(mask, 3.0, np.array(spacing, dtype=float))
+    assert found.any()
+    np.testing.assert_array_equal(found, distance[1:-1, 1:-1, 1:-1] > 3)
 
 
 def test_template_position_does_not_matter(toy_template, identity, grid_of):

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import (
@@ -77,6 +79,24 @@ def test_a_box_holds_what_the_whole_image_would(grid_of, orientation, order):
     outside = np.ones(there.shape, dtype=bool)
     outside[box] = False
     assert (part[outside] == -3).all()
+
+
+@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("spacing", [0.7, 1.3, 4.0])
+@pytest.mark.parametrize("source", ["RAS", "LPS"])
+def test_a_tilt_of_next_to_nothing_changes_next_to_nothing(grid_of, source, order, spacing):
+    """Straight grids have a way of their own through the code."""
+    rng = np.random.default_rng(2)
+    here = grid_of(source, 2.0, scale=0.6)
+    smooth = ndimage.gaussian_filter(rng.standard_normal(here.shape), 1.0).astype(np.float32)
+    there = here.working(spacing, tolerance=0.0).crop((-2, 1, 0), (24, 20, 22))
+    affine = there.affine.copy()
+    affine[:3, :3] = Rotation.from_rotvec([1e-4, -1e-4, 1e-4]).as_matrix() @ affine[:3, :3]
+    tilted = Grid(there.shape, affine)
+    volume = Volume(smooth, here)
+    straight, other = (resample(volume, grid, order).data for grid in (there, tilted))
+    assert straight.std() > 0.05
+    assert np.quantile(abs(straight - other), 0.99) < 0.02 * straight.std()
 
 
 def test_a_mapped_box_holds_the_images_of_its_voxels(grid_of, orientation):

@@ -214,7 +214,8 @@ def load_scan(path: Path) -> Scan:
     grid, name = volume.grid, path.name
     _check_extent(grid, name)
     good = usable(volume.data)
-    data = np.where(good, volume.data, 0).astype(np.float32)
+    # In C's order, as everything that is computed from it; files are in Fortran's.
+    data = np.where(good, volume.data, 0).astype(np.float32, order="C")
     bad = data.size - int(np.count_nonzero(good))
     if bad == data.size:
         raise UnsuitableError(

@@ -140,7 +140,7 @@ class Volume:
 
 def faces(data: np.ndarray) -> list[np.ndarray]:
     """The six outermost slices of an image (X, Y, Z)."""
-    return [np.take(data, index, axis=axis) for axis in range(3) for index in (0, -1)]
+    return [np.moveaxis(data, axis, 0)[index] for axis in range(3) for index in (0, -1)]
 
 
 def border_value(data: np.ndarray) -> float:

@@ -12,6 +12,10 @@ REACH_VOXELS = 12
 """Beyond this distance, voxels change a cubic spline's value by less than 1e-6."""
 MAX_OFFSET_VOXELS = 0.1
 """Largest distance of corners of one grid from those of the same grid in a rounded header."""
+STRAIGHT_VOXELS = 1e-3
+"""An axis that leaves a straight line by less than this over its length is straight."""
+LEAST_WEIGHT = 1e-7
+"""Smaller weights of voxels are nothing in single precision."""
 AROUND_VOXELS = 2
 """Background around a structure whose mask is interpolated, so that its surface closes."""
 
@@ -55,17 +59,17 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
     data = volume.data
     if same_lattice(to_source):
         to_source, order = np.round(to_source), 0
-        start = to_source[:3, 3].astype(int)
-        inside = (start >= 0).all() and (start + grid.shape <= volume.grid.shape).all()
-        if inside and (to_source[:3, :3] == np.eye(3)).all():
-            part = tuple(slice(a, a + n) for a, n in zip(start, grid.shape, strict=True))
-            return Volume(data[part].copy(), grid)
-    elif order > 0:
+        if _is_straight(to_source, grid.shape):
+            return Volume(_copied(data, to_source.astype(int), grid.shape, fill), grid)
+    if order > 0:
         data = data.astype(np.float32, copy=False)
         ratio = np.linalg.norm(to_source[:3, :3], axis=1)
-        if ratio.max() > 1.5:
-            # The squared full width at half maximum is the difference of the squared voxel sizes.
-            sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2.355
+        # The squared full width at half maximum is the difference of the squared voxel sizes.
+        wide = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2.355
+        sigma = wide if ratio.max() > 1.5 else np.zeros(3)
+        if _is_straight(to_source, grid.shape):
+            return Volume(_by_axes(data, to_source, grid.shape, sigma, order, fill), grid)
+        if sigma.any():
             data = ndimage.gaussian_filter(data, sigma)
     # A cubic spline is fitted to whole axes: leave out the parts that reach no voxel.
     part = mapped_box(all_voxels(grid.shape), to_source, data.shape, REACH_VOXELS)
@@ -81,6 +85,74 @@ def resample(volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0) -> V
         covered = move(np.ones(data[part].shape, np.uint8), order=0, mode="grid-constant")
         moved[covered == 0] = fill
     return Volume(moved, grid)
+
+
+def _is_straight(to_source: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether every axis of a grid runs along one of the source's, by a voxel map (4, 4)."""
+    moved = abs(to_source[:3, :3]) * shape  # voxels of the source, over the whole length
+    along = moved.argmax(axis=0)
+    return len(set(along)) == 3 and bool(moved.sum() - moved.max(axis=0).sum() < STRAIGHT_VOXELS)
+
+
+def _copied(
+    data: np.ndarray, to_source: np.ndarray, shape: tuple[int, ...], fill: float
+) -> np.ndarray:
+    """Copy voxels by a straight voxel map of whole numbers; ``fill`` outside."""
+    out = np.full(shape, fill, dtype=data.dtype)
+    along = abs(to_source[:3, :3]).argmax(axis=0)
+    data = data.transpose(along)
+    here, there = [], []
+    for axis, n in enumerate(shape):
+        start, size = to_source[along[axis], 3], data.shape[axis]
+        if to_source[along[axis], axis] < 0:
+            data, start = np.flip(data, axis), size - 1 - start
+        begin = np.clip(-start, 0, n)
+        end = np.clip(size - start, begin, n)
+        here.append(slice(begin, end))
+        there.append(slice(begin + start, end + start))
+    out[tuple(here)] = data[tuple(there)]
+    return out
+
+
+def _by_axes(
+    data: np.ndarray,
+    to_source: np.ndarray,
+    shape: tuple[int, ...],
+    sigma: np.ndarray,
+    order: int,
+    fill: float,
+) -> np.ndarray:
+    """Smooth and interpolate by a straight voxel map, one axis after the other.
+
+    Both are linear: a sparse matrix does the two along an axis, whose columns are what becomes of
+    single bright voxels.
+    """
+    from scipy.sparse import csr_array
+
+    along = abs(to_source[:3, :3]).argmax(axis=0)
+    outside: list[np.ndarray] = [np.array([])] * 3
+    for source in range(3):
+        target = int(np.flatnonzero(along == source)[0])
+        step, start = to_source[source, target], to_source[source, 3]
+        n, size = shape[target], data.shape[0]
+        points = np.eye(size)
+        if sigma[source] > 0:
+            points = ndimage.gaussian_filter1d(points, sigma[source], axis=0)
+        matrix = ndimage.affine_transform(
+            points, np.diag([step, 1]), [start, 0], (n, size), order=order, mode="nearest"
+        )
+        matrix[abs(matrix) < LEAST_WEIGHT] = 0
+        used = bounding_box(matrix != 0)[1]
+        weights = csr_array(matrix[:, used].astype(np.float32))
+        moved = weights @ data[used].reshape(used.stop - used.start, -1)
+        # The next axis comes first: after three turns, all are where they were.
+        data = np.moveaxis(moved.reshape(n, *data.shape[1:]), 0, -1)
+        position = start + step * np.arange(n)
+        outside[target] = (position < -0.5) | (position >= size - 0.5)
+    out = np.ascontiguousarray(data.transpose(along))
+    for axis, beyond in enumerate(outside):
+        np.moveaxis(out, axis, 0)[beyond] = fill
+    return out
 
 
 def resample_in(

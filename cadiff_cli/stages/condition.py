@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.products import Conditions, Registered, Stripped
@@ -54,10 +53,8 @@ def normalise(image: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np
     would change the contrast of the brain.
     """
     box = bounding_box(mask)
-    # One voxel around the box: the transform treats voxels beyond its array as brain.
-    brain = np.pad(mask[box], 1)
-    deep = ndimage.distance_transform_edt(brain, sampling=spacing_mm)[1:-1, 1:-1, 1:-1] > BORDER_MM
-    inside = image[box][deep] if deep.sum() > LEAST_INNER * mask.sum() else image[mask]
+    inner = deep(mask[box], BORDER_MM, spacing_mm)
+    inside = image[box][inner] if inner.sum() > LEAST_INNER * mask.sum() else image[mask]
     low, high = np.percentile(inside, [0.5, 99.5])
     if not high > low:
         raise DataError(
@@ -65,3 +62,22 @@ def normalise(image: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np
         )
     scaled = np.clip((image - low) / (high - low), 0.0, 1.0)
     return np.where(mask, scaled, 0.0).astype(np.float32)
+
+
+def deep(mask: np.ndarray, depth_mm: float, spacing_mm: np.ndarray) -> np.ndarray:
+    """Voxels (bool) farther than this from every voxel outside, those beyond the faces included.
+
+    Squared distances are found along one axis after the other, no farther than asked for: a few
+    times as fast as a whole distance transform.
+    """
+    far = np.float32(2 * depth_mm**2)
+    squares = np.where(np.pad(mask, 1), far, np.float32(0))
+    for axis, spacing in enumerate(spacing_mm):
+        before = np.moveaxis(squares, axis, 0)
+        after = before.copy()
+        for step in range(1, min(int(depth_mm / spacing) + 1, len(before))):
+            away = np.float32((step * spacing) ** 2)
+            np.minimum(after[step:], before[:-step] + away, out=after[step:])
+            np.minimum(after[:-step], before[step:] + away, out=after[:-step])
+        squares = np.moveaxis(after, 0, axis)
+    return np.asarray(squares[(slice(1, -1),) * 3] > np.float32(depth_mm**2))

@@ -6,7 +6,7 @@ from scipy import ndimage
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import MaskQuality
 from cadiff_cli.spatial.grid import Volume, faces
-from cadiff_cli.spatial.resample import resample, resample_mask
+from cadiff_cli.spatial.resample import bounding_box, resample, resample_mask
 
 SPACING_MM = 2.0
 LEAST_SHARE = 0.9
@@ -44,13 +44,21 @@ def doubts(quality: MaskQuality) -> tuple[Note, ...]:
 
 def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
     """Keep components of at least this share of the largest; fill holes: ventricles are brain."""
-    parts, n = ndimage.label(mask)
+    out, box = np.zeros(mask.shape, dtype=bool), bounding_box(mask)
+    parts, n = ndimage.label(mask[box])
     if n > 1:
         sizes = np.bincount(parts.ravel())
         sizes[0] = 0
         keep = sizes >= least * sizes.max()
-        mask = keep[parts]
-    return np.asarray(ndimage.binary_fill_holes(mask))
+        parts = keep[parts]
+    out[box] = filled(parts > 0)
+    return out
+
+
+def filled(mask: np.ndarray) -> np.ndarray:
+    """Fill holes: what is not connected to the faces of the image."""
+    outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    return np.asarray(outside[(slice(1, -1),) * 3] != outside[0, 0, 0])
 
 
 def find_brain(stripped: Volume, least: float) -> Volume:
@@ -69,7 +77,7 @@ def find_head(t1: Volume) -> Volume:
         np.pad(smooth > low + AIR * (high - low), reach), iterations=reach
     )
     inner = (slice(reach, -reach),) * 3
-    return Volume(np.asarray(ndimage.binary_fill_holes(closed[inner])), grid)
+    return Volume(filled(closed[inner]), grid)
 
 
 def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
@@ -108,15 +116,21 @@ def _symmetry(mask: np.ndarray) -> float:
     if len(points) < 100:
         return 0.0
     centre = points.mean(axis=0)
-    points = points[:: 1 + len(points) // 20_000] - centre
+    points = np.ascontiguousarray((points[:: 1 + len(points) // 20_000] - centre).T)
 
     def overlap(angles: tuple[float, float]) -> float:
         yaw, roll = np.deg2rad(angles)
         normal = np.array([1.0, np.tan(yaw), np.tan(roll)])
         normal /= np.linalg.norm(normal)
-        mirrored = np.rint(points - 2 * np.outer(points @ normal, normal) + centre).astype(int)
-        valid = ((mirrored >= 0) & (mirrored < mask.shape)).all(axis=1)
-        return float(mask[tuple(mirrored[valid].T)].sum()) / len(points)
+        beyond = 2 * (normal @ points)
+        i, j, k = (
+            np.rint(p - beyond * along + c).astype(int)
+            for p, along, c in zip(points, normal, centre, strict=True)
+        )
+        valid = (i >= 0) & (j >= 0) & (k >= 0)
+        for index, size in zip((i, j, k), mask.shape, strict=True):
+            valid &= index < size
+        return float(mask[i[valid], j[valid], k[valid]].sum()) / len(i)
 
     best = (0.0, 0.0)
     for reach, steps in ((TILT_DEG, 9), (TILT_DEG / 4, 5), (TILT_DEG / 16, 5)):
