@@ -22,6 +22,7 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.brain_mask import (
     brain_distance,
     brain_mask,
+    find_brain_and_skull,
     network_image,
     normalise,
     predict_distance,
@@ -46,9 +47,16 @@ from cadiff_cli.training.brain_mask.patches import (
     draw_nothing,
     random_contrast,
     shrink,
+    t1_contrast,
 )
 from cadiff_cli.training.brain_mask.run import held_out_dice, train_mask
-from cadiff_cli.training.brain_mask.target import FAR_MM, closed, is_brain, signed_distance
+from cadiff_cli.training.brain_mask.target import (
+    FAR_MM,
+    closed,
+    intracranial,
+    is_brain,
+    signed_distance,
+)
 from cadiff_cli.training.loop import series
 
 TINY = BrainConfig((8, 8), (8, 8))
@@ -149,6 +157,50 @@ def test_outer_csf_and_scalp_are_not_brain(drawn_head):
     assert litres == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.03)
 
 
+def held_in(label_map):
+    codes = np.asarray(label_map.data)
+    brain = closed(is_brain(codes), label_map.grid.spacing_mm)
+    return intracranial(codes, brain, label_map.grid)
+
+
+def test_the_skull_holds_fluid_down_to_the_end_of_the_brain(label_map):
+    """A ball of 66 mm, less what lies below the brain's lowest point."""
+    held = on_grid(held_in(label_map), 3.0)
+    cap = np.pi * 6**2 * (3 * 66 - 6) / 3
+    assert held.litres == pytest.approx((4 / 3 * np.pi * 66**3 - cap) / 1e6, rel=0.02)
+    assert held.data[np.isin(label_map.data, (2, 41))].all()
+
+
+def test_fluid_outside_the_cranium_is_not_held(label_map):
+    """That around an optic nerve, and a vessel of the face, lead out of it."""
+    codes = np.asarray(label_map.data).copy()
+    codes[30, 53:, 30], codes[30, 30, 53:56] = 24, 514
+    before, after = held_in(label_map), held_in(on_grid(codes, 3.0))
+    assert not after[30, 54:, 30].any()
+    assert np.count_nonzero(after ^ before) < 30
+
+
+def test_a_shrunken_brain_leaves_its_skull(drawn_head):
+    config = HeadConfig(patch=64, shrunken=1.0, tilted=0.0, elastic_mm=0.0, cut=0.0, **ORDINARY)
+    shrunken = draw_head(drawn_head, config, seeded(1))
+    whole = draw_head(drawn_head, replace(config, shrink_mm=0.0), seeded(1))
+    assert torch.equal(shrunken.skull, whole.skull)
+    assert (shrunken.distance > 0).sum() < (whole.distance > 0).sum()
+    assert (shrunken.skull > 0).sum() > (shrunken.distance > 0).sum()
+
+
+def test_a_real_head_does_not_tell_the_skull(real_head):
+    assert draw_head(real_head, HeadConfig(patch=32), seeded()).skull.isnan().any()
+
+
+def test_t1_contrast_keeps_the_order_of_tissues(drawn_head, label_map):
+    """Of the toy's labels 0, 2, 24 and 511, white matter is the brightest, air and fluid dark."""
+    labels = torch.from_numpy(drawn_head.labels).long()
+    image = t1_contrast(labels, torch.from_numpy(drawn_head.t1), seeded(1))
+    air, white, fluid, scalp = (float(image[labels == k].median()) for k in range(4))
+    assert air < fluid < scalp < white
+
+
 def test_left_and_right_share_a_label(drawn_head):
     assert len(np.unique(drawn_head.labels)) == 4
 
@@ -163,7 +215,8 @@ def test_heads_are_read_back(drawn_head, real_head, tmp_path):
         again = load(store.once(tmp_path / head.name, head.name, lambda head=head: arrays(head)))
         assert (again.name, again.source) == (head.name, head.source)
         assert np.array_equal(again.distance, head.distance)
-        for mine, theirs in ((again.image, head.image), (again.labels, head.labels)):
+        parts = ("image", "labels", "skull", "t1")
+        for mine, theirs in ((getattr(x, part) for x in (again, head)) for part in parts):
             assert (mine is None) == (theirs is None)
             assert mine is None or np.array_equal(mine, theirs)
 
@@ -354,11 +407,11 @@ def test_only_the_box_around_the_brain_is_refined():
     seen = []
 
     class Watched(Oracle):
-        def refine(self, head, located):
+        def borders(self, head, located):
             if located is not None:
                 seen.append(tuple(head.shape[2:]))
                 assert tuple(2 * n for n in located.shape[2:]) == seen[-1]
-            return super().refine(head, located)
+            return super().borders(head, located)
 
     inside = ball(20, 64, centre=(40, 60, 80))
     distance = predict_distance(Watched(), inside.astype(np.float32))
@@ -378,19 +431,24 @@ def test_intensities_do_not_depend_on_units():
 
 
 class Oracle(BrainNet):
-    """Answers with the distance of whatever is brighter than a half."""
+    """Answers with the distance of whatever is brighter than a half.
 
-    def __init__(self):
-        super().__init__(TINY)
+    With ``beyond_mm`` it takes the skull to lie so far outside.
+    """
+
+    def __init__(self, beyond_mm=None):
+        super().__init__(replace(TINY, skull=beyond_mm is not None))
+        self.beyond_mm = beyond_mm
 
     def locate(self, head):
         return torch.nn.functional.avg_pool3d(self.refine(head, None), 2)
 
-    def refine(self, head, _located):
+    def borders(self, head, _located):
         mask = head[0, 0].numpy() > 0.5
-        if not mask.any():
-            return torch.full(head.shape, -FAR_MM)
-        return torch.from_numpy(signed_distance(mask, SPACING))[None, None]
+        distance = torch.full(head.shape, -FAR_MM)
+        if mask.any():
+            distance = torch.from_numpy(signed_distance(mask, SPACING))[None, None]
+        return [distance] if self.beyond_mm is None else [distance, distance + self.beyond_mm]
 
 
 @pytest.fixture
@@ -407,6 +465,18 @@ def test_the_mask_is_smooth_and_in_its_place(oracle, spacing):
     wanted = ball(50, mask.data.shape[0], 1.0)
     overlap = 2 * (mask.data & wanted).sum() / (mask.data.sum() + wanted.sum())
     assert overlap > 0.96
+
+
+@pytest.mark.parametrize("beyond_mm", [6.0, -6.0])
+def test_the_skull_holds_the_brain_whatever_the_network_says(beyond_mm):
+    inside = ball(50, 66)
+    t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32))
+    working = t1.grid.working()
+    brain, held = find_brain_and_skull(t1, working, BrainModel(Oracle(beyond_mm), "oracle"))
+    assert np.array_equal(brain.data, brain_mask(t1, working, BrainModel(Oracle(), "o")).data)
+    assert not (brain.data & ~held.data).any()
+    radius = 50 + max(beyond_mm, 0)
+    assert held.litres == pytest.approx(4 / 3 * np.pi * radius**3 / 1e6, rel=0.03)
 
 
 def test_orientation_does_not_matter(oracle, phantom, orientation):
@@ -452,7 +522,7 @@ def test_the_loss_is_zero_at_the_truth():
 def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
     """Whatever cube is drawn, a network that is right everywhere has no loss."""
     patch = draw_head(drawn_head, HeadConfig(patch=64, off_centre_mm=20.0), seeded(3))
-    coded = HeadPatch(patch.distance, patch.distance)
+    coded = HeadPatch(patch.distance, patch.distance, patch.skull)
 
     class Truth(torch.nn.Module):
         def locate(self, head):
@@ -582,6 +652,29 @@ def test_what_is_no_label_map_or_no_brain_is_refused(label_map, tmp_path):
     save_volume(anat / "sub-01_mask.nii.gz", speck, label_map.grid)
     with pytest.raises(DataError, match=r"sub-01_T1w.nii.gz: the brain mask holds 0.000 l"):
         prepare_heads([], [tmp_path / "scans"], tmp_path / "cache")
+
+
+def test_the_skull_is_learnt_and_the_brain_kept_to_the_bit(drawn_head, tmp_path):
+    """Only the second decoder moves, from where the first one is."""
+    init = BrainModel(BrainNet(TINY), "begun")
+    settings = replace(TINY, skull=True)
+    config = HeadConfig(steps=2, warmup=1, decay=1, patch=64, rate=0.01, ema=0.1)
+    path = train_mask({"toys": [drawn_head]}, tmp_path, config, init=init, net_config=settings)
+    learnt = models.load(BrainModel, str(path)).net
+    for name, before in init.net.state_dict().items():
+        assert torch.equal(learnt.state_dict()[name], before.half().float())
+    first, second = learnt.fine.out.weight, learnt.skull.out.weight
+    assert not torch.equal(first, second)
+    assert float((first - second).abs().max()) < 0.05
+
+
+def test_the_skull_needs_a_network_and_label_maps(drawn_head, real_head, tmp_path):
+    settings, config = replace(TINY, skull=True), HeadConfig(steps=1)
+    with pytest.raises(UsageError, match="after the brain"):
+        train_mask({"toys": [drawn_head]}, tmp_path, config, net_config=settings)
+    init = BrainModel(BrainNet(TINY), "begun")
+    with pytest.raises(UsageError, match="real heads"):
+        train_mask({"mri": [real_head]}, tmp_path, config, init=init, net_config=settings)
 
 
 def test_freesurfers_codes_of_the_brain():

@@ -1,4 +1,7 @@
-"""The learned brain mask: a head on any grid -> signed distance to the brain's border -> mask."""
+"""The learned brain mask: a head on any grid -> signed distance to the brain's border -> mask.
+
+The network may know the inner skull, too: then there are two distances and two masks.
+"""
 
 import numpy as np
 import torch
@@ -24,8 +27,13 @@ def brain_distance(t1: Volume, model: BrainModel) -> Volume:
 
     The head may have any size and orientation, with or without a neck.
     """
+    return _distances(t1, model)[0]
+
+
+def _distances(t1: Volume, model: BrainModel) -> list[Volume]:
+    """``brain_distance``, and the same to the inner skull if the network knows it."""
     head = network_image(t1)
-    return Volume(predict_distance(model.net, head.data), head.grid)
+    return [Volume(data, head.grid) for data in predict_distances(model.net, head.data)]
 
 
 def network_image(t1: Volume) -> Volume:
@@ -62,24 +70,34 @@ def share_of_brain(t1: Volume, candidate: Volume, model: BrainModel) -> float:
     return float((brain & inside).sum() / inside.sum().clamp(min=1))
 
 
-@torch.no_grad()
 def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
     """(X, Y, Z) intensities in [0, 1] at 2 mm -> (X, Y, Z) float32 mm within the network's reach.
 
     The image is padded with air to the sizes that the network takes.  Only the box around the
     brain of the first network is refined.
     """
+    return predict_distances(net, head)[0]
+
+
+@torch.no_grad()
+def predict_distances(net: BrainNet, head: np.ndarray) -> list[np.ndarray]:
+    """``predict_distance``, and the same to the inner skull if the network knows it."""
     x = _padded(head, net)
     with autocast(x.device):
         located = net.locate(x)
-        distance = F.interpolate(located, scale_factor=2, mode="trilinear")
+        coarse = F.interpolate(located, scale_factor=2, mode="trilinear")
+        distances = [coarse, coarse.clone()] if net.config.skull else [coarse]
         if box := _around(located[0, 0] > -BOX_MARGIN_MM, net.config.fine_multiple // 2):
             a, b, c = box
             i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
-            distance[..., i, j, k] = net.refine(x[..., i, j, k], located[..., a, b, c])
+            refined = net.borders(x[..., i, j, k], located[..., a, b, c])
+            for distance, fine in zip(distances, refined, strict=True):
+                distance[..., i, j, k] = fine
     i, j, k = (slice(0, n) for n in head.shape)
-    cropped = distance[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM)
-    return np.asarray(cropped.float().cpu().numpy())
+    return [
+        np.asarray(d[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM).float().cpu().numpy())
+        for d in distances
+    ]
 
 
 def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
@@ -118,7 +136,17 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
 
     Raises ``DataError`` if no brain is found.
     """
-    distance = brain_distance(t1, model)
+    return find_brain_and_skull(t1, working, model)[0]
+
+
+def find_brain_and_skull(
+    t1: Volume, working: Grid, model: BrainModel
+) -> tuple[Volume, Volume | None]:
+    """``brain_mask``, and the mask of what the inner skull holds if the network knows it.
+
+    The second mask is one piece without holes, and contains the first.
+    """
+    distance, *skull = _distances(t1, model)
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
     if deep.litres < LEAST_DEEP_LITRES:
         problem = "no brain found" if deep.litres < NO_BRAIN_LITRES else "the brain is too small"
@@ -128,7 +156,15 @@ def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
             "is this a T1-weighted head, and not a newborn's? Check the header's voxel sizes and"
             " axes, or give --mask FILE",
         )
-    # Linear interpolation reaches one voxel beyond the brain.
+    brain = _inside(distance, working)
+    if not skull:
+        return brain, None
+    return brain, Volume(tidy(_inside(skull[0], working).data | brain.data), working)
+
+
+def _inside(distance: Volume, working: Grid) -> Volume:
+    """Where the distance is positive (bool), on the working grid."""
+    # Linear interpolation reaches one voxel beyond the border.
     near = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))
     box = mapped_box(near, working.voxel_map(distance.grid), working.shape)
     fine = resample_in(box, distance, working, fill=-REACH_MM)

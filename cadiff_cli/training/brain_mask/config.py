@@ -24,7 +24,7 @@ class HeadConfig(Schedule):
     a child's size, down to ``smallest`` of their own; ``bright_scalp`` ones have the contrast of a
     clinical spin echo, ``strong_bias`` ones that of a surface coil; ``stripped`` ones are brains
     alone.  Of the others, some have air of 0 (``zeroed_air``), or air with noise as bright as brain
-    (``noisy_air``, MP2RAGE).
+    (``noisy_air``, MP2RAGE).  ``t1`` is the share of label maps painted like a T1-weighted image.
     """
 
     coarse_steps: int = 700
@@ -49,6 +49,7 @@ class HeadConfig(Schedule):
     stripped: float = 0.12
     zeroed_air: float = 0.25
     noisy_air: float = 0.1
+    t1: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,29 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.training import store
-from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, distance_at_2mm, is_brain
+from cadiff_cli.training.brain_mask.target import (
+    LEAST_LITRES,
+    closed,
+    distance_at_2mm,
+    intracranial,
+    is_brain,
+)
+from cadiff_cli.training.paint import T1_BRIGHTNESS, tissues
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Increase when the preparation of heads changes; older files are then prepared again."""
+T1_HEAD: Mapping[int, tuple[float, float]] = {
+    0: (0.0, 0.0),
+    506: (0.12, 0.05),  # eyes
+    512: (0.65, 0.08),  # spinal cord
+    514: (0.25, 0.15),  # veins and sinuses
+    515: (0.06, 0.04),  # cortical bone
+    516: (0.55, 0.20),  # marrow
+}
+"""Brightness as in ``paint.T1_BRIGHTNESS``, with spread, of labels around the brain; all others
+(skin, fat, muscles, vessels) are of medium brightness and vary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +52,9 @@ class Head:
 
     ``distance`` (X, Y, Z) float16 is the signed distance (mm, inside positive) to the mask's
     border.  ``image`` (X, Y, Z) uint8 is a real scan; without one ``labels`` (X, Y, Z) uint8 are
-    turned into images.
+    turned into images; then ``skull`` is like ``distance``, to the inner skull's border, and
+    ``t1`` (labels, 2) float32 the mean and the spread between people of each label's brightness in
+    a T1-weighted image.
     """
 
     name: str
@@ -43,22 +62,44 @@ class Head:
     distance: np.ndarray
     image: np.ndarray | None = None
     labels: np.ndarray | None = None
+    skull: np.ndarray | None = None
+    t1: np.ndarray | None = None
 
 
 def from_labels(name: str, source: str, dseg: Volume) -> Head:
     """Make a head without an image: ``dseg`` holds FreeSurfer's codes, and 5xx around the brain."""
     codes = np.rint(dseg.data).astype(np.int32)
-    brain = is_brain(codes)
-    distance = distance_at_2mm(Volume(closed(brain, dseg.grid.spacing_mm), dseg.grid))
+    brain = closed(is_brain(codes), dseg.grid.spacing_mm)
+    distance = distance_at_2mm(Volume(brain, dseg.grid))
     # Left and right share their intensities, so they share a label.
     left = load_parcellation(BASE).left_codes
-    present, compact = np.unique(codes, return_inverse=True)
-    _, paired = np.unique([left.get(int(code), int(code)) for code in present], return_inverse=True)
+    present = np.unique(codes)
+    of_pair, paired = np.unique(
+        [left.get(int(code), int(code)) for code in present], return_inverse=True
+    )
     if paired.max() > 255:
         raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
-    compact = paired[compact].reshape(codes.shape)
-    small = resample_labels(Volume(compact.astype(np.uint8), dseg.grid), distance.grid)
-    return Head(name, source, distance.data.astype(np.float16), labels=small.data.copy())
+    of_code = np.zeros(present[-1] - present[0] + 1, dtype=np.uint8)
+    of_code[present - present[0]] = paired
+    compact = of_code[codes - present[0]]
+    small = resample_labels(Volume(compact, dseg.grid), distance.grid)
+    skull = distance_at_2mm(Volume(intracranial(codes, brain, dseg.grid), dseg.grid))
+    return Head(
+        name,
+        source,
+        distance.data.astype(np.float16),
+        labels=small.data.copy(),
+        skull=skull.data.astype(np.float16),
+        t1=np.array([t1_brightness(int(code)) for code in of_pair], dtype=np.float32),
+    )
+
+
+def t1_brightness(code: int) -> tuple[float, float]:
+    """Mean and spread between people of a label's brightness (0 to 1) in a T1-weighted image."""
+    tissue = tissues().get(code, code)
+    if tissue in T1_BRIGHTNESS:
+        return T1_BRIGHTNESS[tissue], 0.04
+    return T1_HEAD.get(code, (0.45, 0.15))
 
 
 def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
@@ -135,6 +176,8 @@ def load(path: Path) -> Head:
         stored["distance"],
         stored.get("image"),
         stored.get("labels"),
+        stored.get("skull"),
+        stored.get("t1"),
     )
 
 

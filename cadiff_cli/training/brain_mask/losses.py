@@ -20,6 +20,18 @@ class MaskLosses:
         return self.coarse + self.fine
 
 
+@dataclass(frozen=True, eq=False)
+class SkullLoss:
+    """Loss of the inner skull's border."""
+
+    skull: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The minimised sum."""
+        return self.skull
+
+
 def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
     """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
     error = (estimate - truth).abs()

@@ -1,5 +1,6 @@
-"""The objective of the brain mask's training."""
+"""The objectives of the brain mask's training: the brain's border, then the inner skull's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.nets.brain_mask import BrainNet
-from cadiff_cli.training.brain_mask.losses import MaskLosses, distance_loss
+from cadiff_cli.training.brain_mask.losses import MaskLosses, SkullLoss, distance_loss
 from cadiff_cli.training.brain_mask.patches import HeadPatch
+
+Cube = Callable[[Tensor, int], Tensor]
+"""Cuts the same cube from volumes of either resolution: the scale is 1 at 4 mm, 2 at 2 mm."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,45 @@ class MaskObjective:
         """Losses of one batch of heads; the cube lies around a random voxel of a brain."""
         located = net.locate(patch.image)
         coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))
-        size = min(self.fine, patch.image.shape[-1])
-        if not size:
+        if not self.fine:
             return MaskLosses(coarse, torch.zeros_like(coarse))
-        # The corner is even: both resolutions share it.
-        inside = torch.nonzero(patch.distance[:, 0] > 0)[:, 1:]
-        if not len(inside):
-            inside = torch.nonzero(patch.distance[0, 0] > -torch.inf)
-        pick = torch.randint(len(inside), (1,), generator=generator, device=generator.device)
-        corner = (inside[pick][0] - size // 2).clamp(0, patch.image.shape[-1] - size) // 2
+        cube = _cube(patch, self.fine, generator)
+        estimate = net.refine(cube(patch.image, 2), cube(located.detach(), 1))
+        return MaskLosses(coarse, distance_loss(estimate, cube(patch.distance, 2)))
 
-        def cube(volume: Tensor, voxels: int, scale: int) -> Tensor:
-            for axis, start in enumerate(corner.tolist(), 2):
-                volume = volume.narrow(axis, start * scale, voxels)
-            return volume
 
-        hint = cube(located.detach(), size // 2, 1)
-        estimate = net.refine(cube(patch.image, size, 2), hint)
-        return MaskLosses(coarse, distance_loss(estimate, cube(patch.distance, size, 2)))
+@dataclass(frozen=True)
+class SkullObjective:
+    """Train the decoder of the inner skull alone, on a random cube of ``fine`` voxels."""
+
+    fine: int = 80
+
+    def __call__(
+        self, net: BrainNet, patch: HeadPatch, generator: torch.Generator, _progress: float = 1.0
+    ) -> SkullLoss:
+        """Loss of one batch of heads whose inner skull is known."""
+        with torch.no_grad():
+            located = net.locate(patch.image)
+        cube = _cube(patch, self.fine, generator)
+        _, skull = net.borders(cube(patch.image, 2), cube(located, 1))
+        return SkullLoss(distance_loss(skull, cube(patch.skull, 2)))
+
+
+def _cube(patch: HeadPatch, voxels: int, generator: torch.Generator) -> Cube:
+    """Choose a cube of 2 mm ``voxels`` around a random voxel of a brain, or anywhere without one.
+
+    Its corner is even: both resolutions share it.
+    """
+    size = min(voxels, patch.image.shape[-1])
+    inside = torch.nonzero(patch.distance[:, 0] > 0)[:, 1:]
+    if not len(inside):
+        inside = torch.nonzero(patch.distance[0, 0] > -torch.inf)
+    pick = torch.randint(len(inside), (1,), generator=generator, device=generator.device)
+    corner = (inside[pick][0] - size // 2).clamp(0, patch.image.shape[-1] - size) // 2
+
+    def cut(volume: Tensor, scale: int) -> Tensor:
+        for axis, start in enumerate(corner.tolist(), 2):
+            volume = volume.narrow(axis, start * scale, size // 2 * scale)
+        return volume
+
+    return cut

@@ -34,10 +34,14 @@ from cadiff_cli.training.transforms import (
 
 @dataclass(frozen=True, eq=False)
 class HeadPatch(Batch):
-    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach."""
+    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach.
+
+    ``skull`` is the distance to the inner skull, NaN where it is not known.
+    """
 
     image: Tensor
     distance: Tensor
+    skull: Tensor
 
 
 class HeadDraws(Dataset[HeadPatch]):
@@ -93,8 +97,13 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(0.5):
         points = points.flip(1)
 
-    stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
-    distance = (read(stored, points, shape)[0] - FAR_MM) / zoom
+    def moved(distance: np.ndarray) -> Tensor:
+        stored = torch.from_numpy(distance.astype(np.float32))[None] + FAR_MM
+        return (read(stored, points, shape)[0] - FAR_MM) / zoom
+
+    distance = moved(head.distance)
+    # A brain shrinks, its skull does not.
+    skull = torch.full_like(distance, torch.nan) if head.skull is None else moved(head.skull)
     rim = torch.zeros_like(distance)
     if chance(config.shrunken):
         points, distance, rim = shrink(points, distance, config.shrink_mm, generator)
@@ -104,7 +113,11 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         assert head.labels is not None
         flat, outside = nearest(points, shape)
         labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
-        image = random_contrast(labels.masked_fill(outside, 0), generator)
+        labels = labels.masked_fill(outside, 0)
+        if config.t1 and head.t1 is not None and chance(config.t1):
+            image = t1_contrast(labels, torch.from_numpy(head.t1), generator)
+        else:
+            image = random_contrast(labels, generator)
     if rim.any():
         # Dark in a real scan, like its own ventricles; of any brightness in a synthetic one.
         share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
@@ -117,6 +130,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.stripped):
         # Programs strip more or less widely: the mask follows their border.
         distance = distance - float(uniform(-6, 1, 1))
+        skull = torch.full_like(skull, torch.nan)
         image = image * (distance > 0)
     elif chance(config.zeroed_air):
         image = image * (image > float(uniform(0.02, 0.12, 1)))
@@ -126,8 +140,9 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.deface):
         image = _deface(image, distance, generator)
     if chance(config.cut):
-        image, distance = _cut(image, distance, generator)
-    return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
+        image, (distance, skull) = _cut(image, (distance, skull), generator)
+    brain, skull = (d.clamp(-REACH_MM, REACH_MM)[None, None] for d in (distance, skull))
+    return HeadPatch(image[None, None], brain, skull)
 
 
 def shrink(
@@ -187,7 +202,8 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
     elif kind < 0.8:
         image = image * (1 + (points * uniform(-1, 1, 3).view(view)).sum(dim=0))
     image = _artefacts((image / image.max()).clamp(0, 1), config, generator)
-    return HeadPatch(image[None, None], torch.full((1, 1, n, n, n), -REACH_MM))
+    nowhere = torch.full((1, 1, n, n, n), -REACH_MM)
+    return HeadPatch(image[None, None], nowhere, nowhere)
 
 
 def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -204,6 +220,24 @@ def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
     spread = 0.08 * torch.rand(n, generator=generator)
     if float(torch.rand(1, generator=generator)) < 0.8:
         means[0], spread[0] = 0.0, 0.02 * spread[0]
+    return _textured(labels, means, spread, generator)
+
+
+def t1_contrast(labels: Tensor, t1: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw an image of ``labels`` (X, Y, Z) int64 in the usual order of a T1-weighted scan.
+
+    ``t1`` (n, 2) is the mean and the spread between people of each label's brightness; 0 is air.
+    """
+    mean, between = t1.unbind(dim=1)
+    means = (mean + between * torch.randn(len(t1), generator=generator)).clamp(0, 1)
+    # Fat and muscle share a label, so what varies between people varies within a head, too.
+    spread = (0.02 + 0.6 * between) * torch.rand(len(t1), generator=generator)
+    spread[0] *= 0.1
+    return _textured(labels, means, spread, generator)
+
+
+def _textured(labels: Tensor, means: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
+    """An image with a mean and a noise for each label, a little blurred."""
     noise = torch.randn(labels.shape, generator=generator)
     image = means[labels] + spread[labels] * noise
     width = 0.3 + 0.5 * float(torch.rand(1, generator=generator))
@@ -261,11 +295,14 @@ def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tens
     return torch.where(along > float(along[brain].max()) + margin, 0.0, image)
 
 
-def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _cut(
+    image: Tensor, distances: Sequence[Tensor], generator: torch.Generator
+) -> tuple[Tensor, list[Tensor]]:
     """Cut the field of view within the head: up to a quarter is missing at one or two sides.
 
-    The mask ends at the cut, so the distance is at most that to the plane of the cut.
+    Masks end at the cut, so their distances are at most that to the plane of the cut.
     """
+    distances = list(distances)
     for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
         axis = int(torch.randint(3, (1,), generator=generator))
         size = image.shape[axis]
@@ -276,5 +313,6 @@ def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[T
         view = [1, 1, 1]
         view[axis] = -1
         inside_mm = inside_mm.reshape(view)
-        image, distance = image * (inside_mm > 0), torch.minimum(distance, inside_mm)
-    return image, distance
+        image = image * (inside_mm > 0)
+        distances = [torch.minimum(distance, inside_mm) for distance in distances]
+    return image, distances

@@ -16,8 +16,9 @@ from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.stages.brain_mask import predict_distance
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, content
-from cadiff_cli.training.brain_mask.objective import MaskObjective
+from cadiff_cli.training.brain_mask.objective import MaskObjective, SkullObjective
 from cadiff_cli.training.brain_mask.patches import HeadDraws
+from cadiff_cli.training.loop import Objective
 from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
 
 log = logging.getLogger(__name__)
@@ -48,8 +49,13 @@ def train_mask(
 
     ``init`` is a model to start from, which can locate brains already; no source that it was
     trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm.
+    If ``net_config`` wants the inner skull, its decoder alone learns, on label maps: what ``init``
+    says of the brain stays the same to the bit.
     """
     check_sources(heads, hold_out, init)
+    skull = bool(net_config and net_config.skull)
+    if skull and init is None:
+        raise UsageError("the inner skull is learnt after the brain", "give --init brain-mask")
     drawn = [source for source in hold_out if any(h.image is None for h in heads[source])]
     if drawn:
         raise UsageError(
@@ -57,9 +63,14 @@ def train_mask(
             "hold out real heads",
         )
     chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
-    net = new_net(
-        BrainNet, None if init else net_config or BrainConfig(), init, config.seed, device
-    )
+    if skull and any(h.skull is None for h in chosen):
+        raise UsageError("real heads do not tell the inner skull", "train it on --label-maps alone")
+    settings = net_config or BrainConfig()
+    if init:
+        settings = replace(init.net.config, skull=skull or init.net.config.skull)
+    net = new_net(BrainNet, settings, init, config.seed, device, begin=_begin)
+    for name, weight in net.named_parameters():
+        weight.requires_grad_(name.startswith("skull.") == skull)
     if init:
         config = replace(config, coarse_steps=0)
     identity = HeadsIdentity(
@@ -73,8 +84,13 @@ def train_mask(
     session = Session.open(run, net, config, identity, facts, max_minutes)
     # The first network is trained first: the second one needs its output.
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
-    for schedule, objective in ((locating, MaskObjective(fine=0)), (config, MaskObjective())):
-        draws = HeadDraws(chosen, config)
+    parts: Sequence[tuple[HeadConfig, Objective]] = (
+        ((config, SkullObjective()),)
+        if skull
+        else ((locating, MaskObjective(fine=0)), (config, MaskObjective()))
+    )
+    draws = HeadDraws(chosen, config)
+    for schedule, objective in parts:
         if not session.fit(draws, objective, schedule=schedule, workers=workers):
             break  # out of time, or asked to stop
     path = session.export(BrainModel)
@@ -86,6 +102,15 @@ def train_mask(
             log.info("held out: %s %s Dice %.4f", source, head.name, score)
     write_tsv(run / "held_out.tsv", ("source", "head", "dice"), rows)
     return path
+
+
+def _begin(net: BrainNet, other: BrainNet) -> None:
+    """Copy weights; a new decoder of the inner skull begins as that of the brain."""
+    weights = other.state_dict()
+    if net.skull is not None and other.skull is None:
+        decoder = {name: weights[f"fine.{name}"] for name in net.skull.state_dict()}
+        weights |= {f"skull.{name}": weight for name, weight in decoder.items()}
+    net.load_state_dict(weights)
 
 
 def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainModel | None) -> None:

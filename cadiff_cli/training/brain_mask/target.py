@@ -11,8 +11,9 @@ from scipy import ndimage
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
+from cadiff_cli.stages.masks import tidy
 
 CLOSING_MM = 5.0
 NOT_BRAIN = (500, 1000)
@@ -22,6 +23,13 @@ OUTER_CSF = (24, 257, 258, 259)
 """FreeSurfer's codes of the fluid and of the head around the brain."""
 LEAST_LITRES = 0.1
 """A smaller volume is no brain, but a lesion or a mistake."""
+CRANIAL_FLUID = (24, 502, 514)
+"""Codes of CSF, arteries and veins: what lies between brain and skull, and also beyond."""
+WIDEST_MM = 20.0
+"""Fluid farther than this from the box around the brain is not within its skull."""
+NECK_MM = 2.5
+"""Fluid reached only through passages narrower than twice this is outside the cranium: the spinal
+canal's, that around the optic nerves, vessels of the neck."""
 FAR_MM = 1.5 * REACH_MM
 """Stored distances end here: beyond the network's reach even after a head has been scaled."""
 
@@ -44,9 +52,23 @@ def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING
     near = ndimage.distance_transform_edt(~padded, sampling=spacing_mm) <= radius_mm
     kept = ndimage.distance_transform_edt(near, sampling=spacing_mm) > radius_mm
     inner = tuple(slice(n, -n) for n in width)
-    out = np.zeros_like(brain)
-    out[box] = ndimage.binary_fill_holes(kept | padded)[inner]
-    return out
+    return _in_box(ndimage.binary_fill_holes(kept | padded)[inner], box, brain.shape)
+
+
+def intracranial(codes: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray:
+    """What the inner skull holds (X, Y, Z) bool, from FreeSurfer's codes with CSF around the brain.
+
+    It is the ``brain`` (bool, ``closed``), with the fluid and the vessels around it down to its
+    lowest end, that of the brain stem, closed again: dura and sinuses are within, bone is not.
+    """
+    shape, spacing_mm = codes.shape, grid.spacing_mm
+    box = _box(brain, np.ceil(WIDEST_MM / spacing_mm))
+    codes, brain = codes[box], brain[box]
+    height = np.tensordot(grid.affine[2, :3], np.indices(brain.shape, dtype=np.float32), 1)
+    held = brain | (np.isin(codes, CRANIAL_FLUID) & (height >= height[brain].min()))
+    wide = tidy(ndimage.distance_transform_edt(held, sampling=spacing_mm) > NECK_MM)
+    held &= ndimage.distance_transform_edt(~wide, sampling=spacing_mm) <= NECK_MM
+    return _in_box(closed(held | brain, spacing_mm), box, shape)
 
 
 def signed_distance(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
@@ -67,6 +89,13 @@ def distance_at_2mm(mask: Volume) -> Volume:
     """Signed distance of a mask, on a 2 mm RAS grid."""
     fine = Volume(signed_distance(mask.data, mask.grid.spacing_mm), mask.grid)
     return resample(fine, mask.grid.working(SPACING_MM, tolerance=0.0), fill=-FAR_MM)
+
+
+def _in_box(part: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A mask that is ``part`` in a box of ``shape``, False elsewhere."""
+    out = np.zeros(shape, dtype=bool)
+    out[box] = part
+    return out
 
 
 def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
