@@ -18,7 +18,7 @@ from cadiff_cli.stages.bias import evened_head
 from cadiff_cli.stages.condition import condition
 from cadiff_cli.stages.orientation import verified
 from cadiff_cli.stages.register import register_templates, registrars
-from cadiff_cli.stages.strip import on_scan, strip, strip_template
+from cadiff_cli.stages.strip import intracranial_on_scan, on_scan, strip, strip_template
 from cadiff_cli.stages.volumes import volumes_mm3
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def run(
         percentiles_of=known.people if known else "",
         ranges=ranges.fingerprint if ranges else "",
         head=evened_head(prepared.stripped),
+        intracranial=intracranial_on_scan(prepared.stripped, scan),
     )
     if config.output.parcellation:
         inner = {s.code for s in namer.parcellation.structures if s.parent != s.code}

@@ -217,6 +217,8 @@ class Stripped:
     bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.  ``head`` is
     the scan on its own grid with the intensities from which ``t1`` was cut (none negative or
     extreme), not corrected; ``log_bias`` is the logarithm of the field that was found.
+    ``intracranial`` is what the inner skull holds, the brain included, on the working grid; None
+    where it was not found (``no_intracranial`` says why).
     """
 
     t1: Volume
@@ -228,11 +230,23 @@ class Stripped:
     bias_ratio: float = 1.0
     head: Volume | None = None
     log_bias: Volume | None = None
+    intracranial: Volume | None = None
 
     @property
     def summary(self) -> str:
         """How large the brain is, and what found it."""
         return f"brain of {self.mask.litres:.2f} l by {self.method.found_by}"
+
+    @property
+    def no_intracranial(self) -> str:
+        """Why ``intracranial`` is None; empty where it is not."""
+        if self.intracranial is not None:
+            return ""
+        if self.method is StripMethod.AS_IS:
+            return "the scan is skull-stripped: it does not show the skull"
+        if self.method is StripMethod.NET:
+            return "the network that found the brain does not know the skull"
+        return f"the brain is {self.method.found_by}; only the network finds the skull"
 
 
 @dataclass(frozen=True, eq=False)
@@ -393,7 +407,8 @@ class Result:
     corrects the expected Dice, if one was measured for the model and settings.  ``percentiles`` are
     by name, of what has one at the person's age, among the people that ``percentiles_of`` names;
     ``ranges`` is the fingerprint of age ranges that the user gave, empty for those that ship.
-    ``head`` is the scan with even brightness, on its own grid.
+    ``head`` is the scan with even brightness, on its own grid.  ``intracranial`` is like ``mask``,
+    for what the inner skull holds, or None.
     ``finer`` is the same result in a finer parcellation, if one was asked for.
     """
 
@@ -410,6 +425,7 @@ class Result:
     percentiles_of: str = ""
     ranges: str = ""
     head: Volume | None = None
+    intracranial: Volume | None = None
     finer: "Result | None" = None
 
     @property

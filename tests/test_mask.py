@@ -23,22 +23,28 @@ from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.strip import LARGE_LITRES, on_scan, stripped_brain
+from cadiff_cli.stages.strip import (
+    LARGE_LITRES,
+    intracranial_on_scan,
+    on_scan,
+    stripped_brain,
+)
 from cadiff_cli.training.brain_mask.target import signed_distance
 
 
 class Bright(BrainNet):
-    """Takes whatever is brighter than 0.45 for brain."""
+    """Takes whatever is brighter than 0.45 for brain, and sees the skull 5 mm outside."""
 
     def locate(self, head):
         return torch.nn.functional.avg_pool3d(self.refine(head, None), 2)
 
-    def refine(self, head, _located):
+    def borders(self, head, _located):
         mask = head[0, 0].numpy() > 0.45
-        return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
+        distance = torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
+        return [distance, distance + 5]
 
 
-BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8))), "bright")
+BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")
 
 
 @pytest.fixture
@@ -76,7 +82,10 @@ def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
     stripped = strip_scan(scan, None, Config(StripConfig("auto")), tmp_path)
     assert stripped.method is StripMethod.NET
     assert set(stripped.quality.as_dict()) == {"largest_share", "symmetry", "at_edge", "in_air"}
-    assert overlap(on_scan(stripped, scan).data, brain) > 0.96
+    mask, held = on_scan(stripped, scan), intracranial_on_scan(stripped, scan)
+    assert overlap(mask.data, brain) > 0.96
+    assert not (mask.data & ~held.data).any()
+    assert held.litres > 1.1 * mask.litres
 
 
 def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
@@ -97,6 +106,8 @@ def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
     np.testing.assert_allclose(
         np.asarray(image.dataobj), np.where(inside, t1.data, 0), rtol=1e-3, atol=1e-2
     )
+    skull = nib.load(anat / "sub-01_desc-icv_mask.nii.gz")
+    assert not (inside & (np.asarray(skull.dataobj) == 0)).any()
     sidecar = json.loads((anat / "sub-01_desc-brain_mask.json").read_text())
     assert sidecar["Quality"]["largest_share"] > 0.99
     assert sidecar["GeneratedBy"][0]["Name"] == "cadiff"

@@ -110,6 +110,8 @@ def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path,
     stripped = strip_scan(scan_of(head), toy_template(spacing=8.0), Config(StripConfig()), tmp_path)
     assert stripped.method is StripMethod.AS_IS
     assert not stripped.notes
+    assert stripped.intracranial is None
+    assert "skull-stripped" in stripped.no_intracranial
     litres = np.count_nonzero(stripped.mask.data) * stripped.mask.grid.voxel_volume_mm3 / 1e6
     truth = np.count_nonzero(head.codes) * head.t1.grid.voxel_volume_mm3 / 1e6
     assert litres == pytest.approx(truth, rel=0.02)

@@ -35,7 +35,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.runner.journal import Journal, alone
     from cadiff_cli.runner.logs import ON_SCREEN, warning
-    from cadiff_cli.stages.strip import on_scan
+    from cadiff_cli.stages.strip import intracranial_on_scan, on_scan
 
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
     scan = load_scan(t1)
@@ -65,7 +65,8 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
         if journal.interrupted(place.stem):
             place.clear()
         with journal.writing(place.stem):
-            click.echo(save_mask(scan, stripped, mask, out))
+            held = intracranial_on_scan(stripped, scan)
+            click.echo(save_mask(scan, stripped, mask, out, held))
 
 
 def _template(scan: "Scan", method: "StripConfig", offline: bool) -> "Template | None":

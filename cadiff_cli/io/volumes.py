@@ -22,10 +22,13 @@ SUMS: Mapping[str, tuple[int, ...]] = {
     "Cerebral-White": CEREBRAL_WHITE,
 }
 """Sums that papers of volumes give: their codes of ``BASE``."""
+INTRACRANIAL = "Intracranial-Volume"
 TOTALS = {
     "Brain-Segmentation": "All structures but vessels (FreeSurfer's BrainSegVol)",
     "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF (BrainSegVolNotVent)",
     "Brain-Mask": "The brain mask, with fluid in sulci (MaskVol)",
+    INTRACRANIAL: "What the inner skull holds: brain, fluid, vessels and dura, down to the lower"
+    " end of the brain stem (FreeSurfer estimates it: EstimatedTotalIntraCranialVol)",
     "Total-Grey": "Cortex, deep grey matter, cortex of the cerebellum with vermis (TotalGrayVol)",
     "Cortex": "Cortex of the cerebrum (CortexVol)",
     "Subcortical-Grey": "Thalamus, caudate, putamen, pallidum, hippocampus, amygdala, accumbens,"
@@ -81,6 +84,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     parcellation, calibrate = segmentation.parcellation, result.calibration
     drawable = result.model.structures
     brain = result.segmentation.parcellation.brain_mm3(result.volumes_mm3)
+    held = intracranial_mm3(result)
     for s in parcellation.structures:
         one = {"index": s.code, "name": s.name, "abbreviation": s.abbreviation}
         mm3 = volumes[s.code]
@@ -88,6 +92,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
             yield one
             continue
         measured = {"volume_mm3": mm3, "percent_brain": 100 * mm3 / brain if brain else None}
+        measured["percent_intracranial"] = 100 * mm3 / held if held else None
         # Calibrations are of whole structures: the Dice of a part is as the network expects it.
         known = calibrate if s.parent in (None, s.code) else None
         measured["usual_dice"] = known.usual.get(s.name) if known else None
@@ -98,15 +103,23 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         yield one | shown | percentile_cells(result.percentiles.get(s.name))
 
 
+def intracranial_mm3(result: Result) -> float | None:
+    """Volume within the inner skull; None where it is not known."""
+    held = result.intracranial
+    return None if held is None else np.count_nonzero(held.data) * held.grid.voxel_volume_mm3
+
+
 def total_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the table of totals; those of which nothing is drawn have no volume."""
     volumes, parcellation = result.volumes_mm3, result.segmentation.parcellation
     brain, mask = result.segmentation.parcellation.brain_mm3(result.volumes_mm3), result.mask
+    held = intracranial_mm3(result)
     csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
     totals: dict[str, float | None] = {
         "Brain-Segmentation": brain,
         "Brain-Segmentation-Not-CSF": brain - csf,
         "Brain-Mask": np.count_nonzero(mask.data) * mask.grid.voxel_volume_mm3,
+        INTRACRANIAL: held,
     }
     own = parcellation.name == BASE
     for name, codes in SUMS.items():
@@ -119,6 +132,7 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
             "name": name,
             "volume_mm3": None if mm3 is None else f"{mm3:.3f}",
             "percent_brain": f"{100 * mm3 / brain:.3f}" if brain and mm3 is not None else None,
+            "percent_intracranial": f"{100 * mm3 / held:.3f}" if held and mm3 is not None else None,
             **percentile_cells(result.percentiles.get(name)),
         }
 

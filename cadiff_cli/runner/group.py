@@ -13,6 +13,7 @@ from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.volumes import (
+    INTRACRANIAL,
     PERCENTILE,
     SUMS,
     TOTALS,
@@ -156,7 +157,8 @@ def write_group(out: Path, expected: Sequence[str], people: People = NOBODY) -> 
     parcellation = group.parcellation
     volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in TOTALS]
     of_people = _of_percentiles(parcellation)
-    header = ("scan", *SCAN, *ENTITIES, *SUFFIX, *volumes, *of_people, *QUALITY)
+    shares = _of_skull(parcellation)
+    header = ("scan", *SCAN, *ENTITIES, *SUFFIX, *volumes, *shares, *of_people, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
     write_json(group.path.with_suffix(".json"), _columns(parcellation))
     missing_path = out / MISSING
@@ -191,8 +193,8 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
     provenance = result.provenance
     provenance.check()
     source = stem(Path(provenance.source))
-    # Up to revision 8 there were no sums.
-    names = {*(s.name for s in parcellation.structures), *TOTALS} - {*SUMS}
+    # Up to revision 8 there were no sums; a stripped scan does not show the skull.
+    names = {*(s.name for s in parcellation.structures), *TOTALS} - {*SUMS, INTRACRANIAL}
     if lacking := sorted(names - {line.name for line in lines}):
         raise DataError(
             f"{result.morph.name} lacks {', '.join(lacking[:3])}",
@@ -203,8 +205,10 @@ def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> d
         "bids_name": source or None,
         **_identity(result.entities),
         "suffix": next((x for x in SUFFIXES if source.endswith(f"_{x}")), None),
-        **dict.fromkeys(map(column, SUMS)),
+        **dict.fromkeys(map(column, (*SUMS, INTRACRANIAL))),
         **{column(line.name): _mm3(line) for line in lines},
+        **dict.fromkeys(_of_skull(parcellation)),
+        **_shares(lines),
         "registration_score": provenance.registration_score,
         "registration": "+".join(dict.fromkeys(used.registration for used in provenance.templates)),
         "template": "+".join(used.name for used in provenance.templates),
@@ -226,6 +230,22 @@ def _identity(entities: str) -> dict[str, str | None]:
         if key in parts
     }
     return {name: whole.get(name, parts.get(key)) for name, (key, _) in ENTITIES.items()}
+
+
+def _of_skull(parcellation: Parcellation) -> dict[str, str]:
+    """Column -> whose share of the intracranial volume it is."""
+    names = [*(s.name for s in parcellation.structures), *TOTALS]
+    return {f"{column(name)}_percent_intracranial": name for name in names if name != INTRACRANIAL}
+
+
+def _shares(lines: Sequence[Row]) -> dict[str, str]:
+    """Cells of the columns ``_of_skull``; none where the intracranial volume is not known."""
+    held = next((line.mm3 for line in lines if line.name == INTRACRANIAL), None)
+    return {
+        f"{column(line.name)}_percent_intracranial": f"{100 * line.mm3 / held:.3f}"
+        for line in lines
+        if held and line.mm3 is not None and line.name != INTRACRANIAL
+    }
 
 
 def _mm3(line: Row) -> str | None:
@@ -251,6 +271,10 @@ def _columns(parcellation: Parcellation) -> dict[str, dict[str, Any]]:
         **{
             column(name): {"LongName": name, "Description": text, "Units": "mm3"}
             for name, text in TOTALS.items()
+        },
+        **{
+            name: {"Description": f"{whose}, as a share of the {INTRACRANIAL}", "Units": "%"}
+            for name, whose in _of_skull(parcellation).items()
         },
         **{
             name: {"Description": f"{whose}. {PERCENTILE[kind]}", "Units": "%"}

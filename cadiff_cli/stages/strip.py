@@ -79,7 +79,7 @@ def strip(
     brain = stripped_brain(full, network if config.strip.method == "auto" else None)
     lifted = _lifted(full, brain)
     method, notes = _method(config.strip, given, network, stripped_already=brain is not None)
-    own = given
+    own, skull = given, None
     if method is StripMethod.AS_IS:
         if brain:
             _has_tissues(full, brain)
@@ -87,14 +87,14 @@ def strip(
     if own:
         mask = resample_mask(own, working)
     elif method is StripMethod.NET:
-        from cadiff_cli.stages.brain_mask import brain_mask
+        from cadiff_cli.stages.brain_mask import find_brain_and_skull
 
         if network is None:
             raise MissingInputError(
                 "this version carries no network that finds the brain",
                 "use --skull-strip template, or give --mask FILE",
             )
-        mask = brain_mask(full, working, network())
+        mask, skull = find_brain_and_skull(full, working, network())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
         mask, registration = _from_template(head, template, config.register, work_dir)
@@ -137,7 +137,9 @@ def strip(
     if own:
         own = Volume(tidy(own.data, SPECK), own.grid)
     t1 = evened(inside, bias)
-    return Stripped(t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log)
+    return Stripped(
+        t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log, skull
+    )
 
 
 def winsorized(t1: Volume) -> Volume:
@@ -213,6 +215,12 @@ def strip_template(templates: Sequence[Template]) -> Template:
 def on_scan(stripped: Stripped, scan: Scan) -> Volume:
     """The brain mask on the scan's own grid; a mask given on that grid stays as it is."""
     return stripped.own or resample_mask(stripped.mask, scan.t1.grid)
+
+
+def intracranial_on_scan(stripped: Stripped, scan: Scan) -> Volume | None:
+    """What the inner skull holds (bool), on the scan's own grid; None where it is not known."""
+    held = stripped.intracranial
+    return None if held is None else resample_mask(held, scan.t1.grid)
 
 
 def stripped_brain(t1: Volume, network: Network | None = None) -> Volume | None:

@@ -29,6 +29,7 @@ from cadiff_cli.io.bids.names import (
     MORPH,
     OURS,
     PROBSEG,
+    SKULL_MASK,
     TISSUE,
     TISSUES,
     TOTALS_MORPH,
@@ -42,6 +43,7 @@ from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance, told
 from cadiff_cli.io.volumes import (
+    INTRACRANIAL,
     PERCENTILE,
     TOTALS,
     about_expected_dice,
@@ -109,6 +111,7 @@ def save_result(
     given = result.config.strip.mask
     known = {"MaskFile": {"Name": given.name, "SHA256": sha256(given)}} if given else {}
     write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped), **known)
+    write.skull(result.intracranial, like=path)
     for each in {
         r.template.name: r for r in (*registrations, *(s.registered for s in result.spaces))
     }.values():
@@ -194,8 +197,13 @@ def place_from(out: Path, scan: Path) -> str:
     return scan.name
 
 
-def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
-    """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path."""
+def save_mask(
+    scan: Scan, stripped: Stripped, mask: Volume, out: Path, intracranial: Volume | None = None
+) -> Path:
+    """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path.
+
+    ``intracranial`` is the mask of what the inner skull holds, if it is known.
+    """
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
     notes = [
         replace(note, text=machine.without_home(note.text))
@@ -209,6 +217,7 @@ def save_mask(scan: Scan, stripped: Stripped, mask: Volume, out: Path) -> Path:
     write.image(MASK, mask.data, mask.grid, like=scan.path)
     about = about_mask(stripped) | (told(notes) if notes else {})
     write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped))
+    write.skull(intracranial, like=scan.path)
     return write.place.path(f"{MASK}.nii.gz")
 
 
@@ -266,6 +275,19 @@ class _Writer:
         reference = {} if name.startswith("space-") else {"SpatialReference": self.raw}
         path = self.path(f"{name}.json")
         write_json(path, {**values, "Sources": list(sources), **reference})
+
+    def skull(self, intracranial: Volume | None, like: Path) -> None:
+        """The mask of what the inner skull holds, if it is known."""
+        if intracranial is None:
+            return
+        self.image(SKULL_MASK, intracranial.data, intracranial.grid, like=like)
+        self.sidecar(
+            SKULL_MASK,
+            [self.raw],
+            Description="What the inner skull holds: brain, fluid, vessels and dura, down to the"
+            " lower end of the brain stem",
+            Type="ROI",
+        )
 
     def transforms(self, registered: Registered, sources: Sequence[str]) -> None:
         """Both directions, as ITK composite transforms."""
@@ -375,12 +397,18 @@ class _Writer:
             "Units": "mm3",
         }
         share = {"Description": "Share of the total Brain-Segmentation", "Units": "%"}
+        why = result.prepared.stripped.no_intracranial
+        of_skull = {
+            "Description": f"Share of the {INTRACRANIAL}" + (f". n/a: {why}" if why else ""),
+            "Units": "%",
+        }
         described: dict[str, dict[str, Any]] = {
             "index": {"Description": f"Code of the label, of {table_name(parcellation)}"},
             "name": {"Description": "Structure", "Levels": names},
             "abbreviation": {"Description": "Short name of the structure"},
             "volume_mm3": volume,
             "percent_brain": share,
+            "percent_intracranial": of_skull,
             "expected_dice": about_expected_dice(result),
         }
         about_people = {"MeasuredOn": result.percentiles_of} if result.percentiles_of else {}
@@ -400,10 +428,12 @@ class _Writer:
         self.table(name, volume_rows(result), described, sources)
         if not totals:
             return
+        about_sums = TOTALS | ({INTRACRANIAL: f"{TOTALS[INTRACRANIAL]}. n/a: {why}"} if why else {})
         about_totals = {
-            "name": {"Description": "What is summed", "Levels": TOTALS},
+            "name": {"Description": "What is summed", "Levels": about_sums},
             "volume_mm3": volume,
             "percent_brain": share,
+            "percent_intracranial": of_skull,
             **percentiles,
         }
         self.table(TOTALS_MORPH, total_rows(result), about_totals, sources)

@@ -9,7 +9,7 @@ HEAD, BRAIN, WORKING = "desc-preproc_T1w", "desc-brain_T1w", "res-1_desc-brain_T
 """The evened head, and the brain cut out of the scan, on the scan's own grid; the brain on the
 working grid.  Other programs take all files without ``space-`` and ``res-`` to lie on one grid.
 """
-MASK, FIELD = "desc-brain_mask", "desc-distance_field"
+MASK, SKULL_MASK, FIELD = "desc-brain_mask", "desc-icv_mask", "desc-distance_field"
 MORPH, TOTALS_MORPH = "desc-volumetric_morph", "desc-totals_morph"
 DSEG = "seg-{}_desc-structures_dseg"
 FREESURFER = "seg-{}_desc-freesurfer_dseg"
@@ -21,7 +21,8 @@ TISSUES, TISSUE = "dseg", "label-{}_probseg"
 LABEL_MAP = re.compile(r"_seg-[A-Za-z0-9]+(_desc-structures)?_dseg(?=\.)")
 """How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
 OURS = (
-    *(f"{name}.*" for name in (HEAD, BRAIN, WORKING, MASK, FIELD, MORPH, TOTALS_MORPH, TISSUES)),
+    *(f"{name}.*" for name in (HEAD, BRAIN, WORKING, MASK, SKULL_MASK, FIELD)),
+    *(f"{name}.*" for name in (MORPH, TOTALS_MORPH, TISSUES)),
     *(f"{name}.*".format("*") for name in (DSEG, PROBSEG, UNCERTAINTY, TISSUE)),
     *(f"{name}.*".format("*") for name in (FINER_MORPH, CONFIDENCE)),
     *(f"space-*_{name}.*" for name in (BRAIN, MASK)),
