@@ -11,9 +11,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from bids_dataset import environment
+from scipy import ndimage
 
 from cadiff_cli.config import Config, OutputConfig
 from cadiff_cli.errors import OutputError
@@ -77,9 +79,12 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         labelled=True,
         person=Person(),
         ranges="",
+        skull=False,
         **found,
     ):
         head, stripped, conditions = head_of(orientation)
+        held = Volume(ndimage.binary_dilation(head.codes > 0), head.t1.grid) if skull else None
+        stripped = replace(stripped, intracranial=held)
         path = out.parent / "scans" / name
         save_volume(path, head.t1.data, head.t1.grid)
         template = load_template(EMBEDDED, offline=True)
@@ -107,6 +112,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         result = Result(
             *(prepared, mask, segmentation, volumes, model, config, seconds, (), calibration),
             ranges=ranges,
+            intracranial=held,
         )
         save_result(result, out, prepared.conditions.field)
         return path
@@ -232,6 +238,30 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
     result.morph.write_text("".join("\t".join(line) + "\n" for line in lines))
     assert {row.expected_dice for row in result.rows()} == {None}
     assert "a low Dice is expected" not in write_page(out, result).read_text()
+
+
+def test_volumes_are_shares_of_the_intracranial_volume(write_result, parcellation, tmp_path):
+    """Where the skull is known; else the tables say why not."""
+    out = tmp_path / "out"
+    write_result(out, "sub-01_T1w.nii.gz", skull=True)
+    write_result(out, "sub-02_T1w.nii.gz")
+    rows = {row["scan"]: row for row in collect(out, ["sub-01", "sub-02"]).rows}
+    assert rows["sub-01"].keys() == rows["sub-02"].keys()
+    held = float(rows["sub-01"]["intracranial_volume"])
+    mask = nib.load(out / "sub-01" / "anat" / "sub-01_desc-icv_mask.nii.gz")
+    voxel = float(np.prod(mask.header.get_zooms()))
+    assert held == pytest.approx(np.count_nonzero(np.asarray(mask.dataobj)) * voxel, rel=1e-5)
+    assert held > float(rows["sub-01"]["brain_mask"])
+    for name in (*(s.name for s in parcellation.structures), "Brain-Segmentation"):
+        share, mm3 = (rows["sub-01"][column(name) + end] for end in ("_percent_intracranial", ""))
+        assert float(share) == pytest.approx(100 * float(mm3) / held, abs=1e-3)
+        assert rows["sub-02"][f"{column(name)}_percent_intracranial"] is None
+    assert rows["sub-02"]["intracranial_volume"] is None
+    assert not [*out.rglob("sub-02*icv*")]
+    for name, reason in (("sub-01", False), ("sub-02", True)):
+        sidecar = json.loads((out / name / "anat" / f"{name}_desc-totals_morph.json").read_text())
+        assert ("skull-stripped" in sidecar["name"]["Levels"]["Intracranial-Volume"]) is reason
+        assert ("n/a" in sidecar["percent_intracranial"]["Description"]) is reason
 
 
 def test_pages_and_groups_say_where_a_person_stands(
