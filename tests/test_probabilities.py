@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cadiff_cli.spatial.grid import Grid
-from cadiff_cli.spatial.probabilities import Probabilities, native_classes, native_posteriors
+from cadiff_cli.spatial.probabilities import Probabilities, on_native
 
 
 def random_p(shape, sharpness=1.0, seed=0):
@@ -59,6 +59,12 @@ def test_uncertainty_is_0_for_certainty_and_1_for_ignorance():
     )
 
 
+def native_posteriors(p, grid, native):
+    """All probabilities at every voxel of another grid."""
+    everywhere = np.ones(native.shape, bool)
+    return on_native(p, grid, native, everywhere, posteriors=True).posteriors
+
+
 def moved(grid, shape, linear, shift):
     """A grid whose voxel ``ijk`` lies at ``linear @ ijk + shift`` of ``grid``'s."""
     to_voxel = np.eye(4)
@@ -80,8 +86,9 @@ def test_whole_voxels_are_copied(crop):
     for outside in (found[..., 0], found[..., -1]):
         assert (outside[0] == 1).all()
         assert (outside[1:] == 0).all()
+    everywhere = np.ones(native.shape, bool)
     np.testing.assert_array_equal(
-        native_classes(Probabilities.of_all(p), crop, native)[..., 1:-1],
+        on_native(Probabilities.of_all(p), crop, native, everywhere).classes[..., 1:-1],
         p.flip(2).argmax(dim=0).numpy(),
     )
 
@@ -95,6 +102,24 @@ def test_probabilities_between_voxels_sum_to_one(crop):
     )
     np.testing.assert_allclose(found.astype(np.float32).sum(axis=0), 1, atol=3e-3)
     assert (found[0] < 1).any()
+
+
+def test_labels_sums_and_probabilities_come_from_the_same_points(crop):
+    """Within a mask; outside of it, and where nothing is known, there is background."""
+    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.3]])
+    native = moved(crop, (12, 12, 8), turn, (2, -3, -1))
+    inside = np.random.default_rng(0).random(native.shape) > 0.5
+    p = some_of(random_p(crop.shape))
+    found = on_native(p, crop, native, inside, [(1, 3), (2,)], posteriors=True)
+    everywhere = native_posteriors(p, crop, native)
+    np.testing.assert_array_equal(found.posteriors[:, inside], everywhere[:, inside])
+    assert (found.posteriors[0, ~inside] == 1).all()
+    assert not found.posteriors[1:, ~inside].any()
+    wide = found.posteriors.astype(np.float32)
+    chosen = np.take_along_axis(wide, found.classes[None].astype(int), axis=0)[0]
+    np.testing.assert_allclose(chosen, wide.max(axis=0), atol=2e-3)
+    np.testing.assert_allclose(found.sums[0], (wide[1] + wide[3]) * inside, atol=2e-3)
+    np.testing.assert_allclose(found.sums[1], wide[2] * inside, atol=2e-3)
 
 
 def test_a_large_voxel_is_the_mean_of_the_small_ones_in_it(crop):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -48,11 +49,15 @@ class Probabilities:
 
     def summed(self, groups: Sequence[Sequence[int]]) -> "Probabilities":
         """Those of groups of classes; all others are background."""
+        return Probabilities(self.values @ self.membership(groups), self.voxels, self.shape)
+
+    def membership(self, groups: Sequence[Sequence[int]]) -> Tensor:
+        """(classes, groups + 1): 1 where a class is in a group, the first one being the others."""
         group_of = torch.zeros(self.n_classes, len(groups) + 1)
         group_of[:, 0] = 1
         for k, group in enumerate(groups, start=1):
             group_of[list(group)] = F.one_hot(torch.tensor(k), len(groups) + 1).float()
-        return Probabilities(self.values @ group_of, self.voxels, self.shape)
+        return group_of
 
     def dense(self) -> Tensor:
         """(classes, X, Y, Z) float32: the whole volume, for interpolation."""
@@ -69,46 +74,88 @@ class Probabilities:
         return np.asarray(out.reshape(self.shape).numpy())
 
 
-def native_classes(p: Probabilities, grid: Grid, native: Grid) -> np.ndarray:
-    """Most probable class at each native voxel: probabilities are interpolated, not labels."""
-    out = np.zeros(native.shape, class_dtype(p.n_classes))
-    for index, slab in _slabs(p.dense(), grid, native):
-        out[index] = slab.argmax(dim=0).numpy()
-    return out
+@dataclass(frozen=True, eq=False)
+class Native:
+    """Probabilities on another grid: ``classes`` (X, Y, Z) are the most probable ones.
+
+    ``sums`` (X, Y, Z) float16 are those of groups of classes; ``posteriors`` (classes, X, Y, Z)
+    float16 are all, background first, if they were asked for.
+    """
+
+    classes: np.ndarray
+    sums: tuple[np.ndarray, ...]
+    posteriors: np.ndarray | None
 
 
-def native_posteriors(p: Probabilities, grid: Grid, native: Grid) -> np.ndarray:
-    """Probabilities at each native voxel, (classes, X, Y, Z) float16; background outside."""
-    out = np.zeros((p.n_classes, *native.shape), dtype=np.float16)
-    out[0] = 1
-    for index, slab in _slabs(p.dense(), grid, native):
-        out[:, index] = slab.numpy()
-    return out
+def on_native(
+    p: Probabilities,
+    grid: Grid,
+    native: Grid,
+    inside: np.ndarray,
+    groups: Sequence[Sequence[int]] = (),
+    *,
+    posteriors: bool = False,
+) -> Native:
+    """Interpolate probabilities, not labels, at the voxels ``inside`` (X, Y, Z) a ``native`` grid.
+
+    All other voxels are background.
+    """
+    membership = p.membership(groups)
+    classes = np.zeros(native.shape, class_dtype(p.n_classes))
+    sums = tuple(np.zeros(native.shape, np.float16) for _ in groups)
+    whole = None
+    if posteriors:
+        whole = np.zeros((p.n_classes, *native.shape), dtype=np.float16)
+        whole[0] = 1
+    for x, values in _slices(p, grid, native, inside):
+        where = inside[x]
+        classes[x][where] = values.argmax(dim=1).numpy()
+        for out, total in zip(sums, (values @ membership).T[1:].numpy(), strict=True):
+            out[x][where] = total
+        if whole is not None:
+            whole[:, x][:, where] = values.T.numpy()
+    return Native(classes, sums, whole)
 
 
-def _slabs(p: Tensor, grid: Grid, native: Grid) -> Iterator[tuple[int, Tensor]]:
-    """Yield (native x index, (classes, Y, Z) probabilities) for the slices that meet the crop.
+def _slices(
+    p: Probabilities, grid: Grid, native: Grid, inside: np.ndarray
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (native x index, (n, classes) probabilities) of the n voxels ``inside`` each slice.
 
     A native voxel is the mean of as many points along each axis as crop voxels fit into it.
     """
     to_crop = grid.voxel_map(native)
-    size = torch.tensor(grid.shape, dtype=torch.float64)
+    rows = torch.full((math.prod(p.shape),), -1, dtype=torch.int32)
+    rows[p.voxels] = torch.arange(len(p.voxels), dtype=torch.int32)
+    row_of = rows.numpy().reshape(p.shape)
     ratio = np.linalg.norm(to_crop[:3, :3], axis=0)
     inner = [(np.arange(n) + 0.5) / n - 0.5 for n in np.maximum(np.rint(ratio), 1).astype(int)]
     shifts = np.stack(np.meshgrid(*inner, indexing="ij"), axis=-1).reshape(-1, 3)
-    y, z = np.indices(native.shape[1:])
-    for index in range(native.shape[0]):
-        voxels = np.stack([np.full_like(y, index), y, z], axis=-1)
-        total = None
+    for x in np.flatnonzero(inside.any(axis=(1, 2))):
+        y, z = np.nonzero(inside[x])
+        voxels = np.stack([np.full_like(y, x), y, z], axis=-1)
+        total = torch.zeros(len(voxels), p.n_classes)
         for shift in shifts:
             ijk = (voxels + shift) @ to_crop[:3, :3].T + to_crop[:3, 3]
-            if not ((ijk > -1) & (ijk < np.array(grid.shape))).all(axis=-1).any():
-                continue
-            scaled = 2 * torch.from_numpy(ijk) / (size - 1) - 1
-            points = scaled.flip(-1).float()[None, None]
-            slab = F.grid_sample(p[None], points, padding_mode="zeros", align_corners=True)
-            part = slab[0, :, 0] / len(shifts)
-            total = part if total is None else total.add_(part)
-        if total is not None:
-            total[0] += 1 - total.sum(dim=0)
-            yield index, total
+            at, weights = _corners(ijk, row_of)
+            total += F.embedding_bag(at, p.values, per_sample_weights=weights, mode="sum")
+        total /= len(shifts)
+        total[:, 0] += 1 - total.sum(dim=1)
+        yield int(x), total
+
+
+def _corners(ijk: np.ndarray, row_of: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Rows and weights (n, 8) of the voxels around points (n, 3); weight 0 for one without a row.
+
+    ``row_of`` (X, Y, Z) is -1 where there is none.
+    """
+    low = np.floor(ijk).astype(int)
+    rows, weights = (np.zeros((len(ijk), 8), kind) for kind in (np.int32, np.float32))
+    for k, corner in enumerate(product((0, 1), repeat=3)):
+        at = low + corner
+        within = ((at >= 0) & (at < row_of.shape)).all(axis=1)
+        row = np.full(len(at), -1, np.int32)
+        row[within] = row_of[tuple(at[within].T)]
+        rows[:, k] = np.maximum(row, 0)
+        weights[:, k] = np.where(row >= 0, abs(1 - np.array(corner) - (ijk - low)).prod(axis=1), 0)
+    return torch.from_numpy(rows), torch.from_numpy(weights)

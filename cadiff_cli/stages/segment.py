@@ -11,7 +11,7 @@ from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Conditions, Scan, Segmentation
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.probabilities import Probabilities, native_classes, native_posteriors
+from cadiff_cli.spatial.probabilities import Probabilities, on_native
 from cadiff_cli.spatial.resample import resample, same_lattice
 from cadiff_cli.stages.sampling import class_probabilities
 
@@ -48,22 +48,16 @@ def segment(
         p, tile = class_probabilities(conditions, model, sample, each, str(device))
     best = p.most_probable()
     drawn = best * inside
-    copied = same_lattice(grid.voxel_map(native))
-    if copied:
-        classes = resample(Volume(best, grid), native, order=0).data
-    else:
-        classes = native_classes(p, grid, native)
+    groups = [*parcellation.tissues.values()]
     posteriors = None
-    if output.posteriors:
-        posteriors = native_posteriors(p, grid, native)
-        posteriors[1:, ~mask.data] = 0
-        posteriors[0, ~mask.data] = 1
-    of_tissues = p.summed([*parcellation.tissues.values()])
-    if copied:
-        volumes_of = (Volume(x.numpy(), grid) for x in of_tissues.dense()[1:])
-        tissues = [resample(x, native, order=0).data.astype(np.float16) for x in volumes_of]
-    else:
-        tissues = [*native_posteriors(of_tissues, grid, native)[1:]]
+    if output.posteriors or not same_lattice(grid.voxel_map(native)):
+        carried = on_native(p, grid, native, mask.data, groups, posteriors=output.posteriors)
+        classes, tissues, posteriors = carried.classes, carried.sums, carried.posteriors
+    else:  # nothing lies between voxels
+        classes = resample(Volume(best, grid), native, order=0).data
+        of_tissues = (Volume(x.numpy(), grid) for x in p.summed(groups).dense()[1:])
+        copies = (resample(x, native, order=0).data for x in of_tissues)
+        tissues = tuple((x * mask.data).astype(np.float16) for x in copies)
     entropy = None
     if output.uncertainty or several:
         entropy = resample(Volume(p.uncertainty(), grid), native).data
@@ -85,7 +79,7 @@ def segment(
         expected_dice=by_code(parcellation, of_drawn(expected_dice(p, drawn), drawn)),
         volume_sd_mm3=by_code(parcellation, np.std(volumes, axis=0, ddof=1)[1:]) if several else {},
         uncertainty=entropy,
-        tissues={tissue: x * mask.data for tissue, x in zip(Tissue, tissues, strict=True)},
+        tissues=dict(zip(Tissue, tissues, strict=True)),
     )
 
 
