@@ -148,7 +148,7 @@ class Template:
                 continue
             digest.update(repr(volume.grid.shape).encode())
             digest.update(volume.grid.affine.astype("<f8").tobytes())
-            digest.update(volume.data.astype("<f4").tobytes())
+            digest.update(np.ascontiguousarray(volume.data, "<f4").tobytes())
         return digest.hexdigest()
 
 

@@ -346,6 +346,8 @@ def save_volume(
     # NIfTI has neither bool nor float16; nibabel converts float16 while it writes.
     data = data.view(np.uint8) if data.dtype == bool else data
     dtype = np.dtype(np.float32) if data.dtype == np.float16 else data.dtype
+    if data.ndim == 3:  # in the file's order: nibabel would pick up its slices voxel by voxel
+        data = np.asfortranarray(data, dtype)
     klass = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = klass(data, affine, header or klass.header_class(), dtype=dtype)
     if header is None:
