@@ -150,7 +150,8 @@ def fitting(ranges: Ranges, rows: Sequence[Row]) -> Ranges:
 
     What it draws in their place makes shares of the brain other ones.
     """
-    return Ranges("", {}, {}) if any(row.mm3 is None for row in rows) else ranges
+    never = any(row.mm3 is None for row in rows if row.code is not None)
+    return Ranges("", {}, {}) if never else ranges
 
 
 def judge(
