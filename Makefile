@@ -10,6 +10,8 @@ demo: $(READY)
 	$(BIN)/cadiff example -o demo
 	$(BIN)/cadiff-seg demo/sub-MNI152_T1w.nii.gz -o demo/out --offline --overwrite -v
 
+# Compiled once, not in each of the hundreds of processes that tests start.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

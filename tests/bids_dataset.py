@@ -1,12 +1,19 @@
 """A BIDS dataset of phantoms, and ``cadiff run`` on it as a lab would call it."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
+from cadiff_cli import cli
 from cadiff_cli.io.images import save_volume
+from cadiff_cli.runner.execute import execute
 
 QUICK = (
     *("--offline", "--template", "MNI152NLin2009aSym", "--registration", "affine"),
@@ -50,5 +57,28 @@ def cadiff(*arguments, **kwargs) -> subprocess.CompletedProcess:
         text=True,
         check=False,
         env=environment(**kwargs.pop("env", {})),
-        **{"timeout": 300, **kwargs},
+        **{"timeout": 900, **kwargs},
     )
+
+
+def here(*arguments, cwd=".") -> subprocess.CompletedProcess:
+    """The same in this process, which has everything loaded; a run segments in it, too."""
+    words, out, err = [*map(str, arguments)], io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        mock.patch.dict(os.environ, environment()),
+        mock.patch("cadiff_cli.runner.local.run_local", _in_turn),
+        warnings.catch_warnings(action="ignore"),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        chdir(cwd),
+    ):
+        code = cli.guarded(
+            lambda: cli.cadiff.main(words, prog_name="cadiff", standalone_mode=False)
+        )
+    signal.signal(signal.SIGTERM, before)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def _in_turn(jobs, workers, threads):
+    yield from map(execute, jobs)

@@ -150,7 +150,7 @@ def test_a_spread_needs_two_seeds(values, text):
 @pytest.fixture
 def call(toy_sample, monkeypatch, tmp_path):
     """The command on four small brains of two datasets, with a small network for every row."""
-    cut = tuple(slice((n - 48) // 8 * 4, (n - 48) // 8 * 4 + 48) for n in toy_sample.image.shape)
+    cut = tuple(slice((n - 32) // 8 * 4, (n - 32) // 8 * 4 + 32) for n in toy_sample.image.shape)
     coarse = tuple(slice(s.start // 4, s.stop // 4) for s in cut)
     field = toy_sample.fields["toy"][(slice(None), *coarse)]
     arrays = {key: getattr(toy_sample, key)[cut] for key in ("image", "mask", "classes")}

@@ -12,6 +12,7 @@ import click
 import nibabel as nib
 import numpy as np
 import pytest
+from bids_dataset import QUICK, here
 from conftest import ROOT
 
 from cadiff_cli import machine
@@ -66,7 +67,7 @@ def call(program, *arguments, home=None, cwd=None, **variables):
         check=False,
         env=environment,
         cwd=cwd,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -74,8 +75,8 @@ def segmented_alone(head, folder, weights, *options):
     """The scan and the output folder of a real run, from file to files, without a registration."""
     source, out = folder / "sub-01_T1w.nii.gz", folder / "out"
     save_volume(source, head.t1.data, head.t1.grid)
-    done = call(
-        *("cadiff-seg", str(source), "-o", str(out), "--model", str(weights)),
+    done = here(
+        *("seg", source, "-o", out, "--model", weights),
         *("--registration", "none", "--template", "MNI152NLin2009aSym", "--offline"),
         *("--skull-strip", "none", "--steps", "1", "--threads", "1", *options),
     )
@@ -334,6 +335,7 @@ def table(out, desc):
         return list(csv.DictReader(stream, delimiter="\t"))
 
 
+@pytest.mark.slow
 def test_a_run_is_silent_when_not_in_a_terminal(segmented):
     done, *_ = segmented
     assert done.returncode == 0, done.stderr
@@ -501,32 +503,30 @@ def test_posteriors_and_field_are_what_they_say(segmented):
     assert np.median(left) < 0.5 < np.median(right)
 
 
-@pytest.mark.slow
-def test_what_a_killed_run_has_left_is_replaced(segmented, tmp_path):
+def test_what_a_killed_run_has_left_is_replaced(small_head, tiny_weights, tmp_path):
     """But not what somebody else has written.  The second run tells every stage, what found the
     brain, and at the end again what is to be looked at."""
-    *_, arguments = segmented
-    arguments = [str(tmp_path / "out") if a == arguments[2] else a for a in arguments]
-    arguments = arguments[: arguments.index("--posteriors")]  # what is quick
-    left = anat(tmp_path / "out", "desc-brain_mask.nii.gz")
+    source, out = tmp_path / "sub-01_ses-a_T1w.nii.gz", tmp_path / "out"
+    save_volume(source, small_head.t1.data, small_head.t1.grid)
+    arguments = (*map(str, (source, "-o", out, "--model", tiny_weights)), *QUICK, "-v")
+    left = anat(out, "desc-brain_mask.nii.gz")
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half of a mask")
-    done = call("cadiff-seg", *arguments, "-v", "--no-report")
+    done = call("cadiff-seg", *arguments)
     assert done.returncode == 73
     assert left.read_bytes() == b"half of a mask"
-    journal = Journal(tmp_path / "out")
+    journal = Journal(out)
     name = "sub-01_ses-a"
     with journal.claim(name, wait=False), pytest.raises(SystemExit), journal.writing(name):
         raise SystemExit(143)
-    done = call("cadiff-seg", *arguments, "-v", "--no-report")
+    done = call("cadiff-seg", *arguments)
     assert done.returncode == 0, done.stderr
     assert nib.load(left).shape
     begun, end = done.stderr.split("done: ")
     for stage in ("load", "strip", "register", "segment", "write"):
         assert re.search(rf"s  {stage}\b", begun)
     assert "what is not background: nothing was stripped" in end
-    sidecar = anat(tmp_path / "out", "seg-cadiff_desc-structures_dseg.json")
-    said = json.loads(sidecar.read_text())["Warnings"]
+    said = json.loads(anat(out, "seg-cadiff_desc-structures_dseg.json").read_text())["Warnings"]
     assert said
     assert end.count("look: ") == len(said)
 

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from bids_dataset import QUICK, command, environment, write_dataset
+from bids_dataset import QUICK, command, environment, here, write_dataset
 from conftest import ROOT
 
 from cadiff_cli.io.bids.layout import finished
@@ -16,7 +16,7 @@ SCRIPTS = {
     "slurm_array.sh": {"SLURM_ARRAY_TASK_ID": "2", "SLURM_CPUS_PER_TASK": "1"},
     "sge_array.sh": {"SGE_TASK_ID": "2", "NSLOTS": "1"},
 }
-SECONDS = 300.0
+SECONDS = 900.0
 """What a run may take on a busy machine."""
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def task(small_head, tiny_weights, tmp_path):
     bids = write_dataset(tmp_path / "bids", small_head, ["sub-01_T1w", "sub-02_T1w"])
     (bids / "sub-02" / "anat" / "sub-02_T1w.nii.gz").write_bytes(b"\x1f\x8b broken")
     # As Windows writes it; and a file that is called like a participant is no list of others.
-    (tmp_path / "todo.txt").write_bytes(b"\xef\xbb\xbfsub-02\r\nsub-01\r\n")
+    (tmp_path / "todo.txt").write_bytes(b"\xef\xbb\xbfsub-02\r\nsub-01\r\nsub-77\r\n")
     (tmp_path / "sub-01").write_text("sub-77\n")
     run = tmp_path / "cadiff-run"
     run.write_text(f'#!/bin/sh\nexec {" ".join(map(_quoted, command("run")))} "$@"\n')
@@ -35,13 +35,14 @@ def task(small_head, tiny_weights, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
 
-    def start(script, **more):
-        arguments = ["todo.txt", bids, tmp_path / "out", *QUICK, "--model", tiny_weights]
+    def start(script, *options, **more):
+        arguments = ["todo.txt", bids, tmp_path / "out", *QUICK, "--model", tiny_weights, *options]
         values = {**SCRIPTS[script], "TMPDIR": str(scratch), "CADIFF_RUN": str(run), **more}
         return subprocess.Popen(
             ["bash", ROOT / "containers" / script, *arguments],
             env=environment(**values),
             cwd=tmp_path,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -53,17 +54,33 @@ def _quoted(word):
     return f"'{word}'"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_task_does_its_participant_and_keeps_the_exit_code(task, tmp_path, script):
-    process = task(script)
+def test_a_task_does_its_participant_and_keeps_the_exit_code(task, tmp_path, tiny_weights):
+    """Then only what failed is listed again, by the pipeline that the scripts' headers show."""
+    process = task("slurm_array.sh")
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     assert [result.entities for result in finished(tmp_path / "out")] == ["sub-01"]
-    number = "SLURM_ARRAY_TASK_ID" if "slurm" in script else "SGE_TASK_ID"
-    process = task(script, **{number: "1"})
+    process = task("slurm_array.sh", SLURM_ARRAY_TASK_ID="1")
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     assert "damaged or truncated" in said
+    assert list((tmp_path / "scratch").iterdir()) == []
+    listing = ("run", "bids", "out", "participant", "--dry-run", *QUICK)
+    listed = here(*listing, "--model", tiny_weights, cwd=tmp_path)
+    assert _to_submit(listed.stdout.encode()) == [b"sub-02"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_chooses_one_participant(task, tmp_path, script):
+    """And hands on its options; what cadiff ends with, it ends with."""
+    listed, said = (process := task(script, "--dry-run")).communicate(timeout=SECONDS)
+    assert process.returncode == 0, said
+    assert listed == "sub-01\ttodo\n"
+    (number,) = (name for name in SCRIPTS[script] if "TASK_ID" in name)
+    process = task(script, "--dry-run", **{number: "3"})
+    _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 18
+    assert "sub-77" in said
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -78,20 +95,6 @@ def test_a_time_limit_reaches_cadiff(task, tmp_path):
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 143, said
     assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_only_unfinished_participants_are_listed_again(task, tmp_path, tiny_weights):
-    """The pipeline of commands that the scripts' headers show."""
-    task("slurm_array.sh").communicate(timeout=SECONDS)
-    listing = command("run", "bids", "out", "participant", "--dry-run", *QUICK)
-    listed = subprocess.run(
-        [*listing, "--model", tiny_weights],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        check=True,
-    )
-    assert _to_submit(listed.stdout) == [b"sub-02"]
 
 
 def _to_submit(listed):

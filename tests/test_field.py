@@ -152,8 +152,8 @@ def test_a_deformable_registration_finds_an_oblique_head(
     phantom, toy_template, scan_of, tmp_path, monkeypatch
 ):
     """The whole way to the network's input, where the truth is known at every voxel."""
-    head = phantom("oblique", (1.6, 2.0, 2.4))
-    template = toy_template(shift_mm=(4, -6, 5))
+    head = phantom("oblique", (1.6, 2.0, 2.4), scale=0.75)
+    template = toy_template(scale=0.75, shift_mm=(4, -6, 5))
     # N4 takes the phantom's dark shell for a bias.
     monkeypatch.setattr("cadiff_cli.stages.bias.NATURAL", np.inf)
     scan = scan_of(head)

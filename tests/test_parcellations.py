@@ -7,10 +7,11 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
+from bids_dataset import here
 from conftest import TINY, awake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cli import TABLES, call, segmented_alone
+from test_cli import TABLES, segmented_alone
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io import models
@@ -113,7 +114,7 @@ def test_pages_and_the_group_table_are_the_parcellations(out, lobes):
 
 def score(tmp_path, *arguments):
     """Rows of ``evaluation.tsv``."""
-    done = call("cadiff", "evaluate", *map(str, arguments), "-o", str(tmp_path), "--overwrite")
+    done = here("evaluate", *map(str, arguments), "-o", str(tmp_path), "--overwrite")
     assert done.returncode == 0, done.stderr
     with (tmp_path / "evaluation.tsv").open() as stream:
         return {row["structure"]: row for row in csv.DictReader(stream, delimiter="\t")}
@@ -152,7 +153,7 @@ def test_a_parcellation_without_parents_is_scored_in_its_own_structures(dseg, lo
     present = {s.name for s in lobes.structures if (codes_of(dseg) == s.code).any()}
     scores = score(tmp_path, path, path, "--reference-labels", "cadiff")
     assert {name for name, row in scores.items() if row["dice"] == "1.0000"} == present
-    done = call("cadiff", "evaluate", str(path), str(path), "--labels", "malc27")
+    done = here("evaluate", str(path), str(path), "--labels", "malc27")
     assert done.returncode == 64
     assert "unknown label subset 'malc27' of regions" in done.stderr
 

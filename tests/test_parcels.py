@@ -8,7 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from test_cli import call, one_line
+from bids_dataset import here
+from test_cli import one_line
 
 from cadiff_cli.config import Config, OutputConfig, Recipe
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
@@ -336,8 +337,8 @@ def test_without_parcels_the_settings_are_as_they_were():
 
 def test_parcels_need_a_registration(tmp_path):
     scan = tmp_path / "sub-01_T1w.nii.gz"
-    done = call(
-        *("cadiff-seg", str(scan), "-o", str(tmp_path / "out")),
+    done = here(
+        *("seg", str(scan), "-o", str(tmp_path / "out")),
         *("--parcellation", "nmm138", "--registration", "none"),
     )
     assert done.returncode == 64
@@ -354,8 +355,8 @@ def out(phantom, released, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parcels")
     head = phantom("RAS", (2.0, 2.0, 2.0), scale=0.5)
     save_volume(folder / "sub-01_T1w.nii.gz", head.t1.data, head.t1.grid)
-    done = call(
-        *("cadiff-seg", str(folder / "sub-01_T1w.nii.gz"), "-o", str(folder / "out")),
+    done = here(
+        *("seg", str(folder / "sub-01_T1w.nii.gz"), "-o", str(folder / "out")),
         *("--template", "MNI152NLin2009aSym", "--offline"),
         *("--registration", "affine", "--skull-strip", "none", "--steps", "0", "--threads", "1"),
         *(
@@ -431,8 +432,8 @@ def test_evaluate_takes_the_map_that_is_named(out, tmp_path):
     (reference / "sub-01_seg-nmm138_dseg.nii.gz").write_bytes(source.read_bytes())
 
     def scored(*labels):
-        done = call(
-            *("cadiff", "evaluate", str(out), str(reference.parent), "-o", str(tmp_path)),
+        done = here(
+            *("evaluate", str(out), str(reference.parent), "-o", str(tmp_path)),
             *("--reference-labels", "cadiff", "--overwrite", *labels),
         )
         assert done.returncode == 0, done.stderr

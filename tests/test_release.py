@@ -6,14 +6,16 @@ from conftest import threads
 
 from cadiff_cli.config import Config, RegisterConfig, SampleConfig
 from cadiff_cli.io import models
-from cadiff_cli.io.images import load_scan, save_volume
+from cadiff_cli.io.images import load_scan, load_volume, save_volume
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED, load_template, load_templates
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import run
+from cadiff_cli.spatial.grid import Grid
 from cadiff_cli.spatial.resample import check_same_grid
+from cadiff_cli.stages.register import rigid
 from cadiff_cli.stages.segment import segment
 
 pytestmark = [
@@ -22,7 +24,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning"),
 ]
 
-PERSON = "malc/sub-1122/ses-1"
+PERSON, ANOTHER = "malc/sub-1122/ses-1", "malc/sub-1107/ses-1"
+QUICK = Config(sample=SampleConfig(steps=1))
+"""As good as five steps (docs/results.md)."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,15 +108,24 @@ def test_a_labelled_person_is_segmented(default_run, mean_dice):
 def test_a_network_that_has_seen_no_image_segments_a_person(default_run, mean_dice):
     """It has learnt from painted brains."""
     model, prepared = models.load(Model, "cadiff-synth"), default_run.prepared
-    quick = Config(sample=SampleConfig(steps=1))  # as good as five (docs/results.md)
-    found = segment(prepared.scan, prepared.conditions, default_run.mask, model, quick)
+    found = segment(prepared.scan, prepared.conditions, default_run.mask, model, QUICK)
     assert mean_dice(found, PERSON, "neuromorphometrics") > 0.72
 
 
-def test_a_whole_head_of_another_scanner_is_segmented(
-    released, t1_of, templates, mean_dice, tmp_path
-):
+def test_a_whole_head_of_another_scanner_is_segmented(released, t1_of, mean_dice, tmp_path):
     """At 2 mm, never trained on, and a machine's labels."""
-    folder = "heads/nichart/sub-Subj18"
-    result = run(load_scan(t1_of(folder)), templates, models.load(Model), Config(), tmp_path)
+    folder, template = "heads/nichart/sub-Subj18", load_template(EMBEDDED, offline=True)
+    result = run(load_scan(t1_of(folder)), [template], models.load(Model), QUICK, tmp_path)
     assert mean_dice(result.segmentation, folder, "dlmuse") > 0.75
+
+
+def test_another_persons_brain_is_a_template(released, t1_of, mean_dice, tmp_path):
+    """It is laid upright, as templates are, and its frame is measured."""
+    brain, place = load_volume(t1_of(ANOTHER)), tmp_path / "tpl-another"
+    motion = rigid(brain, load_template(EMBEDDED, offline=True).brain)
+    place.mkdir()
+    upright = Grid(brain.grid.shape, motion @ brain.grid.affine)
+    save_volume(place / "tpl-another_T1w.nii.gz", brain.data, upright)
+    template = load_template(str(place))
+    result = run(load_scan(t1_of(PERSON)), [template], models.load(Model), QUICK, tmp_path)
+    assert mean_dice(result.segmentation, PERSON, "neuromorphometrics") > 0.84

@@ -51,6 +51,8 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
 
+SCALE = 0.5
+"""Of the heads: pages show shares of the brain, and say nothing of its size."""
 EVIL = '"><script>document.title="owned"</script><img src=x onerror=alert(1)>'
 
 
@@ -64,7 +66,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
 
     @cache
     def head_of(orientation):
-        head = phantom(orientation)
+        head = phantom(orientation, 1.0, scale=SCALE)
         return head, stripped_of(head), conditions_of(head)
 
     def write(
@@ -214,7 +216,7 @@ def test_what_to_expect_is_on_the_page(write_result, phantom, parcellation, tmp_
         "0" * 64, "four people", (0.0, 1.0), (0.0, 0.5), {}, {"Left-Thalamus": 0.8}
     )
     out = tmp_path / "out"
-    uncertain = np.full(phantom("RAS").t1.grid.shape, 0.1, dtype=np.float32)
+    uncertain = np.full(phantom("RAS", 1.0, scale=SCALE).t1.grid.shape, 0.1, dtype=np.float32)
     write_result(
         out,
         calibration=halved,
@@ -549,7 +551,7 @@ def test_a_click_names_the_structure(pages, visit, phantom):
     axial = page.locator("canvas[data-axis='2']")
     axial.scroll_into_view_if_needed()
     box = axial.bounding_box()
-    head = phantom("RAS")
+    head = phantom("RAS", 1.0, scale=SCALE)
     for across, down in ((0.3, 0.4), (0.7, 0.4), (0.6, 0.2), (0.45, 0.6), (0.02, 0.02)):
         page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
         text = readout.inner_text()

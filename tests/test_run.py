@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from bids_dataset import QUICK, cadiff, write_dataset
+from bids_dataset import QUICK, cadiff, here, write_dataset
 
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.images import save_volume
@@ -204,7 +204,7 @@ def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_hea
     out = copy / "derivatives" / "cadiff"
     write_dataset(copy, small_head, [f"{BROKEN}_T1w"])
     before = files(out)
-    done = cadiff("run", copy, out, "participant", "group", *arguments)
+    done = here("run", copy, out, "participant", "group", *arguments)
     assert done.returncode == 0, done.stderr
     assert "1 done, 4 done before" in done.stderr
     assert "5 of 5 scans" in done.stderr
@@ -216,7 +216,7 @@ def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_hea
         *(f"logs/CITATION.{suffix}" for suffix in ("md", "html", "bib")),
     }
     # A third time there is nothing to do.
-    done = cadiff("run", copy, out, "participant", *arguments, "--dry-run")
+    done = here("run", copy, out, "participant", *arguments, "--dry-run")
     assert done.returncode == 0
     lines = [f"{name}\tdone" for name in (*GOOD, BROKEN)]
     assert done.stdout.splitlines() == lines
@@ -225,13 +225,13 @@ def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_hea
 def test_other_settings_are_refused_with_a_remedy(batch):
     _, bids, out, arguments = batch
     before = files(out)
-    done = cadiff("run", bids, out, "participant", *arguments, "--steps", "2")
+    done = here("run", bids, out, "participant", *arguments, "--steps", "2")
     assert done.returncode == 73
     assert "sample.steps 1 -> 2" in done.stderr
     assert "--overwrite" in done.stderr
     assert files(out) == before
     # Even for a scan that has no result yet: one dataset is made one way.
-    done = cadiff(
+    done = here(
         *("run", bids, out, "participant", *arguments, "--seed", "1"),
         *("--participant-label", BROKEN),
     )
@@ -244,13 +244,13 @@ def test_a_changed_input_is_not_taken_for_finished(batch, phantom, tmp_path):
     copy = shutil.copytree(bids, tmp_path / "bids")
     write_dataset(copy, phantom("RAS", 1.0, scale=0.41), [f"{GOOD[0]}_T1w"])
     out = copy / "derivatives" / "cadiff"
-    done = cadiff("run", copy, out, "participant", *arguments, "--dry-run")
+    done = here("run", copy, out, "participant", *arguments, "--dry-run")
     assert done.returncode == 0
     assert f"{GOOD[0]}_T1w.nii.gz has changed since" in done.stderr
     status = dict(line.split("\t") for line in done.stdout.splitlines())
     # One scan's trouble: the others are as before.
     assert status == dict.fromkeys(GOOD, "done") | {GOOD[0]: "failed", BROKEN: "todo"}
-    done = cadiff("run", copy, out, "participant", *arguments, "--dry-run", "--overwrite")
+    done = here("run", copy, out, "participant", *arguments, "--dry-run", "--overwrite")
     status = dict(line.split("\t") for line in done.stdout.splitlines())
     assert status == dict.fromkeys(GOOD, "done") | {GOOD[0]: "todo", BROKEN: "todo"}
 
@@ -262,7 +262,7 @@ def test_overwrite_makes_selected_scans_again(batch, tmp_path):
     out = copy / "derivatives" / "cadiff"
     extra = ("--posteriors", "--uncertainty", "--save-field")
     kept = [option for option in arguments if option not in extra]
-    done = cadiff(
+    done = here(
         *("run", copy, out, "participant", *kept, "--steps", "0", "--overwrite"),
         *("--participant-label", "sub-01", "--session-label", "b"),
         *("--bids-filter-file", _filters(tmp_path, run=2)),
@@ -280,7 +280,7 @@ def test_overwrite_makes_selected_scans_again(batch, tmp_path):
         for name in names
     }
     # The group level tells that the dataset is a mixture now.
-    done = cadiff("run", copy, out, "group")
+    done = here("run", copy, out, "group")
     assert "2 different ways" in done.stderr
 
 
@@ -294,17 +294,17 @@ def test_a_config_file_repeats_a_run(batch):
     _, bids, out, _ = batch
     (config,) = (out / "logs").glob("cadiff_*.toml")
     arguments = ("run", bids, out, "participant", "--config-file", config, "--dry-run")
-    done = cadiff(*arguments)
+    done = here(*arguments)
     assert done.returncode == 0, done.stderr
     assert [line.split("\t")[1] for line in done.stdout.splitlines()] == ["done"] * 4 + ["todo"]
-    assert cadiff(*arguments, "--steps", "3").returncode == 73  # flags win
+    assert here(*arguments, "--steps", "3").returncode == 73  # flags win
     assert 'mem = "8589934592B"' in config.read_text()
 
 
 def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_path):
     _, bids, source, _ = batch
     out = shutil.copytree(source, tmp_path / "out")
-    done = cadiff("run", bids, out, "group")
+    done = here("run", bids, out, "group")
     assert done.returncode == 0, done.stderr
     page = (out / "group.html").read_text()
     assert all(f'href="{name}.html"' in page for name in GOOD)
@@ -338,7 +338,7 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
     tables = [anat(out, name) / f"{name}_desc-volumetric_morph.tsv" for name in GOOD[:2]]
     tables[1].write_text("\n".join(tables[0].read_text().splitlines()[:9]))
     tables[0].write_text("x\n1\n")
-    done = cadiff(*("run", bids, out, "group", "--participant-label", "02", "--session-label", "a"))
+    done = here(*("run", bids, out, "group", "--participant-label", "02", "--session-label", "a"))
     assert done.returncode == 0, done.stderr
     with (out / "group_morph.tsv").open() as stream:
         assert [row["scan"] for row in csv.DictReader(stream, delimiter="\t")] == list(GOOD[2:])
@@ -346,9 +346,9 @@ def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_p
         assert re.search(
             f"{name} is not in the table: its result cannot be read.*{why}", done.stderr
         )
-    done = cadiff("run", bids, out, "group", "--participant-label", "77")
+    done = here("run", bids, out, "group", "--participant-label", "77")
     assert done.returncode == 18
-    done = cadiff("report", out, "--scans", bids)
+    done = here("report", out, "--scans", bids)
     assert done.returncode == 1
     assert {path.stem for path in out.glob("*.html")} == {*GOOD, "group"}
     assert f"WARNING: {GOOD[0]}" in done.stderr
@@ -362,30 +362,31 @@ def test_a_page_that_a_kill_has_cost_is_written_by_the_next_run(batch, tmp_path)
     page.unlink()
     before = files(out)
     (copy / BROKEN / "anat" / f"{BROKEN}_T1w.nii.gz").unlink()
-    done = cadiff("run", copy, out, "participant", *arguments)
+    done = here("run", copy, out, "participant", *arguments)
     assert done.returncode == 0, done.stderr
     assert "1 done, 3 done before" in done.stderr
     assert page.exists()
     page.unlink()
-    listed = cadiff("run", copy, out, "participant", *arguments, "--dry-run").stdout
+    listed = here("run", copy, out, "participant", *arguments, "--dry-run").stdout
     assert "todo" not in listed  # a page is not worth a cluster's job
     assert all(files(out)[p] == t for p, t in before.items() if p.name.endswith("dseg.nii.gz"))
 
 
-def test_what_a_run_did_not_write_is_not_lost(batch, tmp_path):
+def test_what_a_run_did_not_write_is_not_lost(batch, tiny_weights, tmp_path):
     """A mask that somebody corrected is in the way, until --overwrite says that it may go."""
-    _, bids, _, arguments = batch
+    _, bids, _, _ = batch
     out = tmp_path / "out"
     corrected = anat(out, GOOD[-1]) / f"{GOOD[-1]}_desc-brain_mask.nii.gz"
     corrected.parent.mkdir(parents=True)
     corrected.write_bytes(b"by hand")
-    chosen = (*arguments, "--no-report", "--participant-label", "02")
+    chosen = (*QUICK, "--registration", "none", "--model", tiny_weights, "--nprocs", "1")
+    chosen += ("--participant-label", "02")
     for _ in range(2):  # however often it is tried
-        done = cadiff("run", bids, out, "participant", "group", *chosen)
+        done = here("run", bids, out, "participant", "group", *chosen)
         assert done.returncode == 1  # the scan's failure, not the lack of results
         assert f"{corrected} is there already" in done.stderr
         assert corrected.read_bytes() == b"by hand"
-    done = cadiff("run", bids, out, "participant", *chosen, "--overwrite")
+    done = here("run", bids, out, "participant", *chosen, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert corrected.read_bytes() != b"by hand"
 
@@ -393,17 +394,17 @@ def test_what_a_run_did_not_write_is_not_lost(batch, tmp_path):
 def test_two_datasets_do_not_share_an_output_folder(batch, small_head, tmp_path):
     _, bids, source, arguments = batch
     other = write_dataset(bids.parent / "other", small_head, ["sub-77_T1w"])
-    done = cadiff("run", other, source, "participant", *arguments, "--dry-run")
+    done = here("run", other, source, "participant", *arguments, "--dry-run")
     assert done.returncode == 73
     assert "another dataset (../..)" in done.stderr
     said = ("--dataset-links", "raw=../..")
-    done = cadiff("run", other, source, "participant", *arguments, "--dry-run", *said)
+    done = here("run", other, source, "participant", *arguments, "--dry-run", *said)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_group_level_needs_results(batch, tmp_path):
     _, bids, _, _ = batch
-    done = cadiff("run", bids, tmp_path / "out", "group")
+    done = here("run", bids, tmp_path / "out", "group")
     assert done.returncode == 66
     assert "participant level" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -437,7 +438,7 @@ def test_errors_have_the_documented_exit_codes(batch, tmp_path, arguments, code,
     _, bids, _, _ = batch
     places = {"bids": str(bids), "out": str(tmp_path / "out")}
     given = [argument.format(**places) for argument in arguments]
-    done = cadiff("run", *given, "--offline", "--skip-bids-validation")
+    done = here("run", *given, "--offline", "--skip-bids-validation")
     assert done.returncode == code, done.stderr
     assert text in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -450,7 +451,7 @@ def test_an_output_folder_of_somebody_else_is_refused(batch, tmp_path):
     out.mkdir()
     description = {"Name": "x", "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep"}]}
     (out / "dataset_description.json").write_text(json.dumps(description))
-    done = cadiff("run", bids, out, "participant", "--offline")
+    done = here("run", bids, out, "participant", "--offline")
     assert done.returncode == 73
     assert "fMRIPrep" in done.stderr
 
@@ -464,21 +465,21 @@ def test_reports_can_be_rebuilt_from_finished_results(batch, tmp_path):
     for page in out.glob("*.html"):
         page.unlink()
     for option in ("--boilerplate-only", "--reports-only"):
-        done = cadiff("run", bids, out, "participant", option)
+        done = here("run", bids, out, "participant", option)
         assert done.returncode == 0, done.stderr
         assert (out / "logs" / "CITATION.md").read_text() == before
     assert {path.stem for path in out.glob("*.html")} == set(GOOD)
     for page in out.glob("*.html"):
         page.unlink()
     one = GOOD[0].split("_")[0].removeprefix("sub-")
-    done = cadiff("run", bids, out, "participant", "group", option, "--participant-label", one)
+    done = here("run", bids, out, "participant", "group", option, "--participant-label", one)
     assert done.returncode == 0, done.stderr
     assert {path.stem.split("_")[0] for path in out.glob("*.html")} == {f"sub-{one}", "group"}
     # A page that shows other results than the table does not stay.
-    done = cadiff("run", bids, out, "group", "--no-report")
+    done = here("run", bids, out, "group", "--no-report")
     assert done.returncode == 0, done.stderr
     assert not (out / "group.html").exists()
-    assert cadiff("run", bids, tmp_path / "empty", "participant", option).returncode == 66
+    assert here("run", bids, tmp_path / "empty", "participant", option).returncode == 66
 
 
 def test_a_run_can_stop_at_the_first_crash(small_head, tiny_weights, tmp_path):
@@ -506,7 +507,7 @@ def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny
     call = ("run", bids, out, "participant", *QUICK, "--model", tiny_weights, "--nprocs", "1")
     call += ("--bids-filter-file", _filters(tmp_path, suffix=["T1w", "UNIT1"]))
 
-    done = cadiff(*call)
+    done = here(*call)
     assert done.returncode == 1, done.stderr
     assert "1 done, 1 failed, 1 unsuitable" in done.stderr
     assert "sub-01_UNIT1.nii.gz is taken; sub-01_UNIT1.nii is the same image" in done.stderr
@@ -522,7 +523,7 @@ def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny
     assert [path.name for path in out.rglob("crash-*")] == ["crash-sub-02.txt"]
 
     _filters(tmp_path, suffix=["T1w", "UNIT1"], extension=".nii.gz")  # as the failure said
-    done = cadiff(*call, "group")
+    done = here(*call, "group")
     assert done.returncode == 0, done.stderr
     assert "1 done, 1 done before, 1 unsuitable" in done.stderr
     assert "sub-03 is not in the table: unsuitable: sub-03_T1w.nii.gz covers" in done.stderr
@@ -534,5 +535,5 @@ def test_what_can_never_be_segmented_is_told_once_and_done_with(small_head, tiny
     assert suffixes == {"sub-01": "UNIT1", "sub-02": "T1w"}
 
     two.with_suffix("").unlink()
-    done = cadiff(*call, "--dry-run")
+    done = here(*call, "--dry-run")
     assert done.stdout.splitlines() == ["sub-01\tdone", "sub-02\tdone", "sub-03\tunsuitable"]

@@ -15,7 +15,7 @@ pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
 
 NAMES = ("sub-01", "sub-02", "sub-03", "sub-04")
-SECONDS = 300.0
+SECONDS = 900.0
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_a_killed_worker_costs_nothing(dataset, cluster, tiny_weights, tmp_path)
     address, workers = cluster
     out = tmp_path / "out"
     arguments = ("run", dataset, out, "participant", *QUICK, "--model", tiny_weights)
+    arguments += ("--registration", "none")
     arguments += ("--executor", "dask", "--dask-address", address)
     run = subprocess.Popen(
         command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True

@@ -29,6 +29,13 @@ from cadiff_cli.stages.strip import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _even_brightness(monkeypatch):
+    """N4, which has tests of its own, finds nothing: it takes the phantom's dark shell for bias."""
+    nothing = lambda image, _: np.zeros(image.data.shape, dtype=np.float32)  # noqa: E731
+    monkeypatch.setattr("cadiff_cli.stages.bias.n4", nothing)
+
+
 @pytest.fixture
 def head_of(phantom):
     """A whole head: scalp and noisy air around the phantom's brain."""
@@ -158,12 +165,8 @@ def test_a_dark_background_does_not_lift_the_brain(phantom, toy_template, scan_o
     np.testing.assert_allclose(plain.t1.data, moved.t1.data, atol=1e-2)
 
 
-def test_a_brain_below_its_background_is_lifted(
-    phantom, toy_template, scan_of, tmp_path, monkeypatch
-):
+def test_a_brain_below_its_background_is_lifted(phantom, toy_template, scan_of, tmp_path):
     """As z-scored scans and MP2RAGE's are: outside is 0, and so would half of the brain be."""
-    # N4 takes the phantom's dark shell for a bias.
-    monkeypatch.setattr("cadiff_cli.stages.bias.NATURAL", np.inf)
     head = phantom("RAS", 2.0, scale=0.8)
     inside = head.codes > 0
     scored = np.where(inside, (head.t1.data - head.t1.data[inside].mean()) / 20, 0)
@@ -222,7 +225,7 @@ def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):
 @pytest.mark.parametrize("spacing", [0.5, 0.7])
 def test_a_mask_that_was_drawn_stays_as_it_was_drawn(phantom, scan_of, tmp_path, spacing):
     """On the scan's own grid voxel by voxel, and on the working grid in the same place."""
-    head = phantom("LAS", spacing, scale=0.75)
+    head = phantom("LAS", spacing, scale=0.4)
     drawn = head.codes > 0
     path = tmp_path / "mask.nii.gz"
     save_volume(path, drawn, head.t1.grid)

@@ -7,16 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from bids_dataset import QUICK, cadiff, write_dataset
+from bids_dataset import QUICK, cadiff, here, write_dataset
 
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.files import read_json
-from cadiff_cli.io.images import load_volume, save_volume
-from cadiff_cli.io.templates import EMBEDDED, load_template
-from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.io.images import save_volume
+from cadiff_cli.io.templates import load_template
 from cadiff_cli.report.case import read_case
-from cadiff_cli.spatial.grid import Grid
-from cadiff_cli.stages.register import rigid
 
 ABOUT = {
     "Name": "Toy heads {of} children",
@@ -122,23 +119,23 @@ def test_pages_show_it_and_the_text_cites_its_makers(batch):
 
 def test_results_are_finished_until_the_content_changes(batch, toy, phantom, tmp_path):
     _, bids, out, arguments = batch
-    again = cadiff("run", bids, out, "participant", *arguments)
+    again = here("run", bids, out, "participant", *arguments)
     assert "2 done before" in again.stderr
     # The options of its log mean the same in any folder.
     (config, *_) = sorted((out / "logs").glob("cadiff_*.toml"))
-    again = cadiff("run", bids, out, "participant", "--config-file", config, cwd=tmp_path)
+    again = here("run", bids, out, "participant", "--config-file", config, cwd=tmp_path)
     assert "2 done before" in again.stderr, again.stderr
     # Another content under the same name.
     other = phantom("LPS", 1.0, scale=0.4, shift_mm=(12, -9, 7), noise=3.0)
     folder = write_template(tmp_path / "x", other, "tpl-toy_cohort-2", ABOUT)
     at = arguments.index(toy)
     changed = [*arguments[:at], folder, *arguments[at + 1 :]]
-    refused = cadiff("run", bids, out, "participant", *changed)
+    refused = here("run", bids, out, "participant", *changed)
     assert refused.returncode == 73
     assert "template_sha256.toy:cohort-2" in refused.stderr
     # And of the same content elsewhere.
     (folder / "tpl-toy_cohort-2_T1w.nii.gz").write_bytes(next(toy.glob("*_T1w*")).read_bytes())
-    again = cadiff("run", bids, out, "participant", *changed)
+    again = here("run", bids, out, "participant", *changed)
     assert "2 done before" in again.stderr, again.stderr
 
 
@@ -147,43 +144,11 @@ def test_one_scan_by_the_older_name_of_the_option(small_head, scan_of, toy, tiny
     scan, out = scan_of(small_head), tmp_path / "out"
     specs = f"MNI152NLin2009aSym+{toy}"
     options = ["--model", tiny_weights, "-o", out, *OTHERS]
-    done = cadiff("seg", scan.path, *options, "--atlas", specs)
+    done = here("seg", scan.path, *options, "--atlas", specs)
     assert done.returncode == 0, done.stderr
     sidecar = read_json(out / "sub-01" / "anat" / "sub-01_seg-cadiff_desc-structures_dseg.json")
     assert [t["Name"] for t in sidecar["Templates"]] == ["MNI152NLin2009aSym", "toy:cohort-2"]
     assert [*sidecar["Settings"]["template_sha256"]] == ["toy:cohort-2"]
-    gone = cadiff("seg", scan.path, *options, "--template", tmp_path / "gone")
+    gone = here("seg", scan.path, *options, "--template", tmp_path / "gone")
     assert gone.returncode == 66
     assert "no template folder" in gone.stderr
-
-
-@pytest.mark.slow
-def test_a_persons_brain_serves_as_well(released, shared, parcellation, tmp_path):
-    """Labels by way of another person's brain are nearly those of the default run.
-
-    It is laid upright, as templates are, and its frame is measured.
-    """
-    malc, home = shared("malc"), shared("templateflow")
-    scan, person = (
-        next((malc / name).glob("ses-1/anat/*_T1w.nii.gz")) for name in ("sub-1014", "sub-1107")
-    )
-    folder = tmp_path / "tpl-person1107"
-    folder.mkdir()
-    brain = load_volume(person)
-    motion = rigid(brain, load_template(EMBEDDED).brain)
-    upright = Grid(brain.grid.shape, motion @ brain.grid.affine)
-    save_volume(folder / "tpl-person1107_T1w.nii.gz", brain.data, upright)
-    found = []
-    for name, more in (("default", []), ("person", ["--template", folder])):
-        out = tmp_path / name
-        done = cadiff(
-            *("seg", scan, "-o", out, "--offline", "--no-report", *more),
-            env={"TEMPLATEFLOW_HOME": str(home)},
-            timeout=1800,
-        )
-        assert done.returncode == 0, done.stderr
-        labels = load_volume(next(out.rglob("*_seg-cadiff_desc-structures_dseg.nii.gz"))).data
-        found.append(parcellation.encode(labels, parcellation.class_of))
-    scores = dice(*found, range(1, parcellation.n_classes))
-    assert np.nanmean(scores) > 0.93
-    assert np.nanmin(scores) > 0.8
