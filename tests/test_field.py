@@ -1,6 +1,8 @@
 """The distance field and the registration that carries it: signs, origins and extents."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -326,3 +328,14 @@ def test_what_cannot_be_bent_is_registered_affinely(
     found = register(*images, RegisterConfig(name), tmp_path)
     assert (found.kind, len(tried)) == ("affine", 2)
     assert any("affine is used" in text for text in texts(found.notes))
+
+
+def test_ants_is_imported_without_what_draws_and_is_whole_for_others():
+    code = (
+        "import sys; from cadiff_cli.stages.register import import_ants as begin; begin();"
+        "import ants;"
+        "assert not {'matplotlib', 'sklearn', 'statsmodels'} & set(sys.modules);"
+        "assert not hasattr(ants, '__wrapped__') and 'matplotlib' not in sys.modules;"
+        "from ants.plotting import plot; assert ants.plot is plot and not hasattr(ants, 'plod')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

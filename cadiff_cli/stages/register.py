@@ -8,11 +8,14 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import repeat
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,14 +29,20 @@ from cadiff_cli.processes import Each, children, may_have_children
 from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import all_voxels, corners, resample
+from cadiff_cli.spatial.resample import all_voxels, bounding_box, corners, mapped_box, resample
 
 log = logging.getLogger(__name__)
 
 ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
 """What ANTs raises where an image cannot be registered; the last for a transform not written."""
+MARGIN_MM = 16.0
+"""Between a brain and the faces of the box in which it is registered."""
+SCORE_MM = 2.0
 LEAST_FREE_BYTES = 10_000_000
 """With less, a disk is full: the transforms of one registration take more."""
+UNUSED = ("ants.deeplearn", "ants.learn", "ants.math", "ants.plotting")
+"""Parts of ANTs that nothing here needs.  They import matplotlib, scikit-learn and statsmodels:
+three quarters of the time that it takes to import ANTs, and 140 MB."""
 PLAIN = re.compile(r"[\w./@+-]+", re.ASCII)
 """Paths that mean the same to ANTs, which builds ``[A,B]`` of them, and to its glob patterns."""
 PLAIN_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
@@ -83,8 +92,8 @@ def register(
             text = f"deformable registration failed ({_first_line(error)}); affine is used"
             notes.append(Note(NoteCode.AFFINE_ONLY, text))
     transform = Transform(forward, inverse, kind, 0.0)
-    warped = warp(moving, transform, fixed.grid.coarsen(2))
-    score = similarity(resample(fixed, warped.grid).data, warped.data)
+    grid = domain(fixed, SCORE_MM)
+    score = similarity(resample(fixed, grid).data, warp(moving, transform, grid).data)
     if score < POOR_SCORE:
         text = (
             f"the score {score:.3f} of the registration to {name} is below {POOR_SCORE}:"
@@ -95,6 +104,19 @@ def register(
     transform = Transform(forward, inverse, kind, score, trusted, tuple(notes))
     _tell(transform)
     return transform
+
+
+def domain(volume: Volume, spacing_mm: float) -> Grid:
+    """Where an image is registered: around all that is not 0, with axes nearest to RAS.
+
+    Air costs as much time as brain; a margin is left, because displacements end at the faces.
+    """
+    grid = volume.grid.working(spacing_mm, tolerance=0.0)
+    margin = int(np.ceil(MARGIN_MM / spacing_mm))
+    to_grid = grid.voxel_map(volume.grid)
+    box = mapped_box(bounding_box(volume.data != 0), to_grid, grid.shape, margin)
+    x, y, z = (s.stop - s.start for s in box)
+    return grid.crop(tuple(s.start for s in box), (x, y, z))
 
 
 def _tell(transform: Transform) -> None:
@@ -305,9 +327,7 @@ def _run(
 ) -> tuple[Path, Path]:
     ants = _ants()
     spacing = float(wanted["spacing_mm"])
-    images = [
-        _to_ants(resample(v, v.grid.working(spacing, tolerance=0.0))) for v in (fixed, moving)
-    ]
+    images = [_to_ants(resample(v, domain(v, spacing))) for v in (fixed, moving)]
     name = f"{wanted['type_of_transform'].split('[')[-1].rstrip(']')}_"
     options = {
         key: value for key, value in wanted.items() if key not in ("description", "spacing_mm")
@@ -365,9 +385,27 @@ def _ants() -> Any:
     and the same seed gives slightly different transforms.
     """
     os.environ.setdefault(machine.ITK_THREADS, "1")
-    import ants
+    if "ants" not in sys.modules:
+        sys.modules.update({part: ModuleType(part) for part in UNUSED})
+        try:
+            import ants
+        finally:
+            for part in UNUSED:
+                del sys.modules[part]
+        ants.__getattr__ = _other_part
+    return sys.modules["ants"]
 
-    return ants
+
+def _other_part(name: str) -> Any:
+    """A name of the ants module in one of the parts that were left out, for other users of it."""
+    ants = sys.modules["ants"]
+    if name.startswith("__"):
+        raise AttributeError(name)
+    for part in UNUSED:
+        module = vars(import_module(part))
+        vars(ants).update({k: v for k, v in module.items() if not k.startswith("_")})
+    vars(ants).pop("__getattr__", None)
+    return getattr(ants, name)
 
 
 @contextmanager
@@ -395,8 +433,6 @@ def plainly(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """ANTs writes progress to the process's stdout; keep ours for results."""
-    import sys
-
     sys.stdout.flush()
     saved = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
