@@ -13,7 +13,7 @@ demo: $(READY)
 # Compiled once, not in each of the hundreds of processes that tests start.
 test: export PYTHONDONTWRITEBYTECODE =
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 30
 
 lint: $(READY)
 	$(BIN)/ruff check .
