@@ -46,7 +46,7 @@ from cadiff_cli.report.group import strips
 from cadiff_cli.report.methods import describe
 from cadiff_cli.report.page import report_scan, write_page
 from cadiff_cli.report.viewer import pack
-from cadiff_cli.runner.group import collect, column, known_scans
+from cadiff_cli.runner.group import collect, column, known_scans, write_group
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -260,6 +260,11 @@ def test_volumes_are_shares_of_the_intracranial_volume(write_result, parcellatio
         assert rows["sub-02"][f"{column(name)}_percent_intracranial"] is None
     assert rows["sub-02"]["intracranial_volume"] is None
     assert not [*out.rglob("sub-02*icv*")]
+    # In the table of a group of which no skull is known they would be in the way.
+    for scans, shares in ((["sub-01", "sub-02"], True), (["sub-02"], False)):
+        header = write_group(out, scans).path.read_text().splitlines()[0]
+        assert "intracranial_volume" in header
+        assert ("percent_intracranial" in header) is shares
     for name, reason in (("sub-01", False), ("sub-02", True)):
         sidecar = json.loads((out / name / "anat" / f"{name}_desc-totals_morph.json").read_text())
         assert ("skull-stripped" in sidecar["name"]["Levels"]["Intracranial-Volume"]) is reason

@@ -157,10 +157,13 @@ def write_group(out: Path, expected: Sequence[str], people: People = NOBODY) -> 
     parcellation = group.parcellation
     volumes = [column(s.name) for s in parcellation.structures] + [column(n) for n in TOTALS]
     of_people = _of_percentiles(parcellation)
-    shares = _of_skull(parcellation)
+    # The skull is known of no scan, or of some: n/a in all rows would only be in the way.
+    known = any(one[column(INTRACRANIAL)] for one in group.rows)
+    shares = _of_skull(parcellation) if known else {}
     header = ("scan", *SCAN, *ENTITIES, *SUFFIX, *volumes, *shares, *of_people, *QUALITY)
     write_tsv(group.path, header, ([one[name] for name in header] for one in group.rows))
-    write_json(group.path.with_suffix(".json"), _columns(parcellation))
+    described = _columns(parcellation)
+    write_json(group.path.with_suffix(".json"), {name: described[name] for name in header})
     missing_path = out / MISSING
     if group.missing:
         write_tsv(missing_path, ("scan", "reason"), group.missing.items())

@@ -1,0 +1,104 @@
+"""Score the intracranial volume of the brain-mask network, where its truth is known and where not.
+
+python tools/measure_skull.py --label-maps LABEL_MAPS --images 2   # against label maps of heads
+python tools/measure_skull.py HEADS/mass --spacings 1 1.5 2        # how far it moves with voxels
+
+Label maps (FreeSurfer codes, 5xx around the brain) are painted like T1-weighted images, each from
+seeds of its own.  Folders are BIDS-like; the volume of a head is compared with that at its first
+spacing.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cadiff_cli.io import models
+from cadiff_cli.io.images import load_scan
+from cadiff_cli.nets.models import BrainModel
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.resample import resample
+from cadiff_cli.stages.brain_mask import find_brain_and_skull
+from cadiff_cli.training.brain_mask.data import build, load
+from cadiff_cli.training.brain_mask.patches import t1_contrast
+from cadiff_cli.training.brain_mask.target import FAR_MM
+
+
+def main() -> None:
+    """Print a line for each image, and one for all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--label-maps", type=Path)
+    parser.add_argument("--images", type=int, default=1, help="so many of each label map")
+    parser.add_argument("--spacings", nargs="+", type=float, default=[], help="mm")
+    parser.add_argument("--model", default="brain-mask")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    model = models.load(BrainModel, arguments.model)
+    errors = []
+    for path in sorted(arguments.label_maps.glob("*.nii*")) if arguments.label_maps else []:
+        for seed, (image, truth) in enumerate(painted(path, arguments.images)):
+            found = held_in(image, model)
+            both = np.count_nonzero(found.data & truth.data)
+            dice = 2 * both / (found.data.sum() + truth.data.sum())
+            errors.append(100 * (found.litres / truth.litres - 1))
+            print(
+                f"{path.name}\timage {seed}\t{truth.litres:.3f} l\tfound {found.litres:.3f} l"
+                f"\t{errors[-1]:+.2f} %\tDice {dice:.4f}",
+                flush=True,
+            )
+    moved = []
+    for path in sorted(p for f in arguments.folders for p in f.glob("sub-*/**/*_T1w.nii.gz")):
+        t1 = load_scan(path).t1
+        litres = [held_in(image, model).litres for image in at(t1, arguments.spacings)]
+        moved.append([100 * (x / litres[0] - 1) for x in litres])
+        cells = (f"{x:.3f} l ({d:+.2f} %)" for x, d in zip(litres, moved[-1], strict=True))
+        print(path.name, *cells, sep="\t", flush=True)
+    for name, found in (("against the truth", errors), ("moves by", [x[1:] for x in moved])):
+        if np.size(found):
+            size = np.abs(found)
+            print(
+                f"{name}: mean {np.mean(found):+.2f} %, mean size {size.mean():.2f} %, most"
+                f" {size.max():.2f} %"
+            )
+
+
+def held_in(t1: Volume, model: BrainModel) -> Volume:
+    """What the network says that the inner skull holds, at 1 mm."""
+    _, held = find_brain_and_skull(t1, t1.grid.working(), model)
+    if held is None:
+        raise SystemExit("this network does not know the skull")
+    return held
+
+
+def painted(path: Path, images: int) -> Iterator[tuple[Volume, Volume]]:
+    """Images of a label map at 2 mm, and what its inner skull holds, at 1 mm."""
+    with tempfile.TemporaryDirectory() as cache:
+        head = load(build(path, path, "label maps", Path(cache)))
+    assert head.labels is not None
+    assert head.skull is not None
+    assert head.t1 is not None
+    grid = Grid(head.labels.shape, np.diag([2.0, 2.0, 2.0, 1.0]))
+    depth = resample(Volume(head.skull.astype(np.float32), grid), grid.working(), fill=-FAR_MM)
+    labels = torch.from_numpy(head.labels).long()
+    for seed in range(images):
+        generator = torch.Generator().manual_seed(seed)
+        image = t1_contrast(labels, torch.from_numpy(head.t1), generator)
+        yield Volume(image.numpy(), grid), Volume(depth.data > 0, depth.grid)
+
+
+def at(t1: Volume, spacings: list[float]) -> Iterator[Volume]:
+    """The head with cubic voxels of each spacing; as it is without any."""
+    for spacing in spacings:
+        yield resample(t1, t1.grid.working(spacing, tolerance=0.0), fill=float(t1.data.min()))
+    if not spacings:
+        yield t1
+
+
+if __name__ == "__main__":
+    main()
