@@ -32,7 +32,7 @@ from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.labels.parcellation import Tissue
-from cadiff_cli.report.case import read_case
+from cadiff_cli.report.case import read_views
 from cadiff_cli.runner.export import LAYOUTS
 
 ORIENTATIONS = {"01": "LAS", "02": "LIA", "03": "oblique"}
@@ -259,11 +259,11 @@ def test_results_up_to_revision_8_are_known(made, tiny_model, tmp_path):
     (now, *_), (result,) = finished(made[0]), finished(out)
     assert now.provenance.differs(recipe) == ""
     assert result.provenance.differs(recipe) == f"revision 8 -> {REVISION}"
-    case, today = read_case(out, result), read_case(made[0], now)
-    assert [(x.name, x.mm3) for x in case.rows] == [(x.name, x.mm3) for x in today.rows]
-    assert not case.whole
+    assert [(x.name, x.mm3) for x in result.rows()] == [(x.name, x.mm3) for x in now.rows()]
+    views, today = read_views(out, result), read_views(made[0], now)
+    assert not views.whole
     assert today.whole
-    np.testing.assert_array_equal(case.labels.data, today.labels.data)
+    np.testing.assert_array_equal(views.labels.data, today.labels.data)
     place = Derivatives(out, Path(f"{person}_T1w.nii.gz"))
     assert len(place.existing()) == 5
     place.clear()

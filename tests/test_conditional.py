@@ -26,7 +26,7 @@ from cadiff_cli.io.files import read_json
 from cadiff_cli.io.templates import EMBEDDED, load_template, own_contents
 from cadiff_cli.notes import NoteCode
 from cadiff_cli.products import Person
-from cadiff_cli.report.case import read_case
+from cadiff_cli.report.case import read_views
 from cadiff_cli.report.methods import describe, methods
 from cadiff_cli.runner import personal
 from cadiff_cli.runner.execute import _templates_of, execute, segment_file
@@ -133,9 +133,9 @@ def test_who_has_no_known_age_gets_the_default_and_a_note(batch):
 
 def test_a_page_shows_the_registration_to_the_atlas(batch):
     _, out, _, _ = batch
-    case = read_case(out, next(finished(out)))
-    assert case.registered.template.name == NAME
-    assert not any("registration" in note for note in case.notes)
+    views = read_views(out, next(finished(out)))
+    assert views.registered.template.name == NAME
+    assert not any("registration" in note for note in views.notes)
 
 
 def test_the_methods_text_names_the_atlas_or_that_each_has_its_own(batch):

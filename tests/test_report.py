@@ -41,10 +41,10 @@ from cadiff_cli.quality.age_ranges import keep_age_ranges, percentiles
 from cadiff_cli.quality.judgement import judge
 from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report import figures
-from cadiff_cli.report.case import around, find_scan
+from cadiff_cli.report.case import around, find_scan, read_views
 from cadiff_cli.report.group import strips
 from cadiff_cli.report.methods import describe
-from cadiff_cli.report.page import report_scan, write_page
+from cadiff_cli.report.page import draw, draw_result, report_scan, write_page
 from cadiff_cli.report.viewer import pack
 from cadiff_cli.runner.group import collect, column, known_scans, write_group
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -117,6 +117,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
             intracranial=held,
         )
         save_result(result, out, prepared.conditions.field)
+        write.result = result
         return path
 
     return write
@@ -408,6 +409,20 @@ def test_a_result_without_any_structure_has_a_page(write_result, tmp_path):
     path = write_result(out, labelled=False)
     assert report_scan(out, path) == ""
     assert "not found" in (out / "sub-01.html").read_text()
+
+
+def test_a_new_result_is_drawn_as_its_files_are(write_result, parcellation, tmp_path):
+    """But for the field: it is that of the network, not one that is computed again."""
+    path = write_result(tmp_path / "out", orientation="oblique")
+    (result,) = finished(tmp_path / "out")
+    new = draw_result(write_result.result)
+    read = draw(read_views(tmp_path / "out", result, path), parcellation, None)
+    assert new.viewer == read.viewer
+    assert (new.template, new.registration) == (read.template, read.registration)
+    for k, (one, other) in enumerate(zip(new.groups, read.groups, strict=True)):
+        assert one == other or k == 3
+        assert [plane.name for plane in one] == [plane.name for plane in other]
+    assert new.groups[3]
 
 
 def test_the_scan_is_known_by_its_content(write_result, tmp_path):

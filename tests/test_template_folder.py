@@ -13,7 +13,7 @@ from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.files import read_json
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.templates import load_template
-from cadiff_cli.report.case import read_case
+from cadiff_cli.report.case import read_views
 
 ABOUT = {
     "Name": "Toy heads {of} children",
@@ -105,9 +105,9 @@ def test_files_are_named_as_fmriprep_names_them_and_pybids_reads_them(batch):
 
 def test_pages_show_it_and_the_text_cites_its_makers(batch):
     _, _, out, _ = batch
-    case = read_case(out, next(finished(out)))
-    assert case.registered.template.name == "toy:cohort-2"
-    assert not any("registration" in note for note in case.notes)
+    views = read_views(out, next(finished(out)))
+    assert views.registered.template.name == "toy:cohort-2"
+    assert not any("registration" in note for note in views.notes)
     text = (out / "logs" / "CITATION.md").read_text()
     assert "registered to toy:cohort-2 (Doe and Roe)" in text
     assert "Doe, J; Roe, Richard. Toy heads of children. https://doi.org/10.1/toys" in text

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -101,7 +102,9 @@ def check_writable(folder: Path) -> None:
         raise DiskError(f"{folder} has {free / 1e6:.0f} MB of space left", "free some (df -h)")
 
 
+@cache
 def _umask() -> int:
+    """The process's mask, asked for once: to ask is to change it, for other threads as well."""
     value = os.umask(0)
     os.umask(value)
     return value

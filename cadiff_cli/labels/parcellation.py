@@ -194,9 +194,12 @@ class Parcellation:
         A negative class stands for itself or its mirror image, whichever is nearer (in voxels): the
         callosum of FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
         """
-        if not np.isfinite(ids).all():
-            raise DataError("label map holds NaN or infinite values", "labels are whole numbers")
-        ids = np.rint(ids).astype(np.int64)
+        if not np.issubdtype(ids.dtype, np.integer):
+            if not np.isfinite(ids).all():
+                raise DataError(
+                    "label map holds NaN or infinite values", "labels are whole numbers"
+                )
+            ids = np.rint(ids).astype(np.int64)
         top = int(ids.max(initial=0))
         if ids.min(initial=0) < 0:
             raise DataError(f"label map holds {int(ids.min())}", "labels must not be negative")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,9 @@ class AtlasPage:
             self.base = planes(before, near, inside, SLICES, outlined(codes, parcellation))
         codes = resample(template.labels, near, order=0).data
         image = grey(resample(template.brain, near), codes > 0)
-        brain = planes(image, near, inside, SLICES, outlined(codes, parcellation), before)
+        brain = planes(
+            image, near, inside, SLICES, outlined(codes, parcellation), partial(cut, before)
+        )
         change = np.where(codes > 0, resample(atlas.log_jacobian, near).data, 0)
         self.panels.append(
             Panel(

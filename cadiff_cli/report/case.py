@@ -1,8 +1,9 @@
-"""Read a finished result back from its files, as a page needs it.  Loads no torch."""
+"""What a page shows of a result: of one in memory, or read from its files.  Loads no torch."""
 
 import glob
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +22,73 @@ from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.provenance import UsedTemplate
 from cadiff_cli.io.templates import load_template, spec_of
 from cadiff_cli.io.volumes import Row, read_rows
-from cadiff_cli.products import CoordinateField, MaskQuality, Registered, Transform, sound
+from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.products import (
+    CoordinateField,
+    MaskQuality,
+    Registered,
+    Result,
+    Transform,
+    sound,
+)
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels, resample_mask
-
-log = logging.getLogger(__name__)
+from cadiff_cli.spatial.resample import (
+    bounding_box,
+    resample,
+    resample_labels,
+    resample_mask,
+    same_lattice,
+)
 
 MARGIN_MM = 8.0
 """Width of the margin shown around the brain."""
 FIELD_COARSER = 4
-"""The field is smooth: compute it at every fourth voxel and interpolate between them."""
+"""The field is smooth: it is computed at every fourth voxel; pictures interpolate."""
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """A scan and its labels on the working grid (RAS axes, 1 mm).
+class Views:
+    """A scan and its labels on the working grid (RAS axes, 1 mm), as pictures need them.
 
     ``t1`` is the whole scan if it was found (``whole``), else its brain.  ``near`` is the grid
     around the brain.  ``registered`` is the first registration that contributes to the field.  Its
-    template's brain, carried onto the scan (``template``), and the distance field (``coordinates``)
-    are on ``near``; where they are None, ``notes`` hold the reason.  ``uncertainty`` is on ``near``
-    too, if the result has such a map.  ``parcels`` are codes of the finer parcellation, and
-    ``finer_rows`` its volumes, if it has one.
+    template's brain, carried onto the scan (``template``), is on ``near``; the distance field
+    (``coordinates``) has a coarser grid.  Where they are None, ``notes`` hold the reason.
+    ``uncertainty`` is on ``near``, if the result has such a map.  ``parcels`` are codes of the
+    finer parcellation, if it has one.
     """
 
-    result: Finished
-    rows: tuple[Row, ...]
     t1: Volume
-    whole: bool
     mask: Volume
     labels: Volume
     near: Grid
-    quality: MaskQuality | None
+    whole: bool = True
     registered: Registered | None = None
     template: Volume | None = None
     coordinates: CoordinateField | None = None
     uncertainty: Volume | None = None
     parcels: Volume | None = None
-    finer_rows: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def scan(self) -> Volume:
+        """The scan on ``near``."""
+        return resample(self.t1, self.near)
+
+    @cached_property
+    def brain(self) -> np.ndarray:
+        """(X, Y, Z) bool: the brain on ``near``."""
+        return resample(self.mask, self.near).data
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A result and everything that its page tells; ``finer_rows`` are volumes of parcels."""
+
+    result: Finished
+    rows: tuple[Row, ...]
+    quality: MaskQuality | None
+    finer_rows: tuple[Row, ...]
 
     @property
     def name(self) -> str:
@@ -67,16 +96,43 @@ class Case:
         return self.result.entities
 
 
-def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
-    """Read everything that a page of ``result`` shows.
+def read_case(result: Finished) -> Case:
+    """Read the tables and sidecars of ``result``.
 
-    ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels,
-    mask or volumes cannot be read; any other missing file becomes a note.
+    Raises ``CadiffError`` if the volumes cannot be read.
     """
-    parcellation = result.parcellation
-    labels = load_classes(result.commit.with_suffix(".nii.gz"), parcellation, parcellation.class_of)
-    mask = load_volume(_beside(result, f"{MASK}.nii.gz"))
-    working = labels.grid.working()
+    finer = result.finer
+    return Case(
+        result, result.rows(), read_mask_quality(result), read_rows(finer.morph) if finer else ()
+    )
+
+
+def views_of(result: Result) -> Views:
+    """Those of a result that this process has made."""
+    prepared, segmentation = result.prepared, result.segmentation
+    views = _views(prepared.scan.t1, result.mask, segmentation.labels, segmentation.parcellation)
+    if segmentation.uncertainty is not None:
+        map_of = Volume(segmentation.uncertainty, segmentation.labels.grid)
+        views = replace(views, uncertainty=resample(map_of, views.near))
+    if result.finer is not None:
+        finer = result.finer.segmentation
+        parcels = _on(views.t1.grid, finer.labels, finer.parcellation)
+        views = replace(views, parcels=parcels)
+    if not prepared.registrations:
+        return views
+    return replace(
+        views,
+        **_carried(prepared.registrations, views.near),
+        coordinates=prepared.conditions.field,
+    )
+
+
+def read_views(out: Path, result: Finished, scans: Path | None = None) -> Views:
+    """Those of a result, read from its files.
+
+    ``scans`` is the scan itself, or a folder that holds it.  Raises ``CadiffError`` if labels or
+    mask cannot be read; any other missing file becomes a note.
+    """
     notes = []
     scan = find_scan(out, result, scans)
     head, brain = (_beside(result, f"{name}.nii.gz") for name in (HEAD, WORKING))
@@ -87,31 +143,65 @@ def read_case(out: Path, result: Finished, scans: Path | None = None) -> Case:
         notes.append("the scan itself was not found: only its brain is shown")
     # Up to revision 8 the brain had the head's name.
     t1 = load_volume(scan or (brain if brain.is_file() else head))
-    shown = resample(Volume(finite(t1.data), t1.grid), working)
+    parcellation = result.parcellation
+    views = _views(
+        t1,
+        load_volume(_beside(result, f"{MASK}.nii.gz")),
+        load_codes(result.commit.with_suffix(".nii.gz"), parcellation),
+        parcellation,
+    )
+    views = replace(views, whole=scan is not None)
+    path = _beside(result, UNCERTAINTY.format(parcellation.segmentation) + ".nii.gz")
+    if path.is_file():
+        views = replace(views, uncertainty=resample(load_volume(path), views.near))
+    if (finer := result.finer) is not None:
+        fine = load_codes(finer.dseg, finer.parcellation)
+        views = replace(views, parcels=_on(views.t1.grid, fine, finer.parcellation))
+    try:
+        if result.provenance.is_registered:
+            from cadiff_cli.stages.field import mean_field
+
+            registrations = [_registered(result, used) for used in result.provenance.templates]
+            field = mean_field(registrations, views.near.coarsen(FIELD_COARSER))
+            views = replace(views, **_carried(registrations, views.near), coordinates=field)
+    except CadiffError as error:
+        notes.append(machine.without_home(f"the registration is not shown: {error.message}"))
+    return replace(views, notes=tuple(notes))
+
+
+def load_codes(path: Path, parcellation: Parcellation) -> Volume:
+    """Read a label map of ours.  Raises ``DataError``."""
+    classes = load_classes(path, parcellation, parcellation.class_of)
+    return Volume(parcellation.codes[classes.data], classes.grid)
+
+
+def _views(t1: Volume, mask: Volume, labels: Volume, parcellation: Parcellation) -> Views:
+    """Scan, brain mask and label codes, which share a grid."""
+    working = labels.grid.working()
+    codes = _on(working, labels, parcellation)
     inside = resample_mask(Volume(mask.data > 0, mask.grid), working)
-    codes = Volume(parcellation.codes[resample_labels(labels, working).data], working)
-    case = Case(
-        result,
-        result.rows(),
-        shown,
-        scan is not None,
+    return Views(
+        resample(Volume(finite(t1.data), t1.grid), working),
         inside,
         codes,
         around(Volume(inside.data | (codes.data > 0), working)),
-        read_mask_quality(result),
     )
-    path = _beside(result, UNCERTAINTY.format(parcellation.segmentation) + ".nii.gz")
-    if path.is_file():
-        case = replace(case, uncertainty=resample(load_volume(path), case.near))
-    if (finer := result.finer) is not None:
-        fine = load_classes(finer.dseg, finer.parcellation, finer.parcellation.class_of)
-        parcels = finer.parcellation.codes[resample_labels(fine, working).data]
-        case = replace(case, parcels=Volume(parcels, working), finer_rows=read_rows(finer.morph))
-    try:
-        return replace(case, **_registration(case), notes=tuple(notes))
-    except CadiffError as error:
-        notes.append(machine.without_home(f"the registration is not shown: {error.message}"))
-        return replace(case, notes=tuple(notes))
+
+
+def _on(grid: Grid, labels: Volume, parcellation: Parcellation) -> Volume:
+    """Label codes on another grid."""
+    if same_lattice(labels.grid.voxel_map(grid)):
+        return resample(labels, grid, order=0)
+    classes = Volume(parcellation.encode(labels.data, parcellation.class_of), labels.grid)
+    return Volume(parcellation.codes[resample_labels(classes, grid).data], grid)
+
+
+def _carried(registrations: Sequence[Registered], near: Grid) -> dict[str, Any]:
+    """Fields of ``Views``: the first registration of the field, and its template on the scan."""
+    from cadiff_cli.stages.register import warp
+
+    first = sound(registrations)[0]
+    return {"registered": first, "template": warp(first.template.brain, first.transform, near)}
 
 
 def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | None:
@@ -141,25 +231,6 @@ def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
     low = np.maximum([s.start for s in box] - margin, 0)
     high = np.minimum([s.stop for s in box] + margin, mask.grid.shape)
     return mask.grid.crop(tuple(low), tuple(high - low))
-
-
-def _registration(case: Case) -> dict[str, Any]:
-    """The fields of a ``Case`` about its registrations; empty without a registration."""
-    if not case.result.provenance.is_registered:
-        return {}
-    from cadiff_cli.stages.field import mean_field
-    from cadiff_cli.stages.register import warp
-
-    result = case.result
-    registrations = [_registered(result, used) for used in result.provenance.templates]
-    coarse = mean_field(registrations, case.near.coarsen(FIELD_COARSER))
-    channels = [resample(Volume(x, coarse.grid), case.near, fill=np.nan).data for x in coarse.data]
-    first = sound(registrations)[0]
-    return {
-        "registered": first,
-        "template": warp(first.template.brain, first.transform, case.near),
-        "coordinates": CoordinateField(np.stack(channels), case.near),
-    }
 
 
 def _registered(result: Finished, used: UsedTemplate) -> Registered:

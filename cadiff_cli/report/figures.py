@@ -9,13 +9,14 @@ import base64
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
 from cadiff_cli.labels.parcellation import Parcellation, Structure
-from cadiff_cli.report.case import Case, around
+from cadiff_cli.report.case import Views, around
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 
@@ -74,12 +75,6 @@ class Plane:
     slices: tuple[Slice, ...]
 
 
-def near_mask(case: Case, grid: Grid | None = None) -> np.ndarray:
-    """(X, Y, Z) bool: the brain on ``grid``, by default on the grid around it."""
-    mask = Volume(case.mask.data.astype(np.float32), case.mask.grid)
-    return np.asarray(resample(mask, grid or case.near).data > 0.5)
-
-
 def grey(t1: Volume, mask: np.ndarray | None = None) -> np.ndarray:
     """(X, Y, Z) uint8: 0 is the darkest, 255 the 99.5th percentile of the brain."""
     inside = t1.data[mask] if mask is not None and mask.any() else t1.data[t1.data > t1.data.min()]
@@ -93,7 +88,7 @@ def grey(t1: Volume, mask: np.ndarray | None = None) -> np.ndarray:
 
 def cut(data: np.ndarray, axis: int, index: int) -> np.ndarray:
     """Take a slice as rows of an image, the top row first; colours, if any, are the last axis."""
-    return np.asarray(np.take(data, index, axis=axis).swapaxes(0, 1)[::-1])
+    return np.asarray(np.moveaxis(data, axis, 0)[index].swapaxes(0, 1)[::-1])
 
 
 def picture(pixels: np.ndarray) -> str:
@@ -105,23 +100,29 @@ def picture(pixels: np.ndarray) -> str:
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def outline(values: np.ndarray, level: float = 0.5) -> str:
-    """The iso-line of an image as an SVG path, in quarters of a pixel."""
+def outline(values: np.ndarray, *levels: float) -> str:
+    """The iso-lines (of 0.5, if no other levels are given) of an image as an SVG path.
+
+    In quarters of a pixel; there are none where values are NaN.
+    """
     import contourpy
 
-    rows, columns = np.nonzero(np.isfinite(values) & (values > level))
+    levels = levels or (0.5,)
+    known = np.isfinite(values)
+    rows, columns = np.nonzero(known & (values > min(levels)))
     if not len(rows):
         return ""
-    # Only the part that holds the iso-line, with a rim, so that lines close.
+    # Only the part that holds the iso-lines, with a rim, so that lines close.
     top, left = max(rows.min() - 1, 0), max(columns.min() - 1, 0)
-    part = values[top : rows.max() + 2, left : columns.max() + 2].astype(np.float32)
+    box = (slice(top, rows.max() + 2), slice(left, columns.max() + 2))
+    part = values[box].astype(np.float32)
     if min(part.shape) < 2:
         return ""
     centre = np.array([left + 0.5, top + 0.5])
     masked: Any = np.ma  # untyped
-    z = masked.array(part, mask=~np.isfinite(part))
-    lines = contourpy.contour_generator(z=z).lines(level)
-    return "".join(_path(np.asarray(line) + centre) for line in lines)
+    z = part if known[box].all() else masked.array(part, mask=~known[box])
+    lines = contourpy.contour_generator(z=z)
+    return "".join(_path(np.asarray(x) + centre) for level in levels for x in lines.lines(level))
 
 
 def _path(points: np.ndarray) -> str:
@@ -146,23 +147,21 @@ def positions(inside: np.ndarray, axis: int, n: int) -> list[int]:
     return [round(float(x)) for x in np.quantile(occupied, shares)]
 
 
-def parcels(case: Case, n: int = SLICES) -> list[Plane]:
+def parcels(views: Views, parcellation: Parcellation | None, n: int = SLICES) -> list[Plane]:
     """Outlines of the parcels of the cortex over the scan."""
-    finer = case.result.finer
-    if case.parcels is None or finer is None:
+    if views.parcels is None or parcellation is None:
         return []
-    inner = [s.code for s in finer.parcellation.structures if s.parent != s.code]
-    shown = np.where(np.isin(case.parcels.data, inner), case.parcels.data, 0)
-    return structures(replace(case, labels=Volume(shown, case.parcels.grid)), finer.parcellation, n)
+    inner = [s.code for s in parcellation.structures if s.parent != s.code]
+    shown = np.where(np.isin(views.parcels.data, inner), views.parcels.data, 0)
+    return structures(replace(views, labels=Volume(shown, views.parcels.grid)), parcellation, n)
 
 
-def structures(case: Case, parcellation: Parcellation, n: int = SLICES) -> list[Plane]:
+def structures(views: Views, parcellation: Parcellation, n: int = SLICES) -> list[Plane]:
     """Outlines of all structures over the scan."""
-    t1, labels = resample(case.t1, case.near), resample(case.labels, case.near, order=0).data
-    brain = near_mask(case)
-    image = grey(t1, brain)
-    shown = labels > 0 if labels.any() else brain
-    return planes(image, case.near, shown, n, outlined(labels, parcellation))
+    labels = resample(views.labels, views.near, order=0).data
+    image = grey(views.scan, views.brain)
+    shown = labels > 0 if labels.any() else views.brain
+    return planes(image, views.near, shown, n, outlined(labels, parcellation))
 
 
 def outlined(labels: np.ndarray, parcellation: Parcellation) -> Drawn:
@@ -179,12 +178,12 @@ def outlined(labels: np.ndarray, parcellation: Parcellation) -> Drawn:
     return drawn
 
 
-def head(case: Case, n: int = 2) -> list[Plane]:
+def head(views: Views, n: int = 2) -> list[Plane]:
     """The mask's outline over the whole scan, without the air around it."""
-    image = grey(case.t1, case.mask.data)
-    grid = around(Volume((image > AIR) | case.mask.data, case.mask.grid))
-    image = resample(Volume(image, case.t1.grid), grid, order=0).data
-    brain = near_mask(case, grid)
+    image = grey(views.t1, views.mask.data)
+    grid = around(Volume((image > AIR) | views.mask.data, views.mask.grid))
+    image = resample(Volume(image, views.t1.grid), grid, order=0).data
+    brain = resample(views.mask, grid).data
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
         yield Outline("brain mask", "#ffd43b", outline(cut(brain, axis, index)))
@@ -192,60 +191,68 @@ def head(case: Case, n: int = 2) -> list[Plane]:
     return planes(image, grid, brain, n, drawn)
 
 
-def registration(case: Case, n: int = 2) -> list[Plane]:
+def registration(views: Views, n: int = 2) -> list[Plane]:
     """Edges of the carried template over the scan; the second image is the template itself."""
-    if case.template is None:
+    if views.template is None:
         return []
-    brain, image = near_mask(case), grey(resample(case.t1, case.near))
-    mask = case.template.data > 0
-    other = grey(case.template, mask)
-    smooth = ndimage.gaussian_filter(case.template.data, 0.7)
+    template = views.template.data
+    mask = template > 0
+    other = grey(views.template, mask)
+    smooth = ndimage.gaussian_filter(template, 0.7)
     top = float(np.percentile(smooth[mask], 98)) if mask.any() else 1.0
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
         for level, color in zip(TISSUES, ("#ffd43b", "#66d9e8"), strict=True):
             yield Outline("template", color, outline(cut(smooth, axis, index), level * top))
 
-    return planes(image, case.near, brain, n, drawn, other)
+    return planes(grey(views.scan), views.near, views.brain, n, drawn, partial(cut, other))
 
 
-def coordinates(case: Case, n: int = 2) -> list[Plane]:
+def coordinates(views: Views, n: int = 2) -> list[Plane]:
     """The field as colours, under lines of equal coordinate at every twentieth of the extents."""
-    if case.coordinates is None:
+    field = views.coordinates
+    if field is None:
         return []
-    field = case.coordinates.data
-    image = grey(resample(case.t1, case.near))
-    inside = near_mask(case)
+    image = grey(views.scan)
     levels = np.arange(FIELD_STEP, 1, FIELD_STEP)
+    channels = [Volume(x, field.grid) for x in field.data]
+
+    def values(axis: int, index: int) -> np.ndarray:
+        """(3, rows, columns) of the field, which is NaN outside the brain."""
+        start, shape = [0, 0, 0], list(views.near.shape)
+        start[axis], shape[axis] = index, 1
+        grid = views.near.crop(tuple(start), tuple(shape))
+        found = [cut(resample(x, grid, fill=np.nan).data, axis, 0) for x in channels]
+        return np.where(cut(views.brain, axis, index), np.stack(found), np.nan)
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
-        brain = cut(inside, axis, index)
-        for channel in (a for a in range(3) if a != axis):
-            values = np.where(brain, cut(field[channel], axis, index), np.nan)
-            path = "".join(outline(values, float(level)) for level in levels)
-            yield Outline("xyz"[channel], COLOURS[channel], path)
+        for channel, x in enumerate(values(axis, index)):
+            if channel != axis:
+                yield Outline("xyz"[channel], COLOURS[channel], outline(x, *levels))
 
-    return planes(image, case.near, inside, n, drawn, tinted(image, field, inside))
+    def second(axis: int, index: int) -> np.ndarray:
+        pixels, inside = cut(image, axis, index), cut(views.brain, axis, index)
+        return tinted(pixels, values(axis, index), inside)
+
+    return planes(image, views.near, views.brain, n, drawn, second)
 
 
 def tinted(image: np.ndarray, field: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(X, Y, Z, 3) uint8: a grey image; inside the brain tinted red by x, green by y and blue by z.
+    """(..., 3) uint8: a grey image; inside the brain tinted red by x, green by y and blue by z.
 
-    ``field`` (3, X, Y, Z) holds fractions of the template's extents.
+    ``field`` (3, ...) holds fractions of the template's extents.
     """
     share = np.where(inside, TINT, 0.0)[..., None].astype(np.float32)
     colour = 255 * np.clip(np.nan_to_num(np.moveaxis(field, 0, -1)), 0, 1)
     return np.asarray(((1 - share) * image[..., None] + share * colour).astype(np.uint8))
 
 
-def uncertainty(case: Case, n: int = 2) -> list[Plane]:
+def uncertainty(views: Views, n: int = 2) -> list[Plane]:
     """The uncertainty of the labels, glowing over the scan."""
-    if case.uncertainty is None:
+    if views.uncertainty is None:
         return []
-    inside = near_mask(case)
-    image = grey(resample(case.t1, case.near), inside)
-    glowing = glow(image, case.uncertainty.data)
-    return planes(image, case.near, inside, n, lambda _axis, _index: (), glowing)
+    glowing = glow(grey(views.scan, views.brain), views.uncertainty.data)
+    return planes(glowing, views.near, views.brain, n, lambda _axis, _index: ())
 
 
 def glow(image: np.ndarray, uncertainty: np.ndarray) -> np.ndarray:
@@ -261,11 +268,12 @@ def planes(
     inside: np.ndarray,
     n: int,
     drawn: Drawn,
-    second: np.ndarray | None = None,
+    second: Callable[[int, int], np.ndarray] | None = None,
 ) -> list[Plane]:
     """``n`` slices of each orientation, spread over the object ``inside``.
 
-    ``image``, and ``second`` that can be laid over it, are (X, Y, Z) or with colours (X, Y, Z, 3).
+    ``image`` is (X, Y, Z) or with colours (X, Y, Z, 3); ``second`` gives the pixels of a slice
+    (axis, index) that can be laid over it.
     """
     return [
         Plane(
@@ -285,7 +293,7 @@ def _slice(
     axis: int,
     index: int,
     outlines: Iterable[Outline],
-    second: np.ndarray | None = None,
+    second: Callable[[int, int], np.ndarray] | None = None,
 ) -> Slice:
     pixels = cut(image, axis, index)
     at = (np.array(grid.shape) - 1) / 2
@@ -297,6 +305,6 @@ def _slice(
         pixels.shape[0],
         picture(pixels),
         tuple(outlines),
-        picture(cut(second, axis, index)) if second is not None else "",
+        picture(second(axis, index)) if second is not None else "",
         MARKS[axis],
     )

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import TOTALS, Row
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.products import Result
 from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
 from cadiff_cli.quality.ranges import asymmetry, load_ranges
-from cadiff_cli.report.case import Case, read_case
+from cadiff_cli.report import figures
+from cadiff_cli.report.case import Case, Views, read_case, read_views, views_of
 from cadiff_cli.report.charts import charts
 from cadiff_cli.report.methods import methods, references
 from cadiff_cli.report.render import render_page
+from cadiff_cli.report.viewer import viewer_data
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +31,59 @@ MARK = '<meta name="generator" content="cadiff '
 """The beginning of a page by which cadiff knows its own."""
 
 
-def report_scan(out: Path, t1: Path, *, wanted: bool = True) -> str:
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """What a page draws of a result: ``groups`` of slices, and the ``viewer``'s volumes.
+
+    ``template`` and ``registration`` name what the field is from; empty without a registration.
+    """
+
+    whole: bool
+    groups: tuple[list[figures.Plane], ...]
+    viewer: Mapping[str, Any]
+    template: str
+    registration: str
+    notes: tuple[str, ...]
+
+
+def draw(views: Views, parcellation: Parcellation, finer: Parcellation | None) -> Pictures:
+    """The pictures of a page; ``finer`` is the parcellation of the parcels, if there are any."""
+    first = views.registered
+    return Pictures(
+        views.whole,
+        (
+            figures.structures(views, parcellation),
+            figures.head(views),
+            figures.registration(views),
+            figures.coordinates(views),
+            figures.uncertainty(views),
+            figures.parcels(views, finer),
+        ),
+        viewer_data(views, parcellation),
+        first.template.name if first else "",
+        first.transform.kind if first else "",
+        views.notes,
+    )
+
+
+def draw_result(result: Result) -> Pictures:
+    """The pictures of a result that this process has made, before it has files."""
+    finer = result.finer.segmentation.parcellation if result.finer else None
+    return draw(views_of(result), result.segmentation.parcellation, finer)
+
+
+def report_scan(
+    out: Path, t1: Path, *, wanted: bool = True, drawn: Callable[[], Pictures] | None = None
+) -> str:
     """Write the page of a newly segmented scan; return the error's text, or an empty text.
 
+    ``drawn`` gives its pictures, or raises what went wrong; without it they are drawn from files.
     If writing fails, or without ``wanted``, the results are kept and an outdated page is deleted.
     """
     place = Derivatives(out, t1)
     try:
         if wanted and (result := finished_result(place)) is not None:
-            write_page(out, result, t1)
+            write_page(out, result, t1, drawn() if drawn else None)
         else:
             remove(page_path(out, place.stem))
         return ""
@@ -54,20 +102,22 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
-    """Write ``OUT/sub-X[_ses-Y]....html`` from the result's files.
+def write_page(
+    out: Path, result: Finished, scans: Path | None = None, pictures: Pictures | None = None
+) -> Path:
+    """Write ``OUT/sub-X[_ses-Y]....html`` from the result's files, and ``pictures`` if given.
 
     ``scans`` is the scan, or a folder that holds it.  Raises ``CadiffError`` if the result cannot
     be read, or if another program's page has this name.
     """
-    from cadiff_cli.report import figures
-    from cadiff_cli.report.viewer import viewer_data
-
     begun = time.perf_counter()
     path, parcellation = page_path(out, result.entities), result.parcellation
     claim(path)
     result.provenance.check()
-    case = read_case(out, result, scans)
+    case = read_case(result)
+    if pictures is None:
+        finer = result.finer.parcellation if result.finer else None
+        pictures = draw(read_views(out, result, scans), parcellation, finer)
     ranges = fitting(load_ranges(parcellation), case.rows)
     by_age = ranges_of(out, result.provenance.ranges, parcellation)
     judgement = judge(result, case.rows, case.quality, parcellation, ranges, by_age)
@@ -78,14 +128,7 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         case=case,
         judgement=judgement,
         made=result.provenance,
-        groups=[
-            figures.structures(case, parcellation),
-            figures.head(case),
-            figures.registration(case),
-            figures.coordinates(case),
-            figures.uncertainty(case),
-            figures.parcels(case),
-        ],
+        pictures=pictures,
         parcels=parcel_table(case),
         volumes=volume_table(case, judgement, parcellation),
         charts=charts(judgement, by_age, case.rows, parcellation) if by_age else [],
@@ -97,7 +140,6 @@ def write_page(out: Path, result: Finished, scans: Path | None = None) -> Path:
         measured_on=ranges.people,
         ranges_people=by_age.people if by_age else "",
         settings=plain(result.provenance.settings),
-        viewer=viewer_data(case, parcellation),
         paragraphs=paragraphs,
         references=references(cited),
     )

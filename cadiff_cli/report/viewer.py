@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.report.case import Case
-from cadiff_cli.report.figures import grey, near_mask
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.report.case import Views
+from cadiff_cli.report.figures import grey
+from cadiff_cli.spatial.resample import resample, resample_mask
 
 MOST_VOXELS = 9_000_000
 """Voxels of the largest brain that is shown at 1 mm (2 to 4 MB); larger ones are shown at 2 mm."""
@@ -17,17 +17,18 @@ SHADES = 64
 """Shades of grey that are kept: more look alike beneath an overlay, and cost bytes."""
 
 
-def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
+def viewer_data(views: Views, parcellation: Parcellation) -> dict[str, Any]:
     """The data of the page's script: sizes, affine, structures, and two gzipped volumes.
 
     Volumes are in C order with x last (an image's row).  The image is uint8; labels are indices
     into ``names``, uint8, or int16 if they are ``wide``.
     """
-    grid = case.near
+    grid, t1, brain = views.near, views.scan, views.brain
     if np.prod(grid.shape) > MOST_VOXELS:
         grid = grid.coarsen(2)
-    t1 = grey(resample(case.t1, grid), near_mask(case, grid))
-    labels = resample(case.labels, grid, order=0)
+        t1, brain = resample(views.t1, grid), resample_mask(views.mask, grid).data
+    shades = grey(t1, brain) // (256 // SHADES) * (256 // SHADES)
+    labels = resample(views.labels, grid, order=0)
     classes = parcellation.encode(labels.data, parcellation.class_of)
     order = np.argsort(classes, axis=None, kind="stable")
     present, first, count = np.unique(classes.ravel()[order], return_index=True, return_counts=True)
@@ -40,7 +41,7 @@ def viewer_data(case: Case, parcellation: Parcellation) -> dict[str, Any]:
         "colors": ["", *(s.color for s in parcellation.structures)],
         "codes": parcellation.codes.tolist(),
         "centres": centres,
-        "t1": pack(t1 // (256 // SHADES) * (256 // SHADES)),
+        "t1": pack(shades),
         "labels": pack(classes),
         "wide": classes.dtype.itemsize > 1,
     }

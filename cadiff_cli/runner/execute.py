@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -32,7 +33,7 @@ from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Person, Result, Scan, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, fits, keep_age_ranges, read_age_ranges
 from cadiff_cli.report.methods import cite
-from cadiff_cli.report.page import report_scan
+from cadiff_cli.report.page import draw_result, report_scan
 from cadiff_cli.runner.job import Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
@@ -55,6 +56,8 @@ class Watcher(Protocol):
         """A stage begins."""
 
 
+ASIDE = 3
+"""Threads that end a scan: one draws its page, the others compress images."""
 _ONE_AT_A_TIME = threading.Lock()
 """ANTs' output is silenced for the whole process: jobs must not share one at the same time."""
 
@@ -186,14 +189,22 @@ def make_result(
         field = mean_field(result.prepared.registrations, scan.t1.grid) if wanted else None
         if ranges:
             keep_age_ranges(job.out, ranges)
-        with journal.writing(job.entities):
-            save_result(
-                result, job.out, field, source=job.source or None, run_id=job.run_id or None
-            )
+        with ThreadPoolExecutor(ASIDE) as aside:  # the page is drawn while files are written
+            drawn = aside.submit(draw_result, result) if config.output.report else None
+            with journal.writing(job.entities):
+                save_result(
+                    result,
+                    job.out,
+                    field,
+                    source=job.source or None,
+                    run_id=job.run_id or None,
+                    aside=aside,
+                )
     LOGGER.info("seconds per stage: %s", dict(result.seconds))
-    if config.output.report:
-        begin("report")
-    return result, report_scan(job.out, job.t1, wanted=config.output.report)
+    if drawn is None:
+        return result, report_scan(job.out, job.t1, wanted=False)
+    begin("report")
+    return result, report_scan(job.out, job.t1, drawn=drawn.result)
 
 
 def prepare_torch(machine: Machine) -> "torch.device":

@@ -6,8 +6,10 @@ Every file appears under a temporary name and is renamed when it is complete.
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +73,17 @@ def save_result(
     *,
     source: str | None = None,
     run_id: str | None = None,
+    aside: Executor | None = None,
 ) -> list[Path]:
     """Write everything a run produced; returns the paths.
 
     ``source`` is the BIDS URI of the scan (default: ``place_from``).  What an earlier run left
-    under other names is removed.
+    under other names is removed.  Threads ``aside`` compress images while the rest is written.
     """
     prepared, segmentation = result.prepared, result.segmentation
     path, native = prepared.scan.path, prepared.scan.t1.grid
     registrations, parcellation = prepared.registrations, segmentation.parcellation
-    write = _Writer(Derivatives(out, path), source or place_from(out, path))
+    write = _Writer(Derivatives(out, path), source or place_from(out, path), aside)
     dseg, probseg, uncertainty = (
         name.format(parcellation.segmentation) for name in (DSEG, PROBSEG, UNCERTAINTY)
     )
@@ -175,6 +178,7 @@ def save_result(
         write.standard(space, maps)
     write.volumes(result, [write.uri(dseg), mask])
     write.image(dseg, segmentation.labels.data, native, like=path)
+    write.wait()
     write.place.clear(keep=write.written)
     write.sidecar(
         dseg,
@@ -241,9 +245,10 @@ def read_mask_quality(result: Finished) -> MaskQuality | None:
 class _Writer:
     """Files of one scan and their sidecars; ``written`` collects the paths of both."""
 
-    def __init__(self, place: Derivatives, raw: str) -> None:
+    def __init__(self, place: Derivatives, raw: str, aside: Executor | None = None) -> None:
         self.place, self.raw = place, raw
         self.written: set[Path] = set()
+        self._aside, self._pending = aside, list[Future[None]]()
 
     def uri(self, name: str) -> str:
         return self.place.uri(f"{name}.nii.gz")
@@ -269,7 +274,16 @@ class _Writer:
         code: str = "scanner",
     ) -> None:
         path = self.path(f"{name}.nii.gz")
-        save_volume(path, data, grid, like, code, labels=name.endswith("dseg"))
+        save = partial(save_volume, path, data, grid, like, code, labels=name.endswith("dseg"))
+        if self._aside is None:
+            save()
+        else:
+            self._pending.append(self._aside.submit(save))
+
+    def wait(self) -> None:
+        """Return when every image is on disk; raise what went wrong with one."""
+        for image in self._pending:
+            image.result()
 
     def sidecar(self, name: str, sources: Sequence[str], /, **values: Any) -> None:
         reference = {} if name.startswith("space-") else {"SpatialReference": self.raw}
