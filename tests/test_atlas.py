@@ -374,6 +374,19 @@ def test_files_that_are_there_are_never_lost(model, tmp_path):
     assert not (tmp_path / "tpl-growinglaw" / "cohort-age50").exists()
 
 
+def test_a_run_killed_while_files_move_leaves_room(model, tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cadiff_cli.io.atlases.description", killed)
+        with pytest.raises(SystemExit):
+            next(make_atlases(model, [OLD], tmp_path, report=False))
+    (folder,) = (tmp_path / "tpl-growinglaw").glob("cohort-*")
+    assert (folder / "tpl-growinglaw_cohort-age85F_T1w.nii.gz").is_file()
+    assert next(make_atlases(model, [OLD], tmp_path, report=False)) == folder
+
+
 def test_an_age_nobody_had_is_refused_before_anything_is_made(model, tmp_path):
     with pytest.raises(UsageError, match="outside 20 to 90"):
         list(make_atlases(model, [Condition(80), Condition(120)], tmp_path))

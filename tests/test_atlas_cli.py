@@ -101,6 +101,8 @@ def test_other_weights_are_refused(make, tiny_weights, tmp_path):
     code, _, err = make("--age", "40", "-o", tmp_path, model="cadiff-atlantis")
     assert code == 66
     assert "no model at" in err
+    assert "cadiff-atlas," in err
+    assert "cadiff-malc" not in err  # another kind of network
 
 
 def test_a_file_in_the_way(make, tmp_path):

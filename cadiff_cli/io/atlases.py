@@ -19,6 +19,8 @@ from cadiff_cli.products import Atlas
 
 LOG_JACOBIAN = "desc-logjacobian_map"
 CAUSE = "Cause"
+UNFINISHED = ""
+"""The cause of an atlas whose files are being moved to their places."""
 
 
 def place_of(out: Path, name: str) -> Path:
@@ -45,13 +47,13 @@ def make_room(out: Path, name: str, *, overwrite: bool) -> None:
         return
     if not files:
         return
-    ours = folder.is_dir() and CAUSE in (read_json(folder / DESCRIPTION) or {})
-    if not ours:
+    told = (read_json(folder / DESCRIPTION) if folder.is_dir() else None) or {}
+    if CAUSE not in told:
         raise OutputError(
             f"{folder} holds {first_few(files, 3)}, which cadiff did not write",
             "choose another output folder (-o)",
         )
-    if not overwrite:
+    if told[CAUSE] != UNFINISHED and not overwrite:
         raise OutputError(
             f"{folder} holds an atlas already", "choose another output folder (-o), or --overwrite"
         )
@@ -97,7 +99,7 @@ def save_atlas(
         write_volumes(new / f"{begin}_{MORPH}.tsv", atlas, parcellation, samples)
         final.mkdir(exist_ok=True)
         # What is there is no complete atlas from here on, until the new description stands.
-        (final / DESCRIPTION).unlink(missing_ok=True)
+        write_json(final / DESCRIPTION, {CAUSE: UNFINISHED})
         for path in sorted(new.iterdir()):
             path.replace(final / path.name)
         write_json(final / DESCRIPTION, description(atlas, parcellation, len(samples)))

@@ -20,7 +20,14 @@ from torch import nn
 from cadiff_cli.config import PARCELS, as_dict
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import replacing, sha256
-from cadiff_cli.io.releases import DEFAULT, DEFAULT_ATLAS, DEFAULT_BRAIN, find_weights
+from cadiff_cli.io.releases import (
+    DEFAULT,
+    DEFAULT_ATLAS,
+    DEFAULT_BRAIN,
+    METADATA_KEY,
+    SEGMENTER,
+    find_weights,
+)
 from cadiff_cli.labels.parcellation import (
     BASE,
     Parcellation,
@@ -37,8 +44,6 @@ from cadiff_cli.nets.parcels import ParcelConfig, ParcelNet
 from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 
-METADATA_KEY = "cadiff"
-"""The only key: safetensors writes several in changing order, and the checksum with them."""
 PRIOR_STEP = 1 / 16
 """The label prior is stored as int8 in units of this (log-probability): error at most 0.03."""
 
@@ -139,7 +144,7 @@ class Kind:
 
 KINDS: Mapping[type[Trained[Any]], Kind] = {
     Model: Kind(
-        "cadiff-1",
+        SEGMENTER,
         DEFAULT,
         lambda settings: CADiffNet(NetConfig.from_dict(settings)),
         int8_step={"prior.logits": PRIOR_STEP},
@@ -181,7 +186,7 @@ def load(model: type[M], name: str = "") -> M:
         raise MissingInputError(
             f"no network of format {kind.format!r} is released", "give a .safetensors file"
         )
-    path, label, digest = find_weights(name)
+    path, label, digest = find_weights(name, kind.format)
     try:
         with safe_open(path, framework="pt") as stored:
             header = dict(stored.metadata() or {})

@@ -4,12 +4,17 @@ A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha2
 ``README.md``.  It is packed into the wheel, so that a run needs no network.
 """
 
+import json
 from pathlib import Path
 
 from cadiff_cli.config import OutputConfig, Request, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import sha256
 
+METADATA_KEY = "cadiff"
+"""The only key: safetensors writes several in changing order, and the checksum with them."""
+SEGMENTER = "cadiff-1"
+"""The format of networks that ``--model`` takes."""
 DEFAULT: str = Request.model
 DEFAULT_BRAIN = "brain-mask"
 DEFAULT_ATLAS: str = Request.atlas_model
@@ -22,17 +27,19 @@ def weights_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "weights"
 
 
-def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
+def find_weights(name: str = DEFAULT, format_: str = "") -> tuple[Path, str, str]:
     """A released model by name, or a ``.safetensors`` file by path: (path, label, SHA-256).
 
-    Raises ``MissingInputError`` if it is not there, ``DataError`` if its checksum is not the one on
-    record, or the record is empty.
+    ``format_`` is that of the wanted kind of network, as its files name it: an error offers no
+    others.  Raises ``MissingInputError`` if it is not there, ``DataError`` if its checksum is not
+    the one on record, or the record is empty.
     """
     given = Path(name)
     is_file = given.suffix == ".safetensors"
     path = given if is_file else weights_folder() / name / "model.safetensors"
     if not path.is_file():
-        known = sorted(p.parent.name for p in weights_folder().glob("*/model.safetensors"))
+        released = sorted(weights_folder().glob("*/model.safetensors"))
+        known = [p.parent.name for p in released if format_ in ("", _format(p))]
         raise MissingInputError(
             f"no model at {path}",
             f"use {', '.join(known) or 'a released name'}, or a .safetensors file",
@@ -51,6 +58,17 @@ def find_weights(name: str = DEFAULT) -> tuple[Path, str, str]:
     elif not is_file:
         raise DataError(f"{record} is missing", "reinstall cadiff")
     return path, path.name if is_file else path.parent.name, got
+
+
+def _format(path: Path) -> str:
+    """The kind of network that a weights file holds, in its own words; empty if unknown."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            told = json.loads(stream.read(size))["__metadata__"][METADATA_KEY]
+        return str(json.loads(told)["format"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def parcels_sha256(output: OutputConfig) -> str:

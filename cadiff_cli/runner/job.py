@@ -11,7 +11,7 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.provenance import make_recipe
-from cadiff_cli.io.releases import find_weights
+from cadiff_cli.io.releases import SEGMENTER, find_weights
 from cadiff_cli.io.templates import joint_spec, load_template, load_templates, parse_space
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Person, Template
@@ -168,7 +168,7 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
     be had.
     """
     ranges = read_age_ranges(request.ranges) if request.ranges else None
-    _, label, checksum = find_weights(request.model)
+    _, label, checksum = find_weights(request.model, SEGMENTER)
     specs, conditional = split(request.template)
     templates = load_templates(specs, offline=request.offline)
     spaces = {parse_space(text, templates)[0] for text in request.config.output.spaces}

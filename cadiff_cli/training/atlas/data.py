@@ -26,7 +26,7 @@ from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.atlas import MULTIPLE
 from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import prepare
-from cadiff_cli.products import Condition, Conditions, CoordinateField, Template
+from cadiff_cli.products import Condition, Conditions, CoordinateField, Sex, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_labels, resample_mask
 from cadiff_cli.stages.condition import FIELD_STRIDE, brain_crop, normalise
@@ -71,7 +71,7 @@ class Sitter:
     trusted: bool
     key: str
     age_years: float | None = None
-    sex: str | None = None
+    sex: Sex | None = None
 
     @property
     def label(self) -> str:
@@ -91,7 +91,7 @@ class Sitter:
     @cached_property
     def condition(self) -> Condition:
         """All that is known of the person."""
-        return Condition(self.age_years, self.sex, round(self.ventricles_percent, 3))  # type: ignore[arg-type]
+        return Condition(self.age_years, self.sex, round(self.ventricles_percent, 3))
 
 
 def brain_of(volumes_mm3: Mapping[int, float]) -> float:
