@@ -29,15 +29,12 @@ from cadiff_cli.processes import Each, children, may_have_children
 from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import all_voxels, bounding_box, corners, mapped_box, resample
+from cadiff_cli.spatial.resample import all_voxels, corners, resample
 
 log = logging.getLogger(__name__)
 
 ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
 """What ANTs raises where an image cannot be registered; the last for a transform not written."""
-MARGIN_MM = 16.0
-"""Between a brain and the faces of the box in which it is registered."""
-SCORE_MM = 2.0
 LEAST_FREE_BYTES = 10_000_000
 """With less, a disk is full: the transforms of one registration take more."""
 UNUSED = ("ants.deeplearn", "ants.learn", "ants.math", "ants.plotting")
@@ -92,8 +89,8 @@ def register(
             text = f"deformable registration failed ({_first_line(error)}); affine is used"
             notes.append(Note(NoteCode.AFFINE_ONLY, text))
     transform = Transform(forward, inverse, kind, 0.0)
-    grid = domain(fixed, SCORE_MM)
-    score = similarity(resample(fixed, grid).data, warp(moving, transform, grid).data)
+    warped = warp(moving, transform, fixed.grid.coarsen(2))
+    score = similarity(resample(fixed, warped.grid).data, warped.data)
     if score < POOR_SCORE:
         text = (
             f"the score {score:.3f} of the registration to {name} is below {POOR_SCORE}:"
@@ -104,19 +101,6 @@ def register(
     transform = Transform(forward, inverse, kind, score, trusted, tuple(notes))
     _tell(transform)
     return transform
-
-
-def domain(volume: Volume, spacing_mm: float) -> Grid:
-    """Where an image is registered: around all that is not 0, with axes nearest to RAS.
-
-    Air costs as much time as brain; a margin is left, because displacements end at the faces.
-    """
-    grid = volume.grid.working(spacing_mm, tolerance=0.0)
-    margin = int(np.ceil(MARGIN_MM / spacing_mm))
-    to_grid = grid.voxel_map(volume.grid)
-    box = mapped_box(bounding_box(volume.data != 0), to_grid, grid.shape, margin)
-    x, y, z = (s.stop - s.start for s in box)
-    return grid.crop(tuple(s.start for s in box), (x, y, z))
 
 
 def _tell(transform: Transform) -> None:
@@ -327,7 +311,9 @@ def _run(
 ) -> tuple[Path, Path]:
     ants = _ants()
     spacing = float(wanted["spacing_mm"])
-    images = [_to_ants(resample(v, domain(v, spacing))) for v in (fixed, moving)]
+    images = [
+        _to_ants(resample(v, v.grid.working(spacing, tolerance=0.0))) for v in (fixed, moving)
+    ]
     name = f"{wanted['type_of_transform'].split('[')[-1].rstrip(']')}_"
     options = {
         key: value for key, value in wanted.items() if key not in ("description", "spacing_mm")
