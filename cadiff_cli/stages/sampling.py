@@ -218,7 +218,6 @@ class Denoiser:
             return self.net.trunk(image, d_t, m_t, t_d, t_m, state.prior), (image, t_d, t_m)
 
 
-@memory_kept()
 @torch.no_grad()
 def denoise(
     net: CADiffNet,
@@ -254,7 +253,8 @@ def denoise(
     start = State(image, d_1, noise(net.config.n_classes))
     times = spaced_times(steps if net.config.reads_labels else 1)
     states = sample(denoiser.step, denoiser.estimate, denoiser.look_up(start), times)
-    (state,) = deque(states, maxlen=1)
+    with memory_kept():  # not for the 1 mm head: its tensors do not fit where others were
+        (state,) = deque(states, maxlen=1)
     p = denoiser.probabilities(state, blocks, times[-1])
     if mirror is not None:
         state = state.mirrored(mirror)  # which frees the prior
