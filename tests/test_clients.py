@@ -242,7 +242,10 @@ def test_results_up_to_revision_8_are_known(made, tiny_model, tmp_path):
         "desc-brain_mask.nii.gz": None,
     }
     rows = [
-        "\t".join((*map(str, (row.code or "n/a", row.name, "X", row.mm3)), "n/a"))
+        "\t".join(
+            "n/a" if cell is None else str(cell)
+            for cell in (row.code, row.name, "X", row.mm3, None)
+        )
         for row in next(finished(made[0])).rows()
     ]
     header = "index\tname\tabbreviation\tvolume-mm3\texpected-dice"

@@ -135,7 +135,7 @@ def test_what_a_killed_run_left_does_not_block_a_mask(bright, head, tmp_path):
     done = CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
     assert done.exit_code == 0
     assert not mark.exists()
-    assert {p.name.split("_")[1] for p in anat.iterdir()} == {"desc-brain"}
+    assert {p.name.split("_")[1] for p in anat.iterdir()} == {"desc-brain", "desc-icv"}
 
 
 def test_a_segmentations_mask_is_not_replaced(bright, head, tmp_path):

@@ -67,6 +67,8 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
     @cache
     def head_of(orientation):
         head = phantom(orientation, 1.0, scale=SCALE)
+        stored = head.t1.grid.affine.astype(np.float32)  # as its file says it
+        head = replace(head, t1=Volume(head.t1.data, Grid(head.t1.grid.shape, stored)))
         return head, stripped_of(head), conditions_of(head)
 
     def write(
