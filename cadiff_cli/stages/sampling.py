@@ -193,6 +193,7 @@ class Denoiser:
         p = torch.empty(len(blocks), STRIDE**3, self.net.config.n_classes)
         blocks = blocks.to(self.device)
         coarse, (image, t_d, t_m) = self._ask(state, t)
+        del state  # the mirrored one is nobody else's: the head needs its memory
         with autocast(self.device):
             features = self.net.fine_features(image, coarse, t_d, t_m)
             coarse_logits = last(coarse.logits.to(features.dtype))
