@@ -1,8 +1,6 @@
 """Processors, memory and home folder of this machine, container or job."""
 
-import ctypes
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +53,9 @@ def memory_kept() -> Iterator[None]:
     tensors come and go.  Where pieces do not fit, more memory is taken: a fifth more was measured.
     Does nothing where the C library is not glibc.
     """
+    import ctypes
+    import platform
+
     if platform.libc_ver()[0] != "glibc":
         yield
         return
