@@ -44,6 +44,9 @@ COMMANDS = (
 """In the order in which a newcomer needs them; a module of each name holds its ``command``."""
 
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
 class Lazy(click.Group):
     """A group that imports a command's module only to run it.
 
@@ -67,7 +70,14 @@ class Lazy(click.Group):
         return command
 
 
-@click.group(cls=Lazy, names=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+def family(name: str, *names: str) -> Callable[[Callable[..., Any]], click.Group]:
+    """Decorator of the group ``cadiff NAME``, whose commands are the modules ``NAME_...``."""
+    return click.group(
+        name=name, cls=Lazy, names=names, prefix=f"{name}_", context_settings=HELP_OPTIONS
+    )
+
+
+@click.group(cls=Lazy, names=COMMANDS, context_settings=HELP_OPTIONS)
 @click.version_option(__version__, prog_name="cadiff")
 def cadiff() -> None:
     """Brain structures and their volumes from T1-weighted MRI."""

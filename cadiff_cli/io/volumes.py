@@ -83,7 +83,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     segmentation, volumes = result.segmentation, result.volumes_mm3
     parcellation, calibrate = segmentation.parcellation, result.calibration
     drawable = result.model.structures
-    brain = result.segmentation.parcellation.brain_mm3(result.volumes_mm3)
+    brain = parcellation.brain_mm3(volumes)
     held = intracranial_mm3(result)
     for s in parcellation.structures:
         one = {"index": s.code, "name": s.name, "abbreviation": s.abbreviation}
@@ -112,7 +112,7 @@ def intracranial_mm3(result: Result) -> float | None:
 def total_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the table of totals; those of which nothing is drawn have no volume."""
     volumes, parcellation = result.volumes_mm3, result.segmentation.parcellation
-    brain, mask = result.segmentation.parcellation.brain_mm3(result.volumes_mm3), result.mask
+    brain, mask = parcellation.brain_mm3(volumes), result.mask
     held = intracranial_mm3(result)
     csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
     totals: dict[str, float | None] = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.files import sha256
@@ -20,6 +19,7 @@ from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise
+from cadiff_cli.stages.masks import filled
 from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask.target import (
     LEAST_LITRES,
@@ -110,7 +110,7 @@ def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool)
         raise DataError(f"the brain mask holds {litres:.3f} l", "is it one of the brain?")
     if close:
         mask = closed(mask, brain.grid.spacing_mm)
-    distance = distance_at_2mm(Volume(ndimage.binary_fill_holes(mask), brain.grid))
+    distance = distance_at_2mm(Volume(filled(mask), brain.grid))
     image = normalise(resample(t1, distance.grid).data)
     return Head(
         name, source, distance.data.astype(np.float16), np.round(image * 255).astype(np.uint8)

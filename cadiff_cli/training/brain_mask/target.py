@@ -13,7 +13,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
-from cadiff_cli.stages.masks import tidy
+from cadiff_cli.stages.masks import filled, tidy
 
 CLOSING_MM = 5.0
 NOT_BRAIN = (500, 1000)
@@ -52,7 +52,7 @@ def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING
     near = ndimage.distance_transform_edt(~padded, sampling=spacing_mm) <= radius_mm
     kept = ndimage.distance_transform_edt(near, sampling=spacing_mm) > radius_mm
     inner = tuple(slice(n, -n) for n in width)
-    return _in_box(ndimage.binary_fill_holes(kept | padded)[inner], box, brain.shape)
+    return _in_box(filled(kept | padded)[inner], box, brain.shape)
 
 
 def intracranial(codes: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray:
