@@ -10,7 +10,7 @@ from typing import Any
 
 from cadiff_cli import __version__
 
-REVISION = 9
+REVISION = 10
 """Increase when unchanged settings give other results; older results then count as outdated."""
 
 

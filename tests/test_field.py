@@ -149,6 +149,17 @@ def test_a_seed_makes_registration_repeatable(moved_template, tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+def test_empty_space_around_a_brain_does_not_matter(moved_template, tmp_path):
+    """A scan cut close and one with a wide field of view get the same transform, to the bit."""
+    stripped, first = moved_template
+    t1, width = stripped.t1, 14
+    start, shape = (-width,) * 3, tuple(n + 2 * width for n in t1.grid.shape)
+    wide = Volume(np.pad(t1.data, width), t1.grid.crop(start, shape))
+    transform = register(wide, first.template.brain, RegisterConfig("affine"), tmp_path)
+    a, b = (coordinate_field(r, t1.grid).data for r in (first, replace(first, transform=transform)))
+    np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
 def test_a_deformable_registration_finds_an_oblique_head(
     phantom, toy_template, scan_of, tmp_path, monkeypatch
@@ -314,7 +325,7 @@ def test_what_cannot_be_bent_is_registered_affinely(
     tried = []
 
     def run(_fixed, _moving, wanted, _seed, _folder):
-        tried.append(wanted["type_of_transform"])
+        tried.append(wanted)
         if wanted != settings("affine") or name == "affine":
             raise error("no luck")
         return path, path
