@@ -254,15 +254,21 @@ def denoise(
     start = State(image, d_1, noise(net.config.n_classes))
     times = spaced_times(steps if net.config.reads_labels else 1)
     states = sample(denoiser.step, denoiser.estimate, denoiser.look_up(start), times)
-    with memory_kept():  # not for the 1 mm head: its tensors do not fit where others were
-        (state,) = deque(states, maxlen=1)
-    p = denoiser.probabilities(state, blocks, times[-1])
-    if mirror is not None:
-        state = state.mirrored(mirror)  # which frees the prior
-        there = mirrored_blocks(blocks, space[0])
-        q = denoiser.probabilities(denoiser.look_up(state), there, times[-1])
-        p.add_(unmirrored(q, mirror)).div_(2)
-    return p.flatten(0, 1)
+
+    def answer(state: State) -> Tensor:
+        p = denoiser.probabilities(state, blocks, times[-1])
+        if mirror is not None:
+            state = state.mirrored(mirror)  # which frees the prior
+            there = mirrored_blocks(blocks, space[0])
+            q = denoiser.probabilities(denoiser.look_up(state), there, times[-1])
+            p.add_(unmirrored(q, mirror)).div_(2)
+        return p.flatten(0, 1)
+
+    with memory_kept():
+        last_state = deque(states, maxlen=1)
+        if net.config.head_stride == STRIDE:
+            return answer(last_state.pop())
+    return answer(last_state.pop())  # tensors of a 1 mm head do not fit where others were
 
 
 def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> T:
