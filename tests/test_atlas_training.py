@@ -35,6 +35,7 @@ from cadiff_cli.training.atlas.data import (
 from cadiff_cli.training.atlas.draws import PeopleDraws
 from cadiff_cli.training.atlas.regression import KernelRegression
 from cadiff_cli.training.atlas.run import brain_weight, train_atlas
+from cadiff_cli.training.atlas.structures import Shares, fit_structures
 from cadiff_cli.training.atlas.velocity import fit_velocity
 
 SHAPE, SPACING = (16, 16, 16), 8.0
@@ -287,6 +288,50 @@ def test_the_velocity_of_a_field_is_found_again():
     error = aligned + read_at(back, aligned) - base_mm.T
     assert np.sqrt((error**2).sum(axis=0).mean()) < 0.3
     assert np.sqrt(((aligned - base_mm.T) ** 2).sum(axis=0).mean()) > 1.0
+
+
+def test_structures_meet_where_a_registration_left_them_apart(base):
+    """A ventricle of twice the base's volume is reached from no deformation at all."""
+    codes = np.where(ball(GRID, 24.0 * 2 ** (1 / 3)), 4, 2 * ball(GRID, 56.0)).astype(np.int16)
+    person, theirs = (Shares.of(v, [[4], [2]]) for v in (Volume(codes, GRID), base.labels))
+    still = np.zeros((3, *SHAPE), np.float32)
+    velocity, folds = fit_structures(still, np.eye(4), person, theirs, GRID)
+    assert folds == 0
+    before, after = (structure_volumes(base, deform(GRID, v, GRID)) for v in (still, velocity))
+    assert after[4] / before[4] == pytest.approx(
+        (codes == 4).sum() / (base.labels.data == 4).sum(), rel=0.1
+    )
+    # The brain's outline is alike in both, and stays.
+    assert sum(after.values()) == pytest.approx(sum(before.values()), rel=0.02)
+
+
+def test_structures_that_meet_already_stay(base):
+    shares = Shares.of(base.labels, [[4], [2]])
+    still = np.zeros((3, *SHAPE), np.float32)
+    velocity, folds = fit_structures(still, np.eye(4), shares, shares, GRID)
+    assert folds == 0
+    assert np.sqrt((velocity**2).mean()) < 0.1
+
+
+def test_shares_keep_volumes():
+    codes = Volume(np.where(ball(GRID, 30.0), 17, 0).astype(np.int16), GRID)
+    shares = Shares.of(codes, [[4, 17], [2]])
+    assert shares.data[0].sum() * shares.grid.voxel_volume_mm3 == pytest.approx(
+        (codes.data > 0).sum() * SPACING**3, rel=0.05
+    )
+    assert not shares.data[1].any()
+
+
+def test_a_label_map_beside_a_scan_is_found_by_the_scheme_in_its_name(tmp_path):
+    scan = tmp_path / "sub-1_ses-1_desc-brain_T1w.nii.gz"
+    assert data.labels_beside(scan) is None
+    for name in ("seg-somebodys", "space-MNI_seg-dlmuse", "seg-dlmuse_desc-x"):
+        (tmp_path / f"sub-1_ses-1_{name}_dseg.nii.gz").touch()
+    (tmp_path / "sub-1_ses-2_seg-dlmuse_dseg.nii.gz").touch()
+    assert data.labels_beside(scan) is None
+    known = tmp_path / "sub-1_ses-1_seg-freesurfer_dseg.nii.gz"
+    known.touch()
+    assert data.labels_beside(scan) == (known, "freesurfer")
 
 
 def test_scores_of_a_case_with_known_answers(people):

@@ -30,7 +30,9 @@ def command(
     participants.tsv (age, sex). CONFIG is a TOML file or atlas, which is shipped; options override
     it.
 
-    One scan of each person is prepared once by the same code that inference runs. A share of the
+    One scan of each person is prepared once by the same code that inference runs. Its structures
+    are those of a label map beside it, sub-X_seg-SCHEME_dseg.nii.gz, where SCHEME is a known one
+    (dlmuse, freesurfer, neuromorphometrics ...), or of the released network. A share of the
     people is left out, and compared with the base template, kernel regression and the atlas at the
     end. The same command continues after a kill.
     """
@@ -55,8 +57,8 @@ def command(
     base = load_atlas(training.base)
     for folder in (run, cache or run):
         check_writable(folder)
-    prepared = prepare_people(people, base, training.spacing_mm, cache or run / "cache")
     base = replace(base, labels=base.labels or base_labels(base, labeller()))
+    prepared = prepare_people(people, base, training.spacing_mm, cache or run / "cache")
     path = train_atlas(
         prepared,
         base,

@@ -27,13 +27,13 @@ SQUARINGS = 7
 """A velocity is divided by 2^7: a step of a 20 mm displacement is then 0.16 mm."""
 
 
-def exponential(velocity_mm: Tensor, zooms_mm: Zooms) -> Tensor:
+def exponential(velocity_mm: Tensor, zooms_mm: Zooms, squarings: int = SQUARINGS) -> Tensor:
     """The displacement (B, 3, X, Y, Z) in mm at which a stationary velocity arrives in unit time.
 
-    Scaling and squaring (Arsigny et al., 2006), differentiable.
+    Scaling and squaring (Arsigny et al., 2006), differentiable; fewer ``squarings`` are faster.
     """
     with _silent():
-        integrate = DVF2DDF(SQUARINGS, padding_mode="border")
+        integrate = DVF2DDF(squarings, padding_mode="border")
     zooms = _column(zooms_mm, velocity_mm)
     return torch.as_tensor(integrate(velocity_mm / zooms) * zooms)
 

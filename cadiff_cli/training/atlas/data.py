@@ -1,10 +1,16 @@
 """People to learn from: each prepared once, by the very code that inference runs.
 
+A person's structures are those of a label map beside its scan or, without one, of the released
+network.  The velocity that a registration of the images gives is corrected so that structures meet
+as well (``structures``): by images alone, large ventricles stay far too small.
+
 A prepared person holds the velocity that makes its shape of the base brain, the volumes of its
 structures, and its image and classes at 2 mm, to be registered to when an atlas is judged.
 """
 
+import hashlib
 import logging
+import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,33 +20,37 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.config import REVISION, Config, SampleConfig, as_dict
+from cadiff_cli.config import REVISION, Config, SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.index import entities_of
+from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.bids.people import People, read_people
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import load_scan
+from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.releases import find_weights, strip_weights_sha256
-from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
+from cadiff_cli.labels.schemes import load_scheme, scheme_names
 from cadiff_cli.nets.atlas import MULTIPLE
 from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Condition, Conditions, CoordinateField, Sex, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample, resample_labels, resample_mask
+from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels, resample_mask
 from cadiff_cli.stages.condition import FIELD_STRIDE, brain_crop, normalise
 from cadiff_cli.stages.field import template_coordinates
 from cadiff_cli.stages.register import settings
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training import store
+from cadiff_cli.training.atlas.structures import Shares, fit_structures
 from cadiff_cli.training.atlas.velocity import fit_velocity, velocity_grid
 from cadiff_cli.training.segmenter.data import pool
 from cadiff_cli.training.templates import frame
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Increase when the preparation of people changes; older files are then prepared again."""
 HOW = Config(sample=SampleConfig(steps=1, flip=False))
 """Brains are found and registered as a run with default options does it, labels drawn quickly."""
@@ -48,6 +58,17 @@ STRIDE = 2
 """The field is fitted at twice this many mm, and images are kept at so many."""
 VENTRICLES = (4, 5, 14, 15, 43, 44)
 """Codes of the lateral ventricles with their inferior horns, the third and the fourth."""
+TOGETHER = (
+    VENTRICLES,
+    (17, 18, 53, 54),
+    (10, 11, 12, 13, 26, 49, 50, 51, 52, 58),
+    (3, 42),
+    (2, 7, 16, 28, 41, 46, 60),
+    (8, 47, 630, 631, 632),
+)
+"""Structures that meet those of the base: ventricles; hippocampi and amygdalae; thalami, striata
+and pallida; cerebral cortex; white matter and brain stem; cerebellar cortex."""
+SCHEME = re.compile(r"_seg-([A-Za-z0-9]+)_dseg\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +77,8 @@ class Sitter:
 
     ``velocity_mm`` (3, X, Y, Z) float16 is on the base's velocity grid; ``volumes_mm3`` maps a code
     to the volume of a structure.  ``image`` (uint8, 255 = 1.0) and ``classes`` of ``BASE`` are at
-    2 mm.  ``residual_mm`` and ``folded`` are those of the velocity's ``Fit``.  ``key`` is the
-    checksum of the scan.
+    2 mm.  ``residual_mm`` is that of the registration's ``Fit``; ``folded`` counts voxels at which
+    the velocity folds.  ``key`` is the checksum of the scan, or of the scan and its label map.
     """
 
     name: str
@@ -104,6 +125,19 @@ def share_of(volumes_mm3: Mapping[int, float], codes: Sequence[int]) -> float:
     return 100 * sum(volumes_mm3.get(code, 0.0) for code in codes) / brain_of(volumes_mm3)
 
 
+def labels_beside(scan: Path) -> tuple[Path, str] | None:
+    """The label map of a scan and the scheme of its ids, which its ``seg-`` names, or None.
+
+    The first of a known scheme that is called like the scan and lies in its folder.
+    """
+    known = {*scheme_names(load_parcellation(BASE)), *shipped_names()}
+    for path in sorted(scan.parent.glob(f"{source_entities(scan)}_seg-*_dseg.nii*")):
+        scheme = SCHEME.search(path.name)
+        if scheme and scheme[1] in known:
+            return path, scheme[1]
+    return None
+
+
 def scans_of(folder: Path) -> dict[str, Path]:
     """One T1w scan of each person of a BIDS-like folder, the first, by the person's label.
 
@@ -142,8 +176,9 @@ def prepare_people(
 ) -> list[Sitter]:
     """Prepare one scan of every person once (kept in ``cache``) and load them all.
 
-    People of unknown age serve as well: a network learns from missing conditions.  Left out, with a
-    warning, are those whose registration is not trusted, or whose velocity folds.
+    ``base`` has labels.  People of unknown age serve as well: a network learns from missing
+    conditions.  Left out, with a warning, are those whose registration is not trusted, or whose
+    velocity folds.
     """
     # Whatever is wrong with a folder is said before the first scan.
     told = [(folder, scans_of(folder), known_people(folder)) for folder in folders]
@@ -196,11 +231,18 @@ def brain_mask(base: Template) -> np.ndarray:
 
 
 def build(scan: Path, name: str, base: Template, grid: Grid, cache: Path) -> Path:
-    """Prepare one scan and write it into ``cache``; an existing file is kept."""
+    """Prepare one scan and write it into ``cache``; an existing file is kept.
+
+    ``base`` has labels.
+    """
+    assert base.labels is not None
+    given = labels_beside(scan)
+    key = sha256(scan) if given is None else fingerprint([sha256(scan), sha256(given[0])])
     made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
+    drawn = hashlib.sha256(base.labels.data.astype("<i2").tobytes()).hexdigest()
     shape = [*grid.shape, *grid.affine.ravel().tolist()]
-    key = sha256(scan)
-    content = [FORMAT, REVISION, made, frame(base.name), shape, key, find_weights()[2]]
+    content = [FORMAT, REVISION, made, frame(base.name), drawn, shape, key]
+    content.append(given[1] if given else find_weights()[2])
     return store.once(
         store.stored_path(cache, name, content), name, lambda: _arrays(scan, name, base, grid, key)
     )
@@ -213,21 +255,27 @@ def labeller() -> Model:
 
 
 def _arrays(scan: Path, name: str, base: Template, grid: Grid, key: str) -> dict[str, Any]:
-    model = labeller()
+    given, loaded = labels_beside(scan), load_scan(scan)
+    parcellation = load_parcellation(BASE)
     with tempfile.TemporaryDirectory() as work:
-        prepared = prepare(load_scan(scan), [base], HOW, Path(work))
+        prepared = prepare(loaded, [base], HOW, Path(work))
     conditions = prepared.conditions
-    p, _ = class_probabilities(conditions, model, HOW.sample)
-    classes = p.most_probable() * conditions.mask.data
+    image, inside = conditions.image, conditions.mask.data
+    if given:
+        path, scheme = given
+        mapping = load_scheme(scheme, parcellation)
+        drawn = load_classes(path, parcellation, mapping, option=f"seg-{scheme}")
+        check_same_grid(path.name, drawn.grid, scan.name, loaded.t1.grid)
+        classes = resample_labels(drawn, image.grid)
+    else:
+        p, _ = class_probabilities(conditions, labeller(), HOW.sample)
+        classes = Volume(p.most_probable() * inside, image.grid)
+    if not classes.data.any():
+        raise DataError("no structure is labelled in the brain", "remove this scan's label map")
     assert conditions.field is not None
     trusted = prepared.registrations[0].transform.trusted
     return {"name": name, "key": key, "trusted": trusted} | arrays_of(
-        conditions.image,
-        Volume(classes, conditions.image.grid),
-        pool(conditions.field.data, STRIDE),
-        model.parcellation,
-        base,
-        grid,
+        image, classes, pool(conditions.field.data, STRIDE), parcellation, base, grid
     )
 
 
@@ -239,16 +287,23 @@ def arrays_of(
     base: Template,
     grid: Grid,
 ) -> dict[str, Any]:
-    """What is stored of a person's ``image`` and ``classes`` at 1 mm and field at 4 mm."""
+    """What is stored of a person's ``image`` and ``classes`` at 1 mm and field at 4 mm.
+
+    ``base`` has labels.
+    """
     fine, coarse = image.grid, image.grid.coarsen(2 * STRIDE)
     mask = pool((classes.data > 0)[None].astype(np.float32), 2 * STRIDE)[0] > 0.5
+    assert base.labels is not None
     fit = fit_velocity(field.astype(np.float32), mask, coarse, base.frame, grid)
+    codes = Volume(parcellation.codes[classes.data], fine)
+    own, theirs = (Shares.of(labels, TOGETHER) for labels in (codes, base.labels))
+    velocity, folded = fit_structures(fit.velocity_mm, fit.affine, own, theirs, grid)
     counts = np.bincount(classes.data.ravel(), minlength=parcellation.n_classes)[1:]
     small = fine.coarsen(STRIDE)
     return {
-        "velocity": fit.velocity_mm.astype(np.float16),
+        "velocity": velocity.astype(np.float16),
         "residual_mm": fit.residual_mm,
-        "folded": fit.folded,
+        "folded": folded,
         "codes": parcellation.codes[1:],
         "volumes_mm3": counts * fine.voxel_volume_mm3,
         "image": np.round(resample(image, small).data * 255).astype(np.uint8),

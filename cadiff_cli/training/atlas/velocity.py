@@ -41,11 +41,13 @@ def velocity_grid(mask: Volume, spacing_mm: float, multiple: int) -> Grid:
 class Fit:
     """A velocity (3, X, Y, Z) in mm, and how well it fits the field that it stands for.
 
-    ``residual_mm`` is the root mean square, over the brain, of the distance between exp(-v) and the
-    field's map; ``folded`` counts voxels of exp(v) at which it does not keep orientation.
+    ``affine`` (4, 4) is the part that was removed: the person's mm -> the base's.  ``residual_mm``
+    is the root mean square, over the brain, of the distance between exp(-v) and the field's map;
+    ``folded`` counts voxels of exp(v) at which it does not keep orientation.
     """
 
     velocity_mm: np.ndarray
+    affine: np.ndarray
     residual_mm: float
     folded: int
 
@@ -76,6 +78,7 @@ def fit_velocity(field: np.ndarray, mask: np.ndarray, grid: Grid, frame: Frame, 
     distance = residual.square().sum(dim=1)[0].numpy()[weight]
     return Fit(
         velocity[0].numpy(),
+        affine,
         float(np.sqrt(distance.mean())),
         folded(velocity, to.spacing_mm.tolist()),
     )
