@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,10 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change when any of the settings changes."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.settings())
 
 

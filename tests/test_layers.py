@@ -23,6 +23,7 @@ RANKS = {
 DOORS = {
     "ants": ("stages/register.py",),
     "bids": ("io/bids/index.py",),
+    "bids_validator": ("io/bids/index.py",),
     "pathspec": ("io/bids/selection.py",),
     "templateflow": ("io/templateflow.py",),
     "nibabel": ("io/images.py", "spatial/grid.py"),

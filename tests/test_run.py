@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bids_dataset import QUICK, cadiff, here, write_dataset
 
+from cadiff_cli.io import checksums
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.images import save_volume
 
@@ -197,8 +198,11 @@ def test_the_boilerplate_says_what_was_run(batch):
 
 
 @pytest.mark.slow
-def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_head, tmp_path):
+def test_finished_scans_are_skipped_and_failed_ones_tried_again(
+    batch, small_head, tmp_path, monkeypatch
+):
     """The same command on a copy in which the broken scan was mended."""
+    monkeypatch.setattr(checksums, "FRESH_NS", -(10**18))
     _, bids, _, arguments = batch
     copy = shutil.copytree(bids, tmp_path / "bids")
     out = copy / "derivatives" / "cadiff"
@@ -212,10 +216,12 @@ def test_finished_scans_are_skipped_and_failed_ones_tried_again(batch, small_hea
     after = files(out)
     changed = {p.relative_to(out).as_posix() for p, t in before.items() if after.get(p) != t}
     assert changed <= {
-        f"logs/journal/{BROKEN}.json",
+        *(f"logs/journal/{name}" for name in (f"{BROKEN}.json", "inputs.tsv", "results.tsv")),
         *(f"logs/CITATION.{suffix}" for suffix in ("md", "html", "bib")),
     }
-    # A third time there is nothing to do.
+    # A third time there is nothing to do, and no image to read.
+    checksums.checksums.cache_clear()
+    monkeypatch.setattr(checksums, "sha256", lambda path: pytest.fail(f"{path} is read"))
     done = here("run", copy, out, "participant", *arguments, "--dry-run")
     assert done.returncode == 0
     lines = [f"{name}\tdone" for name in (*GOOD, BROKEN)]

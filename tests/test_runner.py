@@ -24,10 +24,12 @@ from cadiff_cli.config import (
     StripConfig,
 )
 from cadiff_cli.errors import DataError, DiskError, OutputError, UnsuitableError
+from cadiff_cli.io import checksums
+from cadiff_cli.io.bids import layout
 from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
-from cadiff_cli.io.files import locked, sha256, write_text, write_tsv
+from cadiff_cli.io.files import locked, read_json, sha256, write_text, write_tsv
 from cadiff_cli.io.provenance import Provenance, make_recipe
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Calibration
@@ -338,6 +340,24 @@ def dataset(tmp_path):
     return make
 
 
+def without_page(out):
+    """A job for no scan in particular."""
+    like = job_of(out)
+    config = replace(like.recipe.config, output=OutputConfig(report=False))
+    return replace(like, recipe=replace(like.recipe, config=config))
+
+
+def finish(like, **inputs):
+    """Finished results of participants by name, made of inputs of this content."""
+    made = {"Fingerprint": like.recipe.fingerprint(), "Settings": like.recipe.settings()}
+    for name, content in inputs.items():
+        place = Derivatives(like.out, Path(f"sub-{name}_T1w.nii.gz"))
+        told = {**made, "SourceSHA256": hashlib.sha256(content).hexdigest()}
+        write_text(place.path("seg-cadiff_dseg.json"), json.dumps(told))
+        for result in ("seg-cadiff_dseg.nii.gz", "desc-volumetric_morph.tsv"):
+            write_text(place.path(result), "")
+
+
 def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
     """Two files of one image are one; two images of one name fail, whatever the others are."""
     packed = gzip.compress(b"image")
@@ -350,16 +370,8 @@ def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
         F={"T1w.nii.gz": b"changed"},
         G={"T1w.nii.gz": b"finished"},
     )
-    like = job_of(tmp_path / "out")
-    config = replace(like.recipe.config, output=OutputConfig(report=False))
-    like = replace(like, recipe=replace(like.recipe, config=config))
-    made = {"Fingerprint": like.recipe.fingerprint(), "Settings": like.recipe.settings()}
-    for name, content in (("F", b"before"), ("G", b"finished")):
-        place = Derivatives(like.out, Path(f"sub-{name}_T1w.nii.gz"))
-        told = {**made, "SourceSHA256": hashlib.sha256(content).hexdigest()}
-        write_text(place.path("seg-cadiff_dseg.json"), json.dumps(told))
-        for result in ("seg-cadiff_dseg.nii.gz", "desc-volumetric_morph.tsv"):
-            write_text(place.path(result), "")
+    like = without_page(tmp_path / "out")
+    finish(like, F=b"before", G=b"finished")
     both = Selection(filters={"suffix": ["T1w", "UNIT1"]})
     plan = make_plan(raw, both, like)
     assert plan.status == {
@@ -379,6 +391,80 @@ def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
     # But a dataset is made one way.
     with pytest.raises(OutputError, match="sub-F, made otherwise"):
         make_plan(raw, Selection(("E",)), replace(like, recipe=recipe_of(steps=1)))
+
+
+@pytest.fixture
+def planned_again(dataset, tmp_path, monkeypatch):
+    """Plan a dataset of ``n`` finished scans twice; then plan it and tell what was read."""
+    read = list[str]()
+
+    def counted(function):
+        return lambda path: read.append(path.name) or function(path)
+
+    monkeypatch.setattr(checksums, "FRESH_NS", -(10**18))
+    monkeypatch.setattr(checksums, "sha256", counted(sha256))
+    monkeypatch.setattr(layout, "read_json", counted(read_json))
+
+    def make(n):
+        inputs = {f"{k:02}": f"scan {k}".encode() for k in range(n)}
+        raw = dataset(**{name: {"T1w.nii.gz": content} for name, content in inputs.items()})
+        like = without_page(tmp_path / "out")
+        finish(like, **inputs)
+        (like.out / "logs" / "journal").mkdir(parents=True)
+
+        def plan(job=like, participants=()):
+            checksums.checksums.cache_clear()  # as in another process
+            read.clear()
+            return make_plan(raw, Selection(participants), job), [*read]
+
+        assert len(plan()[1]) == 2 * n
+        return plan, raw, like
+
+    return make
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_what_a_plan_reads_does_not_grow_with_finished_scans(planned_again, n):
+    """Neither inputs nor sidecars are read a second time."""
+    plan, _, like = planned_again(n)
+    done = dict.fromkeys((f"sub-{k:02}" for k in range(n)), "done")
+    again, read = plan()
+    assert (again.status, read) == (done, [])
+    one, read = plan(participants=("01",))
+    assert (one.status, read) == ({"sub-01": "done"}, [])
+    # A new scan costs no more than itself.
+    Derivatives(like.out, Path("sub-01_T1w.nii")).path("seg-cadiff_dseg.json").touch()
+    (like.out / "logs" / "journal" / "inputs.tsv").write_text("")
+    again, read = plan(participants=("01",))
+    assert (again.status, sorted(read)) == (
+        {"sub-01": "done"},
+        ["sub-01_T1w.nii.gz", "sub-01_seg-cadiff_dseg.json"],
+    )
+
+
+def test_what_is_known_by_its_times_is_read_again_once_it_changes(planned_again):
+    """Input, settings, weights, labels, volumes and sidecar: none may change unseen."""
+    plan, raw, like = planned_again(5)
+    places = [Derivatives(like.out, Path(f"sub-{k:02}_T1w.nii")) for k in range(5)]
+    for recipe in (replace(like.recipe, weights_sha256="1" * 64), recipe_of(steps=1)):
+        with pytest.raises(OutputError, match="made otherwise"):
+            plan(replace(like, recipe=recipe))
+        assert {*plan(replace(like, recipe=recipe, overwrite=True))[0].status.values()} == {"todo"}
+    (raw.root / "sub-00" / "anat" / "sub-00_T1w.nii.gz").write_bytes(b"SCAN 0")
+    places[1].path("seg-cadiff_dseg.nii.gz").unlink()
+    places[2].path("desc-volumetric_morph.tsv").unlink()
+    places[3].path("seg-cadiff_dseg.json").write_text("{}")
+    changed, _ = plan()
+    assert changed.status == {
+        "sub-00": "failed",
+        **dict.fromkeys(("sub-01", "sub-02", "sub-03"), "todo"),
+        "sub-04": "done",
+    }
+    assert "has changed since" in str(changed.failed[0][1])
+    sidecar = places[4].path("seg-cadiff_dseg.json")
+    sidecar.write_text(sidecar.read_text().replace(like.recipe.fingerprint(), "0" * 12))
+    with pytest.raises(OutputError, match="sub-04, made otherwise"):
+        plan()
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])

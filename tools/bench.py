@@ -5,7 +5,8 @@ python tools/bench.py --against COMMIT         (both versions in one run, in tur
 python tools/bench.py --scan T1 --scan HEAD --only seg --runs 3
 
 Without ``--scan`` the MNI152 brain that nilearn carries is segmented.  ``--finished N`` copies one
-finished result N times and times how ``cadiff run`` plans and resumes such a dataset.
+finished result N times, with its logs and journal, and times how ``cadiff run`` plans and resumes
+such a dataset; only the first plan reads the sidecars.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("help", "seg", "run", "finished")
+FIRST = "sub-0000"
+"""The participant whose result is made; those of others are copies of it."""
+FAST = (
+    *("--registration", "affine", "--steps", "0", "--offline", "--no-report"),
+    "--skip-bids-validation",
+)
 STAGE = re.compile(r"^\s*([\d.]+) s  (\w+)", re.MULTILINE)
 """A line of ``cadiff-seg -v``: seconds since the start, and the stage that begins."""
 
@@ -38,9 +46,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall seconds, peak resident GiB of its largest process, seconds of each stage if it told."""
+    """Wall and processor seconds, peak GiB of its largest process, seconds of stages if it told."""
 
     seconds: float
+    processor_s: float
     gib: float
     stages: dict[str, float]
 
@@ -59,8 +68,9 @@ def install(commit: str, folder: Path) -> Version:
 
 def timed(*command: object) -> Measured:
     """Run a command in a process of its own, so that its peak memory is its own as well."""
-    code = "import resource, subprocess, sys; p = subprocess.run(sys.argv[1:]); print(\
-resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(p.returncode)"
+    code = "import resource, subprocess, sys; p = subprocess.run(sys.argv[1:]); u = \
+resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime, u.ru_maxrss); \
+sys.exit(p.returncode)"
     begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, command)], text=True, capture_output=True
@@ -71,36 +81,54 @@ resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(p.returncode)"
     starts = [(float(at), stage) for at, stage in STAGE.findall(done.stderr)]
     ends = [at for at, _ in starts[1:]]
     stages = {stage: end - at for (at, stage), end in zip(starts, ends, strict=False)}
-    return Measured(seconds, int(done.stdout.split()[-1]) / 2**20, stages)
+    *_, processor_s, kib = done.stdout.split()
+    return Measured(seconds, float(processor_s), int(kib) / 2**20, stages)
 
 
 def dataset(root: Path, scans: Sequence[Path], n: int) -> Path:
-    """A BIDS dataset of ``n`` participants, whose scans are links to ``scans`` in turn."""
-    root.mkdir()
+    """A BIDS dataset of ``n`` participants; their files are hard links to copies of ``scans``."""
+    root.mkdir(parents=True)
     description = {"Name": "copies", "BIDSVersion": "1.10.0"}
     (root / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
     for k in range(n):
-        scan = scans[k % len(scans)].resolve()
+        scan = scans[k % len(scans)]
         folder = root / f"sub-{k:04}" / "anat"
         folder.mkdir(parents=True)
         suffix = ".nii.gz" if scan.name.endswith(".gz") else ".nii"
-        (folder / f"sub-{k:04}_T1w{suffix}").symlink_to(scan)
+        path = folder / f"sub-{k:04}_T1w{suffix}"
+        if k < len(scans):
+            shutil.copyfile(scan, path)
+        else:
+            first = f"sub-{k % len(scans):04}"
+            os.link(root / first / "anat" / path.name.replace(f"sub-{k:04}", first), path)
     return root
 
 
 def multiply(out: Path, bids: Path) -> None:
-    """Copy the finished result of ``sub-0000`` to every other participant of the dataset."""
-    for other in sorted(path.name for path in bids.glob("sub-*")):
-        if other == "sub-0000":
-            continue
-        for path in (out / "sub-0000" / "anat").iterdir():
-            copy = out / other / "anat" / path.name.replace("sub-0000", other)
+    """Give every participant the finished result of ``FIRST``, as a run would leave it.
+
+    Results, logs and journal; images are hard links.
+    """
+    journal = out / "logs" / "journal"
+    found = (*(out / FIRST).rglob("*"), *out.glob(f"{FIRST}.*"), *journal.glob(f"{FIRST}.*"))
+    made = [path for path in found if path.is_file()]
+    record = journal / "inputs.tsv"
+    checksum = record.read_text(encoding="utf-8").split("\t")[0] if record.exists() else ""
+    lines = list[str]()
+    for image in sorted(bids.glob("sub-*/anat/*_T1w.nii*")):
+        other, status = image.name.split("_")[0], image.stat()
+        times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        lines.append("\t".join(map(str, (checksum, *times, image.name))) + "\n")
+        for path in made if other != FIRST else ():
+            copy = out / str(path.relative_to(out)).replace(FIRST, other)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix in (".json", ".tsv"):
-                text = path.read_text(encoding="utf-8").replace("sub-0000", other)
-                copy.write_text(text, encoding="utf-8")
-            else:
+            if path.suffix in (".gz", ".h5"):
                 os.link(path, copy)
+            else:
+                text = path.read_text(encoding="utf-8").replace(FIRST, other)
+                copy.write_text(text, encoding="utf-8")
+    if checksum:
+        record.write_text("".join(lines), encoding="utf-8")
 
 
 def show(label: str, versions: Sequence[Version], results: dict[str, list[Measured]]) -> None:
@@ -111,7 +139,9 @@ def show(label: str, versions: Sequence[Version], results: dict[str, list[Measur
         median = statistics.median(m.seconds for m in measured)
         rows.append((version.name, median, max(m.gib for m in measured), measured))
     for name, seconds, gib, measured in rows:
-        print(f"{label:34} {name:14} {seconds:7.2f} s  {gib:5.2f} GiB", flush=True)
+        busy = statistics.median(m.processor_s for m in measured)
+        line = f"{label:34} {name:14} {seconds:7.2f} s, of a processor {busy:7.2f} s {gib:5.2f} GiB"
+        print(line, flush=True)
         stages = {
             stage: statistics.median(m.stages.get(stage, 0.0) for m in measured)
             for stage in measured[-1].stages
@@ -168,23 +198,31 @@ def main() -> None:
             options = ("--nprocs", 2, "--offline", "--skip-bids-validation")
             compare("cadiff run, 4 scans", "cadiff", "run", bids, "{out}", "participant", *options)
         if "finished" in parts:
-            resume(root, scans[:1], given.finished, compare, versions)
+            resume(root, scans[0], given.finished, compare, versions)
 
 
-def resume(root, scans, n, compare, versions):  # type: ignore[no-untyped-def]
-    """Time planning and one participant's job where 4, and where ``n`` scans are finished."""
-    fast = ("--registration", "affine", "--steps", "0", "--offline", "--no-report")
+def finished(folder: Path, scan: Path, n: int, made: Path) -> tuple[Path, Path]:
+    """A dataset of ``n`` participants in ``folder``, all finished with the result in ``made``."""
+    bids, out = dataset(folder / "bids", [scan], n), folder / "out"
+    shutil.copytree(made, out)
+    multiply(out, bids)
+    return bids, out
+
+
+def resume(root, scan, n, compare, versions):  # type: ignore[no-untyped-def]
+    """Time how a dataset is planned, and how one participant's job starts and ends.
+
+    Where 4, and where ``n`` scans are finished.
+    """
+    bids, out = dataset(root / "first" / "bids", [scan], 1), root / "first" / "out"
+    timed(versions[0].bin / "cadiff", "run", bids, out, "participant", *FAST)
     for count in (4, n):
-        bids, out = dataset(root / f"bids{count}", scans, count), root / f"finished{count}"
-        cadiff = versions[0].bin / "cadiff"
-        first = (cadiff, "run", bids, out, "participant", *fast, "--skip-bids-validation")
-        subprocess.run(
-            [*map(str, first), "--participant-label", "0000"], check=True, capture_output=True
-        )
-        multiply(out, bids)
-        plan = ("cadiff", "run", bids, out, "participant", *fast)
-        compare(f"--dry-run, {count} finished", *plan, "--skip-bids-validation", "--dry-run")
-        compare(f"one participant, {count} finished", *plan, "--participant-label", "0001")
+        bids, out = finished(root / f"finished{count}", scan, count, root / "first" / "out")
+        run = ("cadiff", "run", bids, out, "participant", *FAST)
+        one = ("--participant-label", "0001")
+        compare(f"--dry-run, {count} finished", *run, "--dry-run")
+        compare(f"one participant, {count}, --dry-run", *run, *one, "--dry-run")
+        compare(f"one participant, {count} finished", *run, *one)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def command(
         out=output_dir.absolute(),
         selection=Selection(
             entity_labels(o.participant_label, "sub-", dataset.participants()),
-            entity_labels(o.session_label, "ses-", dataset.sessions()),
+            entity_labels(o.session_label, "ses-", dataset.sessions() if o.session_label else ()),
             read_filters(o.bids_filter_file) if o.bids_filter_file else None,
         ),
         machine=Machine(o.device, o.omp_nthreads),

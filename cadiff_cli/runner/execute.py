@@ -18,6 +18,7 @@ from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
+from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import given_mask, load_scan
 from cadiff_cli.io.templates import (
@@ -34,7 +35,7 @@ from cadiff_cli.products import Person, Result, Scan, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, fits, keep_age_ranges, read_age_ranges
 from cadiff_cli.report.methods import cite
 from cadiff_cli.report.page import draw_result, report_scan
-from cadiff_cli.runner.job import Job, Outcome, job_of
+from cadiff_cli.runner.job import RECORD, Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
 from cadiff_cli.runner.personal import PersonalAtlas, split
@@ -78,7 +79,9 @@ def execute(job: Job) -> Outcome:
                     return outcome
                 with logged(job.log_dir / f"{job.entities}.log"):
                     device = prepare_torch(job.machine)
+                    begun_ns = time.time_ns()
                     scan = replace(load_scan(job.t1), person=job.person)
+                    checksums(job.out / RECORD).add(job.t1, scan.sha256, begun_ns)
                     templates = _templates_of(job)
                     result, failed = make_result(job, scan, templates, device)
                 seconds = round(time.perf_counter() - begun, 1)

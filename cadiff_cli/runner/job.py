@@ -7,7 +7,7 @@ from typing import Literal
 from cadiff_cli.config import Machine, Recipe, Request
 from cadiff_cli.errors import OutputError, UsageError
 from cadiff_cli.io.bids.layout import Derivatives, Finished
-from cadiff_cli.io.bids.names import page_path
+from cadiff_cli.io.bids.names import page_path, source_entities
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.provenance import make_recipe
@@ -99,7 +99,7 @@ class Job:
     @property
     def entities(self) -> str:
         """Its name in tables and journals, such as ``sub-01_ses-a``."""
-        return self.place.stem
+        return source_entities(self.t1)
 
     @property
     def log_dir(self) -> Path:

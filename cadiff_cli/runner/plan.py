@@ -6,16 +6,18 @@ import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from cadiff_cli.config import Recipe
 from cadiff_cli.errors import CadiffError, DataError, first_few
-from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection, select
 from cadiff_cli.io.formats import stem, unpacked
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal
+from cadiff_cli.runner.results import Results
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,28 @@ def make_plan(
     those of the selected scans are made again.  What is wrong with one scan is that scan's.
     """
     selected = select(dataset, selection, database)
-    results = {result.entities: result for result in finished(like.out)}
+    personal = cache(like.personal)
+
+    def recipe(entities: str) -> Recipe:
+        return personal(dataset.people.of(entities.split("_")[0])).recipe
+
+    results = Results(like.out, lambda entities: recipe(entities).fingerprint())
     if not like.overwrite:
-        for result in results.values():
-            wanted = like.personal(dataset.people.of(result.entities.split("_")[0]))
-            like.refuse(result.entities, result.provenance.differs(wanted.recipe))
+        for result in results.read:
+            like.refuse(result.entities, result.provenance.differs(recipe(result.entities)))
     journal, notes = Journal(like.out), [*selected.notes, *dataset.people.notes]
     jobs, pages, done = list[Job](), list[Job](), list[str]()
     failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()
     for paths in _by_name(selected.images).values():
         person = dataset.people.of(source_entities(paths[0]).split("_")[0])
-        theirs = like.personal(person)
+        theirs = personal(person)
         job = theirs.of(paths[0], dataset.uri(paths[0]))
         try:
             if len(paths) > 1:
                 image = _one_of(paths)
                 notes.append(f"{image.name} is taken; {paths[0].name} is the same image")
                 job = theirs.of(image, dataset.uri(image))
-            if job.is_finished(results.get(job.entities)):
+            if results.has(job):
                 if job.lacks_page():
                     pages.append(job)
                 else:

@@ -1,10 +1,13 @@
 """The entities of a dataset's images, and their index.  The only module that imports pybids."""
 
+import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import DataError
@@ -30,30 +33,69 @@ def entities_of(path: Path, root: Path, *, derived: bool = False) -> dict[str, A
 
     Folders above ``root`` are ignored, even if they are called sub-study or anat.
     """
-    from bids.layout import parse_file_entities
+    return _entities(_within(path, root), derived=derived)
 
-    within = f"/{path.relative_to(root).as_posix()}"  # pybids wants a slash before a key
-    entities = known_entities(derived=derived).values()
-    return dict(parse_file_entities(within, entities=[*entities]))
+
+def _entities(within: str, *, derived: bool = False) -> dict[str, Any]:
+    """The entities of a path from the root of a dataset."""
+    file = SimpleNamespace(path=within)  # all that pybids asks of a file
+    values = {
+        name: entity.match_file(file) for name, entity in known_entities(derived=derived).items()
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def anatomical_files(folder: Path) -> list[Path]:
+    """NIfTI images in the folders called anat below ``folder``, whatever their names; sorted."""
+    return [*map(Path, sorted(_walk(str(folder))))]
+
+
+def _walk(folder: str) -> Iterator[str]:
+    is_anat = os.path.basename(folder) == "anat"
+    with suppress(OSError), os.scandir(folder) as entries:  # a folder that nobody may read is empty
+        for entry in entries:
+            name = entry.name
+            # Links to folders are followed only where BIDS has some: others may lead in circles,
+            # and git-annex makes every file a link.
+            if entry.is_dir(follow_symlinks=name == "anat" or name.startswith("ses-")):
+                yield from _walk(entry.path)
+            elif is_anat and ".nii" in name and not name.startswith("."):
+                yield entry.path
 
 
 def named_images(
     root: Path,
+    files: Iterable[Path],
+    suffixes: Collection[str | None],
+    extensions: Collection[str | None],
+) -> dict[Path, dict[str, Any]]:
+    """Entities of those ``files`` that have a valid BIDS name with such a suffix and extension.
+
+    Without an index: pybids needs several seconds for one of some thousand images.
+    """
+    from bids_validator import BIDSValidator
+
+    ends = tuple(f"_{suffix}{extension}" for suffix in suffixes for extension in extensions)
+    likely = {path: _within(path, root) for path in files if path.name.endswith(ends)}
+    return {p: _entities(within) for p, within in likely.items() if BIDSValidator.is_bids(within)}
+
+
+def indexed_images(
+    root: Path,
     participants: Collection[str],
     suffixes: Iterable[str | None],
     extensions: Iterable[str | None],
-    database: Path | None = None,
+    database: Path,
 ) -> dict[Path, dict[str, Any]]:
-    """Entities of the participants' anatomical images that have a valid BIDS name.
+    """The same of all anatomical images of the participants, from the index in ``database``.
 
-    ``database`` is a folder for the index: written once, then never updated.  Raises
-    ``DataError`` if its index is of another dataset or unreadable.
+    The index is pybids': written once, then never updated.  Raises ``DataError`` if it is of
+    another dataset or unreadable.
     """
     from bids.layout import BIDSLayout, BIDSLayoutIndexer
 
     # Walk only through folders that can hold such images: seconds, not minutes.
-    subject = "[^/]+" if database else f"({'|'.join(map(re.escape, participants))})"
-    pattern = rf"^/(sub-{subject}(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
+    pattern = r"^/(sub-[^/]+(/ses-[^/]+)?(/anat(/[^/]*)?)?|dataset_description\.json)$"
     indexer = BIDSLayoutIndexer(
         validate=True, index_metadata=False, ignore=[re.compile(f"(?!{pattern})^/.")]
     )
@@ -62,7 +104,7 @@ def named_images(
         # Not validated: pybids refuses a description with a byte order mark.
         return BIDSLayout(root, database_path=folder, indexer=indexer, validate=False)
 
-    layout = layout_at(None) if database is None else _kept_index(layout_at, database)
+    layout = _kept_index(layout_at, database)
     if not Path(layout.root).samefile(root):
         raise DataError(
             f"--bids-database-dir {database} is the index of {layout.root}, not of {root}",
@@ -74,6 +116,11 @@ def named_images(
     paths = sorted(root / Path(name).relative_to(layout.root) for name in names)
     images = {path: entities_of(path, root) for path in paths}
     return {path: each for path, each in images.items() if each["subject"] in participants}
+
+
+def _within(path: Path, root: Path) -> str:
+    """The path from the root of a dataset, with a slash before it, as pybids wants it."""
+    return f"/{path.relative_to(root).as_posix()}"
 
 
 def _kept_index(layout_at: Callable[[Path | None], "BIDSLayout"], database: Path) -> "BIDSLayout":

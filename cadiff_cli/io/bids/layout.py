@@ -158,11 +158,43 @@ class Finished:
         """Its label map and its volumes in a finer parcellation, if it was made with one."""
         if not (name := self.provenance.finer):
             return None
-        dseg, morph = (
-            self.commit.with_name(f"{self.entities}_{kind.format(name)}{end}")
-            for kind, end in ((DSEG, ".nii.gz"), (FINER_MORPH, ".tsv"))
-        )
-        return Finer(name, dseg, morph)
+        return Finer(name, *map(self.commit.with_name, _finer_names(self.entities, name)))
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A sidecar that vouches for a result of the scan ``entities``, as it is written last.
+
+    ``beside`` are the names of all files in its folder.
+    """
+
+    entities: str
+    path: Path
+    beside: Collection[str]
+
+    def is_whole(self, finer: str) -> bool:
+        """Whether labels and volumes are there, also those of the parcellation ``finer`` if any.
+
+        A link to nothing is a file that git-annex has dropped, not one that was deleted.
+        """
+        made = [f"{self.path.stem}.nii.gz", f"{self.entities}_{MORPH}.tsv"]
+        if "_desc-" in self.path.name:  # up to revision 8 one table held the totals too
+            made.append(f"{self.entities}_{TOTALS_MORPH}.tsv")
+        if finer:
+            made += _finer_names(self.entities, finer)
+        return all(name in self.beside for name in made)
+
+    def result(self) -> Finished | None:
+        """The result that it vouches for, if its labels and volumes are there."""
+        provenance = Provenance.read(read_json(self.path) or {})
+        if provenance is None or not self.is_whole(provenance.finer):
+            return None
+        return Finished(self.entities, self.path, provenance)
+
+
+def _finer_names(entities: str, name: str) -> tuple[str, str]:
+    """Names of the label map and of the table of volumes in the finer parcellation ``name``."""
+    return f"{entities}_{DSEG.format(name)}.nii.gz", f"{entities}_{FINER_MORPH.format(name)}.tsv"
 
 
 def finished_result(place: Derivatives) -> Finished | None:
@@ -171,34 +203,46 @@ def finished_result(place: Derivatives) -> Finished | None:
     Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
     since make it incomplete.
     """
-    results = (_complete(place, commit) for commit in place.commits)
+    beside = _names(place.folder)
+    results = (Commit(place.stem, path, beside).result() for path in place.commits)
     return next(filter(None, results), None)
 
 
 def finished(out: Path) -> Iterator[Finished]:
     """Every complete result below ``out``, sorted by path."""
     last = None
-    for path in sorted(out.glob("sub-*/**/anat/*_seg-*_dseg.json")):
-        if not LABEL_MAP.search(path.name) or "_space-" in path.name:
-            continue
-        place = Derivatives(out, Path(LABEL_MAP.sub("_T1w", path.name)))
-        if place.stem == last or place.folder != path.parent or not is_ours(out, path):
-            continue
-        if result := _complete(place, path):
-            last = place.stem
+    for commit in commits(out):
+        if commit.entities != last and (result := commit.result()):
+            last = commit.entities
             yield result
 
 
-def _complete(place: Derivatives, commit: Path) -> Finished | None:
-    """The result that a sidecar vouches for, if its labels and volumes are there."""
-    provenance = Provenance.read(read_json(commit) or {})
-    if provenance is None:
-        return None
-    result = Finished(place.stem, commit, provenance)
-    made = [commit.with_suffix(".nii.gz"), result.morph]
-    if "_desc-" in commit.name:  # up to revision 8 one table held the totals too
-        made.append(place.path(f"{TOTALS_MORPH}.tsv"))
-    if (finer := result.finer) is not None:
-        made += [finer.dseg, finer.morph]
-    # A link to nothing is a file that git-annex has dropped, not one that was deleted.
-    return result if all(path.exists() or path.is_symlink() for path in made) else None
+def commits(out: Path) -> Iterator[Commit]:
+    """Every sidecar below ``out`` that may vouch for a result, sorted by path."""
+    for subject in _folders(out, "sub-"):
+        for folder in (subject / "anat", *(x / "anat" for x in _folders(subject, "ses-"))):
+            beside = _names(folder)
+            sidecars = (name for name in beside if name.endswith("_dseg.json"))
+            for name in sorted(x for x in sidecars if LABEL_MAP.search(x) and "_space-" not in x):
+                place = Derivatives(out, Path(LABEL_MAP.sub("_T1w", name)))
+                path = folder / name
+                if place.folder == folder and is_ours(out, path):
+                    yield Commit(place.stem, path, beside)
+
+
+def _folders(parent: Path, prefix: str) -> list[Path]:
+    """Folders in ``parent`` whose names have the prefix, sorted; none if it cannot be read."""
+    try:
+        with os.scandir(parent) as entries:
+            names = sorted(x.name for x in entries if x.name.startswith(prefix) and x.is_dir())
+    except OSError:
+        return []
+    return [parent / name for name in names]
+
+
+def _names(folder: Path) -> set[str]:
+    """Names of all that lies in a folder; none if it cannot be read."""
+    try:
+        return {*os.listdir(folder)}
+    except OSError:
+        return set()

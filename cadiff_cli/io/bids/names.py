@@ -1,6 +1,7 @@
 """File names: read the entities of a name, and build the names of a result's files."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from cadiff_cli.io.formats import stem
@@ -45,7 +46,11 @@ def source_entities(path: Path) -> str:
     that is not BIDS becomes a subject label of letters and digits: ``my scan.nii`` becomes
     ``sub-myscan``.
     """
-    name = stem(path)
+    return _entities(stem(path))
+
+
+@lru_cache(maxsize=100_000)  # a plan asks for each several times
+def _entities(name: str) -> str:
     parts = name.split("_")
     if parts[0].startswith("sub-") and all("-" in p for p in parts[:-1]):
         entities = parts if "-" in parts[-1] else parts[:-1]

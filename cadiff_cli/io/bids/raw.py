@@ -55,7 +55,10 @@ class Dataset:
 
     def participants(self) -> list[str]:
         """Labels of the ``sub-`` folders."""
-        return sorted(path.name[4:] for path in self.root.glob("sub-*") if path.is_dir())
+        if not self.root.is_dir():
+            return []
+        with os.scandir(self.root) as entries:
+            return sorted(x.name[4:] for x in entries if x.name.startswith("sub-") and x.is_dir())
 
     @cached_property
     def people(self) -> People:

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import DataError, SelectionError, UsageError, first_few
-from cadiff_cli.io.bids.index import known_entities, named_images
+from cadiff_cli.io.bids.index import (
+    anatomical_files,
+    indexed_images,
+    known_entities,
+    named_images,
+)
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.files import read_text
 from cadiff_cli.io.formats import stem
@@ -113,17 +118,22 @@ def select(
     dataset.require(selection.participants, selection.sessions)
     selection.check([*known_entities()])
     chosen = selection.participants or dataset.participants()
-    named = named_images(root, chosen, TAKEN["suffix"], TAKEN["extension"], database)
+    files = [path for label in sorted(chosen) for path in anatomical_files(root / f"sub-{label}")]
+    kinds = TAKEN["suffix"], TAKEN["extension"]
+    if database:
+        named = indexed_images(root, {*chosen}, *kinds, database)
+    else:
+        named = named_images(root, files, *kinds)
     is_ignored = _ignored(root)
 
     fitting = [path for path, entities in named.items() if selection.fits(entities)]
     ignored = [path for path in fitting if is_ignored(path)]
     others = [path for path in fitting if named[path].get("part") not in MAGNITUDE]
-    images = {p: named[p] for p in fitting if p not in {*ignored, *others}}
+    left = {*ignored, *others}
+    images = {path: named[path] for path in fitting if path not in left}
     odd = [
         path
-        for label in chosen
-        for path in sorted((root / f"sub-{label}").glob("**/anat/[!.]*.nii*"))
+        for path in files
         if any(x in path.name for x in selection.suffixes)
         if path not in named and not is_ignored(path)
     ]
@@ -159,8 +169,10 @@ def _ignored(root: Path) -> Callable[[Path], bool]:
     from pathspec import GitIgnoreSpec
 
     path = root / ".bidsignore"
+    if not path.is_file():
+        return lambda image: False
     try:
-        lines = read_text(path).splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines()
         spec = GitIgnoreSpec.from_lines(lines)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error})", "correct or remove it") from error
