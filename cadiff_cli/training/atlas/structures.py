@@ -1,6 +1,6 @@
 """Bring a person's structures and the base's together: what a registration of images leaves apart.
 
-By intensities alone a ventricle five times as large as the base's is not reached.  Here the velocity
+By intensities alone a ventricle five times as large as the base's is not reached. Here the velocity
 of the registration is the beginning, and maps of structures correct it: the share of each structure
 in a person's voxel shall be that at the point of the base that the velocity takes it to.  The
 correction is smooth (a Gaussian over the velocity's grid) and costs something, so the registration
