@@ -101,8 +101,8 @@ class RegisterConfig:
 class SampleConfig:
     """How labels are denoised.
 
-    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` averages the last step with that
-    of the mirrored brain.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
+    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` asks the
+    trunk about the mirrored brain too in the last step.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
     the whole volume at once: tiles change probabilities a little, so they are no matter of the
     ``Machine``.  ``samples`` predictions, from noise of as many seeds, are averaged.
     """
@@ -120,7 +120,7 @@ class SampleConfig:
         low=1,
         high=100,
     )
-    flip: bool = option(True, "Average the last step with the mirrored brain's [on].")
+    flip: bool = option(True, "Ask about the mirrored brain too in the last step [on].")
     tile: int | None = option(None, "Tile edge in mm (default: whole volume).", low=32)
 
 
