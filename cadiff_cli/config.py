@@ -101,9 +101,9 @@ class RegisterConfig:
 class SampleConfig:
     """How labels are denoised.
 
-    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` asks the
-    trunk about the mirrored brain too in the last step.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None for
-    the whole volume at once: tiles change probabilities a little, so they are no matter of the
+    ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` asks the trunk about the mirrored
+    brain too in the last step.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None
+    for the whole volume at once: tiles change probabilities a little, so they are no matter of the
     ``Machine``.  ``samples`` predictions, from noise of as many seeds, are averaged.
     """
 
