@@ -124,6 +124,18 @@ def test_the_law_is_learnt(trained):
     assert sizes == pytest.approx([growth(age) for age in ages], abs=0.06)
 
 
+def test_a_person_left_out_may_be_like_nobody_else(people, base, tmp_path, caplog):
+    """Ventricles that the others do not come near have no atlas: the rest is compared."""
+    odd = replace(people[0], name="sub-odd", volumes_mm3={4: 400.0, 17: 4.0, 2: 1000.0})
+    train = replace(RUN, steps=2, decay=1, warmup=1, leave_out=("toys/sub-odd", people[1].label))
+    path = train_atlas(
+        [odd, *people], base, GRID, tmp_path, Training(net=NET, train=train), device="cpu"
+    )
+    rows = (path.parent / "held_out.tsv").read_text().splitlines()[1:]
+    assert [row.split("\t")[0] for row in rows] == [people[1].label]
+    assert "toys/sub-odd is not compared" in caplog.text
+
+
 def test_other_conditions_tell_the_same(trained):
     """Ventricles alone tell the shape, and no condition gives that of all people."""
     percent = 100 * 20 * growth(70) ** 3 / (1004 + 20 * growth(70) ** 3)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import as_dict, fingerprint
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.atlas import AUTOENCODER, AtlasNet, LinearLatent
 from cadiff_cli.nets.condition import ConditionSpace
@@ -107,7 +107,14 @@ def train_atlas(
         "regression": regression.velocity,
         "atlas": model.velocity,
     }
-    _compare([p for p in people if p.label in out], sources, brain, grid, run)
+    known = list[Sitter]()
+    for person in (p for p in people if p.label in out):
+        try:
+            space.check(person.condition)
+            known.append(person)
+        except UsageError as error:
+            log.warning("%s is not compared: %s", person.label, error.message)
+    _compare(known, sources, brain, grid, run)
     return path
 
 
