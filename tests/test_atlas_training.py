@@ -479,7 +479,7 @@ def test_the_brain_is_weighed_on_the_velocity_grid(base):
 
 
 def test_the_released_atlas_ages(monkeypatch):
-    """Ventricles grow with age, hippocampi shrink in the old: far less than in people, as yet."""
+    """Ventricles grow with age as in people, hippocampi shrink in the old: far less, as yet."""
     if not (weights_folder() / DEFAULT_ATLAS / "model.safetensors").exists():
         pytest.skip(f"no released weights {DEFAULT_ATLAS}")
     monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", 4.0)
@@ -490,10 +490,10 @@ def test_the_released_atlas_ages(monkeypatch):
         structure_volumes(
             base, deform(base.brain.grid, model.velocity(Condition(age_years=age)), model.grid)
         )
-        for age in (25, 50, 75)
+        for age in (30, 50, 70, 90)
     ]
     ventricles = [share_of(v, VENTRICLES) for v in volumes]
     assert ventricles == sorted(ventricles)
-    assert ventricles[2] > 1.1 * ventricles[0]
-    assert share_of(volumes[2], (17, 53)) < share_of(volumes[1], (17, 53))
+    assert ventricles[2] > 2 * ventricles[0]  # of the people's regression 2.4
+    assert share_of(volumes[3], (17, 53)) < share_of(volumes[2], (17, 53))
     assert not model.seen & set(model.training["held_out"])
