@@ -84,7 +84,7 @@ class RegisterConfig:
 
     name: str = option(
         "fast",
-        "fast: affine and SyN at 2 mm. fine: more iterations, three times as long. none: the"
+        "fast: affine and SyN at 2 mm. fine: more iterations, several times as long. none: the"
         " network finds the field together with the labels.",
         "--registration",
         choices=("fast", "fine", "affine", "none"),
