@@ -215,7 +215,7 @@ class Denoiser:
         """The trunk's final answer, which the head refines; with the image and both times.
 
         Of the mirrored brain only the probabilities at 2 mm are asked for.  A second pass of the
-        head would cost as much as two of the trunk and change Dice by less than 0.0003.
+        head would cost as much as two of the trunk and change Dice by less than 0.0005.
         """
         coarse, given = self._ask(state, t)
         if self.mirror is None:
