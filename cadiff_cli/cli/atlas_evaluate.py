@@ -55,7 +55,7 @@ def command(
     from cadiff_cli.io import models
     from cadiff_cli.io.files import check_writable, write_tsv
     from cadiff_cli.nets.models import AtlasModel
-    from cadiff_cli.training.atlas.data import prepare_people
+    from cadiff_cli.training.atlas.data import known_to, prepare_people
     from cadiff_cli.training.atlas.run import brain_weight
     from cadiff_cli.training.templates import load_atlas
 
@@ -73,7 +73,7 @@ def command(
     prepared = prepare_people(people, base, spacing, cache or out / "cache")
     learnt = [p for p in prepared if p.label in trained.seen]
     unseen = [p for p in prepared if p.label not in trained.seen]
-    groups = scores.groups_of(scores.known_to(trained, unseen))
+    groups = scores.groups_of(known_to(trained.space, unseen))
     if not groups:
         raise DataError(
             f"the model was trained on all {len(learnt)} people of known age",

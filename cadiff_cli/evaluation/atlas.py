@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cadiff_cli.atlas import deform, structure_volumes, warped
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import AtlasModel
@@ -98,18 +97,6 @@ def sources_of(model: AtlasModel, learnt: Sequence[Sitter]) -> dict[str, Source]
     if learnt:
         sources["regression"] = KernelRegression.of(learnt, model.space).velocity
     return {**sources, ATLAS: model.velocity}
-
-
-def known_to(model: AtlasModel, people: Sequence[Sitter]) -> list[Sitter]:
-    """Those of the people whose condition the model knows; a warning names the others."""
-    known = []
-    for person in people:
-        try:
-            model.check(person.condition)
-            known.append(person)
-        except UsageError as error:
-            log.warning("%s is left out: %s", person.label, error.message)
-    return known
 
 
 def groups_of(people: Sequence[Sitter]) -> dict[str, list[Sitter]]:

@@ -33,6 +33,7 @@ from cadiff_cli.io.releases import find_weights, strip_weights_sha256
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.labels.schemes import load_scheme, scheme_names
 from cadiff_cli.nets.atlas import MULTIPLE
+from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Condition, Conditions, CoordinateField, Sex, Template
@@ -223,6 +224,18 @@ def base_labels(base: Template, model: Model) -> Volume:
     p, _ = class_probabilities(conditions, model, SampleConfig())
     classes = resample(Volume(p.most_probable() * inside.data, grid), own, order=0)
     return Volume(model.parcellation.codes[classes.data], own)
+
+
+def known_to(space: ConditionSpace, people: Sequence[Sitter]) -> list[Sitter]:
+    """Those of the people whose condition an atlas knows; a warning names the others."""
+    known = []
+    for person in people:
+        try:
+            space.check(person.condition)
+            known.append(person)
+        except UsageError as error:
+            log.warning("%s is left out: %s", person.label, error.message)
+    return known
 
 
 def brain_mask(base: Template) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import as_dict, fingerprint
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.atlas import AUTOENCODER, AtlasNet, LinearLatent
 from cadiff_cli.nets.condition import ConditionSpace
@@ -22,7 +22,7 @@ from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.training.atlas.config import Training
-from cadiff_cli.training.atlas.data import Sitter, brain_mask, held_out
+from cadiff_cli.training.atlas.data import Sitter, brain_mask, held_out, known_to
 from cadiff_cli.training.atlas.draws import PeopleDraws
 from cadiff_cli.training.atlas.losses import mean_square
 from cadiff_cli.training.atlas.objective import AtlasObjective, AutoencoderObjective
@@ -107,14 +107,8 @@ def train_atlas(
         "regression": regression.velocity,
         "atlas": model.velocity,
     }
-    known = list[Sitter]()
-    for person in (p for p in people if p.label in out):
-        try:
-            space.check(person.condition)
-            known.append(person)
-        except UsageError as error:
-            log.warning("%s is not compared: %s", person.label, error.message)
-    _compare(known, sources, brain, grid, run)
+    left_out = known_to(space, [p for p in people if p.label in out])
+    _compare(left_out, sources, brain, grid, run)
     return path
 
 
