@@ -8,6 +8,7 @@ from scipy.spatial.transform import Rotation
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import (
     bounding_box,
+    grid_around,
     mapped_box,
     resample,
     resample_in,
@@ -129,3 +130,20 @@ def test_classes_that_need_two_bytes_survive():
     )
     assert set(np.unique(moved.data)) == {0, 44, 300}
     assert (moved.data[4:8, 4:8, 4:8] == 300).all()
+
+
+@pytest.mark.parametrize(("margin", "multiple"), [(0, 1), (3, 1), (2, 8)])
+def test_the_grid_around_a_mask_has_its_margin_and_its_multiples(margin, multiple):
+    """It is a part of the lattice, holds the mask evenly, and may leave the image."""
+    grid = Grid((9, 12, 15), np.diag([2.0, 1.5, 1.0, 1.0]))
+    mask = np.zeros(grid.shape, bool)
+    mask[1:6, 2:4, 8:15] = True
+    around = grid_around(mask, grid, margin, multiple)
+    assert all(n % multiple == 0 for n in around.shape)
+    inside = resample(Volume(mask.astype(np.float32), grid), around, order=0).data > 0
+    assert inside.sum() == mask.sum()
+    for axis, n in enumerate(around.shape):
+        held = np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {axis})))
+        before, after = held[0], n - 1 - held[-1]
+        assert margin <= before <= after <= before + 1
+        assert after < margin + multiple

@@ -206,6 +206,18 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(boxes[0]) if boxes else (slice(0, 0),) * mask.ndim
 
 
+def grid_around(mask: np.ndarray, grid: Grid, margin: int = 0, multiple: int = 1) -> Grid:
+    """The part of ``grid`` around a bool ``mask`` on it, which may leave it.
+
+    The box is widened by ``margin`` voxels a side, then grown evenly to multiples of ``multiple``.
+    """
+    box = bounding_box(mask)
+    low = np.array([side.start - margin for side in box])
+    size = np.array([side.stop + margin for side in box]) - low
+    shape = -(-size // multiple) * multiple
+    return grid.crop(tuple(low - (shape - size) // 2), tuple(map(int, shape)))
+
+
 def corners(box: tuple[slice, ...], matrix: np.ndarray) -> np.ndarray:
     """(3, 8): a box's eight outermost voxels, moved by a voxel map (4, 4)."""
     ends = np.array([(s.start, s.stop - 1) for s in box], dtype=float)

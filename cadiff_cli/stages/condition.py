@@ -7,7 +7,7 @@ import numpy as np
 from cadiff_cli.errors import DataError
 from cadiff_cli.products import Conditions, Registered, Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, resample
+from cadiff_cli.spatial.resample import bounding_box, grid_around, resample
 from cadiff_cli.stages.field import mean_field
 
 MARGIN_VOXELS = 2
@@ -38,12 +38,7 @@ def brain_crop(mask: Volume) -> Grid:
     """The box around ``mask`` with a margin, grown to multiples of 16; it may leave the image."""
     if not mask.data.any():
         raise DataError("the brain mask is empty", "check the input, or give a mask with --mask")
-    box = bounding_box(mask.data)
-    low = np.array([s.start - MARGIN_VOXELS for s in box])
-    size = np.array([s.stop + MARGIN_VOXELS for s in box]) - low
-    shape = -(-size // MULTIPLE) * MULTIPLE
-    start = low - (shape - size) // 2
-    return mask.grid.crop(tuple(start), tuple(shape))
+    return grid_around(mask.data, mask.grid, MARGIN_VOXELS, MULTIPLE)
 
 
 def normalise(image: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ from cadiff_cli.processes import Each, children, may_have_children
 from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import all_voxels, bounding_box, corners, resample
+from cadiff_cli.spatial.resample import all_voxels, corners, grid_around, resample
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ LEAST_FREE_BYTES = 10_000_000
 UNUSED = ("ants.deeplearn", "ants.learn", "ants.math", "ants.plotting")
 """Parts of ANTs that nothing here needs.  They import matplotlib, scikit-learn and statsmodels:
 three quarters of the time that it takes to import ANTs, and 140 MB."""
-OWN_SETTINGS = ("description", "spacing_mm", "margin_mm", "stages")
+OWN_SETTINGS = ("description", "spacing_mm", "margin_mm")
 """What ANTsPy's ``registration`` is not told."""
 NAME = "found_"
 """How the files that ANTs writes begin."""
@@ -338,10 +338,7 @@ def _seen(volume: Volume, wanted: dict[str, Any]) -> Volume:
     if "margin_mm" not in wanted:
         return coarse
     margin = round(float(wanted["margin_mm"]) / spacing)
-    box = bounding_box(coarse.data != 0)
-    start = tuple(side.start - margin for side in box)
-    shape = tuple(side.stop - side.start + 2 * margin for side in box)
-    return resample(coarse, grid.crop(start, shape))
+    return resample(coarse, grid_around(coarse.data != 0, grid, margin))
 
 
 def _arguments(

@@ -19,7 +19,7 @@ from torch.nn.functional import grid_sample
 
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import bounding_box, resample, resample_labels
+from cadiff_cli.spatial.resample import grid_around, resample, resample_labels
 from cadiff_cli.training.atlas.velocity import folded
 
 STRIDE = 2
@@ -49,10 +49,7 @@ class Shares:
         """Shares of ``structures``, each a collection of codes, in a label map at about 1 mm."""
         fine = codes.grid.working()
         labels = resample_labels(codes, fine)
-        box = bounding_box(labels.data > 0)
-        margin = STRIDE * AROUND
-        size = [-(-(side.stop - side.start + 2 * margin) // STRIDE) * STRIDE for side in box]
-        grid = fine.crop(tuple(side.start - margin for side in box), tuple(size))
+        grid = grid_around(labels.data > 0, fine, STRIDE * AROUND, STRIDE)
         inside = resample(labels, grid, order=0).data
         x, y, z = (n // STRIDE for n in grid.shape)
         blocks = (
