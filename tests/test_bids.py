@@ -18,6 +18,7 @@ from cadiff_cli.errors import (
     UsageError,
 )
 from cadiff_cli.io.bids.description import refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.index import entities_of, known_entities
 from cadiff_cli.io.bids.labelled import labelled_scans
 from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.bids.names import source_entities
@@ -127,6 +128,24 @@ def dataset(tmp_path):
         return tmp_path
 
     return make
+
+
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_acq-x_ce-gd_rec-y_run-02_part-mag_T1w.nii",
+        "sub-01/anat/sub-01_seg-cadiff_desc-structures_dseg.nii.gz",
+        "sub-01/anat/notes.txt",
+    ],
+)
+def test_entities_are_those_that_pybids_reads(tmp_path, name, derived):
+    from bids.layout import parse_file_entities
+
+    wanted = [*known_entities(derived=derived).values()]
+    expected = parse_file_entities(f"/{name}", entities=wanted)
+    assert entities_of(tmp_path / name, tmp_path, derived=derived) == expected
 
 
 def test_scans_are_paired_by_subject_session_and_run(dataset):
