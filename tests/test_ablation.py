@@ -1,7 +1,7 @@
 """The ablation: every row at the same budget, nothing done twice, and means that are means."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ from cadiff_cli.training.ablation import (
     tables_of,
 )
 from cadiff_cli.training.segmenter import data
-from cadiff_cli.training.segmenter.config import Training
+from cadiff_cli.training.segmenter.config import Training, load
 from cadiff_cli.training.settings import shipped_configs
 
 COMMON = f"""
@@ -180,6 +180,20 @@ def call(toy_sample, monkeypatch, tmp_path):
 
     call.prepared = prepared
     return call
+
+
+def test_the_small_network_keeps_what_rows_compare():
+    """``--common small`` changes sizes alone: of each row, the method stays as its config says."""
+    rows = {row.config for table in TABLES.values() for row in table.rows}
+    sizes = ("channels", "head_channels", "time_channels")
+    half = asdict(load("cadiff", common="small").net)
+    for config in rows:
+        own, small = load(config), load(config, common="small")
+        net, less = asdict(own.net), asdict(small.net)
+        assert {k for k in net if net[k] != less[k]} == set(sizes)
+        assert [less[k] for k in sizes] == [half[k] for k in sizes]
+        assert replace(small.train.objective, fine=own.train.objective.fine) == own.train.objective
+        assert (small.train.spad, small.train.augment) == (own.train.spad, own.train.augment)
 
 
 @pytest.mark.slow

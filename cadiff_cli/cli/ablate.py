@@ -28,8 +28,8 @@ from cadiff_cli.cli.train import also_options, sources_of, training_options
 @also_options
 @click.option(
     "--common",
-    type=click.Path(path_type=Path, exists=True),
-    help="A TOML file of settings that all rows share, over those of their configs.",
+    metavar="CONFIG",
+    help="A TOML file (or small, which ships) of settings that all rows share, over their own.",
 )
 @training_options
 def command(
@@ -41,7 +41,7 @@ def command(
     also: tuple[tuple[Path, str], ...],
     also_share: float | None,
     init: str | None,
-    common: Path | None,
+    common: str | None,
     run: Path,
     cache: Path | None,
     seed: int | None,
@@ -81,8 +81,7 @@ def command(
         settings["also_share"] = also_share
 
     def loaded(config: str, seed: int) -> Training:
-        over = None if common is None else str(common)
-        return load(config, common=over, seed=seed, **settings)
+        return load(config, common=common, seed=seed, **settings)
 
     # Whatever is wrong with a name is said before hours of preparation, not after.
     chosen = tables_of(tables)
