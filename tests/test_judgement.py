@@ -11,6 +11,7 @@ from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.io.volumes import Row
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Person
+from cadiff_cli.quality.age_ranges import load_age_ranges
 from cadiff_cli.quality.group import FAR, outliers, robust_z
 from cadiff_cli.quality.judgement import (
     FAR_BELOW,
@@ -20,7 +21,7 @@ from cadiff_cli.quality.judgement import (
     columns,
     judge,
 )
-from cadiff_cli.quality.ranges import Range, Ranges, asymmetry, load_ranges, measure
+from cadiff_cli.quality.ranges import WIDE, Range, Ranges, asymmetry, load_ranges, measure
 
 NO_RANGES = Ranges("", {}, {})
 MADE = Provenance("0" * 12, templates=(UsedTemplate("x", "fast", "y", 1.2),))
@@ -34,8 +35,14 @@ def judged(parcellation, ranges=NO_RANGES, dice=None, usual=None, **mm3):
         for s in parcellation.structures
         for a in [s.abbreviation]
     ]
-    rows.append(Row(None, "Brain-Mask", mm3.get("mask", 1.4e6)))
+    rows += totals(rows, mm3.get("mask", 1.4e6))
     return judge(Finished("sub-01", Path(), MADE), rows, None, parcellation, ranges)
+
+
+def totals(rows, mask_mm3=1.4e6):
+    """Rows of totals, as every result has them."""
+    brain = sum(row.mm3 for row in rows)
+    return [Row(None, "Brain-Segmentation", brain), Row(None, "Brain-Mask", mask_mm3)]
 
 
 def test_robust_distances_do_not_depend_on_the_unit():
@@ -194,7 +201,7 @@ def test_what_is_plausible_depends_on_the_age(parcellation, age_ranges):
         Row(s.code, s.name, grown if "Lateral-Vent" in s.name else 1000.0)
         for s in parcellation.structures
     ]
-    rows.append(Row(None, "Brain-Mask", 1.4e6))
+    rows += totals(rows)
 
     def said(person, ranges=anybody):
         result = Finished("sub-01", Path(), replace(MADE, person=person))
@@ -214,6 +221,26 @@ def test_what_is_plausible_depends_on_the_age(parcellation, age_ranges):
     young_only = replace(anybody, ages=(18.0, 30.0))
     (reason,) = said(Person(78.0, "M"), young_only).reasons
     assert reason == "age 78: what the network has learnt is of adults of 18 to 30 years"
+
+
+def test_an_average_person_of_any_known_age_looks_fine(parcellation):
+    """Structures in the middle of what the released curves expect, and totals beside them."""
+    released = load_age_ranges(parcellation)
+    low, high = released.ages
+    for sex in ("F", "M"):
+        for age in np.linspace(low, high, 9):
+            person = Person(float(age), sex)
+            brain_mm3 = released.range("Brain-Segmentation", person, WIDE).centre
+            rows = [
+                Row(s.code, s.name, brain_mm3 * (span.centre if span else 0.1) / 100)
+                for s in parcellation.structures
+                for span in [released.range(s.name, person, WIDE)]
+            ]
+            rows += totals(rows)
+            result = Finished("sub-01", Path(), replace(MADE, person=person))
+            said = judge(result, rows, None, parcellation, NO_RANGES, released)
+            assert said.by_age
+            assert said.fine, said.reasons
 
 
 def test_released_ranges_are_ordered_and_of_known_structures(parcellation):

@@ -186,9 +186,11 @@ def judge(
             r.name: 100 * r.sd_mm3 / r.mm3 for r in of_tissue if r.sd_mm3 is not None and r.mm3
         },
     )
-    sizes = base_volumes(volumes, parcellation) if brain else {}
-    present = {name: 100 * mm3 / brain for name, mm3 in sizes.items() if mm3}
     drawn = {row.name: row.mm3 for row in rows if row.code is not None}
+    # Totals have no share: the age ranges of the whole brain are in mm^3.
+    known_mm3 = {name: mm3 for name, mm3 in drawn.items() if mm3 is not None}
+    sizes = base_volumes(known_mm3, parcellation) if brain else {}
+    present = {name: 100 * mm3 / brain for name, mm3 in sizes.items() if mm3}
     percentile = percentiles(age_ranges, drawn, parcellation, made.person)
     plausible = dict(ranges.percent_brain)
     if age_ranges and percentile:
