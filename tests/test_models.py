@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -12,7 +13,7 @@ from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io import models
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.models import PRIOR_STEP
-from cadiff_cli.io.releases import weights_folder
+from cadiff_cli.io.releases import find_weights, weights_folder
 from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, ParcelModel, Trained
 
 
@@ -172,16 +173,16 @@ def test_a_new_kind_of_network_needs_one_entry(monkeypatch, tmp_path, tiny_weigh
             models.load(other, str(file))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (Model, "cadiff-malc"),
-        (Model, "cadiff-synth"),
-        (BrainModel, "brain-mask"),
-        (AtlasModel, "cadiff-atlas"),
-        (ParcelModel, "nmm138"),
-    ],
+RELEASES = (
+    (Model, "cadiff-malc"),
+    (Model, "cadiff-synth"),
+    (BrainModel, "brain-mask"),
+    (AtlasModel, "cadiff-atlas"),
+    (ParcelModel, "nmm138"),
 )
+
+
+@pytest.mark.parametrize(("kind", "name"), RELEASES)
 def test_a_release_is_written_as_it_was_read(kind, name, tmp_path):
     """The format has not changed: the tensors are the same bytes."""
     again = tmp_path / "again.safetensors"
@@ -191,3 +192,25 @@ def test_a_release_is_written_as_it_was_read(kind, name, tmp_path):
     for key, value in first.items():
         assert value.dtype == second[key].dtype
         assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize(("kind", "name"), RELEASES)
+def test_weights_of_another_version_are_refused(kind, name, tmp_path):
+    """A setting that is not known here, one that is missing, tensors of another size."""
+    source, path = find_weights(name)[0], tmp_path / "other.safetensors"
+    with safe_open(source, framework="pt") as stored:
+        described = json.loads(stored.metadata()["cadiff"])
+    tensors = load_file(source)
+    first = next(iter(tensors))
+    for facts, held in (
+        (described | {"net": described["net"] | {"invented": 1}}, tensors),
+        ({key: value for key, value in described.items() if key != "training"}, tensors),
+        (described, tensors | {first: torch.zeros(7)}),
+    ):
+        save_file(held, path, {"cadiff": json.dumps(facts)})
+        with pytest.raises(DataError, match=r"other\.safetensors holds a network") as caught:
+            models.load(kind, str(path))
+        assert "version" in caught.value.remedy
+    save_file(tensors, path, {"cadiff": "{"})
+    with pytest.raises(DataError, match="no JSON"):
+        models.load(kind, str(path))

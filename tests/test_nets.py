@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from cadiff_cli.config import as_dict
 from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
 from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.io.models import settings_of
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
@@ -80,7 +81,7 @@ def test_unshuffled_voxels_stay_in_their_block(draw):
 
 
 def test_config_survives_plain_values(tiny_config):
-    assert NetConfig.from_dict(as_dict(tiny_config)) == tiny_config
+    assert settings_of(NetConfig, as_dict(tiny_config)) == tiny_config
 
 
 def test_settings_of_older_weights_mean_the_whole_method(tiny_config):
@@ -89,7 +90,7 @@ def test_settings_of_older_weights_mean_the_whole_method(tiny_config):
     for switch in ("reads_field", "reads_coordinates", "reads_labels", "attention"):
         assert values.pop(switch) is True
     assert PROCESSES[values.pop("process")] == Gaussian(Cosine())
-    assert NetConfig.from_dict(values) == tiny_config
+    assert settings_of(NetConfig, values) == tiny_config
 
 
 @pytest.mark.parametrize("which", ["field", "label"])

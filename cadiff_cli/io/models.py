@@ -48,6 +48,15 @@ PRIOR_STEP = 1 / 16
 """The label prior is stored as int8 in units of this (log-probability): error at most 0.03."""
 
 M = TypeVar("M", bound=Trained[Any])
+T = TypeVar("T")
+
+
+def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Settings of a network from what ``config.as_dict`` made of them: JSON has no tuples.
+
+    Those that a file does not name have their defaults.  Raises ``TypeError`` for unknown ones.
+    """
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _no_facts(_: Any) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def _parcellation_of(metadata: Mapping[str, Any]) -> Parcellation:
 def _segmented(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The parcellation of a network that draws all of its classes."""
     parcellation = _parcellation_of(metadata)
-    n_classes = NetConfig.from_dict(metadata["net"]).n_classes
+    n_classes = settings_of(NetConfig, metadata["net"]).n_classes
     if n_classes != parcellation.n_classes:
         raise DataError(
             f"its network has {n_classes} classes, its parcellation {parcellation.name} with"
@@ -146,7 +155,7 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
     Model: Kind(
         SEGMENTER,
         DEFAULT,
-        lambda settings: CADiffNet(NetConfig.from_dict(settings)),
+        lambda settings: CADiffNet(settings_of(NetConfig, settings)),
         int8_step={"prior.logits": PRIOR_STEP},
         facts=_facts_of,
         restore=_segmented,
@@ -154,19 +163,19 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
     BrainModel: Kind(
         "cadiff-brain-1",
         DEFAULT_BRAIN,
-        lambda settings: BrainNet(BrainConfig.from_dict(settings)),
+        lambda settings: BrainNet(settings_of(BrainConfig, settings)),
     ),
     AtlasModel: Kind(
         "cadiff-atlas-1",
         DEFAULT_ATLAS,
-        lambda settings: AtlasNet(AtlasConfig.from_dict(settings)),
+        lambda settings: AtlasNet(settings_of(AtlasConfig, settings)),
         facts=_facts_of_atlas,
         restore=_atlas_facts,
     ),
     ParcelModel: Kind(
         "cadiff-parcels-1",
         PARCELS,
-        lambda settings: ParcelNet(ParcelConfig.from_dict(settings)),
+        lambda settings: ParcelNet(settings_of(ParcelConfig, settings)),
         int8_step={"prior": PRIOR_STEP},
         facts=_facts_of,
         restore=lambda metadata: {"parcellation": _parcellation_of(metadata)},
@@ -193,7 +202,7 @@ def load(model: type[M], name: str = "") -> M:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a weights file ({error})", "reinstall cadiff") from error
-    metadata = json.loads(header.get(METADATA_KEY, "{}"))
+    metadata = _metadata(header, path)
     if metadata.get("format") != kind.format:
         raise DataError(
             f"{path} has format {metadata.get('format')!r}, not {kind.format!r}",
@@ -201,14 +210,30 @@ def load(model: type[M], name: str = "") -> M:
         )
     try:
         facts, net = kind.restore(metadata), kind.network(metadata["net"])
+        training = metadata["training"]
+        net.load_state_dict(
+            {key: value.float() * kind.int8_step.get(key, 1) for key, value in tensors.items()}
+        )
     except DataError as error:
         raise DataError(f"{path}: {error.message}", error.remedy) from error
-    net.load_state_dict(
-        {key: value.float() * kind.int8_step.get(key, 1) for key, value in tensors.items()}
-    )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{path} holds a network that this version of cadiff cannot build ({error})",
+            "use the version of cadiff that wrote it, or a newer one",
+        ) from error
     net.requires_grad_(False).eval()
     channels_last(net)
-    return model(net, label, digest, metadata["training"], **facts)
+    return model(net, label, digest, training, **facts)
+
+
+def _metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """What a weights file says of itself; nothing if it is not cadiff's."""
+    try:
+        return dict(json.loads(header.get(METADATA_KEY, "{}")))
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged: its description is no JSON", "copy it again"
+        ) from error
 
 
 def save(path: Path, model: Trained[Any]) -> str:

@@ -8,7 +8,6 @@ cannot fold.  Conditions are numbers, (B, 3) in [0, 1]: age, sex and ventricles;
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +63,6 @@ class AtlasConfig:
             raise UsageError(
                 f"width {self.width} is no multiple of {self.heads} heads", "use multiples"
             )
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "AtlasConfig":
-        """Read back what ``config.as_dict`` made for a weights file's metadata."""
-        tuples = {key: tuple(values[key]) for key in ("shape", "channels")}
-        return AtlasConfig(**(values | tuples))
 
 
 class ConditionEmbedding(nn.Module):

@@ -10,7 +10,6 @@ can be read between voxels: the border at 1 mm has no 2 mm steps.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,6 @@ class BrainConfig:
     coarse: tuple[int, ...] = (32, 64, 96, 96)
     fine: tuple[int, ...] = (32, 64, 96)
     skull: bool = False
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "BrainConfig":
-        """Read back what ``config.as_dict`` made for a weights file's metadata."""
-        return BrainConfig(
-            tuple(values["coarse"]), tuple(values["fine"]), bool(values.get("skull", False))
-        )
 
     @property
     def multiple(self) -> int:

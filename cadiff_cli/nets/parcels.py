@@ -6,7 +6,6 @@ neither contrast nor the network that drew the structures matters.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +40,6 @@ class ParcelConfig:
     hidden: int = 128
     dropout: float = 0.1
     prior_shape: tuple[int, int, int] = (32, 61, 53)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "ParcelConfig":
-        """Read back what ``config.as_dict`` made for a weights file's metadata."""
-        tuples: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return ParcelConfig(**tuples)
 
 
 class Block(nn.Module):

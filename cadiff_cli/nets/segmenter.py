@@ -108,14 +108,6 @@ class NetConfig:
         """The settings of the head: equal for networks whose heads are alike."""
         return {name: value for name, value in asdict(self).items() if name.startswith(HEAD)}
 
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "NetConfig":
-        """Read back what ``config.as_dict`` made for a weights file's metadata."""
-        tuples: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return NetConfig(**tuples)
-
 
 @dataclass(frozen=True, eq=False)
 class Coarse:
