@@ -62,7 +62,7 @@ def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
 def seed_option() -> Any:
     """The seed is one option for registration and noise."""
     names = ("--seed", "--random-seed")
-    return option(0, "Of registration and noise.", *names, low=0, high=2**31 - 2)
+    return option(0, "Seed of registration and noise.", *names, low=0, high=2**31 - 2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class StripConfig:
 
     method: str = option(
         "auto",
-        "auto leaves a stripped scan alone and strips a whole head with the network.",
+        "auto: strip a whole head with the network, leave a stripped scan. net: always strip with"
+        " the network. template: use the mask of Colin27. none: the scan is stripped already.",
         "--skull-strip",
         choices=("auto", "net", "template", "none"),
     )
@@ -84,8 +85,8 @@ class RegisterConfig:
 
     name: str = option(
         "fast",
-        "fast: affine and SyN at 2 mm. fine: more iterations, several times as long. none: the"
-        " network finds the field together with the labels.",
+        "fast: affine and SyN. fine: iterations at 2 mm too, about three times as slow. affine: no"
+        " SyN, less accurate. none: no registration, a quick look; the network finds the field.",
         "--registration",
         choices=("fast", "fine", "affine", "none"),
     )
@@ -109,7 +110,8 @@ class SampleConfig:
 
     steps: int = option(
         5,
-        "Diffusion steps. 0 skips the network: labels from the registered prior alone.",
+        "Diffusion steps. 0: registration only, without the network; the most frequent label at"
+        " each position.",
         low=0,
         high=1000,
     )
@@ -120,8 +122,16 @@ class SampleConfig:
         low=1,
         high=100,
     )
-    flip: bool = option(True, "Ask about the mirrored brain too in the last step [on].")
-    tile: int | None = option(None, "Tile edge in mm (default: whole volume).", low=32)
+    flip: bool = option(
+        True,
+        "In the last step, also predict the mirrored brain and take the mean [default: on].",
+    )
+    tile: int | None = option(
+        None,
+        "Compute in cubes of this edge, in mm (a multiple of 32): less memory [default: whole"
+        " volume; cubes of 96 where memory is short].",
+        low=32,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,13 +149,13 @@ class OutputConfig:
         "freesurfer: also write the labels with codes of FreeSurfer's table alone.",
         choices=("cadiff", "freesurfer"),
     )
-    posteriors: bool = option(False, "Also write the 4-D probseg.")
+    posteriors: bool = option(False, "Also write the probabilities of all structures (4-D).")
     uncertainty: bool = option(
         False, "Also write a map of uncertainty (--samples 2 and more always do)."
     )
     parcellation: str | None = option(
         None,
-        "Also name the parcels of the cerebral cortex, in a second label map.",
+        "Also divide the cortex: nmm138 writes a second label map with 98 parcels.",
         choices=(PARCELS,),
     )
     field: bool = option(False, "Also write the distance field.", "--save-field")
@@ -155,7 +165,7 @@ class OutputConfig:
         "--output-spaces",
         metavar="SPACE[:res-N]...",
     )
-    report: bool = option(True, "Write pages to look at (OUT/SCAN.html) [on].")
+    report: bool = option(True, "Write pages to look at (OUT/SCAN.html) [default: on].")
 
     def __post_init__(self) -> None:
         """Each space is wanted once."""
@@ -176,7 +186,7 @@ class Config:
 class Machine:
     """Where a scan is computed.  It never decides a result: fingerprints do not know it."""
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:1...")
+    device: str = option("auto", "auto (CUDA if present, else cpu), cpu, cuda, cuda:1...")
     threads: int | None = option(None, "CPU threads for the network.", low=1)
 
 
@@ -202,11 +212,12 @@ class Request:
     offline: bool = option(False, "Never try to download a template.")
     ranges: Path | None = option(
         None,
-        "Percentiles by age of your own people: a file of cadiff ranges train [those that ship].",
+        "Percentiles by age of your own people: a file of cadiff ranges train [default: those that"
+        " ship].",
     )
     machine: Machine = Machine()
     work_dir: Path | None = option(
-        None, "Folder for temporary files [system's].", "--work-dir", "-w"
+        None, "Folder for temporary files [default: the system's].", "--work-dir", "-w"
     )
     overwrite: bool = option(
         False,

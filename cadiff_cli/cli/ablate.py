@@ -24,7 +24,13 @@ from cadiff_cli.cli.train import also_options, sources_of, training_options
     multiple=True,
     help="Subject label that is scored, of any dataset (repeatable), instead of --folds.",
 )
-@click.option("--folds", type=click.IntRange(2), default=3, show_default=True)
+@click.option(
+    "--folds",
+    type=click.IntRange(2),
+    default=3,
+    show_default=True,
+    help="Number of folds over the people.",
+)
 @also_options
 @click.option(
     "--common",

@@ -16,7 +16,9 @@ GIVEN = {"age": "age_years", "sex": "sex", "ventricles": "ventricles_percent"}
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the tables."
 )
-@click.option("--cache", type=click.Path(path_type=Path), help="Prepared people [OUT/cache].")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Prepared people [default: OUT/cache]."
+)
 @click.option(
     "--given",
     default="age,sex",

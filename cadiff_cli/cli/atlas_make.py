@@ -48,12 +48,12 @@ def parse_ages(text: str) -> tuple[float, ...]:
 
 @click.command(name="make", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--age", metavar="YEARS", help="Age, or a range FROM:TO:STEP as 20:90:10.")
-@click.option("--sex", type=SexOption(), help="Of the people [both].")
+@click.option("--sex", type=SexOption(), help="Sex of the people [default: both].")
 @click.option(
     "--ventricles",
     type=click.FloatRange(0, 100, min_open=True),
     metavar="PERCENT",
-    help="Volume of their ventricles in per cent of the brain [usual].",
+    help="Volume of their ventricles in per cent of the brain [default: usual].",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @click.option(
@@ -64,14 +64,14 @@ def parse_ages(text: str) -> tuple[float, ...]:
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**31 - 2),
-    help="Number of the first sample [0]. Without --samples: the atlas of this possible person, not"
-    " of the centre.",
+    help="Number of the first sample [default: 0]. Without --samples: the atlas of this possible"
+    " person, not of the centre.",
 )
 @click.option(
     "--model", default=DEFAULT_ATLAS, show_default=True, help="Released atlas model, or a file."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier atlas of the same condition.")
-@click.option("--report/--no-report", default=True, help="Write a page to look at [on].")
+@click.option("--report/--no-report", default=True, help="Write a page to look at [default: on].")
 def command(
     age: str | None,
     sex: "Sex | None",

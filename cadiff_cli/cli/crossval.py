@@ -11,14 +11,20 @@ from cadiff_cli.cli.train import training_options
 @click.command(name="crossval", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--folds", type=click.IntRange(2), default=3, show_default=True)
+@click.option(
+    "--folds",
+    type=click.IntRange(2),
+    default=3,
+    show_default=True,
+    help="Number of folds over the people.",
+)
 @click.option("--fold", multiple=True, type=int, help="Run only this fold, from 1 (repeatable).")
 @click.option(
     "--fraction",
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
-    help="Of steps and decay, to try the protocol out.",
+    help="Share of steps and decay, to try the protocol out.",
 )
 @training_options
 def command(

@@ -18,7 +18,11 @@ FORMATS = ("enigma", "freesurfer", "synthseg")
     " --vol.",
 )
 @click.option(
-    "-o", "--out", "path", type=click.Path(path_type=Path), help="File to write [in OUT/export]."
+    "-o",
+    "--out",
+    "path",
+    type=click.Path(path_type=Path),
+    help="File to write [default: in OUT/export].",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 def command(out: Path, layout: str, path: Path | None, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ import click
 @click.argument("templates", nargs=-1)
 @click.option("--check", is_flag=True, help="Only check that they are there and undamaged.")
 def command(templates: tuple[str, ...], check: bool) -> None:
-    """Download TEMPLATES [all that cadiff knows] into TemplateFlow's cache, and check them.
+    """Download TEMPLATES [default: all] into TemplateFlow's cache, and check them.
 
     Existing files are kept, damaged ones are replaced.
 

@@ -30,7 +30,7 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
     "drawn",
     default="cadiff40",
     show_default=True,
-    help="Parcellation to draw: a shipped name, or a TSV.",
+    help="Label set to draw: cadiff40, nmm138, or a TSV.",
 )
 @click.option(
     "--labels",

@@ -16,12 +16,14 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--participants",
     type=PATH,
-    help="participants.tsv with ages and sexes [that of the dataset, or of DERIVATIVES].",
+    help="participants.tsv with ages and sexes [default: that of the dataset, or of DERIVATIVES].",
 )
-@click.option("--people", help="Who they are, in words, for tables and pages [names and numbers].")
+@click.option(
+    "--people", help="Who they are, in words, for tables and pages [default: names and numbers]."
+)
 @click.option(
     "--parcellation",
-    help="Structures of the tables: a name, or a table of your own [those of DERIVATIVES, else"
+    help="Label set of the tables: cadiff40, nmm138, or a TSV [default: that of DERIVATIVES, else"
     " cadiff40].",
 )
 @click.option("--no-check", is_flag=True, help="Do not predict people who are left out.")

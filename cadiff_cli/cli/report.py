@@ -10,7 +10,8 @@ import click
 @click.option(
     "--scans",
     type=click.Path(path_type=Path, exists=True),
-    help="The scan, or a folder that holds the scans [where OUT's dataset_description.json says].",
+    help="The scan, or a folder that holds the scans [default: where OUT's dataset_description.json"
+    " says].",
 )
 def command(out: Path, scans: Path | None) -> int:
     """Rebuild the page of every finished result in OUT, and group.html if there are several.

@@ -69,14 +69,14 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     "--participant_label",
     cls=Words,
     metavar="LABEL...",
-    help="Participants to run, with or without sub-; or a file with one a line [all].",
+    help="Participants to run, with or without sub-; or a file with one a line [default: all].",
 )
 @click.option(
     "--session-label",
     "--session_label",
     cls=Words,
     metavar="LABEL...",
-    help="Sessions to run, likewise [all].",
+    help="Sessions to run, in the same form [default: all].",
 )
 @click.option(
     "--bids-filter-file",
@@ -98,7 +98,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     "--n-cpus",
     "--n_cpus",
     type=click.IntRange(1),
-    help="Threads in all, over all processes [all cores].",
+    help="Threads in all, over all processes [default: all cores].",
 )
 @click.option("--omp-nthreads", type=click.IntRange(1), help="Threads of each process.")
 @click.option(
@@ -106,7 +106,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     "--mem-mb",
     "--mem_mb",
     type=Memory(),
-    help="Memory that may be used, as 16G; a bare number is MB [what is free].",
+    help="Memory that may be used, as 16G; a bare number is MB [default: what is free].",
 )
 @click.option(
     "--executor",
@@ -115,12 +115,12 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     show_default=True,
     help="Where scans are segmented.",
 )
-@click.option("--dask-address", help="Scheduler, as tcp://host:8786 [one of our own].")
+@click.option("--dask-address", help="Scheduler, as tcp://host:8786 [default: one of our own].")
 @click.option(
     "--dataset-links",
     cls=Words,
     metavar="raw=URI",
-    help="Where BIDS_DIR can be found by others [a relative path, or its DOI].",
+    help="Where BIDS_DIR can be found by others [default: a relative path, or its DOI].",
 )
 @click.option(
     "--config-file",

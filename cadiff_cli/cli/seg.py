@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @click.option(
-    "--age", type=Age(), help="Of the person: for percentiles, and for --template conditional."
+    "--age",
+    type=Age(),
+    help="Age of the person, in years: for percentiles and --template conditional.",
 )
-@click.option("--sex", type=SexOption(), help="Of the person, likewise.")
+@click.option("--sex", type=SexOption(), help="Sex of the person, for the same.")
 @options_of(Request)
 @click.option("--series", type=int, help="Of a DICOM folder: number of the series.")
-@click.option("--subject", help="Of a DICOM folder: label for its files [01].")
+@click.option("--subject", help="Of a DICOM folder: label for its files [default: 01].")
 @click.option("-v", "--verbose", count=True, help="More messages.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
 @click.version_option(__version__, prog_name="cadiff")

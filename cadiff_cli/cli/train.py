@@ -14,33 +14,52 @@ RUN_OPTIONS = (
     click.option(
         "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
     ),
-    click.option("--cache", type=click.Path(path_type=Path), help="Prepared images [RUN/cache]."),
-    click.option("--steps", type=click.IntRange(1), help="Instead of the config's."),
+    click.option(
+        "--cache", type=click.Path(path_type=Path), help="Prepared images [default: RUN/cache]."
+    ),
+    click.option(
+        "--steps", type=click.IntRange(1), help="Number of steps, instead of the config's."
+    ),
     click.option(
         "--decay",
         type=click.IntRange(1),
-        help="Last steps, rate to 0 [the config's; with --steps, at most the same share].",
+        help="Number of last steps in which the rate falls to 0 [default: the config's; with"
+        " --steps, at most the same share].",
     ),
     click.option("--rate", type=float, help="Learning rate, instead of the config's."),
-    click.option("--batch", type=click.IntRange(1), help="Instead of the config's."),
-    click.option("--seed", type=click.IntRange(0), help="Instead of the config's."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1..."),
     click.option(
-        "--workers", type=click.IntRange(0), default=0, show_default=True, help="Drawing processes."
+        "--batch", type=click.IntRange(1), help="Patches a step, instead of the config's."
+    ),
+    click.option("--seed", type=click.IntRange(0), help="Random seed, instead of the config's."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto (CUDA if present, else cpu), cpu, cuda, cuda:1...",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Processes that prepare patches, beside the main one.",
     ),
     click.option(
         "--max-minutes",
         type=float,
         default=float("inf"),
-        help="Stop then, to go on later.",
+        help="Stop after this many minutes; the same command goes on.",
     ),
 )
 SCAN_OPTIONS = (
-    click.option("--parcellation", help="Instead of the config's: a shipped name, or a TSV."),
+    click.option(
+        "--parcellation",
+        help="Label set to learn, instead of the config's: cadiff40, nmm138, or a TSV.",
+    ),
     click.option(
         "--labels",
-        help="Instead of the config's: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or"
-        " a TSV (source, index).",
+        help="Ids of DATASET's label maps, instead of the config's: neuromorphometrics, freesurfer,"
+        " dlmuse, synthseg, cadiff, or a TSV (source, index).",
     ),
     click.option(
         "--template",
@@ -63,12 +82,13 @@ ALSO_OPTIONS = (
         type=(click.Path(path_type=Path), str),
         multiple=True,
         metavar="DATASET LABELS",
-        help="Scans whose labels are trusted less: a share of the patches, no vote in the prior.",
+        help="Scans whose labels are trusted less: a share of the patches, no vote in the prior."
+        " LABELS: as --labels.",
     ),
     click.option(
         "--also-share",
         type=click.FloatRange(0, 1),
-        help="Share of the patches that --also gets [0.3].",
+        help="Share of the patches that --also gets [default: 0.3].",
     ),
     click.option(
         "--init", metavar="MODEL", help="Begin with these weights (released name or file)."
@@ -155,9 +175,10 @@ def command(
 ) -> None:
     """Train as CONFIG says on DATASET, a BIDS-like folder of T1w images with dseg label maps.
 
-    CONFIG is a TOML file or the name of a shipped one: cadiff; finish, its last part from --init;
-    synth, for painted scans and any contrast; or a variant of the ablation (unet, diffusion, dual,
-    label, collaborative, consistency, consistency-dice, taca, paper, scaled).  Options override it.
+    CONFIG is a TOML file or the name of a shipped one: cadiff; finish, a last part that begins from
+    --init; synth, for painted scans and any contrast; spad, spad-targets, spad-borders, spad-time;
+    scaled; paper; or a row of the ablation (unet, diffusion, dual, label, collaborative,
+    consistency, consistency-dice, taca).  Options override it.
 
     Scans are prepared once by the same code that inference runs.  The same command continues after
     a kill, and goes on further with more --steps.

@@ -127,7 +127,8 @@ def _program() -> str:
         return found
     raise MissingInputError(
         "DICOM files are converted by dcm2niix, which is not installed",
-        "pip install 'cadiff[dicom]', or convert them yourself and give the NIfTI file",
+        "pip install dcm2niix (cadiff[dicom] includes it), or convert them yourself and give the"
+        " NIfTI file",
     )
 
 

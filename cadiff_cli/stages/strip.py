@@ -295,7 +295,7 @@ def _from_template(
         raise MissingInputError(
             f"the scan is a whole head, and template {name} has no skull to strip it by",
             "use --template auto or MNIColin27+..., with TEMPLATEFLOW_HOME a cache that holds"
-            " MNIColin27 ('cadiff fetch MNIColin27' on a machine with a network), or give --mask"
+            " MNIColin27 ('cadiff fetch MNIColin27' on a machine with internet), or give --mask"
             " FILE",
         )
     if not config.wanted:  # not of the brain, but of the head
