@@ -216,6 +216,17 @@ def test_age_and_sex_predict_better_than_neither():
     assert found["age"]["over 65"]["coverage"] == pytest.approx(PERCENTILES, abs=8)
 
 
+def test_a_source_that_holds_nearly_everybody_is_not_left_out():
+    """Nothing can be fitted to the two others; tenths of all can be left out all the same."""
+    cohort = people(20, seed=4)
+    lopsided = replace(cohort, sources=("large",) * 18 + ("small",) * 2)
+    found = check(lopsided, TOY, {"age": Form(of_age=False)})["age"]
+    assert found["all"]["people"] == 20
+    assert found["other sources"]["people"] == 2  # predicted from the large source
+    alone = check(cohort, TOY, {"age": Form(of_age=False)})["age"]
+    assert "other sources" not in alone
+
+
 def test_two_knots_make_a_straight_line_and_three_bend_it():
     ages = np.linspace(0, 100, 101)
     straight = design(ages, 0 * ages, (10, 90))

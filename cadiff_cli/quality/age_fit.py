@@ -28,7 +28,7 @@ from cadiff_cli.quality.age_ranges import (
     sizes,
     spread_design,
 )
-from cadiff_cli.quality.ranges import WIDE
+from cadiff_cli.quality.ranges import AGE_GROUPS, WIDE
 
 FEWEST_PEOPLE = 20
 """People without whom nothing is fitted."""
@@ -46,7 +46,8 @@ RATIOS = np.geomspace(1e-3, 4.0, 20)
 """Of the variances of sources and of people, that are tried."""
 PERCENTILES = (5.0, 25.0, 50.0, 75.0, 95.0)
 FOLDS = 10
-AGE_GROUPS = {"under 40": (0.0, 40.0), "40 to 65": (40.0, 65.0), "over 65": (65.0, 999.0)}
+LEAST_LEFT = 15
+"""People to whom curves are fitted when others are left out; with fewer, nobody is predicted."""
 DIGITS = 6
 
 
@@ -104,6 +105,7 @@ def check(
     Form -> group of people -> the per cent of them below each predicted percentile (``coverage``:
     5, 25, 50, 75, 95 are right), the pinball loss (mean over structures, people and percentiles,
     in log units; lower is better), and the per cent who have an ``implausible`` size (``WIDE``).
+    A source without which too few people remain is not predicted.
     """
     table = _table(cohort, parcellation)
     _check(table)
@@ -111,8 +113,8 @@ def check(
     found = dict[str, Any]()
     for name, form in forms.items():
         found[name] = _scored(table, fold, form)
-        if len({*table.sources}) > 1:
-            found[name]["other sources"] = _scored(table, table.sources, form)["all"]
+        if others := _scored(table, table.sources, form):
+            found[name]["other sources"] = others["all"]
     return found
 
 
@@ -275,13 +277,15 @@ def _plain(values: Any) -> Any:
 
 
 def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
-    """Coverage and pinball loss over folds, each predicted from the others."""
+    """Coverage and pinball loss over folds, each predicted from the others; empty if none is."""
     shape = (len(table.ages), len(table.logs), len(PERCENTILES))
     below, loss = np.full(shape, np.nan), np.full(shape, np.nan)
     far = np.zeros(len(table.ages), bool)
     levels, ends = np.array(PERCENTILES) / 100, 100 * ndtr([-WIDE, WIDE])
     for one in np.unique(fold):
         out = np.flatnonzero(fold == one)
+        if len(fold) - len(out) < LEAST_LEFT:
+            continue
         ranges = _fit(table.part(fold != one), "", "", form)
         for k, (name, y) in enumerate(table.logs.items()):
             for coded in np.unique(table.sexes[out]):
@@ -294,6 +298,7 @@ def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
                 error = y[rows, None] - lines
                 below[rows, k] = np.where(np.isnan(error), np.nan, error < 0)
                 loss[rows, k] = np.maximum(levels * error, (levels - 1) * error)
+    predicted = np.isfinite(below).any(axis=(1, 2))
     return {
         name: {
             "people": int(rows.sum()),
@@ -302,5 +307,5 @@ def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
             "implausible": round(100 * float(far[rows].mean()), 1),
         }
         for name, (low, high) in {"all": (0.0, np.inf), **AGE_GROUPS}.items()
-        if (rows := (table.ages >= low) & (table.ages < high)).any()
+        if (rows := predicted & (table.ages >= low) & (table.ages < high)).any()
     }
