@@ -11,9 +11,11 @@ import torch
 from bids_dataset import here
 from test_cli import one_line
 
+from cadiff_cli.cli.train_parcels import command as train_command
 from cadiff_cli.config import Config, OutputConfig, Recipe
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io import models
+from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import find_weights
@@ -303,6 +305,19 @@ def test_a_training_learns_and_resumes(sample, model, tmp_path):
         train(tmp_path / "c", 4, hold_out=["nobody"])
 
 
+@pytest.mark.parametrize(("name", "refused"), [("sub-01", False), ("01", False), ("02", True)])
+def test_a_wrong_name_is_told_before_scans_are_prepared(name, refused, tmp_path, monkeypatch):
+    def prepared(*_):
+        raise InterruptedError
+
+    scans = [LabelledScan(f"sub-{n}", n, tmp_path, tmp_path) for n in ("01", "03")]
+    monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", lambda _: scans)
+    monkeypatch.setattr("cadiff_cli.training.segmenter.data.prepare_scans", prepared)
+    arguments = ["parcels", str(tmp_path), "-o", str(tmp_path / "run"), "--hold-out", name]
+    with pytest.raises(UsageError if refused else InterruptedError):
+        train_command.main(arguments, standalone_mode=False)
+
+
 # The shipped parcellation
 
 
@@ -416,7 +431,7 @@ def test_a_result_without_its_parcels_is_not_finished(out):
 def test_page_and_group_show_parcels(out):
     page = (out / "sub-01.html").read_text()
     assert "Parcels of the cortex" in page
-    assert "Left-Precuneus" in page or "Precuneus" in page
+    assert "Precuneus" in page
     assert not write_group(out, known_scans(out)).missing
     with (out / "group_seg-nmm138_morph.tsv").open() as stream:
         (row,) = csv.DictReader(stream, delimiter="\t")

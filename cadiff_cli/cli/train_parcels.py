@@ -42,7 +42,7 @@ def command(
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import ParcelModel
     from cadiff_cli.training.parcels.config import load
-    from cadiff_cli.training.parcels.run import train_parcels
+    from cadiff_cli.training.parcels.run import check_people, train_parcels
     from cadiff_cli.training.segmenter.data import prepare_scans
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -53,6 +53,8 @@ def command(
     parcellation = load_parcellation(training.parcellation)
     mapping = load_scheme(training.labels, parcellation)
     scans = labelled_scans(dataset)
+    held = tuple(name.removeprefix("sub-") for name in hold_out)
+    check_people({scan.subject for scan in scans}, held, model, parcellation)
     for folder in (run, cache or run):
         check_writable(folder)
     samples = prepare_scans(
@@ -65,7 +67,7 @@ def command(
         parcellation,
         init=model,
         net_config=training.net,
-        hold_out=hold_out,
+        hold_out=held,
         device=device,
         workers=workers,
         max_minutes=max_minutes,

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,28 +58,9 @@ def train_parcels(
     trained on can be held out, and the prior is counted anew.  At the end ``run/held_out.tsv`` gets
     the mean Dice of the parcels of every hemisphere that was held out, inside its true cortex.
     """
-    if missing := sorted(set(hold_out) - {s.subject for s in samples}):
-        raise UsageError(
-            f"--hold-out names {missing}", f"there are {sorted({s.subject for s in samples})}"
-        )
-    if init and (seen := sorted(init.seen & set(hold_out))):
-        raise UsageError(
-            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
-        )
-    if init and init.parcellation != parcellation:
-        raise UsageError(
-            f"--init names the parcels of {init.parcellation.name}, the config {parcellation.name}",
-            "use weights of this parcellation, or begin anew",
-        )
+    check_people({s.subject for s in samples}, hold_out, init, parcellation)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
-    if not chosen:
-        raise UsageError("every subject is held out", "leave one to train on")
     n = len(left_parcels(parcellation))
-    if not n:
-        raise UsageError(
-            f"{parcellation.name} has no parcels of the cortex",
-            "give one whose column parent names it",
-        )
     sizes = init.net.config if init else replace(net_config or ParcelConfig(), n_parcels=n)
     net = new_net(ParcelNet, sizes, init, config.seed, device)
     told = ParcelIdentity(
@@ -121,6 +102,31 @@ def train_parcels(
             log.info("held out: %s %s Dice %.4f", sample.name, side, score)
     write_tsv(run / "held_out.tsv", ("scan", "hemisphere", "dice"), rows)
     return path
+
+
+def check_people(
+    people: Set[str], hold_out: Sequence[str], init: ParcelModel | None, parcellation: Parcellation
+) -> None:
+    """Raise ``UsageError`` unless these subjects can be trained on, and held out, as asked for."""
+    held = set(hold_out)
+    if missing := sorted(held - people):
+        raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people)}")
+    if init and (seen := sorted(init.seen & held)):
+        raise UsageError(
+            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
+        )
+    if init and init.parcellation != parcellation:
+        raise UsageError(
+            f"--init names the parcels of {init.parcellation.name}, the config {parcellation.name}",
+            "use weights of this parcellation, or begin anew",
+        )
+    if not people - held:
+        raise UsageError("every subject is held out", "leave one to train on")
+    if not left_parcels(parcellation):
+        raise UsageError(
+            f"{parcellation.name} has no parcels of the cortex",
+            "give one whose column parent names it",
+        )
 
 
 def held_out_dice(net: ParcelNet, one: Labelled) -> float:
