@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.io.files import replacing
+from cadiff_cli.labels.luts import rgb
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import Model
@@ -136,10 +137,7 @@ def sample_conditions(sample: Sample) -> Conditions:
 
 def overlay(sample: Sample, predicted: np.ndarray, parcellation: Parcellation) -> np.ndarray:
     """Image, prediction and manual labels in the middle slice of each plane: (H, W, 3) uint8."""
-    colours = np.array(
-        [(0, 0, 0), *(_rgb(s.color) for s in parcellation.structures)],
-        dtype=np.float64,
-    )
+    colours = np.array([(0, 0, 0), *map(rgb, parcellation.structures)], dtype=np.float64)
     grey = planes(sample.image)
     rows = [grey]
     for labels in (predicted, sample.classes):
@@ -168,10 +166,6 @@ def planes(volume: np.ndarray) -> np.ndarray:
     height = max(len(each) for each in slices)
     row = [np.pad(each, ((0, height - len(each)), (0, 0))) for each in slices]
     return np.repeat(np.concatenate(row, axis=1)[..., None], 3, axis=2)
-
-
-def _rgb(color: str) -> tuple[int, int, int]:
-    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
 def _save_picture(path: Path, pixels: np.ndarray) -> None:
