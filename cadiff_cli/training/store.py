@@ -10,14 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.config import fingerprint
+from cadiff_cli.config import Config, as_dict, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import replacing
+from cadiff_cli.io.releases import strip_weights_sha256
+from cadiff_cli.stages.register import settings
 
 
 def stored_path(folder: Path, name: str, content: Iterable[Any]) -> Path:
     """The file of a prepared scan; ``content`` holds plain values that decide what is in it."""
     return folder / f"{name}_{fingerprint(list(content))}.npz"
+
+
+def made_by(config: Config) -> list[Any]:
+    """All that decides how a run with ``config`` finds a brain and registers it."""
+    register = config.register
+    return [as_dict(register), settings(register.name), strip_weights_sha256(config.strip)]
 
 
 def once(path: Path, name: str, prepare: Callable[[], Mapping[str, Any]]) -> Path:

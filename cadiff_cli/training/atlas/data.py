@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.config import REVISION, Config, SampleConfig, as_dict, fingerprint
+from cadiff_cli.config import REVISION, Config, SampleConfig, fingerprint
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.index import entities_of
@@ -29,7 +29,7 @@ from cadiff_cli.io.bids.people import People, read_people
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
-from cadiff_cli.io.releases import find_weights, strip_weights_sha256
+from cadiff_cli.io.releases import find_weights
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.labels.schemes import load_scheme, scheme_names
 from cadiff_cli.nets.atlas import MULTIPLE
@@ -41,7 +41,6 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels, resample_mask
 from cadiff_cli.stages.condition import FIELD_STRIDE, brain_crop, normalise
 from cadiff_cli.stages.field import template_coordinates
-from cadiff_cli.stages.register import settings
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training import store
 from cadiff_cli.training.atlas.structures import Shares, fit_structures
@@ -182,16 +181,21 @@ def prepare_people(
     velocity folds.
     """
     # Whatever is wrong with a folder is said before the first scan.
-    told = [(folder, scans_of(folder), known_people(folder)) for folder in folders]
+    names = [folder.resolve().name for folder in folders]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"two folders are called {twice[0]!r}", "rename one: people are named after them"
+        )
+    told = [(scans_of(folder), known_people(folder)) for folder in folders]
     grid = base_grid(base, spacing_mm)
     cache.mkdir(parents=True, exist_ok=True)
     people, bad = list[Sitter](), list[str]()
-    for folder, scans, about in told:
+    for source, (scans, about) in zip(names, told, strict=True):
         for index, (label, path) in enumerate(scans.items(), start=1):
-            log.info("preparing sub-%s of %s, %d of %d", label, folder.name, index, len(scans))
+            log.info("preparing sub-%s of %s, %d of %d", label, source, index, len(scans))
             person = about.of(label)
             sitter = load(build(path, f"sub-{label}", base, grid, cache), grid)
-            sitter = replace(sitter, source=folder.name, age_years=person.age_years, sex=person.sex)
+            sitter = replace(sitter, source=source, age_years=person.age_years, sex=person.sex)
             if sitter.trusted and not sitter.folded:
                 people.append(sitter)
             else:
@@ -251,10 +255,9 @@ def build(scan: Path, name: str, base: Template, grid: Grid, cache: Path) -> Pat
     assert base.labels is not None
     given = labels_beside(scan)
     key = sha256(scan) if given is None else fingerprint([sha256(scan), sha256(given[0])])
-    made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
     drawn = hashlib.sha256(base.labels.data.astype("<i2").tobytes()).hexdigest()
     shape = [*grid.shape, *grid.affine.ravel().tolist()]
-    content = [FORMAT, REVISION, made, frame(base.name), drawn, shape, key]
+    content = [FORMAT, REVISION, store.made_by(HOW), frame(base.name), drawn, shape, key]
     content.append(given[1] if given else find_weights()[2])
     return store.once(
         store.stored_path(cache, name, content), name, lambda: _arrays(scan, name, base, grid, key)

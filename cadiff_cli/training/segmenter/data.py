@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cadiff_cli.config import REVISION, Config, as_dict, fingerprint
+from cadiff_cli.config import REVISION, Config, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import check_there
-from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import own_contents
 from cadiff_cli.labels.parcellation import BASE, Parcellation, shipped_names
 from cadiff_cli.pipeline import prepare
@@ -26,7 +25,6 @@ from cadiff_cli.products import sound
 from cadiff_cli.spatial.resample import resample_labels
 from cadiff_cli.stages.condition import FIELD_STRIDE
 from cadiff_cli.stages.field import mean_field
-from cadiff_cli.stages.register import settings
 from cadiff_cli.training import store
 from cadiff_cli.training.templates import frame, load_atlas
 
@@ -101,8 +99,7 @@ def sample_path(
         check_there(path)
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
     frames = [frame(name) for name in templates]
-    made = [as_dict(HOW.register), settings(HOW.register.name), strip_weights_sha256(HOW.strip)]
-    content = [FORMAT, REVISION, sorted(mapping.items()), frames, inputs, made]
+    content = [FORMAT, REVISION, sorted(mapping.items()), frames, inputs, store.made_by(HOW)]
     if parcellation.name != BASE:  # the names of its samples are older than other parcellations
         content.append(identity(parcellation))
     return store.stored_path(folder, scan.name, content)
