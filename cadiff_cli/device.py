@@ -86,6 +86,10 @@ def enough_memory(remedy: str = "use a smaller --tile, or --device cpu") -> Iter
 
 
 def is_short_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: only the text of torch's ``RuntimeError`` shows it."""
+    """Whether memory ran out.
+
+    On a CPU, and in some libraries of a GPU, only the text of torch's ``RuntimeError`` shows it.
+    """
     texts = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(text in str(error) for text in texts)

@@ -1,5 +1,6 @@
 """Training: a step decided by its seed, and going on after a kill as if nothing happened."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,10 +371,13 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(start, tmp_path, monkeyp
     save_checkpoint(path, state, QUICK)
     before = path.read_bytes()
 
-    def full(*_):
-        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+    write = Path.write_bytes
 
-    monkeypatch.setattr(torch, "save", full)
+    def full(file, data):
+        write(file, data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DiskError, match="last checkpoint"):
         save_checkpoint(path, state, QUICK)
     assert path.read_bytes() == before

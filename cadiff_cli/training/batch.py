@@ -1,4 +1,4 @@
-"""Tensors that travel together through training."""
+"""Tensors that travel together through training, and the randomness that makes them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -37,3 +37,8 @@ def stack(draws: Sequence[B]) -> B:
             for f in dataclasses.fields(kind)
         }
     )
+
+
+def generator_of(seed: int, index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The randomness of draw ``index`` of a run: a function of both numbers alone."""
+    return torch.Generator(device).manual_seed(seed * 10_000_019 + index)

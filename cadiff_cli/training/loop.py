@@ -7,6 +7,7 @@ uninterrupted one would have drawn.
 
 import copy
 import dataclasses
+import io
 import logging
 import math
 import signal
@@ -25,7 +26,7 @@ from cadiff_cli.config import as_dict
 from cadiff_cli.device import autocast, enough_memory
 from cadiff_cli.errors import CadiffError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.training.batch import B, Batch, stack
+from cadiff_cli.training.batch import B, Batch, generator_of, stack
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +126,14 @@ def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
         "net_config": as_dict(state.net.config),
         "train_config": as_dict(config),
     }
+    data = io.BytesIO()  # torch hides why a file cannot be written
+    torch.save(stored, data)
     temporary = path.with_suffix(".tmp")  # one name: the next save replaces what a kill leaves
     try:
-        with temporary.open("wb") as stream:
-            torch.save(stored, stream)
+        temporary.write_bytes(data.getbuffer())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "writ" not in str(error):
-            raise  # torch's own where its stream cannot be written says so
         kept = "; the last checkpoint is there still" if path.exists() else ""
         raise DiskError(
             f"writing {path} failed ({error}){kept}",
@@ -277,8 +277,7 @@ def _outlive_signals(_worker: int) -> None:
 def train_step(state: State[N], batch: Any, objective: Objective, config: Schedule) -> Parts:
     """One forward and backward pass, one step of the optimiser and of the average."""
     # Not the number that a patch was drawn with: its deformation would decide the times.
-    number = config.seed * 10_000_019 + 5_000_011 + state.step
-    generator = torch.Generator(state.device).manual_seed(number)
+    generator = generator_of(config.seed, 5_000_011 + state.step, state.device)
     with enough_memory("use a smaller --batch, or --device cpu"):
         with autocast(state.device):
             losses = objective(state.net, batch, generator, progress_at(state.step, config))

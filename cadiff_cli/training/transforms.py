@@ -3,22 +3,17 @@
 Each draws from a ``torch.Generator``; coordinates are in voxels.
 """
 
-import math
-
 import monai.transforms as mt
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 
 def rotation(angles: Tensor) -> Tensor:
     """(3, 3) product of rotations about x, y and z by ``angles`` (3,) in radians."""
-    x, y, z = (float(a) for a in angles)
-    cx, sx, cy, sy, cz, sz = (f(a) for a in (x, y, z) for f in (math.cos, math.sin))
-    rx = torch.tensor([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    ry = torch.tensor([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    rz = torch.tensor([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1.0]])
-    return rx @ ry @ rz
+    matrix = Rotation.from_euler("XYZ", angles.numpy()).as_matrix()
+    return torch.from_numpy(matrix).float()
 
 
 def smooth_noise(
@@ -40,9 +35,10 @@ def nearest(points: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
     return (index[0] * shape[1] + index[1]) * shape[2] + index[2], outside
 
 
-def read(volume: Tensor, points: Tensor, shape: Tensor, padding: str = "zeros") -> Tensor:
+def read(volume: Tensor, points: Tensor, padding: str = "zeros") -> Tensor:
     """Trilinear values of ``volume`` (C, X, Y, Z) at voxel coordinates ``points`` (3, ...)."""
-    scaled = 2 * points / (shape[:, None, None, None] - 1) - 1
+    size = torch.tensor(volume.shape[1:])[:, None, None, None]
+    scaled = 2 * points / (size - 1) - 1
     grid = scaled.permute(1, 2, 3, 0).flip(-1)[None]
     return F.grid_sample(volume[None], grid, padding_mode=padding, align_corners=True)[0]
 

@@ -16,7 +16,7 @@ from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.training.atlas.config import PeopleConfig
 from cadiff_cli.training.atlas.data import Sitter
-from cadiff_cli.training.batch import Batch
+from cadiff_cli.training.batch import Batch, generator_of
 
 FAR = 1.0
 """Distance of two conditions that differ in sex, or of which one is unknown."""
@@ -56,7 +56,7 @@ class PeopleDraws(Dataset[PeopleBatch]):
 
     def __getitem__(self, index: int) -> PeopleBatch:
         """Draw a person, a condition and its neighbourhood."""
-        generator = torch.Generator().manual_seed(self.config.seed * 10_000_019 + index)
+        generator = generator_of(self.config.seed, index)
         person, other = torch.randint(len(self.conditions), (2,), generator=generator).tolist()
         wanted = self.blurred(other, generator)
         near = self.near(wanted)

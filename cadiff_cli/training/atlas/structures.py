@@ -15,8 +15,8 @@ import torch
 from monai.networks.layers import GaussianFilter
 from scipy import ndimage
 from torch import Tensor
-from torch.nn.functional import grid_sample
 
+from cadiff_cli.nets.parcels import sampled
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import grid_around, resample, resample_labels
@@ -88,7 +88,7 @@ def fit_structures(
         places, in_velocity, shares = halves[step % 2]
         correction = smooth(rough)
         back = _read(exponential(-(start + correction), zooms, SQUARINGS), in_velocity)
-        found = _read(maps, _moved(places + back.T, to_base).float())
+        found = _read(maps, _moved(places + back, to_base).float()).T
         slopes = torch.gradient(correction[0], dim=(1, 2, 3))
         stiff = sum((slope.square().mean() for slope in slopes), torch.zeros(()))
         loss = (found - shares).square().mean(dim=1).sum() + STIFFNESS * stiff
@@ -106,7 +106,5 @@ def _moved(points: Tensor, affine: Tensor) -> Tensor:
 
 
 def _read(image: Tensor, places: Tensor) -> Tensor:
-    """(C, n): an image (1, C, X, Y, Z) at ``places`` (n, 3) in voxels; beyond it, its border."""
-    size = torch.tensor(image.shape[2:])
-    unit = (2 * places / (size - 1) - 1).flip(-1)[None, None, None]
-    return grid_sample(image, unit, padding_mode="border", align_corners=True)[0, :, 0, 0]
+    """(n, C): an image (1, C, X, Y, Z) at ``places`` (n, 3) in voxels; beyond it, its border."""
+    return sampled(image, places / (torch.tensor(image.shape[2:]) - 1))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.stages.brain_mask import normalise
-from cadiff_cli.training.batch import Batch
+from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head
 from cadiff_cli.training.brain_mask.target import FAR_MM
@@ -58,7 +58,7 @@ class HeadDraws(Dataset[HeadPatch]):
 
     def __getitem__(self, index: int) -> HeadPatch:
         """Draw a source, one of its heads and a patch, or a patch without a head."""
-        generator = torch.Generator().manual_seed(self.config.seed * 10_000_019 + index)
+        generator = generator_of(self.config.seed, index)
         if float(torch.rand(1, generator=generator)) < self.config.empty:
             return draw_nothing(self.config, generator)
         use_real = float(torch.rand(1, generator=generator)) < self.config.real
@@ -99,7 +99,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
 
     def moved(distance: np.ndarray) -> Tensor:
         stored = torch.from_numpy(distance.astype(np.float32))[None] + FAR_MM
-        return (read(stored, points, shape)[0] - FAR_MM) / zoom
+        return (read(stored, points)[0] - FAR_MM) / zoom
 
     distance = moved(head.distance)
     # A brain shrinks, its skull does not.
@@ -108,7 +108,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.shrunken):
         points, distance, rim = shrink(points, distance, config.shrink_mm, generator)
     if head.image is not None:
-        image = read(torch.from_numpy(head.image)[None].float() / 255, points, shape)[0]
+        image = read(torch.from_numpy(head.image)[None].float() / 255, points)[0]
     else:
         assert head.labels is not None
         flat, outside = nearest(points, shape)
@@ -165,10 +165,9 @@ def shrink(
     move = torch.where(distance < 0, 0, move)
     axis = torch.arange(n, dtype=torch.float32)
     index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    shape = torch.tensor(distance.shape)
     # A voxel that the old border cuts stays: otherwise a shell of skull would mark the border.
     shift = torch.where(distance < SPACING_MM / 2, 0, move)
-    points = read(points, index + shift / SPACING_MM * outwards, shape, padding="border")
+    points = read(points, index + shift / SPACING_MM * outwards, padding="border")
     new = torch.where(distance < 0, distance - width, distance - move)
     old_share, share = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (distance, new))
     return points, new, old_share - share

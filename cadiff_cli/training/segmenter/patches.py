@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.training.batch import Batch
+from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.segmenter.data import STORED_STRIDE, Sample, sample_field
 from cadiff_cli.training.segmenter.synthesis import SynthesisConfig, resynthesise
 from cadiff_cli.training.transforms import (
@@ -92,7 +92,7 @@ class Draws(Dataset[Patch]):
 
     def __getitem__(self, index: int) -> Patch:
         """Draw a scan, then a patch of it."""
-        generator = torch.Generator().manual_seed(self.seed * 10_000_019 + index)
+        generator = generator_of(self.seed, index)
         pool = self.samples
         if self.also and float(torch.rand(1, generator=generator)) < self.also_share:
             pool = self.also
@@ -127,7 +127,7 @@ def draw_patch(
         )
     points = offsets + centre[:, None, None, None]
 
-    image = read(torch.from_numpy(sample.image)[None].float() / 255, points, shape)[0]
+    image = read(torch.from_numpy(sample.image)[None].float() / 255, points)[0]
     flat, outside = nearest(points, shape)
     classes = torch.from_numpy(sample.classes).reshape(-1)[flat].long()
     classes[outside] = 0
@@ -143,7 +143,7 @@ def draw_patch(
     half = F.avg_pool3d(points[None], 2)[0]
     # Centres of stored cells lie (stride - 1) / 2 voxels inside.
     cells = (half - (STORED_STRIDE - 1) / 2) / STORED_STRIDE
-    position = read(stored, cells, torch.tensor(stored.shape[1:]), padding="border")
+    position = read(stored, cells, padding="border")
     error = smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
     position = (position + error / FIELD_EXTENT_MM).clamp(0, 1)
 
