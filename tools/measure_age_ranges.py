@@ -13,9 +13,9 @@ import numpy as np
 from scipy.special import ndtri
 
 from cadiff_cli.io.cohorts import parcellation_in, read_cohort
-from cadiff_cli.quality.age_fit import AGE_GROUPS, PERCENTILES
+from cadiff_cli.quality.age_fit import PERCENTILES
 from cadiff_cli.quality.age_ranges import sizes
-from cadiff_cli.quality.ranges import load_ranges
+from cadiff_cli.quality.ranges import AGE_GROUPS, load_ranges
 
 
 def main():

@@ -58,6 +58,7 @@ def command(
     from cadiff_cli.io.files import check_writable, write_tsv
     from cadiff_cli.nets.models import AtlasModel
     from cadiff_cli.training.atlas.data import known_to, prepare_people
+    from cadiff_cli.training.atlas.regression import ATLAS, sources_of
     from cadiff_cli.training.atlas.run import brain_weight
     from cadiff_cli.training.templates import load_atlas
 
@@ -82,7 +83,7 @@ def command(
             "give people that it has not seen",
         )
     names = [GIVEN[word] for word in words]
-    sources = scores.sources_of(trained, learnt)
+    sources = sources_of(trained, learnt)
     import torch
 
     brain = torch.from_numpy(brain_weight(base, trained.grid))
@@ -94,7 +95,7 @@ def command(
                 score = scores.register_some(
                     score, members, make, base, trained.grid, names, register
                 )
-            if source == scores.ATLAS:
+            if source == ATLAS:
                 spread = scores.spread_of(members, trained, brain, names)
                 score = replace(score, spread_mm=spread)
             rows.append(score)

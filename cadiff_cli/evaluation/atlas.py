@@ -6,7 +6,7 @@ network.  All of them make a velocity of a condition, and are judged by the same
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,24 +20,18 @@ from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition, Template
+from cadiff_cli.quality.ranges import AGE_GROUPS
 from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import register, warp
 from cadiff_cli.training.atlas.data import VENTRICLES, Sitter, share_of
 from cadiff_cli.training.atlas.losses import mean_square
-from cadiff_cli.training.atlas.regression import KernelRegression
+from cadiff_cli.training.atlas.regression import Source
+from cadiff_cli.training.atlas.run import displacement
+from cadiff_cli.training.atlas.velocity import folded
 
 log = logging.getLogger(__name__)
 
-Source = Callable[[Condition], np.ndarray]
-"""Makes a velocity (3, X, Y, Z) in mm of a condition."""
-ATLAS = "atlas"
-GROUPS: Mapping[str, tuple[float, float]] = {
-    "under 40": (0, 40),
-    "40 to 65": (40, 65.0001),
-    "over 65": (65.0001, 1000),
-}
-"""Least age, and the age that is too old."""
 HIPPOCAMPI = (17, 53)
 STRUCTURES = {"ventricles": VENTRICLES, "hippocampi": HIPPOCAMPI}
 FINE = 2
@@ -90,20 +84,11 @@ class AgeScore:
     atlases: Mapping[str, float]
 
 
-def sources_of(model: AtlasModel, learnt: Sequence[Sitter]) -> dict[str, Source]:
-    """The base itself, kernel regression over the people that the model learnt from, the model."""
-    still = np.zeros((3, *model.grid.shape), dtype=np.float32)
-    sources: dict[str, Source] = {"base": lambda _condition: still}
-    if learnt:
-        sources["regression"] = KernelRegression.of(learnt, model.space).velocity
-    return {**sources, ATLAS: model.velocity}
-
-
 def groups_of(people: Sequence[Sitter]) -> dict[str, list[Sitter]]:
     """People by age group; groups without people are left out."""
     return {
         name: members
-        for name, (low, high) in GROUPS.items()
+        for name, (low, high) in AGE_GROUPS.items()
         if (members := [p for p in people if p.age_years is not None and low <= p.age_years < high])
     }
 
@@ -133,8 +118,7 @@ def score_group(
         roughness += [mean(torch.stack(slopes).norm(dim=0))] * len(members)
         folds += count_folds(velocity, zooms)
         for person in members:
-            own = exponential(torch.from_numpy(person.velocity_mm.astype(np.float32))[None], zooms)
-            gaps.append((own - moved)[0])
+            gaps.append(displacement(person.velocity_mm, grid) - moved[0])
     apart = torch.stack(gaps)
     n = len(apart)
     chance = (
@@ -184,8 +168,7 @@ def count_folds(velocity_mm: Tensor, zooms_mm: Sequence[float]) -> int:
     finer = torch.nn.functional.interpolate(
         velocity_mm, scale_factor=FINE, mode="trilinear", align_corners=False
     )
-    zooms = [zoom / FINE for zoom in zooms_mm]
-    return int((jacobian(exponential(finer, zooms), zooms) <= 0).sum())
+    return folded(finer, [zoom / FINE for zoom in zooms_mm])
 
 
 def carried_dice(person: Sitter, atlas: Template) -> float:

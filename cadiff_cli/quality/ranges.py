@@ -15,6 +15,8 @@ from cadiff_cli.data import shipped
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 
 ADULT_YEARS = 18
+AGE_GROUPS = {"under 40": (0.0, 40.0), "40 to 65": (40.0, 65.0), "over 65": (65.0, 999.0)}
+"""Least age, and the age that is too old."""
 WIDE = 3.5
 """Standard deviations that are still plausible: one in two thousand measures lies outside."""
 LEAST_ASYMMETRY = 10.0

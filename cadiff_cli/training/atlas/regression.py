@@ -4,18 +4,25 @@ With few people a weighted mean of those near in condition is strong, and simple
 """
 
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition
 from cadiff_cli.training.atlas.data import Sitter
+
+log = logging.getLogger(__name__)
 
 WIDTHS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 """Widths of the kernel over age and ventricles, as shares of their ranges."""
 SEX_WIDTHS = (0.5, 1.0, 4.0)
+Source = Callable[[Condition], np.ndarray]
+"""Makes a velocity (3, X, Y, Z) in mm of a condition."""
+ATLAS = "atlas"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +79,14 @@ def _weights(conditions: np.ndarray, asked: np.ndarray, widths: Sequence[float])
     apart = np.nan_to_num(abs(conditions[:, known] - asked[known]), nan=1.0)
     squared = ((apart / np.array(widths)[known]) ** 2).sum(axis=1)
     return np.asarray(np.exp(-(squared - squared.min()) / 2))
+
+
+def sources_of(model: AtlasModel, learnt: Sequence[Sitter]) -> dict[str, Source]:
+    """The base itself, kernel regression over the people that the model learnt from, the model."""
+    still = np.zeros((3, *model.grid.shape), dtype=np.float32)
+    sources: dict[str, Source] = {"base": lambda _condition: still}
+    if learnt:
+        regression = KernelRegression.of(learnt, model.space)
+        log.info("kernel regression has widths %s (age, sex, ventricles)", regression.widths)
+        sources["regression"] = regression.velocity
+    return {**sources, ATLAS: model.velocity}

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.atlas import AUTOENCODER, AtlasNet, LinearLatent
 from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.nets.models import AtlasModel
-from cadiff_cli.products import Condition, Template
+from cadiff_cli.products import Template
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
@@ -26,7 +26,7 @@ from cadiff_cli.training.atlas.data import Sitter, brain_mask, held_out, known_t
 from cadiff_cli.training.atlas.draws import PeopleDraws
 from cadiff_cli.training.atlas.losses import mean_square
 from cadiff_cli.training.atlas.objective import AtlasObjective, AutoencoderObjective
-from cadiff_cli.training.atlas.regression import KernelRegression
+from cadiff_cli.training.atlas.regression import Source, sources_of
 from cadiff_cli.training.session import Identity, Session, new_net
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,11 @@ def train_atlas(
     to each person left out.  Raises ``DataError`` for too few people.
     """
     config = training.train
+    if len(people) < FEWEST:
+        raise DataError(
+            f"{len(people)} people can be learnt from",
+            f"give {FEWEST} or more; warnings above name those who were left out",
+        )
     out = held_out(people, config.hold_out, config.leave_out)
     learnt = [p for p in people if p.label not in out]
     if len(learnt) < FEWEST:
@@ -100,20 +105,9 @@ def train_atlas(
     parts: dict[str, Any] = {"base": base.name, "grid": grid, "space": space, "labels": base.labels}
     path = session.export(AtlasModel, **parts)
     model = AtlasModel(session.state.ema.cpu().eval(), **parts)
-    regression = KernelRegression.of(learnt, space)
-    log.info("kernel regression has widths %s (age, sex, ventricles)", regression.widths)
-    sources = {
-        "base": lambda _condition: np.zeros((3, *grid.shape), np.float32),
-        "regression": regression.velocity,
-        "atlas": model.velocity,
-    }
     left_out = known_to(space, [p for p in people if p.label in out])
-    _compare(left_out, sources, brain, grid, run)
+    _compare(left_out, sources_of(model, learnt), brain, grid, run)
     return path
-
-
-Source = Callable[[Condition], np.ndarray]
-"""Makes a velocity (3, X, Y, Z) of a condition."""
 
 
 def distances_mm(
