@@ -161,7 +161,9 @@ def check_there(path: Path) -> None:
         if not path.is_file():
             raise MissingInputError(f"{path} is a pipe or a device", "give one image file")
     except OSError as error:  # a parent folder without permission, a name too long
-        raise MissingInputError(f"cannot look at {path} ({error.strerror})", "check it") from error
+        raise MissingInputError(
+            f"cannot look at {path} ({error.strerror})", "check the path and its permissions"
+        ) from error
     if not os.access(path, os.R_OK):
         raise MissingInputError(f"cannot read {path}", "check its permissions")
     try:

@@ -61,7 +61,8 @@ class AtlasConfig:
             raise DataError(f"the velocity grid has sizes {odd}", f"use multiples of {MULTIPLE}")
         if self.width % self.heads:
             raise UsageError(
-                f"width {self.width} is no multiple of {self.heads} heads", "use multiples"
+                f"width {self.width} is no multiple of {self.heads} heads",
+                f"give a width that {self.heads} divides",
             )
 
 

@@ -55,7 +55,8 @@ def run_dask(
                 yield future.result()
             else:  # its workers died more often than Dask retries
                 lost = type(future.exception()).__name__
-                yield failure(job, CadiffError(f"lost by Dask ({lost})"))
+                remedy = "was memory short? Give Dask's workers more, or use --tile 96"
+                yield failure(job, CadiffError(f"lost by Dask ({lost})", remedy))
     finally:
         client.cancel(list(futures))
         client.close()

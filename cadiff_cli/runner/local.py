@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TRIES = 2
 """A scan whose worker died is tried once more: there may be enough free memory by then."""
+AGAIN = "run it again; if it ends so again, report it with the scan's log"
+"""What to do where nobody knows why a worker ended."""
 GRACE_S = 10.0
 """Time that a worker may take to clean up before it is killed."""
 
@@ -102,9 +104,9 @@ def _end(team: list[Worker]) -> None:
 def _how_it_died(code: int | None) -> tuple[str, str]:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        hint = "was memory short? Use fewer --nprocs, or --tile 96" if name == "SIGKILL" else ""
+        hint = "was memory short? Use fewer --nprocs, or --tile 96" if name == "SIGKILL" else AGAIN
         return f"the worker process was ended by {name}, {TRIES} times", hint
-    return f"the worker process ended with code {code}, {TRIES} times", ""
+    return f"the worker process ended with code {code}, {TRIES} times", AGAIN
 
 
 def _serve(pipe: Connection, threads: int) -> None:

@@ -46,11 +46,14 @@ class Dataset:
             values = json.loads(read_text(path))
         except (ValueError, OSError) as error:
             raise InvalidDatasetError(
-                f"{path} is not readable JSON ({error})", "correct it"
+                f"{path} is not readable JSON ({error})", "correct it: it holds one JSON object"
             ) from error
         missing = {"Name", "BIDSVersion"} - set(values if isinstance(values, dict) else ())
         if missing:
-            raise InvalidDatasetError(f"{path} lacks {', '.join(sorted(missing))}", "add it")
+            raise InvalidDatasetError(
+                f"{path} lacks {', '.join(sorted(missing))}",
+                'add it, such as {"Name": "my study", "BIDSVersion": "1.10.0"}',
+            )
         return dict(values)
 
     def participants(self) -> list[str]:
