@@ -164,15 +164,20 @@ def test_other_errors_are_not_taken_for_lack_of_memory(tiny_model, small_conditi
         class_probabilities(small_conditions, tiny_model, SampleConfig(flip=False))
 
 
-def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch):
-    """The last step is the fine one, so n steps call the trunk n times and the head once."""
+@pytest.mark.parametrize("flip", [False, True])
+def test_steps_are_few_network_calls(tiny_model, small_conditions, monkeypatch, flip):
+    """The last step is the fine one, so n steps call the trunk n times and the head once.
+
+    The mirrored brain is another call of the trunk, at the last time, and none of the head.
+    """
     calls = []
     net = tiny_model.net
     trunk, fine = net.trunk, net.fine_features
     monkeypatch.setattr(net, "trunk", lambda *a: (calls.append(float(a[4])), trunk(*a))[1])
     monkeypatch.setattr(net, "fine_features", lambda *a: (calls.append("head"), fine(*a))[1])
-    class_probabilities(small_conditions, tiny_model, SampleConfig(steps=3, flip=False))
-    assert calls == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), "head"]
+    class_probabilities(small_conditions, tiny_model, SampleConfig(steps=3, flip=flip))
+    last = [pytest.approx(1 / 3)] * (2 if flip else 1)
+    assert calls == [1, pytest.approx(2 / 3), *last, "head"]
 
 
 @pytest.mark.parametrize(("flip", "looks"), [(False, 1), (True, 2)])
