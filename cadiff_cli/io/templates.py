@@ -441,7 +441,7 @@ def _checked(path: Path, remedy: str) -> Volume:
 
 def _refetch(name: str) -> str:
     return (
-        "on a machine with a network run"
+        "on a machine with internet run"
         f" 'TEMPLATEFLOW_HOME={templateflow_home()} cadiff fetch {name}', or use --template"
         f" {EMBEDDED}"
     )
