@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.train import also_options, sources_of, training_options
+from cadiff_cli.cli.train import also_options, also_settings, sources_of, training_options
 
 
-@click.command(name="ablate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="ablate")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option(
     "--tables",
@@ -67,7 +67,6 @@ def command(
     from functools import lru_cache
 
     from cadiff_cli.device import pick_device
-    from cadiff_cli.errors import UsageError
     from cadiff_cli.io import models
     from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels.parcellation import load_parcellation
@@ -81,10 +80,7 @@ def command(
     from cadiff_cli.training.templates import load_atlas
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if also_share is not None:
-        if not also:
-            raise UsageError("--also-share has nothing to share with", "give --also as well")
-        settings["also_share"] = also_share
+    settings |= also_settings(also, also_share)
 
     def loaded(config: str, seed: int) -> Training:
         return load(config, common=common, seed=seed, **settings)

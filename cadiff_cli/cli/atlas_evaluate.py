@@ -8,7 +8,7 @@ import click
 GIVEN = {"age": "age_years", "sex": "sex", "ventricles": "ventricles_percent"}
 
 
-@click.command(name="evaluate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="evaluate")
 @click.argument("model", metavar="MODEL")
 @click.argument(
     "people", nargs=-1, required=True, metavar="PEOPLE...", type=click.Path(path_type=Path)
@@ -52,10 +52,10 @@ def command(
     import logging
     from dataclasses import replace
 
-    from cadiff_cli.errors import DataError, OutputError, UsageError
+    from cadiff_cli.errors import DataError, UsageError
     from cadiff_cli.evaluation import atlas as scores
     from cadiff_cli.io import models
-    from cadiff_cli.io.files import check_writable, write_tsv
+    from cadiff_cli.io.files import check_writable, refuse_existing, write_tsv
     from cadiff_cli.nets.models import AtlasModel
     from cadiff_cli.training.atlas.data import known_to, prepare_people
     from cadiff_cli.training.atlas.regression import ATLAS, sources_of
@@ -67,8 +67,7 @@ def command(
     if unknown := [word for word in words if word not in GIVEN]:
         raise UsageError(f"--given names {unknown}", f"use {', '.join(GIVEN)}")
     tables = [out / "atlas_groups.tsv", out / "atlas_ages.tsv"]
-    if not overwrite and (there := [path for path in tables if path.exists()]):
-        raise OutputError(f"{there[0]} is there already", "use --overwrite, or another folder")
+    refuse_existing(*tables, overwrite=overwrite)
     check_writable(out)
     trained = models.load(AtlasModel, model)
     base = replace(load_atlas(trained.base), labels=trained.labels)

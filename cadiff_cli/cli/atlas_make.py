@@ -46,7 +46,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
     return tuple(round(start + k * step, 6) for k in range(number))
 
 
-@click.command(name="make", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="make")
 @click.option("--age", metavar="YEARS", help="Age, or a range FROM:TO:STEP as 20:90:10.")
 @click.option("--sex", type=SexOption(), help="Sex of the people [default: both].")
 @click.option(

@@ -8,7 +8,7 @@ import click
 from cadiff_cli.cli.train import run_options
 
 
-@click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="train")
 @click.argument(
     "people", nargs=-1, required=True, metavar="PEOPLE...", type=click.Path(path_type=Path)
 )
@@ -40,7 +40,9 @@ def command(
     from dataclasses import replace
 
     from cadiff_cli.device import pick_device
+    from cadiff_cli.errors import UsageError
     from cadiff_cli.io.files import check_writable
+    from cadiff_cli.io.templates import NAME
     from cadiff_cli.training.atlas.config import load
     from cadiff_cli.training.atlas.data import (
         base_grid,
@@ -54,6 +56,10 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     pick_device(device)
     training = load(config, **options)
+    if not NAME.fullmatch(training.base):
+        raise UsageError(
+            f"base is {training.base!r}", "name a template: weights are used with that of the name"
+        )
     base = load_atlas(training.base)
     for folder in (run, cache or run):
         check_writable(folder)

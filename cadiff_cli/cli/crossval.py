@@ -8,7 +8,7 @@ import click
 from cadiff_cli.cli.train import training_options
 
 
-@click.command(name="crossval", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="crossval")
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option(

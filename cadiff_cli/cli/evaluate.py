@@ -15,7 +15,7 @@ COLUMNS = {
 """Title and number format of each measure."""
 
 
-@click.command(name="evaluate", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="evaluate")
 @click.argument("prediction", type=click.Path(path_type=Path))
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.option(

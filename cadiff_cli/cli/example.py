@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command(name="example", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="example")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder.")
 def command(out: Path) -> None:
     """Write sub-MNI152_T1w.nii.gz, the MNI152 brain of the nilearn package."""

@@ -7,7 +7,7 @@ import click
 FORMATS = ("enigma", "freesurfer", "synthseg")
 
 
-@click.command(name="export", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="export")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--format",
@@ -31,13 +31,11 @@ def command(out: Path, layout: str, path: Path | None, overwrite: bool) -> None:
     ICV, MaskVol and the total intracranial volume are that of the brain mask, which includes fluid
     in sulci.  The cerebellar cortex is without the vermis, which has a column of its own.
     """
-    from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.io.files import check_writable, refuse_existing
     from cadiff_cli.runner.export import LAYOUTS, export
 
     path = path or out / "export" / LAYOUTS[layout].file
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} is there already", "use --overwrite, or another file with -o")
+    refuse_existing(path, overwrite=overwrite)
     if out.is_dir():
         check_writable(path.absolute().parent)
     rows = export(out, LAYOUTS[layout], path)

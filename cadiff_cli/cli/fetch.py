@@ -3,7 +3,7 @@
 import click
 
 
-@click.command(name="fetch", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="fetch")
 @click.argument("templates", nargs=-1)
 @click.option("--check", is_flag=True, help="Only check that they are there and undamaged.")
 def command(templates: tuple[str, ...], check: bool) -> None:

@@ -15,7 +15,7 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
 """A vote's name in file names."""
 
 
-@click.command(name="fuse", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="fuse")
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option(
     "--atlases",
@@ -113,13 +113,11 @@ def _name(vote: str, parcellation: "Parcellation") -> str:
 
 def _claim(out: Path, path: Path, overwrite: bool) -> None:
     """Check before the long work that ``path`` can be written without losing a file."""
-    from cadiff_cli.errors import OutputError
     from cadiff_cli.io.bids.description import refuse_foreign
-    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.io.files import check_writable, refuse_existing
 
     refuse_foreign(out)
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} is there already", "use --overwrite, or another folder with -o")
+    refuse_existing(path, overwrite=overwrite)
     check_writable(path.parent)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cadiff_cli.products import Scan, Template
 
 
-@click.command(name="mask", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="mask")
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @options_of(StripConfig, without=("mask",))

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command(name="paint", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="paint")
 @click.argument("label_maps", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="New folder of the scans."

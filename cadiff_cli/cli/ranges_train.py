@@ -10,7 +10,7 @@ import click
 PATH = click.Path(path_type=Path)
 
 
-@click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="train")
 @click.argument("tables", metavar="TABLE_OR_DERIVATIVES...", nargs=-1, required=True, type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="File to write (JSON).")
 @click.option(
@@ -45,13 +45,12 @@ def command(
     without it each TABLE or folder is one. Scan the people as you scan those whom you compare with
     them. The file holds curves, no person's values.
     """
-    from cadiff_cli.errors import OutputError
     from cadiff_cli.io.cohorts import parcellation_in, read_cohort
+    from cadiff_cli.io.files import refuse_existing
     from cadiff_cli.quality.age_fit import check, fit
     from cadiff_cli.quality.age_ranges import write_age_ranges
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} is there already", "use --overwrite, or another name")
+    refuse_existing(out, overwrite=overwrite)
     structures = parcellation_in(tables, parcellation)
     cohort = read_cohort(tables, structures, participants)
     for note in cohort.notes:

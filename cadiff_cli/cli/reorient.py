@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command(name="reorient", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="reorient")
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="File to write (NIfTI)."

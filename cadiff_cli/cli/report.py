@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command(name="report", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="report")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--scans",

@@ -13,7 +13,7 @@ COLUMNS = {
 """Title and number format of each measure."""
 
 
-@click.command(name="retest", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="retest")
 @click.argument("derivatives", type=click.Path(path_type=Path))
 @click.option(
     "--labels",

@@ -60,7 +60,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     return path
 
 
-@click.command(name="run", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="run")
 @click.argument("bids_dir", type=PATH)
 @click.argument("output_dir", type=PATH)
 @click.argument("levels", metavar="{participant|group}...", nargs=-1, required=True)

@@ -16,14 +16,13 @@ def tables(out: Path, name: str) -> list[Path]:
 def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
     """Check before the long work that the tables can be written without losing any."""
     from cadiff_cli.errors import OutputError
-    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.io.files import check_writable, refuse_existing
 
     if out is None:
         return
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", "give a folder with -o")
-    if not overwrite and (existing := [path for path in tables(out, name) if path.exists()]):
-        raise OutputError(f"{existing[0]} is there already", "use --overwrite, or another folder")
+    refuse_existing(*tables(out, name), overwrite=overwrite)
     check_writable(out)
 
 

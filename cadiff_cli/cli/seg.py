@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cadiff_cli import __version__
+from cadiff_cli.cli import HELP_OPTIONS
 from cadiff_cli.cli.options import Age, SexOption, check, made, options_of
 from cadiff_cli.config import Request
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from cadiff_cli.products import Sex
 
 
-@click.command(name="seg", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="seg", context_settings=HELP_OPTIONS)
 @click.argument("t1", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @click.option(

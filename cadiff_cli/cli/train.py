@@ -117,6 +117,17 @@ def training_options(command: Any) -> Any:
     return run_options(command)
 
 
+def also_settings(also: Sequence[Any], also_share: float | None) -> dict[str, Any]:
+    """The setting that ``--also-share`` gives; ``UsageError`` if there is nothing to share with."""
+    from cadiff_cli.errors import UsageError
+
+    if also_share is None:
+        return {}
+    if not also:
+        raise UsageError("--also-share has nothing to share with", "give --also as well")
+    return {"also_share": also_share}
+
+
 def sources_of(
     dataset: Path, labels: str, also: Sequence[tuple[Path, str]], parcellation: "Parcellation"
 ) -> list[tuple[list["LabelledScan"], dict[int, int]]]:
@@ -141,7 +152,7 @@ def sources_of(
     return sources
 
 
-@click.command(name="train", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="train")
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
@@ -196,10 +207,7 @@ def command(
     from cadiff_cli.training.segmenter.run import check_people, train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if also_share is not None:
-        if not also:
-            raise UsageError("--also-share has nothing to share with", "give --also as well")
-        settings["also_share"] = also_share
+    settings |= also_settings(also, also_share)
     if recount_prior and not init:
         raise UsageError("--recount-prior is for --init", "without it the prior is counted anyway")
     training = load(config, **settings)

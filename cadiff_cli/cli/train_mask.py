@@ -8,7 +8,7 @@ import click
 from cadiff_cli.cli.train import run_options
 
 
-@click.command(name="train-mask", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="train-mask")
 @click.argument("config", metavar="CONFIG")
 @click.option(
     "--label-maps",

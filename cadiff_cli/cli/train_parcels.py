@@ -8,7 +8,7 @@ import click
 from cadiff_cli.cli.train import run_options
 
 
-@click.command(name="train-parcels", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(name="train-parcels")
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")

@@ -88,6 +88,12 @@ def remove_partial(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_existing(*paths: Path, overwrite: bool) -> None:
+    """Raise ``OutputError`` for the first file that is there, unless it may be replaced."""
+    if not overwrite and (there := [path for path in paths if path.exists()]):
+        raise OutputError(f"{there[0]} is there already", "use --overwrite, or another -o")
+
+
 def check_writable(folder: Path) -> None:
     """Make ``folder``; raise ``OutputError`` or ``DiskError`` unless files can be made in it."""
     try:
