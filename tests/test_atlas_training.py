@@ -450,6 +450,25 @@ def test_the_commands_train_and_compare(people, base, tmp_path, monkeypatch):
         )
 
 
+def test_a_base_is_a_name(tmp_path):
+    """A folder would be looked up by the name of its template, which may be another's."""
+    config = tmp_path / "own.toml"
+    config.write_text('kind = "atlas"\nbase = "./tpl-Mine"\n')
+    with pytest.raises(UsageError, match=r"base is './tpl-Mine'"):
+        CliRunner().invoke(
+            atlas_train.command,
+            [str(tmp_path), str(config), "-o", str(tmp_path / "run"), "--device", "cpu"],
+            catch_exceptions=False,
+        )
+
+
+def test_folders_of_one_name_are_refused(base, tmp_path):
+    """Both would have a person ``bids/sub-01``."""
+    folders = [tmp_path / "a" / "bids", tmp_path / "b" / "bids"]
+    with pytest.raises(UsageError, match="two folders are called 'bids'"):
+        data.prepare_people(folders, base, SPACING, tmp_path / "cache")
+
+
 def test_one_scan_of_each_person_is_taken(tmp_path):
     for name in (
         "sub-1/ses-a/anat/sub-1_ses-a",

@@ -8,7 +8,6 @@ A prepared person holds the velocity that makes its shape of the base brain, the
 structures, and its image and classes at 2 mm, to be registered to when an atlas is judged.
 """
 
-import hashlib
 import logging
 import re
 import tempfile
@@ -46,7 +45,6 @@ from cadiff_cli.training import store
 from cadiff_cli.training.atlas.structures import Shares, fit_structures
 from cadiff_cli.training.atlas.velocity import fit_velocity, velocity_grid
 from cadiff_cli.training.segmenter.data import pool
-from cadiff_cli.training.templates import frame
 
 log = logging.getLogger(__name__)
 
@@ -255,9 +253,8 @@ def build(scan: Path, name: str, base: Template, grid: Grid, cache: Path) -> Pat
     assert base.labels is not None
     given = labels_beside(scan)
     key = sha256(scan) if given is None else fingerprint([sha256(scan), sha256(given[0])])
-    drawn = hashlib.sha256(base.labels.data.astype("<i2").tobytes()).hexdigest()
     shape = [*grid.shape, *grid.affine.ravel().tolist()]
-    content = [FORMAT, REVISION, store.made_by(HOW), frame(base.name), drawn, shape, key]
+    content = [FORMAT, REVISION, store.made_by(HOW), base.sha256, shape, key]
     content.append(given[1] if given else find_weights()[2])
     return store.once(
         store.stored_path(cache, name, content), name, lambda: _arrays(scan, name, base, grid, key)
