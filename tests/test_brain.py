@@ -20,12 +20,10 @@ from cadiff_cli.nets.brain_mask import REACH_MM, BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel, Model
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.brain_mask import (
-    brain_distance,
-    brain_mask,
     find_brain_and_skull,
     network_image,
     normalise,
-    predict_distance,
+    predict_distances,
 )
 from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask import patches
@@ -397,7 +395,7 @@ def test_a_small_source_is_drawn_by_the_root_of_its_size(real_head, monkeypatch)
 def test_any_size_is_padded_and_given_back():
     net = BrainNet(TINY).requires_grad_(False)
     head = np.random.default_rng(0).random((17, 22, 9), dtype=np.float32)
-    distance = predict_distance(net, head)
+    distance = predict_distances(net, head)[0]
     assert distance.shape == head.shape
     assert abs(distance).max() <= REACH_MM
 
@@ -414,12 +412,12 @@ def test_only_the_box_around_the_brain_is_refined():
             return super().borders(head, located)
 
     inside = ball(20, 64, centre=(40, 60, 80))
-    distance = predict_distance(Watched(), inside.astype(np.float32))
+    distance = predict_distances(Watched(), inside.astype(np.float32))[0]
     wanted = np.clip(signed_distance(inside, SPACING), -REACH_MM, REACH_MM)
     assert np.array_equal(distance > 0, inside)
     assert abs(distance - wanted).max() < 3
     assert max(seen[0]) <= 36
-    assert (predict_distance(Watched(), np.zeros((16, 16, 16), np.float32)) <= 0).all()
+    assert (predict_distances(Watched(), np.zeros((16, 16, 16), np.float32))[0] <= 0).all()
 
 
 def test_intensities_do_not_depend_on_units():
@@ -461,7 +459,7 @@ def test_the_mask_is_smooth_and_in_its_place(oracle, spacing):
     size = round(132 / spacing)
     inside = ball(50, size, spacing)
     t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32), spacing)
-    mask = brain_mask(t1, t1.grid.working(), oracle)
+    mask, _ = find_brain_and_skull(t1, t1.grid.working(), oracle)
     wanted = ball(50, mask.data.shape[0], 1.0)
     overlap = 2 * (mask.data & wanted).sum() / (mask.data.sum() + wanted.sum())
     assert overlap > 0.96
@@ -473,7 +471,9 @@ def test_the_skull_holds_the_brain_whatever_the_network_says(beyond_mm):
     t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32))
     working = t1.grid.working()
     brain, held = find_brain_and_skull(t1, working, BrainModel(Oracle(beyond_mm), "oracle"))
-    assert np.array_equal(brain.data, brain_mask(t1, working, BrainModel(Oracle(), "o")).data)
+    alone, unknown = find_brain_and_skull(t1, working, BrainModel(Oracle(), "o"))
+    assert np.array_equal(brain.data, alone.data)
+    assert unknown is None
     assert not (brain.data & ~held.data).any()
     radius = 50 + max(beyond_mm, 0)
     assert held.litres == pytest.approx(4 / 3 * np.pi * radius**3 / 1e6, rel=0.03)
@@ -482,9 +482,8 @@ def test_the_skull_holds_the_brain_whatever_the_network_says(beyond_mm):
 def test_orientation_does_not_matter(oracle, phantom, orientation):
     head = phantom(orientation, 3.0)
     t1 = Volume(np.where(head.codes > 0, 100.0, 5.0).astype(np.float32), head.t1.grid)
-    distance = brain_distance(t1, oracle)
-    litres = (distance.data > 0).sum() * distance.grid.voxel_volume_mm3
-    assert litres == pytest.approx((head.codes > 0).sum() * 27, rel=0.03)
+    brain, _ = find_brain_and_skull(t1, t1.grid.working(), oracle)
+    assert brain.litres * 1e6 == pytest.approx((head.codes > 0).sum() * 27, rel=0.03)
 
 
 def test_the_network_sees_the_same_however_a_head_is_stored(phantom):
@@ -505,7 +504,7 @@ def test_nothing_is_found_in_noise(oracle):
     noise = np.random.default_rng(0).random((40, 40, 40)).astype(np.float32)
     t1 = on_grid(noise)
     with pytest.raises(DataError, match="no brain found"):
-        brain_mask(t1, t1.grid.working(), oracle)
+        find_brain_and_skull(t1, t1.grid.working(), oracle)
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -21,19 +21,14 @@ from cadiff_cli.spatial.resample import (
 )
 from cadiff_cli.stages.masks import tidy
 
-
-def brain_distance(t1: Volume, model: BrainModel) -> Volume:
-    """Signed distance (mm, inside positive, float32) on a 2 mm grid over the scan's field of view.
-
-    The head may have any size and orientation, with or without a neck.
-    """
-    return _distances(t1, model)[0]
-
-
-def _distances(t1: Volume, model: BrainModel) -> list[Volume]:
-    """``brain_distance``, and the same to the inner skull if the network knows it."""
-    head = network_image(t1)
-    return [Volume(data, head.grid) for data in predict_distances(model.net, head.data)]
+BOX_MARGIN_MM = 9.0
+"""Margin around the first network's brain within which the second network refines it."""
+DEEP_MM = 6.0
+"""Voxels farther inside the brain than this are deep inside."""
+NO_BRAIN_LITRES = 0.12
+"""A smaller volume deep inside is no brain at all; a larger one may be a newborn's."""
+LEAST_DEEP_LITRES = 0.3
+"""A brain of half a litre has this volume deep inside; a false brain in noise has 0.09 l."""
 
 
 def network_image(t1: Volume) -> Volume:
@@ -70,18 +65,14 @@ def share_of_brain(t1: Volume, candidate: Volume, model: BrainModel) -> float:
     return float((brain & inside).sum() / inside.sum().clamp(min=1))
 
 
-def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
-    """(X, Y, Z) intensities in [0, 1] at 2 mm -> (X, Y, Z) float32 mm within the network's reach.
-
-    The image is padded with air to the sizes that the network takes.  Only the box around the
-    brain of the first network is refined.
-    """
-    return predict_distances(net, head)[0]
-
-
 @torch.no_grad()
 def predict_distances(net: BrainNet, head: np.ndarray) -> list[np.ndarray]:
-    """``predict_distance``, and the same to the inner skull if the network knows it."""
+    """(X, Y, Z) intensities in [0, 1] at 2 mm -> signed distances to the brain's border.
+
+    Each (X, Y, Z) float32 in mm, inside positive, within the network's reach; a second one is that
+    to the inner skull, if the network knows it.  The image is padded with air to the sizes that the
+    network takes.  Only the box around the brain of the first network is refined.
+    """
     x = _padded(head, net)
     with autocast(x.device):
         located = net.locate(x)
@@ -121,32 +112,19 @@ def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
     return tuple(box)
 
 
-BOX_MARGIN_MM = 9.0
-"""Margin around the first network's brain within which the second network refines it."""
-DEEP_MM = 6.0
-"""Voxels farther inside the brain than this are deep inside."""
-NO_BRAIN_LITRES = 0.12
-"""A smaller volume deep inside is no brain at all; a larger one may be a newborn's."""
-LEAST_DEEP_LITRES = 0.3
-"""A brain of half a litre has this volume deep inside; a false brain in noise has 0.09 l."""
-
-
-def brain_mask(t1: Volume, working: Grid, model: BrainModel) -> Volume:
-    """Find the brain on the ``working`` grid (bool; ``strip`` judges and tidies it).
-
-    Raises ``DataError`` if no brain is found.
-    """
-    return find_brain_and_skull(t1, working, model)[0]
-
-
 def find_brain_and_skull(
     t1: Volume, working: Grid, model: BrainModel
 ) -> tuple[Volume, Volume | None]:
-    """``brain_mask``, and the mask of what the inner skull holds if the network knows it.
+    """Masks (bool) on the ``working`` grid: the brain's, and what the inner skull holds.
 
-    The second mask is one piece without holes, and contains the first.
+    The first is as the network draws it: ``strip`` judges and tidies it.  The second is one piece
+    without holes and contains the first; None if the network does not know the skull.  The head may
+    have any size and orientation, with or without a neck.  Raises ``DataError`` if no brain is
+    found.
     """
-    distance, *skull = _distances(t1, model)
+    head = network_image(t1)
+    found = (Volume(data, head.grid) for data in predict_distances(model.net, head.data))
+    distance, *skull = found
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
     if deep.litres < LEAST_DEEP_LITRES:
         problem = "no brain found" if deep.litres < NO_BRAIN_LITRES else "the brain is too small"

@@ -16,6 +16,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.information import normalised_information
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.masks import LEAST_SYMMETRY, judge_mask
 
@@ -160,15 +161,10 @@ def _levels(data: np.ndarray) -> np.ndarray:
 
 
 def _information(a: np.ndarray, b: np.ndarray) -> float:
-    """(H(a) + H(b)) / H(a, b) where either is not 0 (Studholme 1999)."""
+    """What two images tell of each other where either is not 0."""
     counts = np.bincount((a * BINS + b).ravel(), minlength=BINS * BINS).reshape(BINS, BINS)
     counts[0, 0] = 0
-
-    def entropy(n: np.ndarray) -> float:
-        p = n[n > 0] / n.sum()
-        return float(-(p * np.log(p)).sum())
-
-    return (entropy(counts.sum(0)) + entropy(counts.sum(1))) / max(entropy(counts.ravel()), 1e-9)
+    return normalised_information(counts)
 
 
 def reoriented(grid: Grid, rotation: np.ndarray) -> Grid:

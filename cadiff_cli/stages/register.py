@@ -29,6 +29,7 @@ from cadiff_cli.processes import Each, children, may_have_children
 from cadiff_cli.products import Registered, Stripped, Template, Transform
 from cadiff_cli.quality.limits import POOR_SCORE
 from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.information import normalised_information
 from cadiff_cli.spatial.resample import all_voxels, corners, grid_around, resample
 
 log = logging.getLogger(__name__)
@@ -301,13 +302,7 @@ def similarity(a: np.ndarray, b: np.ndarray, bins: int = 32) -> float:
         return np.asarray(np.clip(x / max(top, 1e-6), 0, 1))
 
     joint, _, _ = np.histogram2d(level(a[inside]), level(b[inside]), bins=bins)
-    p = joint / joint.sum()
-
-    def entropy(q: np.ndarray) -> float:
-        q = q[q > 0]
-        return float(-(q * np.log(q)).sum())
-
-    return round((entropy(p.sum(0)) + entropy(p.sum(1))) / max(entropy(p.ravel()), 1e-9), 4)
+    return round(normalised_information(joint), 4)
 
 
 def _run(

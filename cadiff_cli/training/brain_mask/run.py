@@ -13,7 +13,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
-from cadiff_cli.stages.brain_mask import predict_distance
+from cadiff_cli.stages.brain_mask import predict_distances
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, content
 from cadiff_cli.training.brain_mask.objective import MaskObjective, SkullObjective
@@ -130,6 +130,6 @@ def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainMo
 def held_out_dice(net: BrainNet, head: Head) -> float:
     """Dice of the predicted and the reference mask of a real head, at 2 mm."""
     assert head.image is not None
-    distance = predict_distance(net, head.image.astype(np.float32) / 255)
+    distance = predict_distances(net, head.image.astype(np.float32) / 255)[0]
     p, q = distance > 0, head.distance > 0
     return float(2 * (p & q).sum() / max(float(p.sum() + q.sum()), 1.0))
