@@ -32,7 +32,7 @@ from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages import register as stages_register
-from cadiff_cli.training import loop
+from cadiff_cli.training import loop, store
 from cadiff_cli.training.batch import stack
 from cadiff_cli.training.loop import (
     load_checkpoint,
@@ -418,7 +418,7 @@ def test_a_sample_is_built_as_inference_would(
     others = (lobes, replace(lobes, structures=lobes.structures[:4]))
     assert len({relabelled, *(stored_as({10: 1}, drawn) for drawn in others)}) == 3
     with monkeypatch.context() as patched:  # another network may find another brain
-        patched.setattr(data, "strip_weights_sha256", lambda _: "another")
+        patched.setattr(store, "strip_weights_sha256", lambda _: "another")
         assert relabelled != stored_as({10: 1})
     for code in (2, 41, 3, 42, 10):
         k = int(np.flatnonzero(parcellation.codes == code)[0])
