@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.products import Atlas, Citation, Condition, Deformation, Frame, Template
+from cadiff_cli.products import Atlas, Citation, Condition, Deformation, Frame, FromBase, Template
 from cadiff_cli.spatial.deformation import (
     carried_labels,
     exponential,
@@ -26,7 +26,7 @@ from cadiff_cli.spatial.deformation import (
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample_mask
 
-REVISION = 1
+REVISION = 2
 """Increase when the same network and condition give another atlas."""
 SPACING_MM = 2.0
 """Of stored deformations: on this grid a field of 4 mm splines is linear to a tenth of a mm."""
@@ -157,7 +157,7 @@ def deform(image: Grid, velocity_mm: np.ndarray, grid: Grid) -> Deformation:
 
 
 def carry(base: Template, deformation: Deformation, name: str) -> Template:
-    """The base's brain, mask, labels and frame where the deformation takes them.
+    """The base's brain, mask, labels, frame and coordinates where the deformation takes them.
 
     The brain is interpolated once, linearly: no intensity is above or below its neighbours in the
     base.  A label is the one that weighs most.
@@ -179,6 +179,7 @@ def carry(base: Template, deformation: Deformation, name: str) -> Template:
         _moved_frame(base.frame, mask, deformation),
         mask=Volume(inside, grid),
         labels=labels,
+        from_base=FromBase(base.frame, deformation.backward_mm, deformation.grid),
     )
 
 

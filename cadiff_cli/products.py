@@ -109,6 +109,19 @@ class Condition:
 
 
 @dataclass(frozen=True, eq=False)
+class FromBase:
+    """What a template was deformed from: its anatomy has the coordinates of the base's.
+
+    ``frame`` is the base's.  ``to_base_mm`` (3, X, Y, Z) float32 in RAS mm takes points of the
+    template to the base, given at the points of ``grid``.
+    """
+
+    frame: Frame
+    to_base_mm: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
 class Template:
     """A brain to register: ``brain`` is skull-stripped, on a grid in the template's world.
 
@@ -117,7 +130,8 @@ class Template:
     skull have ``head=None``.  ``labels`` are cadiff's codes (int16) on the brain's grid, where
     somebody drew them.  ``source`` is the folder that it was read from, or the library.
     ``citation`` is its makers' own; the shipped templates are cited from ``data/references.bib``.
-    ``condition`` is that of an atlas.  ``cause`` is set where a run makes the template by itself: a
+    ``condition`` is that of an atlas, ``from_base``
+    what it was deformed from.  ``cause`` is set where a run makes the template by itself: a
     checksum of everything that decides its content, which settings hold in place of ``sha256``.
     """
 
@@ -132,6 +146,7 @@ class Template:
     notes: tuple[Note, ...] = ()
     condition: Condition | None = None
     cause: str = ""
+    from_base: FromBase | None = None
 
     @cached_property
     def label(self) -> str:
@@ -140,7 +155,7 @@ class Template:
 
     @cached_property
     def sha256(self) -> str:
-        """Checksum of the content: images with their grids, and the frame."""
+        """Checksum of the content: images with their grids, the frame, and the way to a base."""
         digest = hashlib.sha256(repr(self.frame).encode())
         for volume in (self.brain, self.head, self.mask, self.labels):
             if volume is None:
@@ -149,6 +164,9 @@ class Template:
             digest.update(repr(volume.grid.shape).encode())
             digest.update(volume.grid.affine.astype("<f8").tobytes())
             digest.update(np.ascontiguousarray(volume.data, "<f4").tobytes())
+        if self.from_base:
+            digest.update(repr(self.from_base.frame).encode())
+            digest.update(np.ascontiguousarray(self.from_base.to_base_mm, "<f4").tobytes())
         return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from atlas_model import CENTRES_MM, SHIFT_MM, Growing, make_base, velocity_at
 from PIL import Image
+from scipy import ndimage
 
 from cadiff_cli.atlas import atlas_name, cause, deform, make_atlas, sample_volumes, warped
 from cadiff_cli.cli.atlas_make import parse_ages
@@ -21,6 +23,7 @@ from cadiff_cli.io.templates import load_template, load_templates, own_contents
 from cadiff_cli.products import Condition
 from cadiff_cli.runner.atlases import make_atlases
 from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.field import template_coordinates
 
 OLD = Condition(85, "F")
 ABOUT = {"Frame": {"OriginMm": [12, -9, 7], "LowMm": [-36, -48, -32], "HighMm": [36, 36, 40]}}
@@ -91,6 +94,50 @@ def test_the_ac_moves_with_the_anatomy(atlas, base):
     expected = flow(SHIFT_MM[None], OLD)[0]
     assert np.linalg.norm(expected - SHIFT_MM) > 0.5
     np.testing.assert_allclose(atlas.template.frame.ac_mm, expected, atol=0.05)
+
+
+def coordinates_at(template, points):
+    """(n, 3): the field at points (n, 3) of the template's world."""
+    return np.stack(
+        [
+            ndimage.map_coordinates(
+                each.data, np.linalg.inv(each.grid.affine)[:3] @ np.c_[points, one].T, order=1
+            )
+            for each in template_coordinates(template)
+            for one in [np.ones(len(points))]
+        ],
+        axis=-1,
+    )
+
+
+def test_anatomy_has_the_coordinates_that_it_has_in_the_base(atlas, base):
+    """Where the ventricles are larger, too; far outside the brain coordinates go on."""
+    rng = np.random.default_rng(0)
+    points = CENTRES_MM[0] + rng.uniform(-8, 8, (60, 3))
+    there = flow(points, OLD)
+    wanted = coordinates_at(base, points)
+    np.testing.assert_allclose(coordinates_at(atlas.template, there), wanted, atol=0.003)
+    own = coordinates_at(replace(atlas.template, from_base=None), there)
+    assert abs(own - wanted).max() > 0.01
+    corner = atlas.deformation.grid.to_world(np.array([-8.0, -8, -8]))[None]
+    assert (coordinates_at(atlas.template, corner) < 0.2).all()
+
+
+def test_a_folder_keeps_the_coordinates_of_the_base(made, atlas, base, tmp_path):
+    folder = made[1][0]
+    read = load_template(str(folder))
+    for ours, theirs in zip(
+        template_coordinates(read), template_coordinates(atlas.template), strict=True
+    ):
+        np.testing.assert_allclose(ours.data, theirs.data, atol=1e-5)
+    assert read.from_base.frame == base.frame
+    assert read.sha256 == json.loads((folder / "template_description.json").read_text())["SHA256"]
+    copy = tmp_path / "tpl-growinglaw" / folder.name
+    shutil.copytree(folder, copy)
+    transforms_of(copy)[0].unlink()
+    with pytest.raises(DataError, match="from-toybase") as caught:
+        load_template(str(copy))
+    assert "whole folder" in caught.value.remedy
 
 
 def test_a_frame_grows_with_the_brain_and_follows_a_shift(base, model):

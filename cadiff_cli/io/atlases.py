@@ -13,7 +13,14 @@ from cadiff_cli.io.bids.names import MORPH
 from cadiff_cli.io.bids.tables import write_table
 from cadiff_cli.io.files import read_json, write_json, write_tsv
 from cadiff_cli.io.images import save_displacement, save_volume
-from cadiff_cli.io.templates import DESCRIPTION, LABELS, MASK, folder_of
+from cadiff_cli.io.templates import (
+    DESCRIPTION,
+    LABELS,
+    MASK,
+    folder_of,
+    frame_as_dict,
+    transform_name,
+)
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import Atlas
 
@@ -93,8 +100,8 @@ def save_atlas(
             (base, own, deformation.backward_mm),
             (own, base, deformation.forward_mm),
         ):
-            name = f"from-{start}_to-{end}_mode-image_xfm"
-            save_displacement(new / f"{begin}_{name}.nii.gz", displacement, deformation.grid)
+            path = new / f"{begin}_{transform_name(start, end)}"
+            save_displacement(path, displacement, deformation.grid)
         write_table(new / f"{begin}_{LABELS}.tsv", parcellation)
         write_volumes(new / f"{begin}_{MORPH}.tsv", atlas, parcellation, samples)
         final.mkdir(exist_ok=True)
@@ -132,7 +139,6 @@ def description(atlas: Atlas, parcellation: Parcellation, samples: int) -> dict[
     """``template_description.json``: TemplateFlow's keys, the frame, and what made the atlas."""
     template, citation = atlas.template, atlas.template.citation
     assert citation is not None
-    frame = template.frame
     return {
         "Name": citation.title,
         "Authors": list(citation.authors),
@@ -143,10 +149,14 @@ def description(atlas: Atlas, parcellation: Parcellation, samples: int) -> dict[
         "Condition": atlas.condition.given,
         "Seed": atlas.seed,
         "Samples": samples,
-        "Base": {"Name": atlas.base.name, "Source": atlas.base.source},
+        "Base": {
+            "Name": atlas.base.name,
+            "Source": atlas.base.source,
+            "Frame": frame_as_dict(atlas.base.frame),
+        },
         "Model": {"Name": atlas.model, "WeightsSHA256": atlas.weights_sha256},
         "Parcellation": parcellation.name,
-        "Frame": {"OriginMm": frame.ac_mm, "LowMm": frame.low_mm, "HighMm": frame.high_mm},
+        "Frame": frame_as_dict(template.frame),
         "SHA256": template.sha256,
         CAUSE: template.cause,
         "GeneratedBy": [generated_by()],

@@ -377,6 +377,24 @@ def save_displacement(path: Path, displacement_mm: np.ndarray, grid: Grid) -> No
         nib.save(image, temporary)
 
 
+def load_displacement(path: Path) -> tuple[np.ndarray, Grid]:
+    """Read what ``save_displacement`` wrote: (3, X, Y, Z) float32 in RAS mm, and its grid.
+
+    Raises ``MissingInputError`` if it is absent, ``DataError`` if it is not such an image.
+    """
+    with _opened(path) as (header, stream, _):
+        x, y, z, *vector = (int(n) for n in header.get_data_shape())
+        if vector != [1, 3]:
+            raise DataError(
+                f"{path.name} is no displacement: its shape ends in {vector}, not [1, 3]",
+                "give a NIfTI vector image",
+            )
+        data = np.asanyarray(ArrayProxy(stream, header, mmap=False))
+        grid = Grid((x, y, z), header.get_best_affine())
+    ras = data[..., 0, :] * np.array([-1, -1, 1], dtype=np.float32)
+    return np.ascontiguousarray(np.moveaxis(ras, -1, 0), dtype=np.float32), grid
+
+
 _STALE = [
     "intent_code",
     "intent_p1",

@@ -20,11 +20,11 @@ import numpy as np
 from cadiff_cli.data import read
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
 from cadiff_cli.io.files import read_json
-from cadiff_cli.io.images import load_volume
+from cadiff_cli.io.images import load_displacement, load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.templateflow import fetch, listed, packaged_json, templateflow_home
 from cadiff_cli.notes import Note, NoteCode
-from cadiff_cli.products import Citation, Condition, Frame, Template
+from cadiff_cli.products import Citation, Condition, Frame, FromBase, Template
 from cadiff_cli.spatial.grid import Volume, border_value, faces
 from cadiff_cli.spatial.resample import same_grid
 
@@ -229,8 +229,36 @@ def _from_folder(folder: Path) -> Template:
         source=str(folder),
         citation=_citation(name, told),
         condition=Condition.read(told.get("Condition")),
+        from_base=_from_base(folder, begin, template, told.get("Base")),
         notes=(Note(NoteCode.TEMPLATE_MASK, text),) if others else (),
     )
+
+
+def transform_name(start: str, end: str) -> str:
+    """End of the name of a transform's file; ``start`` and ``end`` are labels of templates."""
+    return f"from-{start}_to-{end}_mode-image_xfm.nii.gz"
+
+
+def frame_as_dict(frame: Frame) -> dict[str, Any]:
+    """A frame as a template's description holds it."""
+    return {"OriginMm": frame.ac_mm, "LowMm": frame.low_mm, "HighMm": frame.high_mm}
+
+
+def _from_base(folder: Path, begin: str, template: Template, told: object) -> FromBase | None:
+    """What a template was deformed from; None if its description names no base with a frame."""
+    if not (isinstance(told, Mapping) and "Frame" in told and template.mask):
+        return None
+    name = str(told.get("Name"))
+    frame = _told_frame(name, told, template.mask)
+    assert frame is not None
+    start = name.replace(":cohort-", "+")
+    path = folder / f"{begin}_{transform_name(start, template.label)}"
+    try:
+        return FromBase(frame, *load_displacement(path))
+    except CadiffError as error:
+        raise DataError(
+            f"template file {path}: {error.message}", "copy the template's whole folder"
+        ) from error
 
 
 def _only_head(folder: Path) -> tuple[str, str]:

@@ -128,12 +128,13 @@ def save_result(
             Templates=[
                 {
                     "Name": r.template.name,
-                    "LowMm": r.template.frame.low_mm,
-                    "HighMm": r.template.frame.high_mm,
-                    "OriginMm": r.template.frame.ac_mm,
+                    "LowMm": frame.low_mm,
+                    "HighMm": frame.high_mm,
+                    "OriginMm": frame.ac_mm,
                     "InField": r in sound(registrations),
                 }
                 for r in registrations
+                for frame in [(r.template.from_base or r.template).frame]
             ],
         )
     made = Provenance.of(result, write.raw, run_id=run_id or "")
