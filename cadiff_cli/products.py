@@ -108,6 +108,15 @@ class Condition:
         return Condition(age, sex, ventricles) if numbers and sex in (None, "F", "M") else None
 
 
+def template_label(name: str) -> str:
+    """A template's name as it stands in file names after ``from-`` and ``to-``.
+
+    >>> template_label("MNIInfant:cohort-2")
+    'MNIInfant+2'
+    """
+    return name.replace(":cohort-", "+")
+
+
 @dataclass(frozen=True, eq=False)
 class FromBase:
     """What a template was deformed from: its anatomy has the coordinates of the base's.
@@ -150,8 +159,8 @@ class Template:
 
     @cached_property
     def label(self) -> str:
-        """The name as it stands in file names after ``from-`` and ``to-``: ``MNIInfant+2``."""
-        return self.name.replace(":cohort-", "+")
+        """The name as it stands in file names (``template_label``)."""
+        return template_label(self.name)
 
     @cached_property
     def sha256(self) -> str:

@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.train import also_options, also_settings, sources_of, training_options
+from cadiff_cli.cli.train import (
+    FOLDS_OPTION,
+    also_options,
+    also_settings,
+    sources_of,
+    training_options,
+)
 
 
 @click.command(name="ablate")
@@ -24,13 +30,7 @@ from cadiff_cli.cli.train import also_options, also_settings, sources_of, traini
     multiple=True,
     help="Subject label that is scored, of any dataset (repeatable), instead of --folds.",
 )
-@click.option(
-    "--folds",
-    type=click.IntRange(2),
-    default=3,
-    show_default=True,
-    help="Number of folds over the people.",
-)
+@FOLDS_OPTION
 @also_options
 @click.option(
     "--common",

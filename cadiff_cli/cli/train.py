@@ -96,6 +96,15 @@ ALSO_OPTIONS = (
 )
 
 
+FOLDS_OPTION = click.option(
+    "--folds",
+    type=click.IntRange(2),
+    default=3,
+    show_default=True,
+    help="Number of folds over the people.",
+)
+
+
 def also_options(command: Any) -> Any:
     """Options that ``train`` and ``ablate`` share."""
     for option in reversed(ALSO_OPTIONS):

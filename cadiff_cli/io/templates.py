@@ -24,7 +24,7 @@ from cadiff_cli.io.images import load_displacement, load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.templateflow import fetch, listed, packaged_json, templateflow_home
 from cadiff_cli.notes import Note, NoteCode
-from cadiff_cli.products import Citation, Condition, Frame, FromBase, Template
+from cadiff_cli.products import Citation, Condition, Frame, FromBase, Template, template_label
 from cadiff_cli.spatial.grid import Volume, border_value, faces
 from cadiff_cli.spatial.resample import same_grid
 
@@ -251,8 +251,7 @@ def _from_base(folder: Path, begin: str, template: Template, told: object) -> Fr
     name = str(told.get("Name"))
     frame = _told_frame(name, told, template.mask)
     assert frame is not None
-    start = name.replace(":cohort-", "+")
-    path = folder / f"{begin}_{transform_name(start, template.label)}"
+    path = folder / f"{begin}_{transform_name(template_label(name), template.label)}"
     try:
         return FromBase(frame, *load_displacement(path))
     except CadiffError as error:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
@@ -42,6 +42,28 @@ UNTOLD = ""
 """A fact that an older run did not write down: it is taken on trust."""
 MAY_CHANGE = ("steps", "decay", "rate")
 """Settings of which a run may go on with others."""
+
+
+def check_held_out(
+    people: Set[str],
+    hold_out: Sequence[str],
+    init: Trained[Any] | None,
+    others: Set[str] = frozenset(),
+) -> None:
+    """Raise ``UsageError`` unless these subjects can be held out, and some are left to train on.
+
+    ``others`` are those of datasets that are trusted less; nobody that ``init`` was trained on can
+    be held out.
+    """
+    held = set(hold_out)
+    if missing := sorted(held - people - others):
+        raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people | others)}")
+    if init and (seen := sorted(init.seen & held)):
+        raise UsageError(
+            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
+        )
+    if not people - held:
+        raise UsageError("every subject is held out", "leave some to train on")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from cadiff_cli.io.bids.tables import save_table, table_name
 from cadiff_cli.io.files import read_json, replacing, sha256, write_json, write_tsv
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.provenance import Provenance, mask_provenance, told
+from cadiff_cli.io.templates import frame_as_dict
 from cadiff_cli.io.volumes import (
     INTRACRANIAL,
     PERCENTILE,
@@ -128,13 +129,10 @@ def save_result(
             Templates=[
                 {
                     "Name": r.template.name,
-                    "LowMm": frame.low_mm,
-                    "HighMm": frame.high_mm,
-                    "OriginMm": frame.ac_mm,
+                    **frame_as_dict((r.template.from_base or r.template).frame),
                     "InField": r in sound(registrations),
                 }
                 for r in registrations
-                for frame in [(r.template.from_base or r.template).frame]
             ],
         )
     made = Provenance.of(result, write.raw, run_id=run_id or "")

@@ -22,7 +22,7 @@ from cadiff_cli.training.parcels.objective import ParcelObjective
 from cadiff_cli.training.parcels.patches import HemisphereDraws
 from cadiff_cli.training.parcels.prior import counted, log_prior, spread
 from cadiff_cli.training.segmenter.data import Sample, identity
-from cadiff_cli.training.session import Identity, Session, new_net
+from cadiff_cli.training.session import Identity, Session, check_held_out, new_net
 
 log = logging.getLogger(__name__)
 
@@ -108,20 +108,12 @@ def check_people(
     people: Set[str], hold_out: Sequence[str], init: ParcelModel | None, parcellation: Parcellation
 ) -> None:
     """Raise ``UsageError`` unless these subjects can be trained on, and held out, as asked for."""
-    held = set(hold_out)
-    if missing := sorted(held - people):
-        raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people)}")
-    if init and (seen := sorted(init.seen & held)):
-        raise UsageError(
-            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
-        )
+    check_held_out(people, hold_out, init)
     if init and init.parcellation != parcellation:
         raise UsageError(
             f"--init names the parcels of {init.parcellation.name}, the config {parcellation.name}",
             "use weights of this parcellation, or begin anew",
         )
-    if not people - held:
-        raise UsageError("every subject is held out", "leave one to train on")
     if not left_parcels(parcellation):
         raise UsageError(
             f"{parcellation.name} has no parcels of the cortex",

@@ -18,7 +18,13 @@ from cadiff_cli.training.segmenter.config import TrainConfig
 from cadiff_cli.training.segmenter.data import Sample, identity, structures
 from cadiff_cli.training.segmenter.patches import Draws
 from cadiff_cli.training.segmenter.prior import count_prior
-from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
+from cadiff_cli.training.session import (
+    UNTOLD,
+    Identity,
+    Session,
+    check_held_out,
+    new_net,
+)
 
 
 @dataclass(frozen=True)
@@ -148,15 +154,9 @@ def check_people(
 
     ``others`` are those of datasets that are trusted less.
     """
-    held = set(hold_out)
-    if missing := sorted(held - people - others):
-        raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people | others)}")
+    check_held_out(people, hold_out, init, others)
     if both := sorted(people & others):
         raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
-    if init and (seen := sorted(init.seen & held)):
-        raise UsageError(
-            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
-        )
     if init and init.parcellation != parcellation:
         raise UsageError(
             f"--init {init.name} draws the parcellation {init.parcellation.name}, and the config"
@@ -168,5 +168,3 @@ def check_people(
             f"--init {init.name} is another network than the config's",
             "use a config of its network; only the head and label_scale may differ",
         )
-    if not people - held:
-        raise UsageError("every subject is held out", "leave some to train on")
