@@ -53,6 +53,20 @@ def test_mirror_is_an_involution_that_swaps_sides(parcellation):
     assert {s.name for s in parcellation.structures if s.mirror == s.code} >= MIDLINE
 
 
+@pytest.mark.parametrize("name", shipped_names())
+def test_pairs_are_left_and_right_whichever_code_is_lower(name):
+    """Neuromorphometrics' parcels of the right have the lower codes."""
+    parcellation = load_parcellation(name)
+    for left, right in parcellation.pairs:
+        assert left.name == f"Left-{left.shared_name}"
+        assert right.name == f"Right-{left.shared_name}"
+        assert parcellation.left_codes[right.code] == parcellation.left_codes[left.code]
+    together = [s for members in parcellation.joined for s in members]
+    assert sorted(s.code for s in together) == sorted(s.code for s in parcellation.structures)
+    alone = [members[0] for members in parcellation.joined if len(members) == 1]
+    assert {s.name for s in alone} == {s.name for s in together if s.mirror == s.code}
+
+
 def test_neuromorphometrics_reaches_every_structure(parcellation):
     mapping = load_scheme("neuromorphometrics", parcellation)
     assert set(mapping.values()) == set(range(1, 41))

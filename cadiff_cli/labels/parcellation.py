@@ -56,6 +56,8 @@ TISSUE_OF_CLASS: Mapping[int, Tissue] = {
 """BIDS' standard tissue class -> tissue; others have none."""
 COLUMNS = ("index", "name", "abbreviation", "color", "mapping", "mirror")
 """Columns that a table must have; ``parent`` and ``subsets`` may follow."""
+LEFT, RIGHT = "Left-", "Right-"
+"""Names of a hemisphere's structures begin so."""
 LEAST_CODE, GREATEST_CODE = 1, 32767
 """Label maps are stored as int16."""
 
@@ -78,6 +80,11 @@ class Structure:
     mirror: int
     parent: int | None = None
     subsets: tuple[str, ...] = ()
+
+    @property
+    def shared_name(self) -> str:
+        """The name without its side, which the partner shares."""
+        return self.name.removeprefix(LEFT).removeprefix(RIGHT)
 
     @property
     def is_tissue(self) -> bool:
@@ -126,9 +133,26 @@ class Parcellation:
         return np.array([0, *(self.class_of[s.mirror] for s in self.structures)])
 
     @cached_property
+    def pairs(self) -> tuple[tuple[Structure, Structure], ...]:
+        """Left and right partners; structures in the middle have none.
+
+        The left one is named so; where no name tells, it is that of the lower code.
+        """
+        by_code = {s.code: s for s in self.structures}
+        pairs = ((s, by_code[s.mirror]) for s in self.structures if s.code < s.mirror)
+        return tuple((b, a) if b.name.startswith(LEFT) else (a, b) for a, b in pairs)
+
+    @cached_property
+    def joined(self) -> tuple[tuple[Structure, ...], ...]:
+        """In order: partners together, left first; the others alone."""
+        pair = {min(left.code, right.code): (left, right) for left, right in self.pairs}
+        return tuple(pair.get(s.code, (s,)) for s in self.structures if s.code <= s.mirror)
+
+    @cached_property
     def left_codes(self) -> dict[int, int]:
         """Code -> that of the pair's left structure; its own in the middle."""
-        return {s.code: min(s.code, s.mirror) for s in self.structures}
+        own = {s.code: s.code for s in self.structures}
+        return own | {right.code: left.code for left, right in self.pairs}
 
     @cached_property
     def tissues(self) -> Mapping[Tissue, tuple[int, ...]]:

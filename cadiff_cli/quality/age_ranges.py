@@ -189,12 +189,11 @@ def sizes(volumes: Mapping[str, V], parcellation: Parcellation) -> dict[str, V]:
     Everything is in per cent of all structures but vessels; those themselves are in mm^3.
     """
     tissue = [s for s in parcellation.structures if s.is_tissue]
-    names = {s.code: s.name for s in tissue}
     brain: V = sum((volumes[s.name] for s in tissue[1:]), start=volumes[tissue[0].name])
     found = {s.name: 100 * volumes[s.name] / brain for s in tissue}
-    for s in tissue:
-        if s.code < s.mirror:
-            found[s.name.removeprefix("Left-")] = found[s.name] + found[names[s.mirror]]
+    for left, right in parcellation.pairs:
+        if left.is_tissue:
+            found[left.shared_name] = found[left.name] + found[right.name]
     fluid = [found[s.name] for s in tissue if s.is_csf]
     if fluid:
         found[VENTRICLES] = sum(fluid[1:], start=fluid[0])

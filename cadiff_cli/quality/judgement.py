@@ -21,7 +21,6 @@ from cadiff_cli.quality.ranges import (
     asymmetry,
     base_volumes,
     brain_mm3,
-    pairs,
 )
 
 ANYTHING = Range(-inf, 0.0, inf)
@@ -72,17 +71,16 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Side:
-    """Left and right of one structure; ``percent`` is (left - right) in per cent of their mean."""
+    """Left and right of one structure, ``name`` without its side.
+
+    ``percent`` is (left - right) in per cent of their mean.
+    """
 
     left: str
     right: str
+    name: str
     percent: float
     plausible: bool
-
-    @property
-    def name(self) -> str:
-        """What both sides are."""
-        return self.left.removeprefix("Left-")
 
 
 @dataclass(frozen=True)
@@ -214,11 +212,11 @@ def _sides(
     volumes: Mapping[str, float], parcellation: Parcellation, ranges: Ranges
 ) -> Iterator[Side]:
     """Every pair of which at least one was found."""
-    for left, right in pairs(parcellation):
-        percent = asymmetry(volumes.get(left, 0.0), volumes.get(right, 0.0))
+    for left, right in parcellation.pairs:
+        percent = asymmetry(volumes.get(left.name, 0.0), volumes.get(right.name, 0.0))
         if percent is not None:
-            span = ranges.asymmetry_percent.get(left, ANYTHING)
-            yield Side(left, right, percent, percent in span)
+            span = ranges.asymmetry_percent.get(left.name, ANYTHING)
+            yield Side(left.name, right.name, left.shared_name, percent, percent in span)
 
 
 def _implausible(

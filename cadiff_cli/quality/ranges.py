@@ -91,12 +91,6 @@ def asymmetry(left: float, right: float) -> float | None:
     return 200 * (left - right) / (left + right) if left + right else None
 
 
-def pairs(parcellation: Parcellation) -> list[tuple[str, str]]:
-    """Names of left and right partners."""
-    names = {s.code: s.name for s in parcellation.structures}
-    return [(s.name, names[s.mirror]) for s in parcellation.structures if s.code < s.mirror]
-
-
 def load_ranges(parcellation: Parcellation) -> Ranges:
     """The ranges of a parcellation, if it was measured.
 
@@ -162,13 +156,13 @@ def measure(
             logs = [math.log(value) for value in values]
             centre, reach = mean(logs), WIDE * stdev(logs)
             sizes[s.name] = [_short(math.exp(centre + k * reach)) for k in (-1, 0, 1)]
-    for left, right in pairs(parcellation):
-        if left in sizes and right in sizes:
-            found = [asymmetry(one[left], one[right]) or 0.0 for one in volumes]
+    for left, right in parcellation.pairs:
+        if left.name in sizes and right.name in sizes:
+            found = [asymmetry(one[left.name], one[right.name]) or 0.0 for one in volumes]
             centre, reach = mean(found), WIDE * stdev(found)
             low = min(centre - reach, -LEAST_ASYMMETRY)
             high = max(centre + reach, LEAST_ASYMMETRY)
-            sides[left] = [_short(value) for value in (low, centre, high)]
+            sides[left.name] = [_short(value) for value in (low, centre, high)]
     span = [min(ages), max(ages)] if ages else None
     return {"people": people, "ages": span, "percent_brain": sizes, "asymmetry_percent": sides}
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 from cadiff_cli.io.atlases import people_of
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.templates import folder_of
-from cadiff_cli.labels.parcellation import Parcellation, Structure
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import Atlas
 from cadiff_cli.report.case import around
 from cadiff_cli.report.figures import (
@@ -182,7 +182,7 @@ def volume_lines(
 ) -> list[Line]:
     """Volumes of the structures, left and right together, in ml."""
     lines = []
-    for members in _pairs(parcellation):
+    for members in parcellation.joined:
         codes = [s.code for s in members if s.code in atlas.volumes_mm3]
         if not codes:
             continue
@@ -192,22 +192,10 @@ def volume_lines(
         )
         drawn = [sum(sample[code] for code in codes) / 1000 for sample in samples]
         mean, sd = (float(np.mean(drawn)), float(np.std(drawn, ddof=1))) if drawn else (None, None)
-        lines.append(Line(_shared_name(members[0]), members[0].color, base_ml, ml, mean, sd))
+        lines.append(
+            Line(members[0].shared_name.replace("-", " "), members[0].color, base_ml, ml, mean, sd)
+        )
     return lines
-
-
-def _pairs(parcellation: Parcellation) -> list[list[Structure]]:
-    """Each structure with its mirror image; alone on the midline."""
-    by_code = {s.code: s for s in parcellation.structures}
-    return [
-        [s] if s.mirror == s.code else [s, by_code[s.mirror]]
-        for s in parcellation.structures
-        if s.code <= s.mirror
-    ]
-
-
-def _shared_name(s: Structure) -> str:
-    return s.name.removeprefix("Left-").replace("-", " ")
 
 
 def _facts(atlas: Atlas, samples: int) -> list[tuple[str, object]]:

@@ -159,18 +159,13 @@ def volume_table(
 ) -> list[dict[str, Any]]:
     """One line per structure, left and right together."""
     rows = {row.name: row for row in case.rows}
-    names = {s.code: s for s in parcellation.structures}
     sides = {side.left: side for side in judgement.sides}
     lines = []
-    for s in parcellation.structures:
-        if s.code > s.mirror:
-            continue
-        other = names[s.mirror]
-        members = [s] if other is s else [s, other]
-        side = sides.get(s.name)
+    for members in parcellation.joined:
+        side = sides.get(members[0].name)
         lines.append(
             {
-                "name": s.name.removeprefix("Left-").replace("-", " "),
+                "name": members[0].shared_name.replace("-", " "),
                 "members": [
                     {
                         "code": one.code,
@@ -198,14 +193,14 @@ def parcel_table(case: Case) -> list[dict[str, Any]]:
         return []
     rows = {row.code: _measured(row) for row in case.finer_rows}
     lines = []
-    for s in finer.parcellation.structures:
-        if s.parent == s.code or not s.name.startswith("Left-"):
+    for pair in finer.parcellation.pairs:
+        if pair[0].parent == pair[0].code:
             continue
-        left, right = (rows.get(code, _measured(None)) for code in (s.code, s.mirror))
+        left, right = (rows.get(s.code, _measured(None)) for s in pair)
         percent = asymmetry(left["ml"] or 0.0, right["ml"] or 0.0)
-        name = s.name.removeprefix("Left-").replace("-", " ")
+        name = pair[0].shared_name.replace("-", " ")
         lines.append(
-            {"name": name, "color": s.color, "members": [left, right], "asymmetry": percent}
+            {"name": name, "color": pair[0].color, "members": [left, right], "asymmetry": percent}
         )
     return lines
 
