@@ -215,6 +215,32 @@ def names(found):
     return [path.name.split(".")[0].removesuffix("_T1w") for path in found]
 
 
+def test_other_images_that_are_called_after_a_t1w_are_none(dataset):
+    """A valid name of another image is no odd name; of many odd ones a few are named."""
+    root = dataset(
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/anat/sub-01_mod-T1w_defacemask.nii.gz",
+        "sub-01/anat/sub-01_acq-T1wlike_T2w.nii.gz",
+        *(f"sub-01/anat/sub-01_T1w_{k}.nii.gz" for k in range(8)),
+    )
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    notes = select(Dataset(root)).notes
+    assert [note.split()[0].rsplit("/")[-1] for note in notes[:5]] == [
+        f"sub-01_T1w_{k}.nii.gz" for k in range(5)
+    ]
+    assert notes[5:] == ("3 more images have no BIDS name: ignored",)
+
+
+def test_an_index_of_a_dataset_that_was_moved_is_refused(dataset, tmp_path_factory):
+    root = dataset("sub-01/anat/sub-01_T1w.nii.gz")
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    database = tmp_path_factory.mktemp("index")
+    select(Dataset(root), Selection(), database)
+    moved = root.rename(root.with_name(f"{root.name}-moved"))
+    with pytest.raises(DataError, match="of a dataset that is not here now"):
+        select(Dataset(moved), Selection(), database)
+
+
 def test_every_t1w_is_found_once(raw):
     found = select(raw)
     assert names(found.images) == [

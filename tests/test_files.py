@@ -128,6 +128,18 @@ def test_everybody_gets_a_lock_where_there_are_none(tmp_path, monkeypatch, name)
         assert mine
 
 
+def test_a_lock_that_became_a_link_is_a_file_again(tmp_path):
+    """git-annex turns empty files into links to one object, which a clone may lack."""
+    for k in range(2):
+        (tmp_path / f"{k}.lock").symlink_to(tmp_path / "annex" / "empty")
+    with locked(tmp_path / "0.lock", wait=False) as first:
+        with locked(tmp_path / "1.lock", wait=False) as second:
+            assert (first, second) == (True, True)
+        with locked(tmp_path / "0.lock", wait=False) as again:
+            assert not again
+    assert not (tmp_path / "0.lock").is_symlink()
+
+
 def test_another_failure_is_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path / "x", wait=True):

@@ -157,8 +157,17 @@ def test_only_what_was_cut_short_is_replaced_unasked(tmp_path):
         write_text(drawn, "all of it")
     with pytest.raises(OutputError, match="is there already"):
         journal.make_room(place, overwrite=False)
-    write_text(place.path("seg-cadiff_dseg.json"), "{}")  # the rest of the result is gone
+    sidecar = place.path("seg-cadiff_dseg.json")
+    write_text(sidecar, '{"Manual": true}')  # somebody's own labels
+    with pytest.raises(OutputError, match="is there already"):
+        journal.make_room(place, overwrite=False)
+    write_text(sidecar, '{"Fingerprint": "x"}')  # ours, and the rest of the result is gone
     journal.make_room(place, overwrite=False)
+    sidecar.unlink()
+    sidecar.symlink_to(tmp_path / "annex" / "object")  # a clone without the content
+    drawn.unlink()
+    with pytest.raises(OutputError, match=r"link to a file that is absent.*datalad get"):
+        journal.make_room(place, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     Yields False if another process holds it and ``wait`` is not set.  On file systems without locks
     every caller succeeds; do not give two processes the same scan.
     """
+    if path.is_symlink():  # git-annex makes all empty files links to one, which may be absent
+        path.unlink(missing_ok=True)
     try:
         stream = path.open("a", encoding="ascii")
     except PermissionError:  # a colleague's file in a shared folder

@@ -24,6 +24,7 @@ from cadiff_cli.errors import (
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import NO_SPACE, locked, read_json, remove_partial, write_json, write_text
+from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.runner.job import Job, Outcome
 
@@ -65,7 +66,8 @@ class Journal:
 
         So does a result with a deleted part, if its sidecar shows that cadiff wrote it.
         """
-        ours = self._mark(place.stem).exists() or bool(place.commits)
+        sidecars = (Provenance.read(read_json(path) or {}) for path in place.commits)
+        ours = self._mark(place.stem).exists() or any(sidecars)
         unfinished = ours and finished_result(place) is None
         place.claim(*inputs, overwrite=overwrite or unfinished)
 

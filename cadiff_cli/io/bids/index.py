@@ -73,11 +73,16 @@ def named_images(
 
     Without an index: pybids needs several seconds for one of some thousand images.
     """
+    ends = tuple(f"_{suffix}{extension}" for suffix in suffixes for extension in extensions)
+    likely = (path for path in files if path.name.endswith(ends))
+    return {path: _entities(_within(path, root)) for path in likely if has_bids_name(path, root)}
+
+
+def has_bids_name(path: Path, root: Path) -> bool:
+    """Whether a file of a dataset has a name that BIDS knows."""
     from bids_validator import BIDSValidator
 
-    ends = tuple(f"_{suffix}{extension}" for suffix in suffixes for extension in extensions)
-    likely = {path: _within(path, root) for path in files if path.name.endswith(ends)}
-    return {p: _entities(within) for p, within in likely.items() if BIDSValidator.is_bids(within)}
+    return bool(BIDSValidator.is_bids(_within(path, root)))
 
 
 def indexed_images(
@@ -142,6 +147,12 @@ def _kept_index(layout_at: Callable[[Path | None], "BIDSLayout"], database: Path
     except FileExistsError as error:
         raise DataError(
             f"--bids-database-dir {database} is a file", "name a folder for the index"
+        ) from error
+    except ValueError as error:  # pybids: the folder that it was made of is gone
+        raise DataError(
+            f"{database / INDEX} is the index of a dataset that is not here now"
+            f" ({' '.join(str(error).split())[:200]})",
+            "remove this file after a dataset was moved, or name another folder",
         ) from error
     except SQLAlchemyError as error:
         raise DataError(

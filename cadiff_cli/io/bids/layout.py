@@ -82,6 +82,11 @@ class Derivatives:
                 raise OutputError(
                     f"{path} is an input and would be overwritten", "choose another output folder"
                 )
+            if not overwrite and not path.exists():
+                raise OutputError(
+                    f"{path} is a link to a file that is absent",
+                    "fetch it (datalad get), use --overwrite, or another output folder",
+                )
             if not overwrite:
                 raise OutputError(
                     f"{path} is there already", "use --overwrite, or another output folder"

@@ -10,6 +10,7 @@ from typing import Any
 from cadiff_cli.errors import DataError, SelectionError, UsageError, first_few
 from cadiff_cli.io.bids.index import (
     anatomical_files,
+    has_bids_name,
     indexed_images,
     known_entities,
     named_images,
@@ -20,6 +21,8 @@ from cadiff_cli.io.formats import stem
 
 SUFFIXES = T1W, UNIT1 = "T1w", "UNIT1"
 """Suffixes of images that can be segmented; UNIT1 is the uniform image of an MP2RAGE."""
+MAX_NOTES = 5
+"""Images or sessions that are named one by one."""
 MAGNITUDE = ("mag", None)
 """Values of ``part``: phase, real and imaginary images show no anatomy."""
 TAKEN: Mapping[str, tuple[str | None, ...]] = {
@@ -136,6 +139,8 @@ def select(
         for path in files
         if any(x in path.name for x in selection.suffixes)
         if path not in named and not is_ignored(path)
+        # A mask of a T1w image, say, is no T1w image.
+        if stem(path).endswith(selection.suffixes) or not has_bids_name(path, root)
     ]
     lacking = set(chosen) - {entities["subject"] for entities in images.values()}
     unit1 = selection.of(UNIT1)
@@ -147,7 +152,9 @@ def select(
 
     suffix = " or ".join(selection.suffixes)
     why = "has no BIDS name" + (f", or {database} is older" if database else "")
-    unnamed = [f"{path.relative_to(root).as_posix()} {why}: ignored" for path in odd]
+    unnamed = [f"{path.relative_to(root).as_posix()} {why}: ignored" for path in odd[:MAX_NOTES]]
+    if (more := len(odd) - MAX_NOTES) > 0:
+        unnamed.append(f"{more} more images have no BIDS name: ignored")
     left_out = [
         *_left_out(suffix, ignored, "by .bidsignore"),
         *_left_out(suffix, others, "as no magnitude"),
@@ -198,7 +205,7 @@ def _unit1(participants: Collection[str]) -> list[str]:
 
 
 def _several(
-    images: Mapping[Path, Mapping[str, Any]], suffix: str, max_notes: int = 5
+    images: Mapping[Path, Mapping[str, Any]], suffix: str, max_notes: int = MAX_NOTES
 ) -> list[str]:
     """Notes on sessions of which more than one image is segmented."""
     by_session: dict[str, set[str]] = {}
