@@ -301,6 +301,68 @@ def test_too_few_people_are_refused(cohort, why):
         fit(cohort, TOY)
 
 
+def of(cohort, ages, sexes=None):
+    """The same people at other ages, and of other sexes."""
+    sexes = sexes or [p.sex for p in cohort.persons]
+    persons = (Person(float(a), s) for a, s in zip(ages, sexes, strict=True))
+    return replace(cohort, persons=tuple(persons))
+
+
+@pytest.mark.parametrize(
+    ("ages", "sexes", "why"),
+    [
+        ([22] * 58 + [25, 28], None, "90 % of people are 22 to 22 years old"),
+        ([22] * 57 + [25, 28, 31], None, "90 % of people are 22 to 22.15 years old"),
+        ([20, 40] * 30, None, "60 people of 2 different ages"),
+        ([22] * 56 + [50, 50, 80, 80], ["F"] * 56 + ["M"] * 4, None),
+        ([22] * 18 + [50, 80], None, "20 people of 3 different ages"),
+        ([20] * 20 + [30, 40] * 20, ["F"] * 20 + ["M"] * 40, "20 women and 40 men"),
+        ([20, 30, 40] * 20, ["F", "F", "F", "M", "M", "M"] * 10, None),
+    ],
+)
+def test_people_too_alike_to_tell_what_age_does_are_refused(ages, sexes, why):
+    """None of these may end in a singular matrix, or in curves without numbers."""
+    cohort = of(people(len(ages)), ages, sexes)
+    if why is None:
+        curves = fit(cohort, TOY).curves.values()
+        assert all(np.isfinite([*c.mean, *c.spread, c.source_sd]).all() for c in curves)
+        return
+    for function in (fit, check):
+        with pytest.raises(DataError, match=why) as caught:
+            function(cohort, TOY)
+        assert "needed" in caught.value.remedy or "add people" in caught.value.remedy
+
+
+def test_a_structure_that_only_people_too_alike_have_has_no_curve():
+    """Without the three old people two ages are left, which do not tell a curve."""
+    cohort = of(people(60), [22] * 28 + [24] * 29 + [60, 70, 80])
+    assert "Left-Ventricle" in fit(cohort, TOY).curves
+    lacking = tuple(v if k < 57 else 0.0 for k, v in enumerate(cohort.mm3["Left-Ventricle"]))
+    some = replace(cohort, mm3=cohort.mm3 | {"Left-Ventricle": lacking})
+    found = fit(some, TOY).curves
+    assert {*fit(cohort, TOY).curves} - {*found} == {"Left-Ventricle"}
+    scores = check(some, TOY, {"": Form()})[""]["all"]
+    assert np.isfinite([scores["pinball"], *scores["coverage"]]).all()
+
+
+@pytest.mark.parametrize("rest", ["of one age", "of one sex"])
+def test_sources_without_which_the_others_are_too_alike(rest):
+    """Those of one age are no base to predict anybody; those of one sex tell nothing of sex."""
+    cohort = people(60, seed=4)
+    ages = [p.age_years for p in cohort.persons]
+    if rest == "of one age":
+        mixed = of(cohort, ages[:30] + [22.0] * 30)
+    else:
+        mixed = of(cohort, ages, ["F"] * 30 + ["M"] * 30)
+    mixed = replace(mixed, sources=("a",) * 30 + ("b",) * 30)
+    found = check(mixed, TOY, {"": Form()})[""]
+    assert found["all"]["people"] == 60
+    assert found["other sources"]["people"] == (30 if rest == "of one age" else 60)
+    assert np.isfinite(
+        [found["other sources"]["pinball"], *found["other sources"]["coverage"]]
+    ).all()
+
+
 def test_one_sex_alone_tells_nothing_of_the_other():
     cohort = people(60)
     men = replace(cohort, persons=tuple(replace(p, sex="M") for p in cohort.persons))
@@ -376,6 +438,90 @@ def test_several_scans_of_a_person_count_once(table):
     assert twice.mm3 == once.mm3
     assert "60 people have several scans" in twice.notes[0]
     assert {*twice.sources} == {"a", "b"}
+
+
+def with_rows(path, delimiter=","):
+    """The table as pandas writes it: the first column has no name, and numbers the rows."""
+    header, *lines = path.read_text().splitlines()
+    rows = [delimiter + header, *(f"{k}{delimiter}{line}" for k, line in enumerate(lines, 20))]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_column_without_a_name_is_nobody_s_age_or_source(table, tmp_path):
+    once = read_cohort([table()], TOY)
+    assert read_cohort([with_rows(table("rows.csv", ","))], TOY).persons == once.persons
+    participants = tmp_path / "participants.tsv"
+    participants.write_text(
+        "participant_id\tage\tsex\n" + "".join(f"sub-{x}\t77\tM\n" for x in once.subjects)
+    )
+    bare = table("bare.csv", ",", sex="gone", age="years")
+    lines = bare.read_text().splitlines()
+    bare.write_text("\n".join([*lines, *lines[1:]]) + "\n")
+    found = read_cohort([with_rows(bare)], TOY, participants)
+    assert {person.age_years for person in found.persons} == {77.0}
+    assert found.mm3 == once.mm3
+    assert {*found.sources} == {"bare"}
+    assert found.notes == ("60 people have several scans: their means count",)
+    with pytest.raises(DataError, match="120 of 120 scans are left out: no age"):
+        read_cohort([bare], TOY)
+
+
+def test_lines_that_are_longer_than_the_header(table):
+    """What is empty does not matter; else every cell may stand under the name of another."""
+    once = read_cohort([table()], TOY)
+    path = table("long.tsv")
+    header, *lines = path.read_text().splitlines()
+    for several in (lines[:1], lines):
+        longer = [line + "\t" if line in several else line for line in lines]
+        path.write_text("\n".join([header, *longer, "\t" * 9]) + "\n")
+        found = read_cohort([path], TOY)
+        assert (found.persons, found.mm3, found.notes) == (once.persons, once.mm3, ())
+    path.write_text("\n".join([header, *(f"{k}\t{x}" for k, x in enumerate(lines, 1))]) + "\n")
+    with pytest.raises(DataError, match=r"begins with 1, sub-000, ... has 10 cells, the header 9"):
+        read_cohort([path], TOY)
+
+
+def with_commas(path):
+    """Numbers as most of Europe writes them."""
+    path.write_text(path.read_text().replace(".", ","))
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_decimal_comma_is_read(table, delimiter):
+    once = read_cohort([table()], TOY)
+    found = read_cohort([with_commas(table("europe.csv", delimiter))], TOY)
+    assert (found.persons, found.mm3, found.notes) == (once.persons, once.mm3, ())
+
+
+def test_commas_that_may_part_thousands_are_refused(table):
+    """Such a table could be read a thousand times too small."""
+    path = table("thousands.tsv")
+    header, *lines = (line.split("\t") for line in path.read_text().splitlines())
+    rows = [[*x[:3], *(f"{float(cell):,.0f}" for cell in x[3:])] for x in lines]
+    path.write_text("".join("\t".join(x) + "\n" for x in [header, *rows]))
+    with pytest.raises(DataError, match="commas may part thousands or be decimal, in") as caught:
+        read_cohort([path], TOY)
+    assert "1234.5 or 1234,5" in caught.value.remedy
+
+
+def test_why_no_scan_can_be_used_is_told(table):
+    path = table()
+    header, *lines = path.read_text().splitlines()
+    spoilt = ["\t".join([*line.split("\t")[:3], *["12 mm3"] * 6]) for line in lines]
+    path.write_text("\n".join([header, *spoilt]) + "\n")
+    with pytest.raises(DataError, match="no scan can be used") as caught:
+        read_cohort([path], TOY)
+    for needed in ("60 of 60 scans are left out, without all volumes", "'12 mm3'", "sub-000"):
+        assert needed in str(caught.value)
+    zero = ["\t".join([*line.split("\t")[:3], *["0"] * 6]) for line in lines]
+    path.write_text("\n".join([header, *zero]) + "\n")
+    with pytest.raises(DataError, match="all are 0"):
+        read_cohort([path], TOY)
+    path.write_text(header + "\n")
+    with pytest.raises(DataError, match="no line below its header"):
+        read_cohort([path], TOY)
 
 
 def test_what_a_table_lacks_is_told(table, tmp_path):

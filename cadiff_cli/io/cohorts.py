@@ -1,8 +1,9 @@
 """Tables of people and the volumes of their structures, to fit age ranges to."""
 
 import csv
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from cadiff_cli.products import Person
 GROUP_TABLE = "group_morph.tsv"
 LABELS = ("participant_id", "subject")
 """Columns that may name a person."""
+THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+"""A number with commas that may part its thousands: ``1,234`` may be 1234, or 1.234."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,11 @@ def read_cohort(
     code.  ``source`` tells scanners or studies apart; without it each path is one.  Where a table
     knows no age, those of ``participants`` count (a ``participants.tsv``), else those beside the
     group table or of the dataset that it was made from.  Several scans of a person count as one,
-    with their mean volumes and age.  Scans without age or volumes are left out, and noted.
+    with their mean volumes and age.  Scans without age or volumes are left out, and noted.  Numbers
+    may have a decimal comma.
 
-    Raises ``MissingInputError``, ``DataError``, or ``UsageError`` for a path that is given twice.
+    Raises ``MissingInputError``, ``DataError`` (also if no scan is left), or ``UsageError`` for a
+    path that is given twice.
     """
     notes, scans = list[str](), list[_Scan]()
     if len({path.resolve() for path in paths}) < len(paths):
@@ -92,6 +97,12 @@ def read_cohort(
     whole = [scan for scan in scans if scan.person.age_years is not None]
     if lost := len(scans) - len(whole):
         notes.append(f"{lost} of {len(scans)} scans are left out: no age is known of them")
+    if not whole:
+        raise DataError(
+            f"no scan can be used: {'; '.join(notes)}",
+            "a scan needs an age in years (in the table, or in --participants) and all volumes in"
+            " mm3, as 1234.5 or 1234,5",
+        )
     return _by_person(whole, names, notes)
 
 
@@ -124,16 +135,15 @@ def _scans(
     table: Path, source: str, columns: Mapping[str, str], people: People, notes: list[str]
 ) -> Iterator[_Scan]:
     """Every line of a table that has all volumes."""
-    lines = _lines(table)
-    header = {name.lower(): name for name in lines[0]} if lines else {}
-    label = next((header[name] for name in LABELS if name in header), None)
+    header, lines = _lines(table)
+    label = next((name for name in LABELS if name in header), None)
     if label is None:
         raise DataError(
-            f"{table} has no column participant_id (its columns: {first_few([*header]) or 'none'})",
+            f"{table} has no column participant_id (its columns: {first_few(header) or 'none'})",
             "name the people: several scans of one person count as one",
         )
     where = {
-        name: next((header[x] for x in _columns(name, code) if x in header), "")
+        name: next((x for x in _columns(name, code) if x in header), "")
         for name, code in columns.items()
     }
     if lacking := [column(name) for name, place in where.items() if not place]:
@@ -142,23 +152,30 @@ def _scans(
             "volumes of all structures but vessels are needed, in mm3; --parcellation names"
             " another list of structures",
         )
-    age, sex = header.get("age", ""), header.get("sex", header.get("gender", ""))
-    of_source, verdict = header.get("source", ""), header.get("verdict", "")
+    _refuse_thousands(table, (line.get(place, "") for line in lines for place in where.values()))
+    sex = "sex" if "sex" in header else "gender"
     incomplete, looks = list[str](), 0
     for line in lines:
-        mm3 = [_number(line.get(place)) for place in where.values()]
-        subject = str(line.get(label) or "").removeprefix("sub-")
-        volumes = tuple(v for v in mm3 if v is not None)
+        cells = {place: line.get(place, "") for place in where.values()}
+        mm3 = {place: _number(cell) for place, cell in cells.items()}
+        subject = line.get(label, "").removeprefix("sub-")
+        volumes = tuple(v for v in mm3.values() if v is not None)
         if len(volumes) < len(mm3) or not sum(volumes):
-            incomplete.append(f"sub-{subject}")
+            why = next((f"{x} {cells[x]!r}" for x, v in mm3.items() if v is None), "all are 0")
+            incomplete.append(f"sub-{subject} ({why})")
             continue
         known = people.of(subject)
-        years, of_sex = age_of(str(line.get(age, ""))), sex_of(str(line.get(sex, "")))
+        years, of_sex = age_of(line.get("age", "")), sex_of(line.get(sex, ""))
         person = Person(known.age_years if years is None else years, of_sex or known.sex)
-        looks += line.get(verdict) == "look"
-        yield _Scan(subject, line.get(of_source) or source, person, volumes)
+        looks += line.get("verdict") == "look"
+        yield _Scan(subject, line.get("source") or source, person, volumes)
+    if not lines:
+        notes.append(f"{table} has no line below its header")
     if incomplete:
-        notes.append(f"{table}: left out, without all volumes: {first_few(incomplete)}")
+        notes.append(
+            f"{table}: {len(incomplete)} of {len(lines)} scans are left out, without all volumes:"
+            f" {first_few(incomplete, 4)}"
+        )
     if looks:
         notes.append(
             f"{table}: {looks} of {len(lines)} scans have the verdict 'look': check them, and"
@@ -166,19 +183,48 @@ def _scans(
         )
 
 
-def _lines(table: Path) -> list[dict[str, str | None]]:
+def _lines(table: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The names of a table's columns in lower case, and its lines by them.
+
+    Columns without a name (pandas writes its row numbers so) and empty lines are left out.
+    """
     try:
         text = read_text(table)
     except (OSError, ValueError) as error:
         raise DataError(f"{table} is not a table ({error})", "save it as TSV in UTF-8") from error
     first = text.split("\n", 1)[0]
     delimiter = "\t" if "\t" in first else ";" if first.count(";") > first.count(",") else ","
-    return [*csv.DictReader(text.splitlines(), delimiter=delimiter)]
+    rows = [
+        [cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)
+    ]
+    header = [name.lower() for name in rows[0]] if rows else []
+    lines = list[dict[str, str]]()
+    for row in filter(any, rows[1:]):
+        if any(row[len(header) :]):  # cells have moved, or a number holds a comma
+            raise DataError(
+                f"{table}: the line that begins with {first_few(row, 2)} has {len(row)} cells, the"
+                f" header {len(header)}",
+                "every column needs a name (in R, write with row.names = FALSE), and numbers with"
+                " commas need another delimiter or quotes",
+            )
+        lines.append({name: cell for name, cell in zip(header, row, strict=False) if name})
+    return [name for name in header if name], lines
 
 
-def _number(cell: str | None) -> float | None:
+def _refuse_thousands(table: Path, cells: Iterable[str]) -> None:
+    """Refuse a table in which every comma may part thousands: it could be read 1000 times wrong."""
+    commas = [cell for cell in cells if "," in cell]
+    if commas and all(map(THOUSANDS.fullmatch, commas)):
+        raise DataError(
+            f"{table}: commas may part thousands or be decimal, in {first_few([*commas], 3)}",
+            "write volumes without thousands separators, as 1234.5 or 1234,5",
+        )
+
+
+def _number(cell: str) -> float | None:
+    """What a cell holds, with a decimal point or comma; None if it is no volume."""
     try:
-        value = float(cell or "")
+        value = float(cell.replace(",", ".", 1))
     except ValueError:
         return None
     return value if np.isfinite(value) and value >= 0 else None

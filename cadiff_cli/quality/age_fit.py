@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, first_few
 from cadiff_cli.io.cohorts import Cohort
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import Person
@@ -34,10 +34,12 @@ FEWEST_PEOPLE = 20
 """People without whom nothing is fitted."""
 FEWEST_OF_A_SEX = 5
 """People of each sex without whom the sexes are not told apart."""
-LEAST_SPAN_YEARS = 2.0
-"""Ages that lie closer together are no range of ages."""
 ENDS = (5.0, 95.0)
 """Percentiles of the ages at which the spline has its first and last knot."""
+LEAST_SPAN_YEARS = 2.0
+"""Ages whose ``ENDS`` lie closer together are no range of ages."""
+LEAST_FREE = 1e-6
+"""A person whose residual is free by less decides a coefficient alone, and tells no spread."""
 MOST_LACKING = 0.05
 """Share of people who may lack a structure that has a curve: it is of those who have it."""
 RATIO_LOG_SD = 1.0
@@ -62,7 +64,7 @@ class _Table:
 
     def part(self, rows: np.ndarray) -> "_Table":
         logs = {name: values[rows] for name, values in self.logs.items()}
-        return _Table(self.ages[rows], self.sexes[rows], self.sources[rows], logs)
+        return _Table(self.ages[rows], _told_apart(self.sexes[rows]), self.sources[rows], logs)
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,13 @@ def fit(
 ) -> AgeRanges:
     """Fit curves to everything that ``age_ranges.sizes`` gives of a cohort.
 
-    A structure that one in twenty lack has no curve.  ``people`` says who they are, in words.
-    The order of rows does not matter.  Raises ``DataError`` for too few people, or ages.
+    A structure has no curve if more than one in twenty lack it, or if those who have it are too
+    alike.  ``people`` says who they are, in words.
+    The order of rows does not matter.  Raises ``DataError`` for too few people, or ages, and where
+    ages and sexes are too alike to tell what each does.
     """
     table = _table(cohort, parcellation)
-    _check(table)
+    _check(table, form)
     return _fit(table, parcellation.name, people, form)
 
 
@@ -105,10 +109,12 @@ def check(
     Form -> group of people -> the per cent of them below each predicted percentile (``coverage``:
     5, 25, 50, 75, 95 are right), the pinball loss (mean over structures, people and percentiles,
     in log units; lower is better), and the per cent who have an ``implausible`` size (``WIDE``).
-    A source without which too few people remain is not predicted.
+    A source without which too few people remain, or people too alike to fit curves to, is not
+    predicted.
     """
     table = _table(cohort, parcellation)
-    _check(table)
+    for form in forms.values():
+        _check(table, form)
     fold = np.random.default_rng(0).permutation(len(table.ages)) % FOLDS
     found = dict[str, Any]()
     for name, form in forms.items():
@@ -129,44 +135,88 @@ def _table(cohort: Cohort, parcellation: Parcellation) -> _Table:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = {name: np.log(np.where(v > 0, v, np.nan)) for name, v in measured.items()}
     sexes = np.array([CODED[p.sex] if p.sex else 0.0 for p in persons])
-    if min((sexes > 0).sum(), (sexes < 0).sum()) < FEWEST_OF_A_SEX:
-        sexes = np.zeros(len(sexes))
     return _Table(
         np.array([p.age_years for p in persons], float),
-        sexes,
+        _told_apart(sexes),
         np.array([cohort.sources[k] for k in rows]),
         {name: v for name, v in logs.items() if np.isnan(v).sum() <= MOST_LACKING * len(v)},
     )
 
 
-def _check(table: _Table) -> None:
+def _told_apart(sexes: np.ndarray) -> np.ndarray:
+    """The coded sexes; 0 if there are too few of either to tell them apart."""
+    few = min((sexes > 0).sum(), (sexes < 0).sum()) < FEWEST_OF_A_SEX
+    return np.zeros(len(sexes)) if few else sexes
+
+
+def _check(table: _Table, form: Form) -> None:
     if (n := len(table.ages)) < FEWEST_PEOPLE:
         raise DataError(
             f"{n} people of known age",
             f"at least {FEWEST_PEOPLE} are needed, and 100 or more for percentiles that tell much",
         )
-    if (span := float(np.ptp(table.ages))) < LEAST_SPAN_YEARS:
-        raise DataError(
-            f"all people are {table.ages[0]:g} to {table.ages[0] + span:g} years old",
-            f"ages must differ by {LEAST_SPAN_YEARS:g} years at least",
-        )
     if not table.logs:
         raise DataError("no structure is there in most people", "look at their label maps")
+    if alike := _alike(table, form):
+        raise DataError(*alike)
+
+
+def _alike(table: _Table, form: Form) -> tuple[str, str] | None:
+    """Why people are too alike to fit curves to, and a remedy; None if they are not."""
+    low, high = np.percentile(table.ages, ENDS)
+    if high - low < LEAST_SPAN_YEARS:
+        return (
+            f"{ENDS[1] - ENDS[0]:g} % of people are {low:g} to {high:g} years old",
+            f"the ages of these must differ by {LEAST_SPAN_YEARS:g} years at least: add people of"
+            " other ages",
+        )
+    if not _decided(*_designs(table, _knots(table.ages, form), form)):
+        ages = [f"{age:g}" for age in np.unique(table.ages)]
+        sexes = f", {(table.sexes > 0).sum()} women and {(table.sexes < 0).sum()} men"
+        return (
+            f"{len(table.ages)} people of {len(ages)} different ages ({first_few(ages)} years)"
+            f"{sexes if table.sexes.any() else ''} do not tell what age and sex do",
+            f"ages of {form.knots + 1} years or more are needed, with several people of each and"
+            " women and men at the same ages",
+        )
+    return None
+
+
+def _decided(x: np.ndarray, s: np.ndarray) -> bool:
+    """Whether people of these designs decide every coefficient of the mean and of the spread."""
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return False
+    free = 1 - (np.linalg.qr(x).Q ** 2).sum(axis=1)
+    return bool(np.linalg.matrix_rank(s[free > LEAST_FREE]) == s.shape[1])
+
+
+def _used(table: _Table, form: Form) -> tuple[list[int], list[int]]:
+    """Columns of the designs of mean and spread that a form uses."""
+    x_used = [0, *([1] if form.of_sex and table.sexes.any() else [])]
+    x_used += [*range(2, form.knots + 1)] if form.of_age else []
+    return x_used, [0, 1] if form.spread_of_age else [0]
+
+
+def _designs(table: _Table, knots: tuple[float, ...], form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """Designs (n, p) of the mean and (n, r) of the spread: the columns that a form uses."""
+    x_used, s_used = _used(table, form)
+    x = design(table.ages, table.sexes, knots)
+    return x[:, x_used], spread_design(table.ages, knots)[:, s_used]
 
 
 def _fit(table: _Table, parcellation: str, people: str, form: Form) -> AgeRanges:
     knots = _knots(table.ages, form)
     names, of = np.unique(table.sources, return_inverse=True)
-    x, s = design(table.ages, table.sexes, knots), spread_design(table.ages, knots)
-    x_used = [0, *([1] if form.of_sex and table.sexes.any() else [])]
-    x_used += [*range(2, x.shape[1])] if form.of_age else []
-    s_used = [0, 1] if form.spread_of_age else [0]
+    (x, s), (x_used, s_used) = _designs(table, knots, form), _used(table, form)
     z = np.eye(len(names))[of] if form.of_source and len(names) > 1 else np.zeros((len(of), 0))
-    y = np.stack([*table.logs.values()])
-    found = _likeliest(y, x[:, x_used], z, s[:, s_used])
+    logs = {
+        name: y for name, y in table.logs.items() if _decided(x[np.isfinite(y)], s[np.isfinite(y)])
+    }
+    y = np.stack([*logs.values()])
+    found = _likeliest(y, x, z, s)
     curves = {}
-    for k, name in enumerate(table.logs):
-        mean, mean_cov = _whole(found.mean[k], found.mean_covariance[k], x_used, x.shape[1])
+    for k, name in enumerate(logs):
+        mean, mean_cov = _whole(found.mean[k], found.mean_covariance[k], x_used, form.knots + 1)
         spread, spread_cov = _whole(found.spread[k], found.spread_covariance[k], s_used, 2)
         parts = (mean, spread, found.source_sd[k], mean_cov, spread_cov)
         curves[name] = Curve(*map(_plain, parts))
@@ -286,8 +336,13 @@ def _scored(table: _Table, fold: np.ndarray, form: Form) -> dict[str, Any]:
         out = np.flatnonzero(fold == one)
         if len(fold) - len(out) < LEAST_LEFT:
             continue
-        ranges = _fit(table.part(fold != one), "", "", form)
+        others = table.part(fold != one)
+        if _alike(others, form):
+            continue
+        ranges = _fit(others, "", "", form)
         for k, (name, y) in enumerate(table.logs.items()):
+            if name not in ranges.curves:
+                continue
             for coded in np.unique(table.sexes[out]):
                 rows = out[table.sexes[out] == coded]
                 person = Person(sex=next((s for s, x in CODED.items() if x == coded), None))
