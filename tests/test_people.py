@@ -96,6 +96,136 @@ def test_sexes_are_words_letters_or_explained_codes(people):
     assert people(table.replace("sex", "gender")).of("01") == Person(9.0, "F")
 
 
+@pytest.mark.parametrize("units", ["", "  ", None, [], ["years"], [""], ["Years"]])
+def test_units_that_say_nothing_are_years_and_one_in_a_list_is_itself(people, units):
+    found = people("participant_id\tage\tsex\nsub-01\t18\tF", {"age": {"Units": units}})
+    assert ages(found) == {"01": 18.0}
+    assert not found.notes
+    months = people("participant_id\tage\tsex\nsub-01\t18\tF", {"age": {"Units": ["months"]}})
+    assert ages(months) == {"01": 1.5}
+
+
+def test_levels_in_other_words_do_not_hide_what_a_cell_says(people):
+    table = "participant_id\tage\tsex\n01\t9\tF\n02\t9\tmale\n03\t9\t1"
+    levels = {"F": "f\u00e9minin", "male": {"Description": "M\u00e4nner"}, "1": "f\u00e9minin"}
+    found = people(table, {"sex": {"Levels": levels}})
+    assert [found.of(label).sex for label in ("01", "02", "03")] == ["F", "M", None]
+    assert "sex 1 is taken for unknown" in "".join(found.notes)
+    # Words that are known count first, whatever the code looks like.
+    assert people(table, {"sex": {"Levels": {"F": "male"}}}).of("01").sex == "M"
+
+
+@pytest.mark.parametrize("place", ["age", "sex", "comment"])
+def test_no_cell_is_too_long(people, place):
+    cells = {"age": "34", "sex": "F", "comment": "", place: "x" * 200_000}
+    found = people("participant_id\t" + "\t".join(cells) + "\nsub-01\t" + "\t".join(cells.values()))
+    known = Person(*(None if place == name else v for name, v in (("age", 34.0), ("sex", "F"))))
+    assert found.of("01") == known
+    assert all(len(note) < 300 for note in found.notes)
+
+
+@pytest.fixture
+def sessions(tmp_path):
+    """What is read where ``sub-01`` and others have sessions, with tables of those named."""
+
+    def read(folders, about=None, **tables):
+        for name in folders:
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for label, table in tables.items():
+            folder = tmp_path / f"sub-{label[1:]}"
+            (folder / f"{folder.name}_sessions.tsv").write_text(table)
+        for name, units in (about or {}).items():
+            (tmp_path / name).write_text(json.dumps({"age": {"Units": units}}))
+        return read_people(tmp_path)
+
+    return read
+
+
+def test_a_session_may_have_an_age_of_its_own(sessions, people):
+    people("participant_id\tage\tsex\nsub-01\t30\tF\nsub-02\tn/a\tM")
+    found = sessions(
+        ("sub-01/ses-a", "sub-01/ses-b", "sub-02/ses-a"),
+        s01="session_id\tacq_time\tAge\nses-a\tx\tn/a\nb\tx\t34,5",
+        s02="session_id\tage\nses-a\t018M",
+    )
+    assert found.of_scan("sub-01_ses-a_T1w") == found.of("sub-01") == Person(30.0, "F")
+    assert found.of_scan("sub-01_ses-b_run-1") == Person(34.5, "F")
+    assert found.of_scan("sub-02_ses-a") == Person(1.5, "M")
+    assert found.of_scan("sub-02") == Person(None, "M")
+    assert found.of_scan("sub-03_ses-a") == Person()
+    assert not found.notes
+
+
+def test_sessions_need_no_participants_table(sessions):
+    found = sessions(("sub-01/ses-a",), s01="session_id\tage\nses-a\t40")
+    assert found
+    assert found.of_scan("sub-01_ses-a") == Person(40.0)
+    assert not sessions(("sub-01/ses-a",), s01="session_id\tacq_time\nses-a\tx")
+
+
+def test_units_of_sessions_are_those_of_the_nearest_json(sessions, people):
+    """Of the table's own, of all such tables, else of ``participants.tsv``."""
+    table = "participant_id\tage\tsex\nsub-01\t12\tF"
+    people(table, {"age": {"Units": "months"}})
+    names, own = ("sub-01/ses-a",), {"s01": "session_id\tage\nses-a\t24"}
+    assert sessions(names, **own).of_scan("sub-01_ses-a").age_years == 2
+    assert (
+        sessions(names, {"sessions.json": "years"}, **own).of_scan("sub-01_ses-a").age_years == 24
+    )
+    found = sessions(names, {"sub-01/sub-01_sessions.json": ["months"]}, **own)
+    assert found.of_scan("sub-01_ses-a").age_years == 2
+    strange = sessions(names, {"sub-01/sub-01_sessions.json": "moons"}, **own)
+    assert strange.of_scan("sub-01_ses-a") == strange.of("01") == Person(1.0, "F")
+    assert "'moons'" in strange.notes[0]
+
+
+def test_odd_ages_of_sessions_are_told_as_those_of_participants(sessions, people):
+    people("participant_id\tage\tsex\nsub-01\t30\tF\nsub-02\t30\tF")
+    found = sessions(
+        ("sub-01/ses-a", "sub-02/ses-a/anat"),
+        s01="session_id\tage\nses-a\t412\nses-b\told\nses-c\t8\nses-c\t9",
+    )
+    told = "\n".join(found.notes)
+    assert "sub-X_sessions.tsv: ages above 120 years are ignored (sub-01_ses-a 412)" in told
+    assert "into sessions.json" in told
+    assert "not numbers are ignored (sub-01_ses-b old)" in told
+    assert "sub-X_sessions.tsv gives different ages of one person: sub-01_ses-c" in told
+    assert found.of_scan("sub-01_ses-a") == Person(30.0, "F")
+
+
+def test_a_table_of_sessions_that_cannot_be_read_costs_only_its_ages(sessions, people, tmp_path):
+    people("participant_id\tage\tsex\nsub-01\t30\tF\nsub-02\t30\tF")
+    names = ("sub-01/ses-a", "sub-02/ses-a")
+    sessions(names, s01="session_id\tage\nses-a\t32")
+    (tmp_path / "sub-02" / "sub-02_sessions.tsv").write_bytes(b"session_id\tage\nses-\xc4\t40")
+    found = sessions(names)
+    assert [found.of_scan(f"sub-0{k}_ses-a").age_years for k in (1, 2)] == [32, 30]
+    assert "sub-02_sessions.tsv cannot be read" in found.notes[0]
+
+
+def test_one_age_for_several_sessions_is_told(sessions, people):
+    lines = "".join(f"sub-{k:02}\t30\tF\n" for k in range(1, 12))
+    people(f"participant_id\tage\tsex\n{lines}sub-12\tn/a\tF\n")
+    both = [f"sub-{k:02}/ses-{x}" for k in range(1, 13) for x in "ab"]
+    (note,) = sessions((*both, "sub-05/anat")).notes
+    assert "participants.tsv for several sessions of 11 participants (sub-01, " in note
+    assert "sub-X_sessions.tsv" in note
+    assert "sub-08, ...)" in note  # a long list is cut
+    tables = {f"s{k:02}": "session_id\tage\nses-b\t31" for k in range(1, 12)}
+    assert not sessions((), **tables).notes
+
+
+def test_who_has_no_line_is_told_where_ages_are(sessions, people):
+    folders = [f"sub-{k:02}/anat" for k in range(1, 13)]
+    assert not sessions(folders).notes
+    people("participant_id\tage\tsex\nsub-01\tn/a\tF")
+    assert not sessions(folders).notes
+    people("participant_id\tage\tsex\n01\t30\tF\nsub-12\tn/a\tn/a")
+    (note,) = sessions(folders).notes
+    assert note.startswith("10 participants have no line in participants.tsv: sub-02, sub-03, ")
+    assert note.endswith("sub-09, ...")
+
+
 def test_a_table_without_the_columns_says_what_it_has(people, tmp_path):
     found = people("participant_id\tgroup\nsub-01\tcontrol")
     assert found.of("sub-01") == Person()

@@ -14,16 +14,20 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from bids_dataset import environment
+from bids_dataset import environment, here
+from conftest import ROOT
 from scipy import ndimage
 
-from cadiff_cli.config import Config, OutputConfig
+from cadiff_cli.config import Config, OutputConfig, Recipe
+from cadiff_cli.data import shipped
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import derivatives
 from cadiff_cli.io.bids.derivatives import save_result
+from cadiff_cli.io.bids.description import save_dataset_files
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.bids.people import People
+from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.notes import Note, NoteCode
@@ -46,7 +50,10 @@ from cadiff_cli.report.group import strips
 from cadiff_cli.report.methods import describe
 from cadiff_cli.report.page import draw, draw_result, report_scan, write_page
 from cadiff_cli.report.viewer import pack
+from cadiff_cli.runner.execute import execute
 from cadiff_cli.runner.group import collect, column, known_scans, write_group
+from cadiff_cli.runner.job import Job
+from cadiff_cli.runner.participants import people_of
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -312,6 +319,95 @@ def test_pages_and_groups_say_where_a_person_stands(
     (row,) = collect(out, ["sub-01"]).rows
     assert row["left_thalamus_percentile"] is None
     assert row["compared_with"] is None
+
+
+def shown_ages(out):
+    """The ages on the pages of a folder."""
+    texts = {page.stem: page.read_text() for page in out.glob("sub-*.html")}
+    return {name: re.findall(r"<dt>Age</dt><dd>([^<]*) years", x) for name, x in texts.items()}
+
+
+@pytest.fixture
+def followed(write_result, tmp_path):
+    """A dataset, and finished results of two sessions that were made before an age was known.
+
+    The second session has an age of its own; what else is told of ages is odd.
+    """
+    raw, out = tmp_path / "bids", tmp_path / "bids" / "derivatives" / "cadiff"
+    for name in ("a", "b"):
+        t1 = write_result(out, f"sub-01_ses-{name}_T1w.nii.gz")
+        anat = raw / "sub-01" / f"ses-{name}" / "anat"
+        anat.mkdir(parents=True)
+        t1.rename(anat / t1.name)
+    description = {"Name": "x", "BIDSVersion": "1.10.0"}
+    (raw / "dataset_description.json").write_text(json.dumps(description))
+    (raw / "participants.tsv").write_text(
+        "participant_id\tage\tsex\nsub-01\t40\tF\nsub-02\t999\tM\n"
+    )
+    (raw / "sub-01" / "sub-01_sessions.tsv").write_text("session_id\tage\nses-b\t43\n")
+    save_dataset_files(out, Dataset(raw))
+    return raw, out
+
+
+AGES = {"sub-01_ses-a": ["40"], "sub-01_ses-b": ["43"]}
+
+
+def test_reports_and_tables_know_the_ages_of_today_and_tell_what_is_odd(followed):
+    raw, out = followed
+    told = "ages above 120 years are ignored (sub-02 999)"
+    for words in (
+        ("report", out),
+        ("report", out, "--scans", raw / "sub-01"),  # a folder without a table
+        ("run", raw, out, "participant", "group", "--reports-only"),
+    ):
+        done = here(*words)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(told) == 1
+        assert shown_ages(out) == AGES
+        for page in out.glob("*.html"):
+            page.unlink()
+    done = here("run", raw, out, "group")
+    assert done.returncode == 0, done.stderr
+    assert told in done.stderr
+    lines = (out / "group_morph.tsv").read_text().splitlines()
+    header, *rows = (line.split("\t") for line in lines)
+    age, sex = header.index("age"), header.index("sex")
+    assert [(row[age], row[sex]) for row in rows] == [("40.0", "F"), ("43.0", "F")]
+    # Where another folder tells ages, those count; a dataset that has gone tells none.
+    other = raw.parent / "other"
+    other.mkdir()
+    (other / "participants.tsv").write_text("participant_id\tage\nsub-01\t50\n")
+    assert [people_of(out, x).of("01").age_years for x in (raw, other)] == [40, 50]
+    (raw / "participants.tsv").unlink()
+    assert people_of(out).of_scan("sub-01_ses-b") == Person(43.0)
+    (out / "dataset_description.json").unlink()
+    assert not people_of(out)
+
+
+def test_a_missing_page_is_made_for_the_person_as_known_now(followed, monkeypatch):
+    raw, out = followed
+    monkeypatch.setattr(Job, "outdated", lambda *_: "")
+    t1 = raw / "sub-01" / "ses-b" / "anat" / "sub-01_ses-b_T1w.nii.gz"
+    job = Job(t1, out, "", Recipe(Config(), "", "", ""), "", "", person=Person(43.0, "F"))
+    outcome = execute(job)
+    assert (outcome.status, outcome.warnings) == ("done", ())
+    assert shown_ages(out) == {"sub-01_ses-b": ["43"]}
+    # A page that cannot be made costs nothing else.
+    (out / "sub-01_ses-b.html").unlink()
+    next(out.rglob("sub-01_ses-b_desc-volumetric_morph.tsv")).write_text("not a table\n1")
+    outcome = execute(job)
+    assert outcome.status == "done"
+    (note,) = outcome.warnings
+    assert note.code == NoteCode.NO_PAGE
+    assert "not a volume table" in note.text
+
+
+def test_the_page_on_pages_counts_steps_as_the_calibration_does():
+    counted = re.compile(r"[\d,]+ steps before")
+    (file,) = (x for x in shipped("calibration").iterdir() if x.name == "cadiff-malc.json")
+    said = counted.findall((ROOT / "docs" / "report.md").read_text(encoding="utf-8"))
+    assert said == counted.findall(file.read_text(encoding="utf-8"))
+    assert said
 
 
 def test_what_the_network_never_draws_is_neither_missing_nor_compared(

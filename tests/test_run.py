@@ -433,6 +433,8 @@ def test_the_group_level_needs_results(batch, tmp_path):
         (["{bids}", "{out}", "participant", "--bids-filter-file", "{bids}/x"], 66, "filter-file"),
         (["{bids}", "{out}", "participant", "--dataset-links", "x=y"], 64, "raw=URI"),
         (["{bids}", "{out}", "participant", "--dask-address", "tcp://x:1"], 64, "--executor dask"),
+        (["{bids}", "{out}", "group", "--dry-run", "--reports-only"], 64, "leave out one"),
+        (["{bids}", "{out}", "group", "--dry-run", "--boilerplate-only"], 64, "leave out one"),
         (
             ["{bids}", "{out}", "participant", "--bids-database-dir", "{bids}/README"],
             65,

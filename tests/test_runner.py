@@ -33,7 +33,7 @@ from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import locked, read_json, sha256, write_text, write_tsv
 from cadiff_cli.io.provenance import Provenance, make_recipe
 from cadiff_cli.notes import Note, NoteCode
-from cadiff_cli.products import Calibration
+from cadiff_cli.products import Calibration, Person
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
@@ -402,6 +402,29 @@ def test_one_scans_trouble_is_that_scans(dataset, tmp_path):
     # But a dataset is made one way.
     with pytest.raises(OutputError, match="sub-F, made otherwise"):
         make_plan(raw, Selection(("E",)), replace(like, recipe=recipe_of(steps=1)))
+
+
+def test_each_session_is_planned_for_its_own_age(dataset, tmp_path):
+    raw = dataset()
+    for name in "ab":
+        anat = raw.root / "sub-A" / f"ses-{name}" / "anat"
+        anat.mkdir(parents=True)
+        for run in (1, 2):
+            (anat / f"sub-A_ses-{name}_run-{run}_T1w.nii.gz").write_bytes(b"image %d" % run)
+    (raw.root / "participants.tsv").write_text("participant_id\tage\tsex\nsub-A\t60\tF\n")
+    table = raw.root / "sub-A" / "sub-A_sessions.tsv"
+    table.write_text("session_id\tage\nses-b\t64.5\n")
+    plan = make_plan(raw, Selection(), without_page(tmp_path / "out"))
+    assert {job.entities: job.person for job in plan.jobs} == {
+        f"sub-A_ses-{name}_run-{run}": Person(age, "F")
+        for name, age in (("a", 60.0), ("b", 64.5))
+        for run in (1, 2)
+    }
+    assert not [note for note in plan.notes if "participants.tsv" in note]
+    table.unlink()
+    notes = make_plan(Dataset(raw.root), Selection(), without_page(tmp_path / "out")).notes
+    (note,) = (note for note in notes if "participants.tsv" in note)
+    assert "several sessions of 1 participants (sub-A)" in note
 
 
 @pytest.fixture

@@ -17,18 +17,19 @@ def command(out: Path, scans: Path | None) -> int:
     """Rebuild the page of every finished result in OUT, and group.html if there are several.
 
     Pages show the scan itself if it is found (by its SHA-256), else its copy in OUT (or its brain).
-    Ages of a participants.tsv beside the scans count, not those at the time of segmentation.
+    Ages of a participants.tsv beside the scans, or of the dataset that OUT names, count, not those
+    at the time of segmentation.
     """
     from cadiff_cli.cli.console import RunConsole
-    from cadiff_cli.io.bids.people import NOBODY, read_people
     from cadiff_cli.report.group import PATH, write_group_page
     from cadiff_cli.report.page import remove
     from cadiff_cli.runner.group import collect, known_scans
-    from cadiff_cli.runner.participants import scan_pages
+    from cadiff_cli.runner.participants import people_of, scan_pages, tell
 
     out = out.absolute()
-    people = read_people(scans) if scans and scans.is_dir() else NOBODY
-    code = scan_pages(out, scans, RunConsole(), people=people)
+    people, console = people_of(out, scans), RunConsole()
+    tell(people, console)
+    code = scan_pages(out, scans, console, people=people)
     names = known_scans(out)
     if len(names) > 1:
         group = collect(out, names, people)

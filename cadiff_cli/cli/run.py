@@ -166,6 +166,12 @@ def command(
     source = click.get_current_context().get_parameter_source("dask_address")
     if options["executor"] != "dask" and source is ParameterSource.COMMANDLINE:
         raise UsageError("--dask-address means nothing without Dask", "add --executor dask")
+    if options["dry_run"] and (options["reports_only"] or options["boilerplate_only"]):
+        raise UsageError(
+            "--dry-run lists what would be segmented, --reports-only and --boilerplate-only segment"
+            " nothing",
+            "leave out one of the two",
+        )
     check(made(Request, options).config)
     from cadiff_cli.cli.console import RunConsole, show_log
     from cadiff_cli.io.bids.raw import Dataset

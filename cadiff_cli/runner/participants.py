@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import cadiff_cli
 from cadiff_cli.config import Request
 from cadiff_cli.errors import DiskError, MissingInputError, UsageError, in_a_line
-from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.description import (
+    links,
+    refuse_foreign,
+    refuse_other_source,
+    save_dataset_files,
+)
 from cadiff_cli.io.bids.layout import finished
-from cadiff_cli.io.bids.people import NOBODY, People
+from cadiff_cli.io.bids.people import NOBODY, People, read_people
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
-from cadiff_cli.io.files import write_text
+from cadiff_cli.io.files import read_json, write_text
 from cadiff_cli.notes import Note, texts
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
@@ -149,6 +154,7 @@ def group_level(request: DatasetRequest, listener: Listener) -> int:
     if request.dry_run:
         listener.line("\n".join(expected))
         return 0
+    tell(request.dataset.people, listener)
     group = write_group(request.out, expected, request.dataset.people)
     _cite(request.out, listener)
     if why := report_group(request.out, group, wanted=request.config.output.report):
@@ -174,6 +180,8 @@ def rebuild_reports(
     check_folders(request)
     write_citations(request.out)
     code = 0
+    if pages:
+        tell(request.dataset.people, listener)
     if pages and "participant" in levels:
         chosen = scan_names(request.dataset, request.selection, request.database)
         dataset = request.dataset
@@ -182,6 +190,22 @@ def rebuild_reports(
         group = collect(request.out, _everybody(request), request.dataset.people)
         listener.line(str(write_group_page(request.out, group)))
     return code
+
+
+def people_of(out: Path, scans: Path | None = None) -> People:
+    """Ages and sexes that the folder ``scans`` tells, else ``out`` or the dataset it was made of.
+
+    As ``cadiff ranges train`` finds them; nobody's where no such folder has a table of them.
+    """
+    raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
+    folders = (scans, out, out / raw if raw and ":" not in raw else None)
+    return next(filter(None, (read_people(x) for x in folders if x and x.is_dir())), NOBODY)
+
+
+def tell(people: People, listener: Listener) -> None:
+    """Say what could not be read of ages and sexes."""
+    for note in people.notes:
+        listener.warn(note)
 
 
 def scan_pages(

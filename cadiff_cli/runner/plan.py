@@ -67,7 +67,7 @@ def make_plan(
     personal = cache(like.personal)
 
     def recipe(entities: str) -> Recipe:
-        return personal(dataset.people.of(entities.split("_")[0])).recipe
+        return personal(dataset.people.of_scan(entities)).recipe
 
     results = Results(like.out, lambda entities: recipe(entities).fingerprint())
     if not like.overwrite:
@@ -77,8 +77,7 @@ def make_plan(
     jobs, pages, done = list[Job](), list[Job](), list[str]()
     failed, unsuitable = list[tuple[Job, Exception]](), list[Outcome]()
     for paths in _by_name(selected.images).values():
-        person = dataset.people.of(source_entities(paths[0]).split("_")[0])
-        theirs = personal(person)
+        theirs = personal(dataset.people.of_scan(source_entities(paths[0])))
         job = theirs.of(paths[0], dataset.uri(paths[0]))
         try:
             if len(paths) > 1:

@@ -139,7 +139,7 @@ class Finished:
 
     def known_as(self, people: People) -> "Finished":
         """The same result with the age and sex that ``people`` know now, where they do."""
-        then, now = self.provenance.person, people.of(self.entities.split("_")[0])
+        then, now = self.provenance.person, people.of_scan(self.entities)
         age = then.age_years if now.age_years is None else now.age_years
         person = Person(age, now.sex or then.sex)
         return replace(self, provenance=replace(self.provenance, person=person))

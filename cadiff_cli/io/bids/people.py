@@ -1,17 +1,24 @@
-"""Who was scanned: ages and sexes of ``participants.tsv``, as people write them."""
+"""Who was scanned: ages and sexes of ``participants.tsv``, as people write them.
 
-import csv
+A person who comes back has grown older: ``sub-X/sub-X_sessions.tsv`` may tell an age per session.
+"""
+
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cadiff_cli.errors import first_few
 from cadiff_cli.io.files import read_json, read_text
 from cadiff_cli.products import Person, Sex
 
-TABLE = "participants.tsv"
+T = TypeVar("T")
+
+TABLE, SESSIONS = "participants.tsv", "sub-X_sessions.tsv"
+ABOUT = {TABLE: "participants.json", SESSIONS: "sessions.json"}
+"""Which file, at a dataset's root, explains the columns of which table."""
 OLDEST_YEARS = 120
 """Larger ages, such as 999, mean that the age is missing."""
 PER_YEAR = {
@@ -27,21 +34,35 @@ SEXES: Mapping[str, Sex] = {
 }
 UNKNOWN = {"", "n/a", "na", "nan", "none", "null", "unknown", "missing", "other", "o", "?", "-"}
 """Cells that say nothing; they need no note."""
+LONGEST = 40
+"""Characters of a cell that a note repeats."""
 
 
 @dataclass(frozen=True)
 class People:
-    """People by label (without ``sub-``), and what could not be read, for the user."""
+    """People by label (without ``sub-``), and what could not be read, for the user.
+
+    ``ages`` are those of sessions in years, by label and session: ``01_ses-a``.
+    """
 
     persons: Mapping[str, Person] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ages: Mapping[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.persons or self.notes)
+        return bool(self.persons or self.notes or self.ages)
 
     def of(self, label: str) -> Person:
         """The person with this label, with or without ``sub-``."""
         return self.persons.get(label.removeprefix("sub-"), Person())
+
+    def of_scan(self, entities: str) -> Person:
+        """The person in the scan ``sub-01_ses-a_run-1``, of the session's age where it is known."""
+        subject, *more = entities.removeprefix("sub-").split("_")
+        person = self.of(subject)
+        session = next((entity for entity in more if entity.startswith("ses-")), "")
+        age = self.ages.get(f"{subject}_{session}")
+        return person if age is None else replace(person, age_years=age)
 
 
 NOBODY = People()
@@ -69,87 +90,157 @@ def age_of(text: str, per_year: float = 1.0) -> float | None:
 
 
 def sex_of(text: str, levels: Mapping[str, str] | None = None) -> Sex | None:
-    """``F`` or ``M``; None for anything else.  ``levels`` explain codes.
+    """``F`` or ``M``; None for anything else.  ``levels`` explain codes, if in words known here.
 
     >>> [sex_of(text) for text in ("Female", "m", "2", "n/a")]
     ['F', 'M', None, None]
-    >>> sex_of("2", {"1": "male", "2": "female"})
-    'F'
+    >>> [sex_of(text, {"2": "female", "F": "weiblich"}) for text in ("2", "F")]
+    ['F', 'F']
     """
     text = text.strip()
-    return SEXES.get((levels or {}).get(text, text).strip().lower())
+    words = ((levels or {}).get(text, text), text)
+    return next(filter(None, (SEXES.get(word.strip().lower()) for word in words)), None)
 
 
 def read_people(root: Path, table: str = TABLE) -> People:
     """Read the ``table`` of the folder ``root``, with units and codes of its JSON.
 
     Columns are ``participant_id``, ``age`` and ``sex`` (or ``gender``), in upper or lower case.
-    A label with several lines has the values in which those agree that have one.  Never raises:
-    what cannot be read is unknown, and a note says so.  Without the table nothing is known.
+    A label with several lines has the values in which those agree that have one.  Ages of sessions
+    are those of ``sub-X/sub-X_sessions.tsv`` (``session_id``, ``age``).  Never raises: what cannot
+    be read is unknown, and a note says so.  Without tables nothing is known.
     """
-    path = root / table
-    try:
-        lines = read_text(path).splitlines()
-    except FileNotFoundError:
-        return People()
-    except (OSError, ValueError) as error:
-        return People(notes=(f"{TABLE} cannot be read ({error}): ages and sexes are unknown",))
-    # BIDS tables have no quoting.
-    rows = [*csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    header = [name.strip() for name in rows[0]] if rows else []
-    place = {name.lower(): k for k, name in reversed([*enumerate(header)])}
-    if "participant_id" not in place:
-        found = first_few(header) or "none"
-        return People(notes=(f"{TABLE} has no column participant_id (its columns: {found})",))
-    about = {
-        name.lower(): values
-        for name, values in (read_json(path.with_suffix(".json")) or {}).items()
-        if isinstance(values, dict)
-    }
     notes = list[str]()
-    labels = [_cell(row, place["participant_id"]).removeprefix("sub-") for row in rows[1:]]
+    about = _about((root / table).with_suffix(".json"))
+    persons = _persons(root / table, about, notes)
+    inside = {name: _names(root / name) for name in _names(root) if name.startswith("sub-")}
+    subjects = {name.removeprefix("sub-"): names for name, names in inside.items() if names}
+    ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS]), notes)
+    aged = {label for label, person in persons.items() if person.age_years is not None}
+    if aged and (absent := [f"sub-{label}" for label in subjects if label not in persons]):
+        notes.append(f"{len(absent)} participants have no line in {TABLE}: {first_few(absent)}")
+    several = [
+        f"sub-{label}"
+        for label, names in subjects.items()
+        if label in aged
+        and sum(x.startswith("ses-") and f"{label}_{x}" not in ages for x in names) > 1
+    ]
+    if several:
+        notes.append(
+            f"ages are those of {TABLE} for several sessions of {len(several)} participants"
+            f" ({first_few(several)}); write sub-X/{SESSIONS} with the columns session_id and age"
+        )
+    return People(persons, tuple(notes), ages)
 
-    def column(*names: str) -> tuple[str, list[str]]:
-        """The name of the first of these columns that is there, and its cells."""
-        name = next((name for name in names if name in place), names[0])
-        where = place.get(name, len(header))
-        return name, [_cell(row, where) for row in rows[1:]]
 
-    lacking = ["age"] * ("age" not in place) + ["sex"] * (not {"sex", "gender"} & {*place})
-    if lacking:
+def _persons(path: Path, about: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Person]:
+    """People by label, of a ``participants.tsv``."""
+    try:
+        columns = _columns(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        notes.append(f"{TABLE} cannot be read ({error}): ages and sexes are unknown")
+        return {}
+    header = first_few([name for name, _ in columns]) or "none"
+    cells = _by_name(columns)
+    if "participant_id" not in cells:
+        notes.append(f"{TABLE} has no column participant_id (its columns: {header})")
+        return {}
+    labels = [cell.removeprefix("sub-") for cell in cells["participant_id"]]
+    sex = next((name for name in ("sex", "gender") if name in cells), "sex")
+    if lacking := [name for name in ("age", sex) if name not in cells]:
         names = " and no column ".join(lacking)
-        notes.append(f"{TABLE} has no column {names} (its columns: {first_few(header)})")
-    _, cells = column("age")
-    per_year = _per_year(about.get("age", {}), notes)
-    years = [age_of(cell, per_year) if per_year else None for cell in cells]
-    if per_year:
-        notes += _about_ages(labels, cells, years)
-    torn = _torn(labels, years, "ages", notes)
-    ages = {
-        x: age for x, age in zip(labels, years, strict=True) if age is not None and x not in torn
-    }
-    name, cells = column("sex", "gender")
-    levels = _levels(about.get(name, {}))
-    read: list[Sex | None] = [sex_of(cell, levels) for cell in cells]
-    notes += _about_sexes(name, cells, read)
-    torn = _torn(labels, read, "sexes", notes)
-    sexes = {x: sex for x, sex in zip(labels, read, strict=True) if sex and x not in torn}
-    persons = {label: Person(ages.get(label), sexes.get(label)) for label in labels if label}
-    return People(persons, tuple(notes))
+        notes.append(f"{TABLE} has no column {names} (its columns: {header})")
+    empty = [""] * len(labels)
+    both = zip(labels, cells.get("age", empty), cells.get(sex, empty), strict=True)
+    lines = [line for line in both if line[0]]
+    per_year = _per_year(TABLE, about.get("age", {}), notes)
+    ages = _ages(TABLE, [(label, cell, per_year) for label, cell, _ in lines], notes)
+    levels = _levels(about.get(sex, {}))
+    read = [(label, cell, sex_of(cell, levels)) for label, _, cell in lines]
+    notes += _about_sexes(sex, read)
+    sexes: dict[str, Sex] = _agreed(TABLE, "sexes", read, notes)
+    return {label: Person(ages.get(label), sexes.get(label)) for label, *_ in lines}
 
 
-def _cell(row: Sequence[str], place: int) -> str:
-    return row[place].strip() if place < len(row) else ""
+def _at_sessions(
+    root: Path,
+    subjects: Mapping[str, Sequence[str]],
+    about: dict[str, dict[str, Any]],
+    notes: list[str],
+) -> dict[str, float]:
+    """Ages by label and session, of the tables in the folders of ``subjects`` (label -> names)."""
+    lines, lost = list[tuple[str, str, float | None]](), list[str]()
+    for label, names in subjects.items():
+        name = f"sub-{label}_sessions.tsv"
+        if name not in names:
+            continue
+        path = root / f"sub-{label}" / name
+        try:
+            cells = _by_name(_columns(path))
+        except (OSError, ValueError):
+            lost.append(name)
+            continue
+        column = (about | _about(path.with_suffix(".json"))).get("age", {})
+        if {"session_id", "age"} <= cells.keys():
+            per_year = _per_year(SESSIONS, column, notes)
+            for session, cell in zip(cells["session_id"], cells["age"], strict=True):
+                lines.append((f"{label}_ses-{session.removeprefix('ses-')}", cell, per_year))
+    if lost:
+        notes.append(f"{first_few(lost)} cannot be read: ages of {TABLE} count in its place")
+    return _ages(SESSIONS, lines, notes)
 
 
-def _per_year(column: Mapping[str, Any], notes: list[str]) -> float | None:
+def _columns(path: Path) -> list[tuple[str, list[str]]]:
+    """Names and cells of a table's columns; BIDS tables have no quoting."""
+    lines = [[x.strip() for x in line.split("\t")] for line in read_text(path).splitlines()]
+    header, rows = (lines[0], lines[1:]) if lines else ([], [])
+    return [
+        (name, [row[k] if k < len(row) else "" for row in rows]) for k, name in enumerate(header)
+    ]
+
+
+def _by_name(columns: Sequence[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    """Cells by a column's name in lower case; the first of two columns of one name counts."""
+    return {name.lower(): cells for name, cells in reversed(columns)}
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of all that lies in a folder, sorted; none if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _about(path: Path) -> dict[str, dict[str, Any]]:
+    """What a JSON file says of columns, by their names in lower case."""
+    values = read_json(path) or {}
+    return {name.lower(): column for name, column in values.items() if isinstance(column, dict)}
+
+
+def _per_year(table: str, column: Mapping[str, Any], notes: list[str]) -> float | None:
     """How many units of the age column make a year: BIDS counts in years unless it is said."""
-    units = str(column.get("Units", "years")).strip()
-    per_year = PER_YEAR.get(units.lower())
+    units = column.get("Units")
+    if isinstance(units, list) and len(units) == 1:
+        (units,) = units
+    text = str(units or "").strip() or "years"
+    per_year = PER_YEAR.get(text.lower())
     if per_year is None:
         known = "years, months, weeks or days"
-        notes.append(f"participants.json gives ages in {units!r}, not in {known}: they are unknown")
+        note = f"{ABOUT[table]} gives ages in {_short(text)!r}, not in {known}: they are ignored"
+        notes += [note] * (note not in notes)
     return per_year
+
+
+def _ages(
+    table: str, lines: Sequence[tuple[str, str, float | None]], notes: list[str]
+) -> dict[str, float]:
+    """Ages in years; ``lines`` are of a label, a cell, and how many of its units make a year."""
+    told = [(label, cell, age_of(cell, per_year)) for label, cell, per_year in lines if per_year]
+    notes += _about_ages(table, told)
+    return _agreed(table, "ages", told, notes)
 
 
 def _levels(column: Mapping[str, Any]) -> dict[str, str]:
@@ -163,32 +254,27 @@ def _levels(column: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _about_ages(
-    labels: Sequence[str], cells: Sequence[str], years: Sequence[float | None]
-) -> Iterator[str]:
-    """Notes on ages that were not read, or not as they stand."""
-    told = [*zip(labels, cells, years, strict=True)]
+def _about_ages(table: str, told: Sequence[tuple[str, str, float | None]]) -> Iterator[str]:
+    """Notes on ages that were not read, or not as they stand, of labels, cells and ages."""
     lost = [
         (label, cell) for label, cell, age in told if age is None and cell.lower() not in UNKNOWN
     ]
     absurd = [(label, cell) for label, cell in lost if cell.replace(".", "", 1).isdecimal()]
     if absurd:
         yield (
-            f"{TABLE}: ages above {OLDEST_YEARS} years are ignored ({_listed(absurd)}); if they are"
-            ' months, write {"age": {"Units": "months"}} into participants.json'
+            f"{table}: ages above {OLDEST_YEARS} years are ignored ({_listed(absurd)}); if they are"
+            f' months, write {{"age": {{"Units": "months"}}}} into {ABOUT[table]}'
         )
     if words := [one for one in lost if one not in absurd]:
-        yield f"{TABLE}: ages that are not numbers are ignored ({_listed(words)})"
+        yield f"{table}: ages that are not numbers are ignored ({_listed(words)})"
     if oldest := [(x, cell) for x, cell, age in told if age is not None and cell.endswith("+")]:
-        yield f"{TABLE}: ages with + count as they stand ({_listed(oldest)})"
+        yield f"{table}: ages with + count as they stand ({_listed(oldest)})"
 
 
-def _about_sexes(name: str, cells: Sequence[str], sexes: Sequence[Sex | None]) -> Iterator[str]:
-    """A note on values that are neither female nor male."""
+def _about_sexes(name: str, told: Sequence[tuple[str, str, Sex | None]]) -> Iterator[str]:
+    """A note on values that are neither female nor male, of labels, cells and sexes."""
     strange = dict.fromkeys(
-        cell
-        for cell, sex in zip(cells, sexes, strict=True)
-        if sex is None and cell.lower() not in UNKNOWN
+        _short(cell) for _, cell, sex in told if sex is None and cell.lower() not in UNKNOWN
     )
     if strange:
         yield (
@@ -197,18 +283,23 @@ def _about_sexes(name: str, cells: Sequence[str], sexes: Sequence[Sex | None]) -
         )
 
 
-def _torn(labels: Sequence[str], values: Sequence[object], what: str, notes: list[str]) -> set[str]:
-    """Labels whose lines have different values."""
-    found = dict[str, set[object]]()
-    for label, value in zip(labels, values, strict=True):
+def _agreed(
+    table: str, what: str, told: Iterable[tuple[str, str, T | None]], notes: list[str]
+) -> dict[str, T]:
+    """The values of those labels whose lines do not differ, of labels, cells and values."""
+    found = dict[str, set[T]]()
+    for label, _, value in told:
         if value is not None:
             found.setdefault(label, set()).add(value)
-    torn = {label for label, several in found.items() if len(several) > 1}
-    if torn:
-        whose = first_few([f"sub-{label}" for label in sorted(torn)])
-        notes.append(f"{TABLE} gives different {what} of one person: {whose}; they are unknown")
-    return torn
+    if torn := [f"sub-{label}" for label in sorted(found) if len(found[label]) > 1]:
+        whose = first_few(torn)
+        notes.append(f"{table} gives different {what} of one person: {whose}; they are ignored")
+    return {label: values.pop() for label, values in found.items() if len(values) == 1}
+
+
+def _short(cell: str) -> str:
+    return cell if len(cell) <= LONGEST else f"{cell[:LONGEST]}..."
 
 
 def _listed(pairs: Sequence[tuple[str, str]]) -> str:
-    return first_few([f"sub-{label} {cell}" for label, cell in pairs], 4)
+    return first_few([f"sub-{label} {_short(cell)}" for label, cell in pairs], 4)
