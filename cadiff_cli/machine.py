@@ -17,6 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's ``mallopt`` (malloc.h)."""
 MMAP_THRESHOLD, MMAP_MAX = 128 * 1024, 65536
 """What glibc begins with."""
+_is_kept = False
 
 
 def share_cores() -> None:
@@ -51,20 +52,24 @@ def memory_kept() -> Iterator[None]:
 
     The kernel clears every page that it hands out: a quarter of the time of a network whose
     tensors come and go.  Where pieces do not fit, more memory is taken: a fifth more was measured.
-    Does nothing where the C library is not glibc.
+    Does nothing where the C library is not glibc, nor within another block of its kind: a training
+    that validates keeps its memory.
     """
     import ctypes
     import platform
 
-    if platform.libc_ver()[0] != "glibc":
+    global _is_kept
+    if _is_kept or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)
     try:
+        _is_kept = True
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
         yield
     finally:
+        _is_kept = False
         libc.mallopt(M_MMAP_MAX, MMAP_MAX)
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)

@@ -49,5 +49,8 @@ def test_kept_memory_stays_until_it_is_given_back():
     before = resident_bytes()
     with memory_kept():
         assert come_and_go() > before + 2**26
+        with memory_kept():  # as a validation within a training
+            assert come_and_go() > before + 2**26
+        assert come_and_go() > before + 2**26
     assert resident_bytes() < before + 2**27
     assert come_and_go() < before + 2**27

@@ -22,6 +22,7 @@ from cadiff_cli.device import usable_device
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.files import write_json
+from cadiff_cli.machine import memory_kept
 from cadiff_cli.nets.models import Trained
 from cadiff_cli.training.batch import B
 from cadiff_cli.training.loop import (
@@ -160,15 +161,17 @@ class Session(Generic[N]):
         Returns whether nothing stopped it.
         """
         schedule = schedule or self.config
-        return fit(
-            self.state,
-            series(draws, schedule, self.state.step, workers, self.state.device),
-            objective,
-            schedule,
-            self.folder / "checkpoint.pt",
-            monitor=monitor,
-            max_minutes=(self.deadline - time.monotonic()) / 60,
-        )
+        # Tensors of a training come and go by the hundred.
+        with memory_kept():
+            return fit(
+                self.state,
+                series(draws, schedule, self.state.step, workers, self.state.device),
+                objective,
+                schedule,
+                self.folder / "checkpoint.pt",
+                monitor=monitor,
+                max_minutes=(self.deadline - time.monotonic()) / 60,
+            )
 
     def export(self, kind: Callable[..., Trained[N]], **facts: Any) -> Path:
         """Write the average of the weights as a model of a ``kind`` that also holds ``facts``."""
@@ -192,7 +195,9 @@ def refuse_other_run(path: Path, identity: Identity, config: Schedule, net: Any)
     untold = {f.name: f.default for f in fields(identity) if f.default is not MISSING}
     was = untold | as_dict(type(config)()) | before | before["train"]
     was["net"] = as_dict(type(net)()) | was["net"]
-    for key, now in {**as_dict(identity), **as_dict(config)}.items():
+    values = {**as_dict(identity), **as_dict(config)}
+    # The network last: other data or settings may be the reason why it is another one.
+    for key, now in sorted(values.items(), key=lambda item: item[0] == "net"):
         if key not in MAY_CHANGE and was.get(key) not in (UNTOLD, now):
             raise UsageError(
                 f"the checkpoint beside {path} has {key} {was.get(key)}, not {now}",
