@@ -58,7 +58,7 @@ def command(
     from cadiff_cli.io.files import check_writable, refuse_existing, write_tsv
     from cadiff_cli.nets.models import AtlasModel
     from cadiff_cli.training.atlas.data import known_to, prepare_people
-    from cadiff_cli.training.atlas.regression import ATLAS, sources_of
+    from cadiff_cli.training.atlas.regression import ATLAS, KernelRegression, sources_of
     from cadiff_cli.training.atlas.run import brain_weight
     from cadiff_cli.training.templates import load_atlas
 
@@ -82,7 +82,8 @@ def command(
             "give people that it has not seen",
         )
     names = [GIVEN[word] for word in words]
-    sources = sources_of(trained, learnt)
+    regression = KernelRegression.of(learnt, trained.space) if learnt else None
+    sources = sources_of(trained, regression)
     import torch
 
     brain = torch.from_numpy(brain_weight(base, trained.grid))

@@ -24,7 +24,7 @@ from cadiff_cli.quality.ranges import AGE_GROUPS
 from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import register, warp
-from cadiff_cli.training.atlas.data import VENTRICLES, Sitter, share_of
+from cadiff_cli.training.atlas.data import STRUCTURES, Sitter, share_of
 from cadiff_cli.training.atlas.losses import mean_square
 from cadiff_cli.training.atlas.regression import Source
 from cadiff_cli.training.atlas.run import displacement
@@ -32,8 +32,6 @@ from cadiff_cli.training.atlas.velocity import folded
 
 log = logging.getLogger(__name__)
 
-HIPPOCAMPI = (17, 53)
-STRUCTURES = {"ventricles": VENTRICLES, "hippocampi": HIPPOCAMPI}
 FINE = 2
 """Folds are looked for on a grid that is so much finer than that of velocities."""
 BAND_SD = 1.96

@@ -7,6 +7,7 @@ cannot fold.  Conditions are numbers, (B, 3) in [0, 1]: age, sex and ventricles;
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from cadiff_cli.diffusion.process import DEFAULT, PROCESSES, Process
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.nets.blocks import TimeEmbedding
-from cadiff_cli.nets.condition import NAMES
+from cadiff_cli.nets.condition import NAMES, kernel_weights
 
 MULTIPLE = 4
 """Sizes of a velocity grid are multiples of this: the autoencoder halves twice."""
@@ -28,11 +29,12 @@ class AtlasConfig:
     """Sizes of the network.
 
     ``shape`` is that of the velocity grid.  With ``latent = "linear"`` a velocity is a mean and
-    ``components`` principal components, and a transformer of ``depth`` layers denoises their
+    ``components`` linear ones, and a transformer of ``depth`` layers denoises their
     coefficients.  With ``"autoencoder"`` (the paper's way) latents are feature maps at a quarter of
     the size, of ``components`` channels; ``channels`` are the autoencoder's, and twice as many the
     denoising U-Net's.  ``width`` is the size of embeddings, ``frequencies`` the number of Fourier
-    features of a condition.  ``steps`` denoise an atlas, in training as later.
+    features of a condition.  ``steps`` denoise an atlas, in training as later.  ``people`` are
+    those whose latents make the centre of a condition (``ConditionCentre``); 0: it has none.
     """
 
     shape: tuple[int, int, int] = (44, 52, 48)
@@ -45,6 +47,7 @@ class AtlasConfig:
     channels: tuple[int, ...] = (16, 32, 32)
     steps: int = 10
     process: str = DEFAULT
+    people: int = 0
 
     def __post_init__(self) -> None:
         """Raise ``DataError`` for a process or a latent space that is not there."""
@@ -56,6 +59,11 @@ class AtlasConfig:
         if self.latent not in (LINEAR, AUTOENCODER):
             raise DataError(
                 f"the latent space is {self.latent!r}", f"use {LINEAR!r} or {AUTOENCODER!r}"
+            )
+        if self.people and self.latent != LINEAR:
+            raise UsageError(
+                f"the latent space {self.latent!r} has no centre of {self.people} people",
+                f"use {LINEAR!r}, or no people",
             )
         if odd := [n for n in self.shape if n % MULTIPLE]:
             raise DataError(f"the velocity grid has sizes {odd}", f"use multiples of {MULTIPLE}")
@@ -90,9 +98,11 @@ class ConditionEmbedding(nn.Module):
 
 
 class LinearLatent(nn.Module):
-    """Mean and principal components of velocities: coefficients have variance 1.
+    """Mean and components of velocities: coefficients have variance 1.
 
-    They are buffers: principal components are the best linear decoder in closed form.
+    They are buffers: components are a linear decoder in closed form.  The first ones are the
+    directions in which velocities follow what must not be lost (volumes of small structures, which
+    hardly count among all of a brain), the others principal components of what is left.
     """
 
     def __init__(self, config: AtlasConfig) -> None:
@@ -106,28 +116,51 @@ class LinearLatent(nn.Module):
         self.basis: Tensor
 
     @torch.no_grad()
-    def fit(self, velocities: Tensor) -> None:
-        """Set mean and components to those of ``velocities`` (people, 3, X, Y, Z)."""
+    def fit(self, velocities: Tensor, followed: Tensor | None = None) -> None:
+        """Set mean and components to those of ``velocities`` (people, 3, X, Y, Z).
+
+        ``followed`` (people, K) are numbers that the first components follow; NaN is the mean.
+        """
         x = velocities.flatten(1)
         mean = x.mean(dim=0)
         centred = x - mean
+        first = centred[:0]
+        if followed is not None:
+            first = _directions(centred, followed)[: len(self.basis)]
+            centred = centred - _coefficients(centred, first) @ first
         _, vectors = torch.linalg.eigh((centred @ centred.T).double())
-        n = min(len(self.basis), len(x) - 1)
-        weights = vectors[:, -n:].flip(1).float()
+        n = min(len(self.basis), len(x) - 1) - len(first)
+        others = vectors[:, len(x) - n :].flip(1).float().T @ centred / math.sqrt(len(x) - 1)
         self.mean.copy_(mean)
         self.basis.zero_()
-        self.basis[:n] = weights.T @ centred / math.sqrt(len(x) - 1)
+        self.basis[: len(first) + n] = torch.cat([first, others])
 
     def encode(self, velocities: Tensor) -> Tensor:
         """(B, 3, X, Y, Z) -> (B, components): the nearest combination."""
-        centred = velocities.flatten(1) - self.mean
-        gram = self.basis @ self.basis.T
-        # Components that the people do not fill are 0, and so are their coefficients.
-        return torch.as_tensor(centred @ self.basis.T @ torch.linalg.pinv(gram, hermitian=True))
+        return _coefficients(velocities.flatten(1) - self.mean, self.basis)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, components) -> (B, 3, X, Y, Z) mm."""
         return (self.mean + z @ self.basis).reshape(len(z), 3, *self.shape)
+
+
+def _directions(centred: Tensor, followed: Tensor) -> Tensor:
+    """(k, size): where ``centred`` (n, size) goes with each of ``followed`` (n, K), all else equal.
+
+    Numbers that do not vary have no direction.
+    """
+    apart = (followed - followed.nanmean(dim=0)).nan_to_num()
+    apart = apart[:, apart.std(dim=0) > 0]
+    directions = torch.linalg.pinv(apart) @ centred
+    deviation = _coefficients(centred, directions).std(dim=0)
+    return torch.as_tensor(directions * deviation[:, None])
+
+
+def _coefficients(centred: Tensor, basis: Tensor) -> Tensor:
+    """(n, k): of the nearest combination of ``basis`` (k, size) to each row of (n, size)."""
+    gram = basis @ basis.T
+    # Components that the people do not fill are 0, and so are their coefficients.
+    return torch.as_tensor(centred @ basis.T @ torch.linalg.pinv(gram, hermitian=True))
 
 
 class AutoencoderLatent(nn.Module):
@@ -168,6 +201,34 @@ class AutoencoderLatent(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The inverse, in mm."""
         return torch.as_tensor(self.net.decode(z * self.scale))
+
+
+class ConditionCentre(nn.Module):
+    """The middle of a condition's people in a linear latent space: kernel regression.
+
+    A hundred people determine the mean of a condition well, and little else.  So the denoiser
+    learns what is left: how people differ from it, and what morphology preservation corrects.
+    """
+
+    def __init__(self, config: AtlasConfig) -> None:
+        super().__init__()
+        self.register_buffer("conditions", torch.zeros(config.people, len(NAMES)))
+        self.register_buffer("latents", torch.zeros(config.people, config.components))
+        self.register_buffer("widths", torch.ones(len(NAMES)))
+        self.conditions: Tensor
+        self.latents: Tensor
+        self.widths: Tensor
+
+    @torch.no_grad()
+    def fit(self, conditions: Tensor, latents: Tensor, widths: Sequence[float]) -> None:
+        """Keep people: ``conditions`` (n, 3), ``latents`` (n, components), widths of the kernel."""
+        self.conditions.copy_(conditions)
+        self.latents.copy_(latents)
+        self.widths.copy_(self.widths.new_tensor(widths))
+
+    def forward(self, conditions: Tensor, without: Tensor | None = None) -> Tensor:
+        """(B, 3) -> (B, components); people of the indices ``without`` (B,) do not count."""
+        return kernel_weights(self.conditions, conditions, self.widths, without) @ self.latents
 
 
 class TokenDenoiser(nn.Module):
@@ -217,7 +278,7 @@ class MapDenoiser(nn.Module):
 
 
 class AtlasNet(nn.Module):
-    """Latents of velocities, their denoiser and the embedding of conditions."""
+    """Latents of velocities, their centre, their denoiser and the embedding of conditions."""
 
     def __init__(self, config: AtlasConfig) -> None:
         super().__init__()
@@ -225,12 +286,28 @@ class AtlasNet(nn.Module):
         linear = config.latent == LINEAR
         self.embed = ConditionEmbedding(config.frequencies, config.width)
         self.latent = LinearLatent(config) if linear else AutoencoderLatent(config)
+        self.centre = ConditionCentre(config) if config.people else None
         self.denoiser = TokenDenoiser(config) if linear else MapDenoiser(config)
 
     @property
     def process(self) -> Process:
         """The noise process of the latents."""
         return PROCESSES[self.config.process]
+
+    def encode(
+        self, velocities: Tensor, conditions: Tensor, without: Tensor | None = None
+    ) -> Tensor:
+        """Latents of velocities (B, 3, X, Y, Z) of ``conditions``, from the centre of these.
+
+        ``without`` (B,) are the indices of these very people among those of the centre: they would
+        be too near to a centre that they are part of.
+        """
+        z = self.latent.encode(velocities)
+        return z if self.centre is None else z - self.centre(conditions, without)
+
+    def decode(self, z: Tensor, conditions: Tensor) -> Tensor:
+        """The inverse, in mm."""
+        return self.latent.decode(z if self.centre is None else z + self.centre(conditions))
 
     def estimate(self, z_t: Tensor, t: Tensor, conditions: Tensor) -> Tensor:
         """The clean latent: what the noise process guesses, and a learnt multiple of its error."""
@@ -240,7 +317,7 @@ class AtlasNet(nn.Module):
     def denoise(self, noise: Tensor, conditions: Tensor) -> Tensor:
         """Latents of ``conditions`` from standard normal ``noise`` (differentiable).
 
-        Noise of 0 is the centre of all noise: it becomes the centre of the condition's people.
+        Noise of 0 is the centre of all noise: it becomes the atlas of the condition's people.
         """
 
         def clean(z: Tensor, t: float) -> Tensor:
@@ -253,4 +330,4 @@ class AtlasNet(nn.Module):
 
     def forward(self, noise: Tensor, conditions: Tensor) -> Tensor:
         """Velocities (B, 3, X, Y, Z) in mm."""
-        return torch.as_tensor(self.latent.decode(self.denoise(noise, conditions)))
+        return self.decode(self.denoise(noise, conditions), conditions)

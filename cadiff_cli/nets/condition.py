@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.products import Condition
@@ -18,6 +20,24 @@ FAR_SD = 4.0
 """Ventricles that lie so far from those of the age contradict it."""
 NAMES = ("age_years", "sex", "ventricles_percent")
 SEXES = ("F", "M")
+FAR = 1.0
+"""Distance in a number that is asked for, of a person of whom it is not known."""
+
+
+def kernel_weights(
+    people: Tensor, asked: Tensor, widths: Tensor, without: Tensor | None = None
+) -> Tensor:
+    """Weights (B, n) of n people for B conditions, of sum 1: a Gaussian kernel of their distance.
+
+    ``people`` (n, 3) and ``asked`` (B, 3) are scaled conditions, NaN where unknown; ``widths`` (3,)
+    are the kernel's.  Numbers that are not asked for do not count.  ``without`` (B,) are indices of
+    people who get no weight.
+    """
+    apart = (people - asked[:, None]).abs().nan_to_num(FAR) / widths
+    squared = (apart.square() * asked[:, None].isfinite()).sum(dim=2)
+    if without is not None:
+        squared = squared.scatter(1, without[:, None], torch.inf)
+    return torch.softmax(-squared / 2, dim=1)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,16 @@ def log_jacobian(displacement_mm: Tensor, zooms_mm: Zooms) -> Tensor:
 def on_grid(field: np.ndarray, source: Grid, grid: Grid) -> np.ndarray:
     """A field (C, X, Y, Z) float32 on another grid, by cubic splines.
 
+    Raises what ``splines_between`` raises.
+    """
+    for axis, splines in enumerate(splines_between(source, grid)):
+        field = np.moveaxis(np.tensordot(splines, field, (1, axis + 1)), 0, axis + 1)
+    return np.ascontiguousarray(field, dtype=np.float32)
+
+
+def splines_between(source: Grid, grid: Grid) -> list[np.ndarray]:
+    """For each axis (n of ``grid``, n of ``source``) float32: cubic splines, as a matrix.
+
     The axes of both grids are R, A and S, so one axis is interpolated after the other.  Raises
     ``DataError`` for other axes.
     """
@@ -81,12 +91,10 @@ def on_grid(field: np.ndarray, source: Grid, grid: Grid) -> np.ndarray:
                 f"a deformation is given on {one!r}",
                 "its axes must be R, A and S: use another base",
             )
-    for axis in range(3):
-        places = to_source[axis, axis] * np.arange(grid.shape[axis]) + to_source[axis, 3]
-        field = np.moveaxis(
-            np.tensordot(_splines(source.shape[axis], places), field, (1, axis + 1)), 0, axis + 1
-        )
-    return np.ascontiguousarray(field, dtype=np.float32)
+    return [
+        _splines(n, to_source[axis, axis] * np.arange(grid.shape[axis]) + to_source[axis, 3])
+        for axis, n in enumerate(source.shape)
+    ]
 
 
 def _splines(n: int, places: np.ndarray) -> np.ndarray:

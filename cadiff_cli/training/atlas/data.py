@@ -56,6 +56,8 @@ STRIDE = 2
 """The field is fitted at twice this many mm, and images are kept at so many."""
 VENTRICLES = (4, 5, 14, 15, 43, 44)
 """Codes of the lateral ventricles with their inferior horns, the third and the fourth."""
+STRUCTURES = {"ventricles": VENTRICLES, "hippocampi": (17, 53)}
+"""Structures whose share of the brain an atlas follows, in training and when it is judged."""
 TOGETHER = (
     VENTRICLES,
     (17, 18, 53, 54),
@@ -106,6 +108,12 @@ class Sitter:
     def ventricles_percent(self) -> float:
         """Volume of the ventricles in per cent of the brain's."""
         return share_of(self.volumes_mm3, VENTRICLES)
+
+    @property
+    def log_shares(self) -> np.ndarray:
+        """(K,): logarithm of the per cent of the brain of ``STRUCTURES``; NaN where absent."""
+        percent = np.array([share_of(self.volumes_mm3, codes) for codes in STRUCTURES.values()])
+        return np.asarray(np.log(np.where(percent > 0, percent, np.nan)))
 
     @cached_property
     def condition(self) -> Condition:
@@ -160,7 +168,7 @@ def known_people(folder: Path) -> People:
     people = read_people(folder)
     for text in people.notes:
         log.warning("%s: %s", folder.name, text)
-    if all(person.age_years is None for person in people.persons.values()):
+    if not people.ages and all(p.age_years is None for p in people.persons.values()):
         why = f" ({people.notes[0]})" if people.notes else ""
         raise DataError(
             f"{folder} tells nobody's age{why}",
@@ -191,7 +199,7 @@ def prepare_people(
     for source, (scans, about) in zip(names, told, strict=True):
         for index, (label, path) in enumerate(scans.items(), start=1):
             log.info("preparing sub-%s of %s, %d of %d", label, source, index, len(scans))
-            person = about.of(label)
+            person = about.of_scan(source_entities(path))
             sitter = load(build(path, f"sub-{label}", base, grid, cache), grid)
             sitter = replace(sitter, source=source, age_years=person.age_years, sex=person.sex)
             if sitter.trusted and not sitter.folded:

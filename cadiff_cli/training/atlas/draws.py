@@ -2,6 +2,8 @@
 
 The paper rounds conditions to tenths; here they get noise, which says the same to a network: who is
 near in condition counts.  Each number is hidden at times, so that any may be missing later.
+Neighbours are drawn by the weights of kernel regression: one law says who is near.  Conditions of
+atlases are spread evenly over those of the people, or the oldest would hardly count.
 """
 
 from collections.abc import Sequence
@@ -12,29 +14,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.condition import kernel_weights
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.training.atlas.config import PeopleConfig
 from cadiff_cli.training.atlas.data import Sitter
+from cadiff_cli.training.atlas.regression import KernelRegression
 from cadiff_cli.training.batch import Batch, generator_of
-
-FAR = 1.0
-"""Distance of two conditions that differ in sex, or of which one is unknown."""
 
 
 @dataclass(frozen=True, eq=False)
 class PeopleBatch(Batch):
     """People, and neighbourhoods for an atlas.
 
-    ``velocity`` (B, 3, X, Y, Z) in mm of people with ``condition`` (B, 3); for an atlas of the
-    condition ``wanted`` (B, 3), ``neighbours`` (B, 3, X, Y, Z) is the mean displacement in mm from
-    the base to people near it.
+    ``velocity`` (B, 3, X, Y, Z) in mm of people with ``condition`` (B, 3), whose indices are
+    ``person`` (B,).  For an atlas of the condition ``wanted`` (B, 3), ``neighbours``
+    (B, 3, X, Y, Z) is the mean displacement in mm from the base to people drawn near it, and
+    ``log_shares`` (B, K) is the weighted mean over all people, NaN where all lack a structure.
     """
 
+    person: Tensor
     velocity: Tensor
     condition: Tensor
     wanted: Tensor
     neighbours: Tensor
+    log_shares: Tensor
 
 
 class PeopleDraws(Dataset[PeopleBatch]):
@@ -43,29 +46,35 @@ class PeopleDraws(Dataset[PeopleBatch]):
     def __init__(
         self,
         people: Sequence[Sitter],
-        space: ConditionSpace,
+        regression: KernelRegression,
         zooms_mm: Sequence[float],
         config: PeopleConfig,
     ) -> None:
-        self.conditions = torch.from_numpy(np.stack([space.scaled(p.condition) for p in people]))
+        self.conditions = torch.from_numpy(regression.conditions)
+        self.widths = self.conditions.new_tensor(regression.widths)
         self.velocities = torch.from_numpy(np.stack([p.velocity_mm for p in people]))
+        self.log_shares = torch.from_numpy(np.stack([p.log_shares for p in people])).float()
         self.displacements = torch.cat(
             [exponential(v[None].float(), zooms_mm).half() for v in self.velocities]
         )
+        # A person's weight for its own condition: few are near those of whom it is large.
+        self.rare = kernel_weights(self.conditions, self.conditions, self.widths).diagonal()
         self.config = config
 
     def __getitem__(self, index: int) -> PeopleBatch:
         """Draw a person, a condition and its neighbourhood."""
         generator = generator_of(self.config.seed, index)
-        person, other = torch.randint(len(self.conditions), (2,), generator=generator).tolist()
-        wanted = self.blurred(other, generator)
-        near = self.near(wanted)
-        chosen = near[torch.randperm(len(near), generator=generator)[: self.config.neighbours]]
+        person = int(torch.randint(len(self.conditions), (1,), generator=generator))
+        wanted = self.blurred(int(torch.multinomial(self.rare, 1, generator=generator)), generator)
+        weights = kernel_weights(self.conditions, wanted[None], self.widths)[0]
+        near = torch.multinomial(weights, self.config.neighbours, True, generator=generator)
         return PeopleBatch(
+            torch.tensor([person]),
             self.velocities[person][None].float(),
             self.blurred(person, generator)[None],
             wanted[None],
-            self.displacements[chosen].float().mean(dim=0, keepdim=True),
+            self.displacements[near].float().mean(dim=0, keepdim=True),
+            mean_known(self.log_shares, weights)[None],
         )
 
     def blurred(self, person: int, generator: torch.Generator) -> Tensor:
@@ -76,15 +85,8 @@ class PeopleDraws(Dataset[PeopleBatch]):
         blurred = (self.conditions[person] + noise).clamp(0, 1)
         return blurred.masked_fill(hidden, torch.nan)
 
-    def near(self, wanted: Tensor) -> Tensor:
-        """Indices of the people near a condition (3,), at least as many as neighbours are drawn."""
-        known = wanted.isfinite()
-        if not known.any():
-            return torch.arange(len(self.conditions))
-        apart = (self.conditions[:, known] - wanted[known]).abs().nan_to_num(FAR)
-        distance = apart.max(dim=1).values
-        enough = min(self.config.neighbours, len(distance))
-        # The distance widens step by step until there are enough.
-        needed = float(distance.sort().values[enough - 1])
-        steps = max(1, int(np.ceil(needed / self.config.near - 1e-6)))
-        return (distance <= steps * self.config.near + 1e-6).nonzero()[:, 0]
+
+def mean_known(values: Tensor, weights: Tensor) -> Tensor:
+    """(K,): the mean of ``values`` (n, K) with ``weights`` (n,) over those that are no NaN."""
+    known = weights[:, None] * values.isfinite()
+    return (known * values.nan_to_num()).sum(dim=0) / known.sum(dim=0)

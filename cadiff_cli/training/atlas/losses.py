@@ -10,16 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class AtlasLosses:
-    """Weighted losses: of denoising, of morphology and of roughness."""
+    """Weighted losses: of denoising, of morphology, of structures' volumes and of roughness."""
 
     denoising: Tensor
     morphology: Tensor
+    volumes: Tensor
     smoothness: Tensor
 
     @property
     def total(self) -> Tensor:
         """The minimised sum."""
-        return self.denoising + self.morphology + self.smoothness
+        return self.denoising + self.morphology + self.volumes + self.smoothness
 
 
 @dataclass(frozen=True, eq=False)

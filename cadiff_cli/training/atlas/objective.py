@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cadiff_cli.nets.atlas import AtlasNet, AutoencoderLatent
-from cadiff_cli.spatial.deformation import exponential
+from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.training.atlas.config import PeopleConfig
 from cadiff_cli.training.atlas.draws import PeopleBatch
 from cadiff_cli.training.atlas.losses import (
@@ -17,6 +17,7 @@ from cadiff_cli.training.atlas.losses import (
     divergence_from_normal,
     mean_square,
 )
+from cadiff_cli.training.atlas.volumes import BaseVolumes
 
 PURE_NOISE = 0.3
 """Share of draws at t = 1, where sampling begins and the condition is all that is known."""
@@ -25,13 +26,14 @@ SCALE_MEMORY = 0.98
 
 @dataclass(frozen=True)
 class AtlasObjective:
-    """Diffusion loss, morphology preservation and smoothness.
+    """Diffusion loss, morphology preservation, volumes of structures and smoothness.
 
     ``brain`` (X, Y, Z) weighs the base brain on the velocity grid with voxels of ``zooms_mm``.
     """
 
     config: PeopleConfig
     brain: Tensor
+    volumes: BaseVolumes
     zooms_mm: Sequence[float]
 
     def __call__(
@@ -46,7 +48,7 @@ class AtlasObjective:
         # The nets are tiny, and half precision would cost the velocities their accuracy.
         with torch.autocast(device.type, enabled=False):
             with torch.no_grad():
-                z = net.latent.encode(batch.velocity)
+                z = net.encode(batch.velocity, batch.condition, batch.person)
             t = torch.rand(len(z), generator=generator, device=device)
             pure = torch.rand(len(z), generator=generator, device=device) < PURE_NOISE
             t = t.masked_fill(pure, 1.0)
@@ -59,11 +61,16 @@ class AtlasObjective:
             if c.preserve == "samples":
                 begin = torch.randn(begin.shape, generator=generator, device=device)
             velocity = net(begin, batch.wanted[some])
-            mean = batch.neighbours[some] - exponential(velocity, self.zooms_mm)
+            moved = exponential(velocity, self.zooms_mm)
+            mean = batch.neighbours[some] - moved
+            shares = self.volumes.log_shares(velocity, jacobian(moved, self.zooms_mm))
+            # The base or all neighbours may lack a structure: then nothing is asked of it.
+            off = (shares - batch.log_shares[some]).nan_to_num()
             zooms = velocity.new_tensor(list(self.zooms_mm)).reshape(3, 1, 1, 1)
             return AtlasLosses(
                 (estimate - z).square().mean(),
                 c.morphology * mean_square(mean, self.brain.to(device)),
+                c.volumes * off.square().mean(),
                 c.smoothness * bending(velocity / zooms),
             )
 

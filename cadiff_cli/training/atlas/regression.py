@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from cadiff_cli.nets.condition import ConditionSpace
+from cadiff_cli.nets.condition import ConditionSpace, kernel_weights
 from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition
 from cadiff_cli.training.atlas.data import Sitter
@@ -42,8 +43,8 @@ class KernelRegression:
     def of(cls, people: Sequence[Sitter], space: ConditionSpace) -> "KernelRegression":
         """The regression whose widths predict each person best from all others.
 
-        Each number of a condition is used alone and with the others: widths must serve missing
-        conditions as well.
+        Age and ventricles are used alone and with the others: widths must serve missing conditions
+        as well.
         """
         conditions = np.stack([space.scaled(p.condition) for p in people])
         velocities = np.stack([p.velocity_mm for p in people]).astype(np.float32)
@@ -52,10 +53,10 @@ class KernelRegression:
 
         def error(widths: tuple[float, float, float]) -> float:
             total = 0.0
-            for shown in ([0], [0, 1], [0, 1, 2]):
+            for shown in ([0], [2], [0, 1], [0, 1, 2]):
                 asked = np.full_like(conditions, np.nan)
                 asked[:, shown] = conditions[:, shown]
-                w = np.stack([_weights(conditions, one, widths) for one in asked])
+                w = _weights(conditions, asked, widths)
                 np.fill_diagonal(w, 0.0)
                 w /= np.maximum(w.sum(axis=1, keepdims=True), 1e-12)
                 total += float(
@@ -69,24 +70,21 @@ class KernelRegression:
     def velocity(self, condition: Condition) -> np.ndarray:
         """(3, X, Y, Z) float32 in mm; raises ``UsageError`` as the network's does."""
         self.space.check(condition)
-        w = _weights(self.conditions, self.space.scaled(condition), self.widths)
-        return np.tensordot((w / w.sum()).astype(np.float32), self.velocities, 1)
+        (w,) = _weights(self.conditions, self.space.scaled(condition)[None], self.widths)
+        return np.tensordot(w.astype(np.float32), self.velocities, 1)
 
 
 def _weights(conditions: np.ndarray, asked: np.ndarray, widths: Sequence[float]) -> np.ndarray:
-    """(n,) kernel weights of people for one condition (3,); an unknown number counts as far."""
-    known = np.isfinite(asked)
-    apart = np.nan_to_num(abs(conditions[:, known] - asked[known]), nan=1.0)
-    squared = ((apart / np.array(widths)[known]) ** 2).sum(axis=1)
-    return np.asarray(np.exp(-(squared - squared.min()) / 2))
+    """(B, n) float64: weights of n people for B conditions."""
+    people, wanted = (torch.from_numpy(each).double() for each in (conditions, asked))
+    return kernel_weights(people, wanted, people.new_tensor(widths)).numpy()
 
 
-def sources_of(model: AtlasModel, learnt: Sequence[Sitter]) -> dict[str, Source]:
+def sources_of(model: AtlasModel, regression: KernelRegression | None) -> dict[str, Source]:
     """The base itself, kernel regression over the people that the model learnt from, the model."""
     still = np.zeros((3, *model.grid.shape), dtype=np.float32)
     sources: dict[str, Source] = {"base": lambda _condition: still}
-    if learnt:
-        regression = KernelRegression.of(learnt, model.space)
+    if regression:
         log.info("kernel regression has widths %s (age, sex, ventricles)", regression.widths)
         sources["regression"] = regression.velocity
     return {**sources, ATLAS: model.velocity}

@@ -14,7 +14,7 @@ import torch
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import write_tsv
-from cadiff_cli.nets.atlas import AUTOENCODER, AtlasNet, LinearLatent
+from cadiff_cli.nets.atlas import AUTOENCODER, LINEAR, AtlasNet, LinearLatent
 from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Template
@@ -22,11 +22,12 @@ from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.training.atlas.config import Training
-from cadiff_cli.training.atlas.data import Sitter, brain_mask, held_out, known_to
+from cadiff_cli.training.atlas.data import STRUCTURES, Sitter, brain_mask, held_out, known_to
 from cadiff_cli.training.atlas.draws import PeopleDraws
 from cadiff_cli.training.atlas.losses import mean_square
 from cadiff_cli.training.atlas.objective import AtlasObjective, AutoencoderObjective
-from cadiff_cli.training.atlas.regression import Source, sources_of
+from cadiff_cli.training.atlas.regression import KernelRegression, Source, sources_of
+from cadiff_cli.training.atlas.volumes import BaseVolumes
 from cadiff_cli.training.session import Identity, Session, new_net
 
 log = logging.getLogger(__name__)
@@ -76,11 +77,19 @@ def train_atlas(
             f"{len(learnt)} people remain to learn from", f"give {FEWEST} or more to learn from"
         )
     space = ConditionSpace.of([p.condition for p in learnt])
-    settings = replace(training.net, shape=grid.shape)
+    regression = KernelRegression.of(learnt, space)
+    linear = training.net.latent == LINEAR
+    centred = len(learnt) if config.centred and linear else 0
+    settings = replace(training.net, shape=grid.shape, people=centred)
     net = new_net(AtlasNet, settings, None, config.seed, device)
     if isinstance(net.latent, LinearLatent):
         velocities = torch.from_numpy(np.stack([p.velocity_mm for p in learnt])).float()
-        net.latent.fit(velocities.to(net.latent.mean.device))
+        velocities = velocities.to(net.latent.mean.device)
+        followed = torch.from_numpy(np.stack([p.log_shares for p in learnt]))
+        net.latent.fit(velocities, followed.to(velocities))
+        if net.centre is not None:
+            conditions = torch.from_numpy(regression.conditions)
+            net.centre.fit(conditions, net.latent.encode(velocities), regression.widths)
     identity = PeopleIdentity(
         net=as_dict(net.config),
         init=None,
@@ -92,9 +101,11 @@ def train_atlas(
     )
     facts = {"people": Counter(p.source for p in learnt)}
     session = Session.open(run, net, config, identity, facts, max_minutes)
-    draws = PeopleDraws(learnt, space, grid.spacing_mm.tolist(), config)
+    zooms = grid.spacing_mm.tolist()
+    draws = PeopleDraws(learnt, regression, zooms, config)
     brain = torch.from_numpy(brain_weight(base, grid))
-    objective = AtlasObjective(config, brain, grid.spacing_mm.tolist())
+    volumes = BaseVolumes.of(base, list(STRUCTURES.values()), grid)
+    objective = AtlasObjective(config, brain, volumes, zooms)
     goes_on = True
     if training.net.latent == AUTOENCODER:
         first = replace(config, steps=min(config.autoencoder_steps, config.steps), decay=1)
@@ -106,7 +117,7 @@ def train_atlas(
     path = session.export(AtlasModel, **parts)
     model = AtlasModel(session.state.ema.cpu().eval(), **parts)
     left_out = known_to(space, [p for p in people if p.label in out])
-    _compare(left_out, sources_of(model, learnt), brain, grid, run)
+    _compare(left_out, sources_of(model, regression), brain, grid, run)
     return path
 
 

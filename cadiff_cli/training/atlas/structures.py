@@ -7,7 +7,7 @@ correction is smooth (a Gaussian over the velocity's grid) and costs something, 
 stays as it is where no border asks for another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,17 @@ class Shares:
         )
         means = [block.mean(axis=(1, 3, 5), dtype=np.float32) for block in blocks]
         return cls(np.stack(means), grid.coarsen(STRIDE))
+
+
+def volumes_on(grid: Grid, codes: Volume, structures: Sequence[Collection[int]]) -> np.ndarray:
+    """Volumes (C, X, Y, Z) float32 in mm3 of each of C structures in each voxel of ``grid``."""
+    to_grid = grid.voxel_map(codes.grid)
+    sums = list[np.ndarray]()
+    for group in structures:
+        ijk = np.argwhere(np.isin(codes.data, list(group))) @ to_grid[:3, :3].T + to_grid[:3, 3]
+        near = np.ravel_multi_index(tuple(np.rint(ijk).astype(int).T), grid.shape, mode="clip")
+        sums.append(np.bincount(near, minlength=int(np.prod(grid.shape))).reshape(grid.shape))
+    return np.stack(sums).astype(np.float32) * np.float32(codes.grid.voxel_volume_mm3)
 
 
 def fit_structures(
