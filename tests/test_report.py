@@ -23,7 +23,7 @@ from cadiff_cli.data import shipped
 from cadiff_cli.errors import OutputError
 from cadiff_cli.io.bids import derivatives
 from cadiff_cli.io.bids.derivatives import save_result
-from cadiff_cli.io.bids.description import save_dataset_files
+from cadiff_cli.io.bids.description import people_of, save_dataset_files
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.bids.people import People
@@ -53,7 +53,6 @@ from cadiff_cli.report.viewer import pack
 from cadiff_cli.runner.execute import execute
 from cadiff_cli.runner.group import collect, column, known_scans, write_group
 from cadiff_cli.runner.job import Job
-from cadiff_cli.runner.participants import people_of
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.volumes import volumes_mm3

@@ -21,10 +21,11 @@ def command(out: Path, scans: Path | None) -> int:
     at the time of segmentation.
     """
     from cadiff_cli.cli.console import RunConsole
+    from cadiff_cli.io.bids.description import people_of
     from cadiff_cli.report.group import PATH, write_group_page
     from cadiff_cli.report.page import remove
     from cadiff_cli.runner.group import collect, known_scans
-    from cadiff_cli.runner.participants import people_of, scan_pages, tell
+    from cadiff_cli.runner.participants import scan_pages, tell
 
     out = out.absolute()
     people, console = people_of(out, scans), RunConsole()

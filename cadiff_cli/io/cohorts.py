@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError, first_few
-from cadiff_cli.io.bids.description import links
+from cadiff_cli.io.bids.description import people_of
 from cadiff_cli.io.bids.layout import finished
-from cadiff_cli.io.bids.people import People, age_of, read_people, sex_of
-from cadiff_cli.io.files import read_json, read_text
+from cadiff_cli.io.bids.people import NOBODY, People, age_of, read_people, sex_of
+from cadiff_cli.io.files import read_text
 from cadiff_cli.io.volumes import column
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.products import Person
@@ -116,12 +116,8 @@ def _people(path: Path, participants: Path | None, notes: list[str]) -> People:
     """Who may be in the table of a folder, or in a table, beside what it says itself."""
     if participants is not None:
         found = read_people(participants.parent, participants.name)
-    elif path.is_dir():
-        raw = links(read_json(path / "dataset_description.json") or {}).get("raw", "")
-        folders = [path, *([path / raw] if raw and ":" not in raw else [])]
-        found = next(filter(None, (read_people(folder) for folder in folders)), People())
     else:
-        found = People()
+        found = people_of(path) if path.is_dir() else NOBODY
     notes += found.notes
     return found
 

@@ -39,7 +39,7 @@ class AtlasConfig:
 
     shape: tuple[int, int, int] = (44, 52, 48)
     latent: str = LINEAR
-    components: int = 16
+    components: int = 18
     width: int = 64
     depth: int = 2
     heads: int = 4

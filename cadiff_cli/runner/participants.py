@@ -14,17 +14,12 @@ from typing import Any, Protocol
 import cadiff_cli
 from cadiff_cli.config import Request
 from cadiff_cli.errors import DiskError, MissingInputError, UsageError, in_a_line
-from cadiff_cli.io.bids.description import (
-    links,
-    refuse_foreign,
-    refuse_other_source,
-    save_dataset_files,
-)
+from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.bids.layout import finished
-from cadiff_cli.io.bids.people import NOBODY, People, read_people
+from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
-from cadiff_cli.io.files import read_json, write_text
+from cadiff_cli.io.files import write_text
 from cadiff_cli.notes import Note, texts
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
@@ -190,16 +185,6 @@ def rebuild_reports(
         group = collect(request.out, _everybody(request), request.dataset.people)
         listener.line(str(write_group_page(request.out, group)))
     return code
-
-
-def people_of(out: Path, scans: Path | None = None) -> People:
-    """Ages and sexes that the folder ``scans`` tells, else ``out`` or the dataset it was made of.
-
-    As ``cadiff ranges train`` finds them; nobody's where no such folder has a table of them.
-    """
-    raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
-    folders = (scans, out, out / raw if raw and ":" not in raw else None)
-    return next(filter(None, (read_people(x) for x in folders if x and x.is_dir())), NOBODY)
 
 
 def tell(people: People, listener: Listener) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import cadiff_cli
 from cadiff_cli.errors import OutputError
+from cadiff_cli.io.bids.people import NOBODY, People, read_people
 from cadiff_cli.io.bids.raw import LINK_KINDS, Dataset
 from cadiff_cli.io.files import read_json, write_json, write_text
 
@@ -115,6 +116,16 @@ def refuse_foreign(out: Path) -> None:
     if description.get("DatasetType", "raw") == "raw" or (makers and "cadiff" not in makers):
         owner = f"made by {', '.join(makers)}" if makers else "a raw dataset"
         raise OutputError(f"{out} is {owner}", "choose a folder of its own for cadiff")
+
+
+def people_of(out: Path, scans: Path | None = None) -> People:
+    """Ages and sexes that the folder ``scans`` tells, else ``out`` or the dataset it was made of.
+
+    Nobody's where no such folder has a table of them.
+    """
+    raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
+    folders = (scans, out, out / raw if raw and ":" not in raw else None)
+    return next(filter(None, (read_people(x) for x in folders if x and x.is_dir())), NOBODY)
 
 
 def links(description: dict[str, Any]) -> dict[str, str]:

@@ -40,7 +40,7 @@ class PeopleConfig(Schedule):
     neighbours: int = 15
     preserve: str = "centre"
     morphology: float = 1.0
-    volumes: float = 100.0
+    volumes: float = 300.0
     smoothness: float = 0.1
     kl: float = 1e-6
     autoencoder_steps: int = 0
