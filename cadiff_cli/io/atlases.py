@@ -143,8 +143,8 @@ def description(atlas: Atlas, parcellation: Parcellation, samples: int) -> dict[
         "Name": citation.title,
         "Authors": list(citation.authors),
         "ReferencesAndLinks": list(citation.links),
-        "Description": f"Atlas of {people_of(atlas)}: {atlas.base.name}, deformed by the network"
-        f" {atlas.model}. Intensities are the base's.",
+        "Description": f"Atlas of {people_in_words(atlas)}: {atlas.base.name}, deformed by the"
+        f" network {atlas.model}. Intensities are the base's.",
         "Identifier": template.name,
         "Condition": atlas.condition.given,
         "Seed": atlas.seed,
@@ -163,12 +163,12 @@ def description(atlas: Atlas, parcellation: Parcellation, samples: int) -> dict[
     }
 
 
-def people_of(atlas: Atlas) -> str:
+def people_in_words(atlas: Atlas) -> str:
     """The condition in words.
 
     >>> from types import SimpleNamespace as Any
     >>> from cadiff_cli.products import Condition
-    >>> people_of(Any(condition=Condition(72, "F"), seed=None))
+    >>> people_in_words(Any(condition=Condition(72, "F"), seed=None))
     'women of 72 years'
     """
     condition = atlas.condition

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from cadiff_cli.io.atlases import people_of
+from cadiff_cli.io.atlases import people_in_words
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.templates import folder_of
 from cadiff_cli.labels.parcellation import Parcellation
@@ -118,7 +118,7 @@ class AtlasPage:
         self.panels.append(
             Panel(
                 template.name,
-                people_of(atlas),
+                people_in_words(atlas),
                 folder_of(template.name)[0],
                 atlas.condition.age_years,
                 brain,
