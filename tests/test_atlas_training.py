@@ -403,8 +403,8 @@ def test_volumes_pull_an_atlas(people, base, tmp_path):
     larger = [replace(p, volumes_mm3={**p.volumes_mm3, 4: 1.3 * p.volumes_mm3[4]}) for p in people]
     asked = torch.from_numpy(ConditionSpace.of([p.condition for p in larger]).scaled(Condition(50)))
     sizes = []
-    for weight in (0.0, 300.0):
-        train = replace(RUN, steps=40, decay=10, warmup=1, atlases=1, volumes=weight)
+    for weight in (0.0, 1000.0):
+        train = replace(RUN, steps=60, decay=20, warmup=1, volumes=weight)
         training = Training(net=NET, train=train)
         path = train_atlas(larger, base, GRID, tmp_path / f"{weight}", training, device="cpu")
         net = models.load(AtlasModel, str(path)).net
