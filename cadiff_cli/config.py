@@ -202,7 +202,7 @@ class Request:
         "auto",
         "MNIColin27, MNI152NLin2009aSym (embedded), another of TemplateFlow's such as"
         " MNIPediatricAsym:cohort-5, or a folder in its layout; several, joined by +, share in the"
-        " field. auto: Colin27, if it can be had, and the embedded one. conditional: the atlas of"
+        " field. auto: Colin27, if it is available, and the embedded one. conditional: the atlas of"
         " the person's age and sex.",
         "--template",
         "--atlas",

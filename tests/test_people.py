@@ -163,6 +163,14 @@ def test_sessions_need_no_participants_table(sessions):
     assert not sessions(("sub-01/ses-a",), s01="session_id\tacq_time\nses-a\tx")
 
 
+def test_sessions_that_are_not_there_and_ages_that_do_not_count_are_told(sessions):
+    found = sessions(("sub-01/ses-1",), s01="session_id\tage\nses-01\t40\nses-1\t300")
+    assert found.of_scan("sub-01_ses-1") == Person()
+    absent, absurd = found.notes
+    assert "sessions that are not there: sub-01 ses-01" in absent
+    assert "ages of participants.tsv count in their place" in absurd
+
+
 def test_units_of_sessions_are_those_of_the_nearest_json(sessions, people):
     """Of the table's own, of all such tables, else of ``participants.tsv``."""
     table = "participant_id\tage\tsex\nsub-01\t12\tF"

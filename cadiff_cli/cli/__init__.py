@@ -115,8 +115,8 @@ def guarded(call: Callable[[], object]) -> int:
         click.echo(error.format_message())
         return UsageError.exit_code
     except click.UsageError as error:
-        hint = f" Try '{error.ctx.command_path} --help'." if error.ctx else ""
-        return _fail(f"{error.format_message()}{hint}", UsageError.exit_code)
+        hint = f". Try '{error.ctx.command_path} --help'." if error.ctx else ""
+        return _fail(f"{error.format_message().rstrip('.')}{hint}", UsageError.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except MemoryError:

@@ -122,9 +122,9 @@ def _people(path: Path, participants: Path | None, notes: list[str]) -> People:
     return found
 
 
-def _columns(name: str, code: str) -> tuple[str, str, str]:
-    """Columns that may hold a structure: as now, as up to revision 8, and by its code."""
-    return column(name), name.lower().replace("-", "_"), code
+def _columns(name: str, code: str) -> tuple[str, ...]:
+    """Columns that may hold a structure: as now, as up to revision 8, by its name and its code."""
+    return column(name), name.lower().replace("-", "_"), name.lower(), code
 
 
 def _scans(

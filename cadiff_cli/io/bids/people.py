@@ -128,7 +128,8 @@ def read_people(root: Path, table: str = TABLE) -> People:
     if several:
         notes.append(
             f"ages are those of {TABLE} for several sessions of {len(several)} participants"
-            f" ({first_few(several)}); write sub-X/{SESSIONS} with the columns session_id and age"
+            f" ({first_few(several)}); write the age at each session into sub-X/{SESSIONS}, columns"
+            " session_id and age, parted by tabs"
         )
     return People(persons, tuple(notes), ages)
 
@@ -189,6 +190,12 @@ def _at_sessions(
                 lines.append((f"{label}_ses-{session.removeprefix('ses-')}", cell, per_year))
     if lost:
         notes.append(f"{first_few(lost)} cannot be read: ages of {TABLE} count in its place")
+    places = [place.rsplit("_", 1) for place, *_ in lines]
+    absent = [
+        f"sub-{label} {session}" for label, session in places if session not in subjects[label]
+    ]
+    if absent:
+        notes.append(f"{SESSIONS} tells of sessions that are not there: {first_few(absent)}")
     return _ages(SESSIONS, lines, notes)
 
 
@@ -259,14 +266,15 @@ def _about_ages(table: str, told: Sequence[tuple[str, str, float | None]]) -> It
     lost = [
         (label, cell) for label, cell, age in told if age is None and cell.lower() not in UNKNOWN
     ]
+    instead = f"; ages of {TABLE} count in their place" if table == SESSIONS else ""
     absurd = [(label, cell) for label, cell in lost if cell.replace(".", "", 1).isdecimal()]
     if absurd:
         yield (
-            f"{table}: ages above {OLDEST_YEARS} years are ignored ({_listed(absurd)}); if they are"
-            f' months, write {{"age": {{"Units": "months"}}}} into {ABOUT[table]}'
+            f"{table}: ages above {OLDEST_YEARS} years are ignored ({_listed(absurd)}){instead}; if"
+            f' they are months, write {{"age": {{"Units": "months"}}}} into {ABOUT[table]}'
         )
     if words := [one for one in lost if one not in absurd]:
-        yield f"{table}: ages that are not numbers are ignored ({_listed(words)})"
+        yield f"{table}: ages that are not numbers are ignored ({_listed(words)}){instead}"
     if oldest := [(x, cell) for x, cell, age in told if age is not None and cell.endswith("+")]:
         yield f"{table}: ages with + count as they stand ({_listed(oldest)})"
 
