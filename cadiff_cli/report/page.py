@@ -14,7 +14,7 @@ from cadiff_cli.io.bids.names import page_path
 from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import TOTALS, Row
 from cadiff_cli.labels.parcellation import Parcellation
-from cadiff_cli.products import Result
+from cadiff_cli.products import Person, Result
 from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.judgement import Judgement, fitting, judge
 from cadiff_cli.quality.ranges import asymmetry, load_ranges
@@ -73,17 +73,24 @@ def draw_result(result: Result) -> Pictures:
 
 
 def report_scan(
-    out: Path, t1: Path, *, wanted: bool = True, drawn: Callable[[], Pictures] | None = None
+    out: Path,
+    t1: Path,
+    *,
+    person: Person | None = None,
+    wanted: bool = True,
+    drawn: Callable[[], Pictures] | None = None,
 ) -> str:
-    """Write the page of a newly segmented scan; return the error's text, or an empty text.
+    """Write the page of a segmented scan; return the error's text, or an empty text.
 
+    What is known of the ``person`` now counts, else what the sidecar tells.
     ``drawn`` gives its pictures, or raises what went wrong; without it they are drawn from files.
     If writing fails, or without ``wanted``, the results are kept and an outdated page is deleted.
     """
     place = Derivatives(out, t1)
     try:
         if wanted and (result := finished_result(place)) is not None:
-            write_page(out, result, t1, drawn() if drawn else None)
+            now = result.of(person) if person else result
+            write_page(out, now, t1, drawn() if drawn else None)
         else:
             remove(page_path(out, place.stem))
         return ""

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import cadiff_cli
 from cadiff_cli.config import Machine, Request
-from cadiff_cli.errors import DataError, UsageError, in_a_line
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids.derivatives import save_result
-from cadiff_cli.io.bids.layout import Derivatives, Finished, finished_result
-from cadiff_cli.io.bids.people import People
+from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.images import given_mask, load_scan
@@ -35,7 +34,7 @@ from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Person, Result, Scan, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, fits, keep_age_ranges, read_age_ranges
 from cadiff_cli.report.methods import cite
-from cadiff_cli.report.page import draw_result, report_scan, write_page
+from cadiff_cli.report.page import draw_result, report_scan
 from cadiff_cli.runner.job import RECORD, Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.logs import LOGGER, capture_warnings, logged
@@ -73,9 +72,10 @@ def execute(job: Job) -> Outcome:
             with journal.claim(job.entities, wait=job.wait) as mine:
                 if not mine:
                     return Outcome(job.entities, "busy")
-                before = finished_result(job.place)
-                if before and job.is_finished(before):
-                    failed = _write_page(job, before) if job.lacks_page() else ""
+                if job.is_finished(finished_result(job.place)):
+                    failed = ""
+                    if job.lacks_page():
+                        failed = report_scan(job.out, job.t1, person=job.person)
                     outcome = Outcome(job.entities, "done", warnings=_no_page(failed))
                     journal.record(outcome)
                     return outcome
@@ -93,19 +93,6 @@ def execute(job: Job) -> Outcome:
                 return outcome
         except Exception as error:
             return failure(job, error, time.perf_counter() - begun)
-
-
-def _write_page(job: Job, finished: Finished) -> str:
-    """Write the page that a finished result lacks, for the person as known now; why it failed."""
-    people = People({job.entities.split("_")[0].removeprefix("sub-"): job.person})
-    try:
-        write_page(job.out, finished.known_as(people), job.t1)
-        return ""
-    except Exception as error:
-        text = f"no page was written ({in_a_line(error)})"
-        LOGGER.warning(text)
-        LOGGER.debug("the report failed", exc_info=True)
-        return text
 
 
 def _no_page(failed: str) -> tuple[Note, ...]:

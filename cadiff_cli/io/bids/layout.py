@@ -139,7 +139,11 @@ class Finished:
 
     def known_as(self, people: People) -> "Finished":
         """The same result with the age and sex that ``people`` know now, where they do."""
-        then, now = self.provenance.person, people.of_scan(self.entities)
+        return self.of(people.of_scan(self.entities))
+
+    def of(self, now: Person) -> "Finished":
+        """The same result with the age and sex that are known of the person now, where they are."""
+        then = self.provenance.person
         age = then.age_years if now.age_years is None else now.age_years
         person = Person(age, now.sex or then.sex)
         return replace(self, provenance=replace(self.provenance, person=person))

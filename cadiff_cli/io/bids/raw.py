@@ -65,7 +65,7 @@ class Dataset:
 
     @cached_property
     def people(self) -> People:
-        """Ages and sexes of ``participants.tsv``."""
+        """Ages and sexes of ``participants.tsv``, and ages of sessions."""
         return read_people(self.root)
 
     def sessions(self) -> list[str]:
