@@ -52,6 +52,7 @@ def memory_kept() -> Iterator[None]:
 
     The kernel clears every page that it hands out: a quarter of the time of a network whose
     tensors come and go.  Where pieces do not fit, more memory is taken: a fifth more was measured.
+    Afterwards all of it is given back, but later tensors may fill the gaps and stay there.
     Does nothing where the C library is not glibc, nor within another block of its kind: a training
     that validates keeps its memory.
     """

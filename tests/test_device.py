@@ -1,15 +1,14 @@
 """Where torch computes: a device that works, and a remedy where memory does not suffice."""
 
 import platform
-import resource
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from cadiff_cli.device import enough_memory, usable_device
 from cadiff_cli.errors import CadiffError, UsageError
-from cadiff_cli.machine import memory_kept
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that works")
@@ -34,23 +33,42 @@ def test_lack_of_memory_has_a_remedy_and_other_errors_pass():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
+COME_AND_GO = """
+import resource
+from pathlib import Path
+
+import torch
+
+from cadiff_cli.machine import memory_kept
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def come_and_go():
+    [torch.ones(2**24) for _ in range(4)]  # 64 MB each
+    return resident_bytes()
+
+
+before = resident_bytes()
+with memory_kept():
+    assert come_and_go() > before + 2**26
+    with memory_kept():  # as a validation within a training
+        assert come_and_go() > before + 2**26
+    assert come_and_go() > before + 2**26
+assert resident_bytes() < before + 2**27
+torch.ones(3 * 2**27)  # 1.5 GB fit into no hole that the block has left
+assert resident_bytes() < before + 2**27
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_kept_memory_stays_until_it_is_given_back():
-    """The kernel would clear it again; afterwards the process is as small as before."""
+    """The kernel would clear it again; afterwards the process is as small as before.
 
-    def resident_bytes():
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-
-    def come_and_go():
-        [torch.ones(2**24) for _ in range(4)]  # 64 MB each
-        return resident_bytes()
-
-    before = resident_bytes()
-    with memory_kept():
-        assert come_and_go() > before + 2**26
-        with memory_kept():  # as a validation within a training
-            assert come_and_go() > before + 2**26
-        assert come_and_go() > before + 2**26
-    assert resident_bytes() < before + 2**27
-    assert come_and_go() < before + 2**27
+    In a process of its own, whose memory has no other history.
+    """
+    done = subprocess.run([sys.executable, "-c", COME_AND_GO], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
