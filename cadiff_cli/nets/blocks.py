@@ -32,6 +32,42 @@ class ChannelNorm(nn.Module):
         return normed.permute(0, 4, 1, 2, 3)
 
 
+SMALL = 20480
+"""Channels x X x Y of one float32 volume up to which torch leaves oneDNN (ATen, ``use_mkldnn``)."""
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution (B, C_in, X, Y, Z) -> (B, C_out, X', Y', Z') that is fast for one small volume.
+
+    In float32 on a CPU, torch computes a single volume of at most ``SMALL`` with a loop of its own,
+    up to 20 times slower than oneDNN, but not two volumes.  The halves of the volume, with the rim
+    that the kernel reaches into, are two volumes; the result is the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same result as ``nn.Conv3d``, up to rounding."""
+        kernel, stride, rim = self.kernel_size[0], self.stride[0], int(self.padding[0])
+        half, odd = divmod((x.shape[2] + 2 * rim - kernel) // stride + 1, 2)
+        is_small = x.shape[0] == 1 and math.prod(x.shape[1:4]) <= SMALL
+        if kernel == 1 or odd or not is_small or not self._is_float32_on_cpu(x):
+            return super().forward(x)
+        padded = F.pad(x, (0, 0, 0, 0, rim, rim)) if rim else x
+        length = (half - 1) * stride + kernel
+        halves = [padded.narrow(2, start, length) for start in (0, half * stride)]
+        padding = (0, *self.padding[1:])
+        out = F.conv3d(torch.cat(halves), self.weight, self.bias, self.stride, padding)
+        # In channels_last memory the second half lies behind the first: nothing is copied.
+        return out.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(3, 0, 1, 2)[None]
+
+    @staticmethod
+    def _is_float32_on_cpu(x: Tensor) -> bool:
+        return (
+            x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
 class TimeEmbedding(nn.Module):
     """t in [0, 1], (B,) -> (B, channels): sines and cosines, then a two-layer perceptron."""
 
@@ -62,11 +98,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, c_time: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = ChannelNorm(c_in), ChannelNorm(c_out)
-        self.conv_1 = nn.Conv3d(c_in, c_out, 3, padding=1)
-        self.conv_2 = nn.Conv3d(c_out, c_out, 3, padding=1)
+        self.conv_1 = Conv3d(c_in, c_out, 3, padding=1)
+        self.conv_2 = Conv3d(c_out, c_out, 3, padding=1)
         self.time_field = nn.Linear(c_time, c_out // 2)
         self.time_label = nn.Linear(c_time, c_out - c_out // 2)
-        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         nn.init.zeros_(self.conv_2.weight)
         assert self.conv_2.bias is not None
         nn.init.zeros_(self.conv_2.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.blocks import ChannelNorm, last, shuffle, unshuffle
+from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, shuffle, unshuffle
 
 SPACING_MM = 2.0
 REACH_MM = 10.0
@@ -50,9 +50,9 @@ class Block(nn.Module):
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = ChannelNorm(c_in), ChannelNorm(c_out)
-        self.conv_1 = nn.Conv3d(c_in, c_out, 3, padding=1)
-        self.conv_2 = nn.Conv3d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv_1 = Conv3d(c_in, c_out, 3, padding=1)
+        self.conv_2 = Conv3d(c_out, c_out, 3, padding=1)
+        self.skip = Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, X, Y, Z) -> (B, c_out, X, Y, Z)."""
@@ -67,10 +67,10 @@ class Decoder(nn.Module):
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
         c = channels
-        self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(c))
+        self.up = nn.ModuleList(Conv3d(b, a, 1) for a, b in pairwise(c))
         self.decoder = nn.ModuleList(Block(2 * n, n) for n in c[:-1])
         self.norm = ChannelNorm(c[0])
-        self.out = nn.Conv3d(c[0], 8, 3, padding=1)
+        self.out = Conv3d(c[0], 8, 3, padding=1)
 
     def decode(self, seen: Sequence[Tensor]) -> Tensor:
         """What ``DistanceNet.encode`` gave -> (B, 1, X, Y, Z) float32, in units of the reach."""
@@ -87,9 +87,9 @@ class DistanceNet(Decoder):
     def __init__(self, c_in: int, channels: tuple[int, ...]) -> None:
         super().__init__(channels)
         c = channels
-        self.stem = nn.Conv3d(8 * c_in, c[0], 3, padding=1)
+        self.stem = Conv3d(8 * c_in, c[0], 3, padding=1)
         self.encoder = nn.ModuleList(Block(n, n) for n in c)
-        self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
+        self.down = nn.ModuleList(Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
         self.bottom = Block(c[-1], c[-1])
 
     def encode(self, *images: Tensor) -> list[Tensor]:

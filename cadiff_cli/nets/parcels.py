@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.blocks import ChannelNorm, last, silu
+from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, silu
 
 STRIDE = 4
 """Voxels of 1 mm along an edge of the U-Net's cells."""
@@ -48,8 +48,8 @@ class Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = ChannelNorm(channels), ChannelNorm(channels)
-        self.conv_1 = nn.Conv3d(channels, channels, 3, padding=1)
-        self.conv_2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv_1 = Conv3d(channels, channels, 3, padding=1)
+        self.conv_2 = Conv3d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x`` (B, channels, X, Y, Z)."""
@@ -68,15 +68,15 @@ class ParcelNet(nn.Module):
         prior = torch.zeros(1, config.n_parcels, *config.prior_shape)
         self.register_buffer("prior", prior)
         self.prior: Tensor
-        self.embed_detail = nn.Conv3d(DETAIL * STRIDE**3, a, 1)
-        self.embed_shares = nn.Conv3d(config.n_classes + 3, a, 1)
-        self.embed_prior = nn.Conv3d(config.n_parcels, a, 1, bias=False)
-        self.down_1, self.down_2 = nn.Conv3d(a, b, 2, stride=2), nn.Conv3d(b, c, 2, stride=2)
-        self.up_2, self.up_1 = nn.Conv3d(c, b, 1), nn.Conv3d(b, a, 1)
+        self.embed_detail = Conv3d(DETAIL * STRIDE**3, a, 1)
+        self.embed_shares = Conv3d(config.n_classes + 3, a, 1)
+        self.embed_prior = Conv3d(config.n_parcels, a, 1, bias=False)
+        self.down_1, self.down_2 = Conv3d(a, b, 2, stride=2), Conv3d(b, c, 2, stride=2)
+        self.up_2, self.up_1 = Conv3d(c, b, 1), Conv3d(b, a, 1)
         self.enter, self.leave = Block(a), Block(a)
         self.middle_in, self.deep, self.middle_out = Block(b), Block(c), Block(b)
         self.norm = ChannelNorm(a)
-        self.to_own = nn.Conv3d(a, config.own_channels * STRIDE**3, 1)
+        self.to_own = Conv3d(a, config.own_channels * STRIDE**3, 1)
         answer = nn.Linear(config.hidden, config.n_parcels)
         self.to_logits = nn.Sequential(
             nn.Dropout(config.dropout),

@@ -21,6 +21,7 @@ from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.nets.blocks import (
     ChannelNorm,
     Concatenate,
+    Conv3d,
     ResidualBlock,
     TimeAdaptedChannelAttention,
     TimeEmbedding,
@@ -159,29 +160,29 @@ class CADiffNet(nn.Module):
         c, e, k = config.channels, config.time_channels, config.n_classes
         self.time_field, self.time_label = TimeEmbedding(e), TimeEmbedding(e)
         self.prior = LabelPrior(k, config.prior_shape)
-        self.embed_prior = nn.Conv3d(k, config.embed_channels, 1)
-        self.embed_label = nn.Conv3d(k, config.embed_channels, 1)
-        self.stem = nn.Conv3d(STRIDE**3 + 3 + 2 * config.embed_channels, c[0], 3, padding=1)
+        self.embed_prior = Conv3d(k, config.embed_channels, 1)
+        self.embed_label = Conv3d(k, config.embed_channels, 1)
+        self.stem = Conv3d(STRIDE**3 + 3 + 2 * config.embed_channels, c[0], 3, padding=1)
         self.encoder = nn.ModuleList(
             nn.ModuleList([ResidualBlock(n, n, e), ResidualBlock(n, n, e)]) for n in c
         )
-        self.down = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
-        self.up = nn.ModuleList(nn.Conv3d(b, a, 1) for a, b in pairwise(c))
+        self.down = nn.ModuleList(Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
+        self.up = nn.ModuleList(Conv3d(b, a, 1) for a, b in pairwise(c))
         self.taca = nn.ModuleList(
             TimeAdaptedChannelAttention(e, config.taca_sizes) if config.attention else Concatenate()
             for _ in c[:-1]
         )
         self.decoder = nn.ModuleList(ResidualBlock(2 * n, n, e) for n in c[:-1])
         self.out_norm = ChannelNorm(c[0])
-        self.to_field = nn.Conv3d(c[0], 3, 3, padding=1)
-        self.to_label = nn.Conv3d(c[0], k, 1)
+        self.to_field = Conv3d(c[0], 3, 3, padding=1)
+        self.to_label = Conv3d(c[0], k, 1)
         h = config.head_channels
         parts = config.head_stride**3
-        self.head_image = nn.Conv3d(parts, h, 3, padding=1)
-        self.head_features = nn.Conv3d(c[0], h, 1)
+        self.head_image = Conv3d(parts, h, 3, padding=1)
+        self.head_features = Conv3d(c[0], h, 1)
         self.head = nn.ModuleList(ResidualBlock(h, h, e) for _ in range(config.head_blocks))
         self.head_norm = ChannelNorm(h)
-        self.head_label = nn.Conv3d(h, k * parts, 1)
+        self.head_label = Conv3d(h, k * parts, 1)
         for layer in (self.to_field, self.to_label, self.head_label):
             nn.init.zeros_(layer.weight)
             assert layer.bias is not None

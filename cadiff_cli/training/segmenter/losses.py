@@ -83,8 +83,12 @@ def field_mse(estimate: Tensor, field: Tensor) -> Tensor:
 
 
 def cosine_similarity(p: Tensor, q: Tensor) -> Tensor:
-    """Eq. 6: mean over voxels of the cosine between class probabilities (B, K, ...) -> (B,)."""
-    return F.cosine_similarity(p, q, dim=1).flatten(1).mean(dim=1)
+    """Eq. 6: mean over voxels of the cosine between class probabilities (B, K, ...) -> (B,).
+
+    torch's own divides every class by the norm; here each voxel has one division.
+    """
+    sizes = p.square().sum(dim=1) * q.square().sum(dim=1)
+    return ((p * q).sum(dim=1) / sizes.sqrt()).flatten(1).mean(dim=1)
 
 
 def dice_similarity(p: Tensor, q: Tensor) -> Tensor:
