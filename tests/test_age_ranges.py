@@ -524,6 +524,37 @@ def test_why_no_scan_can_be_used_is_told(table):
         read_cohort([path], TOY)
 
 
+def test_ages_and_sexes_that_are_not_read_are_told(table):
+    """Codes for sexes, and ages in months, were unknown without a word."""
+    path = table("codes.tsv", **{"\tF\t": "\t2\t", "\tM\t": "\t1\t"})
+    header, *lines = path.read_text().splitlines()
+    first = lines[0].split("\t")
+    first[1] = "412"
+    path.write_text("\n".join([header, "\t".join(first), *lines[1:]]) + "\n")
+    found = read_cohort([path], TOY)
+    assert {person.sex for person in found.persons} == {None}
+    age, sex, left_out = found.notes
+    assert "age is taken for unknown in 1 of 60 scans (sub-000 412); years, 0 to 120 are" in age
+    assert "sex is taken for unknown in 60 of 60 scans (sub-000 " in sex
+    assert "F and M are read" in sex
+    assert "1 of 60 scans are left out: no age" in left_out
+
+
+def test_a_scan_has_the_age_of_its_session(table, tmp_path):
+    path = table("two.tsv", age="years", more={"session_id": lambda k: f"ses-{k % 2}"})
+    for k in range(60):
+        (tmp_path / f"sub-{k:03}" / "ses-1").mkdir(parents=True)
+        (tmp_path / f"sub-{k:03}" / f"sub-{k:03}_sessions.tsv").write_text(
+            "session_id\tage\nses-1\t50\n"
+        )
+    participants = tmp_path / "people.tsv"
+    participants.write_text(
+        "participant_id\tage\tsex\n" + "".join(f"sub-{k:03}\t40\tM\n" for k in range(60))
+    )
+    found = read_cohort([path], TOY, participants)
+    assert [person.age_years for person in found.persons[:4]] == [40, 50, 40, 50]
+
+
 def test_what_a_table_lacks_is_told(table, tmp_path):
     path = table(more={"verdict": lambda k: "look" if k < 3 else "fine"})
     lines = path.read_text().splitlines()

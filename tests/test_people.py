@@ -241,6 +241,10 @@ def test_a_table_without_the_columns_says_what_it_has(people, tmp_path):
         "participants.tsv has no column age and no column sex (its columns: participant_id, group)",
     )
     assert "no column participant_id" in people("participant_id,age\n01,3").notes[0]
+    (tmp_path / "mine.tsv").write_text("participant_id\tage\tsex\n01\t3\t1\n02\t300\tF\n")
+    text = "; ".join(read_people(tmp_path, "mine.tsv").notes)
+    assert "participants" not in text.replace("participants have", "")
+    assert text.count("mine.tsv: ") == text.count("mine.json") == 2
     assert "no column participant_id" in people("").notes[0]
     assert "cannot be read" in people("participant_id\tÄlter", encoding="latin-1").notes[0]
     nothing = read_people(tmp_path / "none")

@@ -12,7 +12,15 @@ import numpy as np
 from cadiff_cli.errors import DataError, MissingInputError, UsageError, first_few
 from cadiff_cli.io.bids.description import people_of
 from cadiff_cli.io.bids.layout import finished
-from cadiff_cli.io.bids.people import NOBODY, People, age_of, read_people, sex_of
+from cadiff_cli.io.bids.people import (
+    NOBODY,
+    OLDEST_YEARS,
+    UNKNOWN,
+    People,
+    age_of,
+    read_people,
+    sex_of,
+)
 from cadiff_cli.io.files import read_text
 from cadiff_cli.io.volumes import column
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
@@ -136,7 +144,7 @@ def _scans(
     if label is None:
         raise DataError(
             f"{table} has no column participant_id (its columns: {first_few(header) or 'none'})",
-            "name the people: several scans of one person count as one",
+            "give this name to the column of the people's labels",
         )
     where = {
         name: next((x for x in _columns(name, code) if x in header), "")
@@ -151,6 +159,7 @@ def _scans(
     _refuse_thousands(table, (line.get(place, "") for line in lines for place in where.values()))
     sex = "sex" if "sex" in header else "gender"
     incomplete, looks = list[str](), 0
+    strange: dict[str, list[str]] = {"age": [], sex: []}
     for line in lines:
         cells = {place: line.get(place, "") for place in where.values()}
         mm3 = {place: _number(cell) for place, cell in cells.items()}
@@ -160,8 +169,11 @@ def _scans(
             why = next((f"{x} {cells[x]!r}" for x, v in mm3.items() if v is None), "all are 0")
             incomplete.append(f"sub-{subject} ({why})")
             continue
-        known = people.of(subject)
+        known = people.of_scan("_".join(filter(None, (subject, line.get("session_id")))))
         years, of_sex = age_of(line.get("age", "")), sex_of(line.get(sex, ""))
+        for name, value in (("age", years), (sex, of_sex)):
+            if value is None and (cell := line.get(name, "")).lower() not in UNKNOWN:
+                strange[name].append(f"sub-{subject} {cell}")
         person = Person(known.age_years if years is None else years, of_sex or known.sex)
         looks += line.get("verdict") == "look"
         yield _Scan(subject, line.get("source") or source, person, volumes)
@@ -172,6 +184,13 @@ def _scans(
             f"{table}: {len(incomplete)} of {len(lines)} scans are left out, without all volumes:"
             f" {first_few(incomplete, 4)}"
         )
+    for name, unread in strange.items():
+        if unread:
+            read = "F and M" if name == sex else f"years, 0 to {OLDEST_YEARS}"
+            notes.append(
+                f"{table}: {name} is taken for unknown in {len(unread)} of {len(lines)} scans"
+                f" ({first_few(unread, 4)}); {read} are read"
+            )
     if looks:
         notes.append(
             f"{table}: {looks} of {len(lines)} scans have the verdict 'look': check them, and"

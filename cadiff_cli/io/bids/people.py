@@ -33,7 +33,7 @@ SEXES: Mapping[str, Sex] = {
     **dict.fromkeys(("m", "male", "man", "boy"), "M"),
 }
 UNKNOWN = {"", "n/a", "na", "nan", "none", "null", "unknown", "missing", "other", "o", "?", "-"}
-"""Cells that say nothing; they need no note."""
+"""Cells, in lower case, that say nothing; they need no note."""
 LONGEST = 40
 """Characters of a cell that a note repeats."""
 
@@ -118,7 +118,7 @@ def read_people(root: Path, table: str = TABLE) -> People:
     ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS]), notes)
     aged = {label for label, person in persons.items() if person.age_years is not None}
     if aged and (absent := [f"sub-{label}" for label in subjects if label not in persons]):
-        notes.append(f"{len(absent)} participants have no line in {TABLE}: {first_few(absent)}")
+        notes.append(f"{len(absent)} participants have no line in {table}: {first_few(absent)}")
     several = [
         f"sub-{label}"
         for label, names in subjects.items()
@@ -127,7 +127,7 @@ def read_people(root: Path, table: str = TABLE) -> People:
     ]
     if several:
         notes.append(
-            f"ages are those of {TABLE} for several sessions of {len(several)} participants"
+            f"ages are those of {table} for several sessions of {len(several)} participants"
             f" ({first_few(several)}); write the age at each session into sub-X/{SESSIONS}, columns"
             " session_id and age, parted by tabs"
         )
@@ -136,32 +136,35 @@ def read_people(root: Path, table: str = TABLE) -> People:
 
 def _persons(path: Path, about: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Person]:
     """People by label, of a ``participants.tsv``."""
+    table = path.name
     try:
         columns = _columns(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        notes.append(f"{TABLE} cannot be read ({error}): ages and sexes are unknown")
+        notes.append(f"{table} cannot be read ({error}): ages and sexes are unknown")
         return {}
     header = first_few([name for name, _ in columns]) or "none"
     cells = _by_name(columns)
     if "participant_id" not in cells:
-        notes.append(f"{TABLE} has no column participant_id (its columns: {header})")
+        notes.append(
+            f"{table} has no column participant_id (its columns, parted by tabs: {header})"
+        )
         return {}
     labels = [cell.removeprefix("sub-") for cell in cells["participant_id"]]
     sex = next((name for name in ("sex", "gender") if name in cells), "sex")
     if lacking := [name for name in ("age", sex) if name not in cells]:
         names = " and no column ".join(lacking)
-        notes.append(f"{TABLE} has no column {names} (its columns: {header})")
+        notes.append(f"{table} has no column {names} (its columns: {header})")
     empty = [""] * len(labels)
     both = zip(labels, cells.get("age", empty), cells.get(sex, empty), strict=True)
     lines = [line for line in both if line[0]]
-    per_year = _per_year(TABLE, about.get("age", {}), notes)
-    ages = _ages(TABLE, [(label, cell, per_year) for label, cell, _ in lines], notes)
+    per_year = _per_year(table, about.get("age", {}), notes)
+    ages = _ages(table, [(label, cell, per_year) for label, cell, _ in lines], notes)
     levels = _levels(about.get(sex, {}))
     read = [(label, cell, sex_of(cell, levels)) for label, _, cell in lines]
-    notes += _about_sexes(sex, read)
-    sexes: dict[str, Sex] = _agreed(TABLE, "sexes", read, notes)
+    notes += _about_sexes(table, sex, read)
+    sexes: dict[str, Sex] = _agreed(table, "sexes", read, notes)
     return {label: Person(ages.get(label), sexes.get(label)) for label, *_ in lines}
 
 
@@ -235,8 +238,10 @@ def _per_year(table: str, column: Mapping[str, Any], notes: list[str]) -> float 
     text = str(units or "").strip() or "years"
     per_year = PER_YEAR.get(text.lower())
     if per_year is None:
-        known = "years, months, weeks or days"
-        note = f"{ABOUT[table]} gives ages in {_short(text)!r}, not in {known}: they are ignored"
+        note = (
+            f"{_explained_in(table)} gives ages in {_short(text)!r}, not in years, months, weeks or"
+            " days: they are ignored"
+        )
         notes += [note] * (note not in notes)
     return per_year
 
@@ -271,7 +276,7 @@ def _about_ages(table: str, told: Sequence[tuple[str, str, float | None]]) -> It
     if absurd:
         yield (
             f"{table}: ages above {OLDEST_YEARS} years are ignored ({_listed(absurd)}){instead}; if"
-            f' they are months, write {{"age": {{"Units": "months"}}}} into {ABOUT[table]}'
+            f' they are months, write {{"age": {{"Units": "months"}}}} into {_explained_in(table)}'
         )
     if words := [one for one in lost if one not in absurd]:
         yield f"{table}: ages that are not numbers are ignored ({_listed(words)}){instead}"
@@ -279,15 +284,17 @@ def _about_ages(table: str, told: Sequence[tuple[str, str, float | None]]) -> It
         yield f"{table}: ages with + count as they stand ({_listed(oldest)})"
 
 
-def _about_sexes(name: str, told: Sequence[tuple[str, str, Sex | None]]) -> Iterator[str]:
+def _about_sexes(
+    table: str, name: str, told: Sequence[tuple[str, str, Sex | None]]
+) -> Iterator[str]:
     """A note on values that are neither female nor male, of labels, cells and sexes."""
     strange = dict.fromkeys(
         _short(cell) for _, cell, sex in told if sex is None and cell.lower() not in UNKNOWN
     )
     if strange:
         yield (
-            f"{TABLE}: {name} {first_few([*strange])} is taken for unknown; F and M are known, and"
-            " codes that participants.json explains as Levels"
+            f"{table}: {name} {first_few([*strange])} is taken for unknown; F and M are known, and"
+            f" codes that {_explained_in(table)} explains as Levels"
         )
 
 
@@ -303,6 +310,11 @@ def _agreed(
         whose = first_few(torn)
         notes.append(f"{table} gives different {what} of one person: {whose}; they are ignored")
     return {label: values.pop() for label, values in found.items() if len(values) == 1}
+
+
+def _explained_in(table: str) -> str:
+    """The name of the JSON file that explains the columns of a table."""
+    return ABOUT.get(table, Path(table).with_suffix(".json").name)
 
 
 def _short(cell: str) -> str:
