@@ -27,6 +27,11 @@ def first_few(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def plural(number: int, noun: str) -> str:
+    """A number of things: ``1 scan``, ``2 scans``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def in_a_line(error: BaseException) -> str:
     """What went wrong, for a table or a log: our own words, or an unforeseen error's type too."""
     said = str(error) if isinstance(error, CadiffError) else f"{type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ list=$1 bids=$2 out=$3
 shift 3
 # A list from Windows has a byte order mark and carriage returns.
 participant=$(sed $'s/^\xef\xbb\xbf//; s/\r$//' "$list" | sed -n "${SGE_TASK_ID}p")
-work=$(mktemp -d "${TMPDIR:-/tmp}/cadiff-XXXXXX")
+work=$(mktemp -d "${TMPDIR:-/tmp}/cadiff-XXXXXX") || exit 73
 trap 'rm -rf "$work"' EXIT
 # Apptainer sees it wherever it lies, whatever else is bound.
 bound=${APPTAINER_BIND:-${SINGULARITY_BIND:-}}

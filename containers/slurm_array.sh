@@ -23,7 +23,7 @@ shift 3
 # A list from Windows has a byte order mark and carriage returns.
 participant=$(sed $'s/^\xef\xbb\xbf//; s/\r$//' "$list" | sed -n "${SLURM_ARRAY_TASK_ID}p")
 # Scratch is the node's own disk: what is temporary never crosses the network.
-work=$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cadiff-XXXXXX")
+work=$(mktemp -d "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/cadiff-XXXXXX") || exit 73
 trap 'rm -rf "$work"' EXIT
 # Apptainer sees it wherever it lies, whatever else is bound.
 bound=${APPTAINER_BIND:-${SINGULARITY_BIND:-}}

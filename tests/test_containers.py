@@ -109,6 +109,20 @@ def _to_submit(listed):
     ).stdout.split()
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS])
+def test_without_scratch_a_task_does_not_begin(script, tmp_path):
+    """An empty name of the work folder would be the current one, on the network."""
+    (tmp_path / "todo.txt").write_text("01\n02\n")
+    done = subprocess.run(
+        ["bash", ROOT / "containers" / script, "todo.txt", "bids", "out"],
+        env=environment(**SCRIPTS[script], TMPDIR=str(tmp_path / "gone"), CADIFF_RUN="echo"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (73, "")
+
+
 def test_what_would_end_the_same_is_not_submitted():
     statuses = (b"done", b"todo", b"failed", b"unsuitable")
     listed = b"".join(b"sub-%s_ses-1\t%s\n" % (status[:1], status) for status in statuses)

@@ -201,6 +201,22 @@ def test_odd_ages_of_sessions_are_told_as_those_of_participants(sessions, people
     assert found.of_scan("sub-01_ses-a") == Person(30.0, "F")
 
 
+def test_odd_sessions_never_end_a_run(sessions, people):
+    """A name that BIDS does not allow, and the empty last line that a spreadsheet leaves."""
+    found = sessions(("sub-01/ses-a",), s01="session_id\tage\nses-bl_1\t40\nses-a\t31\n\t\n")
+    assert found.of_scan("sub-01_ses-a").age_years == 31
+    assert found.notes == (
+        "sub-X_sessions.tsv tells of sessions that are not there: sub-01 ses-bl_1",
+    )
+
+
+def test_one_participant_is_not_one_participants(sessions, people):
+    people("participant_id\tage\tsex\nsub-01\t30\tF")
+    notes = "; ".join(sessions(("sub-01/ses-a", "sub-01/ses-b", "sub-02/anat")).notes)
+    assert "1 participant has no line in participants.tsv: sub-02" in notes
+    assert "several sessions of 1 participant (sub-01)" in notes
+
+
 def test_a_table_of_sessions_that_cannot_be_read_costs_only_its_ages(sessions, people, tmp_path):
     people("participant_id\tage\tsex\nsub-01\t30\tF\nsub-02\t30\tF")
     names = ("sub-01/ses-a", "sub-02/ses-a")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bids_dataset import QUICK, cadiff, here, write_dataset
 
+from cadiff_cli.cli.run import command as run_command
 from cadiff_cli.io import checksums
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.images import save_volume
@@ -427,6 +428,7 @@ def test_the_group_level_needs_results(batch, tmp_path):
         (["{bids}/sub-01", "{out}", "participant"], 16, "dataset_description.json"),
         (["{bids}", "{bids}", "participant"], 64, "derivatives"),
         (["{bids}", "{out}", "participant", "-w", "{bids}/work"], 64, "work folder"),
+        (["{bids}", "{out}", "participant", "-w", __file__], 73, "is a file"),
         (["{bids}", "{out}", "participant", "--mem", "much"], 64, "16G"),
         (["{bids}", "{out}", "participant", "--output-spaces", "Talairach"], 64, "Talairach"),
         (["{bids}", "{out}", "participant", "--model", "none"], 66, "no model"),
@@ -488,6 +490,50 @@ def test_reports_can_be_rebuilt_from_finished_results(batch, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (out / "group.html").exists()
     assert here("run", bids, tmp_path / "empty", "participant", option).returncode == 66
+
+
+def test_a_damaged_sidecar_costs_the_others_nothing(batch, tmp_path):
+    """Neither pages nor the text on methods; a page needs no expected Dice."""
+    _, bids, source, _ = batch
+    out = shutil.copytree(source, tmp_path / "out")
+    for page in (*out.glob("*.html"), *out.glob("logs/CITATION.*")):
+        page.unlink()
+    for name, key in zip(GOOD, ("Steps", "ExpectedDice"), strict=False):
+        (sidecar,) = out.rglob(f"{name}_*-structures_dseg.json")
+        values = json.loads(sidecar.read_text())
+        del values[key]
+        sidecar.write_text(json.dumps(values))
+    done = here("run", bids, out, "participant", "group", "--reports-only")
+    assert done.returncode == 1, done.stderr
+    assert f"logs/CITATION.md leaves out {GOOD[0]}: " in done.stderr
+    assert {path.stem for path in out.glob("*.html")} == {*GOOD[1:], "group"}
+    assert f"{len(GOOD) - 1} T1-weighted scans" in (out / "logs" / "CITATION.md").read_text()
+
+
+def test_a_group_of_one_keeps_its_page(batch, tmp_path):
+    _, bids, source, _ = batch
+    out = shutil.copytree(source, tmp_path / "out")
+    for path in (*out.glob("sub-*"), *out.glob("logs/journal/*")):
+        if not path.name.startswith(GOOD[0]) and path.name != GOOD[0].split("_")[0]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for entities in GOOD[1:]:
+        for path in out.rglob(f"{entities}_*"):
+            path.unlink()
+    assert here("run", bids, out, "group").returncode == 0
+    (out / "group_missing.tsv").unlink(missing_ok=True)
+    (out / "group.html").unlink()
+    done = here("report", out)
+    assert done.returncode == 0, done.stderr
+    assert (out / "group.html").exists()
+
+
+@pytest.mark.parametrize("name", ["mem", "mem_mb"])
+def test_memory_in_a_file_is_in_megabytes(name, tmp_path):
+    """By every name of the option, as on the command line."""
+    config = tmp_path / "options.toml"
+    config.write_text(f"{name} = 16000\n")
+    given = [str(tmp_path), str(tmp_path / "out"), "participant", "--config-file", str(config)]
+    assert run_command.make_context("run", given).params["mem"] == 16000 * 2**20
 
 
 def test_a_run_can_stop_at_the_first_crash(small_head, tiny_weights, tmp_path):

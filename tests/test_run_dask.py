@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from bids_dataset import QUICK, cadiff, command, environment, write_dataset
@@ -82,6 +83,18 @@ def test_a_killed_worker_costs_nothing(dataset, cluster, tiny_weights, tmp_path)
     # A second client finds everything done.
     done = cadiff(*arguments, "--dry-run")
     assert done.stdout.splitlines() == [*(f"{n}\tdone" for n in NAMES[:3]), "sub-04\ttodo"]
+
+
+def test_memory_is_blamed_only_for_workers_that_died():
+    from distributed import KilledWorker
+
+    from cadiff_cli.runner.cluster import _lost
+
+    error = _lost(ModuleNotFoundError("No module named 'cadiff_cli'"))
+    assert "No module named 'cadiff_cli'" in error.message
+    assert "version" in error.remedy
+    assert "memory" not in str(error)
+    assert "memory" in _lost(KilledWorker("sub-01", SimpleNamespace(address="tcp://x"), 3)).remedy
 
 
 def test_no_scheduler_is_an_error_that_names_it(dataset, tmp_path, monkeypatch):

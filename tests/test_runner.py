@@ -91,6 +91,10 @@ def test_differences_are_named():
     assert Provenance(recipe_of().fingerprint()).differs(recipe_of()) == ""
     assert Provenance("old").differs(recipe_of()) != ""
     assert made.differs(recipe_of()) == "other settings"
+    made = Provenance("old", recipe_of(seed=10**39).settings())
+    assert made.differs(recipe_of(seed=10**39 + 1)) == ("sample.seed ...000000000 -> ...000000001")
+    long = Provenance("old", recipe_of(seed=7 * 10**39).settings()).differs(recipe_of())
+    assert long == "sample.seed 700000000000000000000000... -> 0"
 
 
 def test_a_mask_mended_by_hand_is_no_other_way_of_making_a_dataset():
@@ -424,7 +428,7 @@ def test_each_session_is_planned_for_its_own_age(dataset, tmp_path):
     table.unlink()
     notes = make_plan(Dataset(raw.root), Selection(), without_page(tmp_path / "out")).notes
     (note,) = (note for note in notes if "participants.tsv" in note)
-    assert "several sessions of 1 participants (sub-A)" in note
+    assert "several sessions of 1 participant (sub-A)" in note
 
 
 @pytest.fixture

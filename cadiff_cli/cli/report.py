@@ -22,6 +22,7 @@ def command(out: Path, scans: Path | None) -> int:
     """
     from cadiff_cli.cli.console import RunConsole
     from cadiff_cli.io.bids.description import people_of
+    from cadiff_cli.io.cohorts import GROUP_TABLE
     from cadiff_cli.report.group import PATH, write_group_page
     from cadiff_cli.report.page import remove
     from cadiff_cli.runner.group import collect, known_scans
@@ -32,7 +33,7 @@ def command(out: Path, scans: Path | None) -> int:
     tell(people, console)
     code = scan_pages(out, scans, console, people=people)
     names = known_scans(out)
-    if len(names) > 1:
+    if len(names) > 1 or (out / GROUP_TABLE).exists():
         group = collect(out, names, people)
         click.echo(write_group_page(out, group))
     else:

@@ -54,7 +54,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
             raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}")
     # A bare number of --mem is MB, in a file as on the command line.
     ctx.default_map = {
-        names[key]: str(value) if key == "mem" and isinstance(value, int) else value
+        names[key]: str(value) if names[key] == "mem" and isinstance(value, int) else value
         for key, value in values.items()
     }
     return path

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import cadiff_cli
@@ -429,12 +430,15 @@ def _differences(made: object, wanted: object, name: str = "") -> list[str]:
             for key in {**wanted, **made}
             for text in _differences(made.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
         ]
-    return [] if made == wanted else [f"{name} {_short(made)} -> {_short(wanted)}"]
+    return [] if made == wanted else [f"{name} {' -> '.join(_apart(str(made), str(wanted)))}"]
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}..."
+def _apart(*texts: str, longest: int = 24) -> list[str]:
+    """Texts that differ; of long ones the part that begins shortly before they do."""
+    alike = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*texts, strict=False)))
+    start = max(0, alike - longest // 3) if max(map(len, texts)) > longest else 0
+    end = start + longest
+    return [f"{'...'[: 3 * start]}{text[start:end]}{'...' if text[end:] else ''}" for text in texts]
 
 
 def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cadiff_cli.io.volumes import Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.judgement import Judgement
 from cadiff_cli.quality.ranges import Ranges
@@ -27,6 +28,7 @@ class Group:
     """What the group table at ``path`` holds: results of one ``parcellation``.
 
     ``rows`` are column -> value, ``judged`` is by scan; ``missing`` tells why a scan has no result.
+    ``parcels`` are the finer parcellation of a scan, if it has one, and its volumes.
     """
 
     path: Path
@@ -35,6 +37,7 @@ class Group:
     judged: dict[str, Judgement]
     missing: dict[str, str]
     notes: tuple[str, ...]
+    parcels: dict[str, tuple[str, tuple[Row, ...]]]
 
     @property
     def scans(self) -> tuple[str, ...]:

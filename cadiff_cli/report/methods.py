@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from cadiff_cli.data import read
-from cadiff_cli.errors import MissingInputError, in_a_line
+from cadiff_cli.errors import MissingInputError, first_few, in_a_line
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import locked, write_text
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
@@ -71,18 +71,18 @@ def sources() -> dict[str, Source]:
 
 
 def cite(out: Path) -> str:
-    """Run ``write_citations``; return the error's text, or an empty text.  Results are kept."""
+    """Run ``write_citations``; return its note, or the error's text.  Results are kept."""
     try:
-        write_citations(out)
+        return write_citations(out)
     except Exception as error:
         return f"no logs/CITATION.md was written ({in_a_line(error)})"
-    return ""
 
 
-def write_citations(out: Path) -> None:
+def write_citations(out: Path) -> str:
     """Write ``logs/CITATION.md``, ``.html`` and ``.bib`` from the finished results in ``out``.
 
-    One process at a time writes, so that the last one includes the results of all.
+    Returns a note if some are left out because their sidecars are damaged, else an empty text.  One
+    process at a time writes, so that the last one includes the results of all.
     """
     folder = out / "logs" / "journal"
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,12 +90,17 @@ def write_citations(out: Path) -> None:
         results = list(finished(out))
         if not results:
             raise MissingInputError(f"{out} holds no finished result", "run the participant level")
+        # One damaged sidecar must not cost the others their text.
+        damaged = [result.entities for result in results if result.provenance.gaps]
+        results = [result for result in results if not result.provenance.gaps] or results
         paragraphs, cited = methods(results)
         values = {"paragraphs": paragraphs, "references": references(cited)}
         for kind in ("md", "html"):
             text = render(f"citation.{kind}.j2", title=TITLE, notice=NOTICE, **values)
             write_text(out / "logs" / f"CITATION.{kind}", f"{text.rstrip()}\n")
         write_text(out / "logs" / "CITATION.bib", "\n".join(source.bibtex for source in cited))
+    told = f"logs/CITATION.md leaves out {first_few(damaged)}: sidecars without all values"
+    return told if damaged else ""
 
 
 def methods(results: Sequence[Finished]) -> tuple[list[str], list[Source]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import cadiff_cli
+from cadiff_cli.errors import plural
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -51,7 +52,7 @@ def _environment() -> "Environment":
     )
     environment.filters["counted"] = counted
     environment.filters["html"] = escape
-    environment.filters["plural"] = lambda n, noun: f"{n} {noun}{'' if n == 1 else 's'}"
+    environment.filters["plural"] = plural
     environment.filters["zip"] = lambda a, b: list(zip(a, b, strict=True))
     environment.filters["transpose"] = lambda rows: list(zip(*rows, strict=True))
     environment.filters["link"] = lambda name: quote(str(name))

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
 from cadiff_cli import machine
-from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, MissingInputError, UsageError, in_a_line
 from cadiff_cli.runner.execute import execute
 from cadiff_cli.runner.journal import failure
 
@@ -53,15 +53,24 @@ def run_dask(
             job = futures[future]
             if future.status == "finished":
                 yield future.result()
-            else:  # its workers died more often than Dask retries
-                lost = type(future.exception()).__name__
-                remedy = "was memory short? Give Dask's workers more, or use --tile 96"
-                yield failure(job, CadiffError(f"lost by Dask ({lost})", remedy))
+            else:
+                yield failure(job, _lost(future.exception()))
     finally:
         client.cancel(list(futures))
         client.close()
         if address is None:
             cluster.close()
+
+
+def _lost(error: BaseException) -> CadiffError:
+    """Why a job has no outcome: its workers died more often than Dask retries, or an error."""
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        remedy = "was memory short? Give Dask's workers more, or use --tile 96"
+    else:
+        remedy = "have the workers this version of cadiff, and do they see the same folders?"
+    return CadiffError(f"lost by Dask ({in_a_line(error)})", remedy)
 
 
 def _key(job: "Job") -> str:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import DataError, MissingInputError, in_a_line
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, in_a_line
 from cadiff_cli.io.bids.derivatives import read_mask_quality
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.selection import SUFFIXES
+from cadiff_cli.io.cohorts import GROUP_TABLE
 from cadiff_cli.io.files import write_json, write_tsv
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.volumes import (
@@ -83,6 +84,7 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
     parcellation = Counter(result.parcellation for result in results).most_common(1)[0][0]
     ranges = load_ranges(parcellation)
     judged, rows, sound = dict[str, Judgement](), list[dict[str, Any]](), list[Finished]()
+    parcels = dict[str, tuple[str, tuple[Row, ...]]]()
     for result in results:
         if result.parcellation != parcellation:
             other = result.parcellation.name
@@ -106,6 +108,11 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
         if entities not in ready:
             missing[entities] = _why_missing(journal.read(entities))
     for result in sound:
+        if finer := result.finer:
+            try:
+                parcels[result.entities] = finer.name, tuple(read_rows(finer.morph))
+            except (CadiffError, OSError) as error:
+                notes.append(f"{result.entities} is not among {finer.name} ({in_a_line(error)})")
         if why := journal.failed_since(result.entities, result.commit):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
     recipes = {
@@ -118,30 +125,32 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
     far = outliers(judged, ranges)
     for one in rows:
         one["outlier"] = "; ".join(far.get(one["scan"], ())) or None
-    return Group(out / "group_morph.tsv", parcellation, tuple(rows), judged, missing, tuple(notes))
+    path = out / GROUP_TABLE
+    return Group(path, parcellation, tuple(rows), judged, missing, tuple(notes), parcels)
 
 
 def write_finer(out: Path, group: Group) -> list[Path]:
     """Write ``group_seg-NAME_morph.tsv`` with its JSON for every finer parcellation of the group.
 
-    It has a row for each scan of the group table that has one.
+    It has a row for each scan of the group table that has one.  Tables of an earlier group of which
+    no scan is left are removed.
     """
-    results = {r.entities: r for r in finished(out) if r.entities in group.scans}
-    finers = {name: r.finer for name, r in results.items() if r.finer is not None}
     paths = []
-    for name in sorted({finer.name for finer in finers.values() if finer}):
+    for name in sorted({name for name, _ in group.parcels.values()}):
         parcellation = load_parcellation(name)
         rows = [
-            {"scan": scan, **_identity(scan)}
-            | {column(row.name): _mm3(row) for row in read_rows(finer.morph)}
-            for scan, finer in sorted(finers.items())
-            if finer and finer.name == name
+            {"scan": scan, **_identity(scan)} | {column(line.name): _mm3(line) for line in lines}
+            for scan, (of, lines) in sorted(group.parcels.items())
+            if of == name
         ]
         header = ("scan", *ENTITIES, *(column(s.name) for s in parcellation.structures))
         paths.append(out / f"group_seg-{name}_morph.tsv")
         write_tsv(paths[-1], header, ([row.get(key) for key in header] for row in rows))
         described = {key: text for key, text in _columns(parcellation).items() if key in header}
         write_json(paths[-1].with_suffix(".json"), described)
+    for path in set(out.glob("group_seg-*_morph.tsv")) - set(paths):
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink()
     return paths
 
 

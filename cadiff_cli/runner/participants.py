@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import cadiff_cli
 from cadiff_cli.config import Request
-from cadiff_cli.errors import DiskError, MissingInputError, UsageError, in_a_line
+from cadiff_cli.errors import DiskError, MissingInputError, OutputError, UsageError, in_a_line
 from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.people import NOBODY, People
@@ -173,8 +173,10 @@ def rebuild_reports(
 ) -> int:
     """Write citations, and pages of the ``levels``, again from finished results; the exit code."""
     check_folders(request)
-    write_citations(request.out)
     code = 0
+    if note := cite(request.out) if pages else write_citations(request.out):
+        listener.warn(note)
+        code = 1
     if pages:
         tell(request.dataset.people, listener)
     if pages and "participant" in levels:
@@ -232,6 +234,8 @@ def check_folders(request: DatasetRequest) -> None:
         raise UsageError(
             f"the work folder {request.work_dir} lies in the dataset", "choose another with -w"
         )
+    if request.work_dir and request.work_dir.exists() and not request.work_dir.is_dir():
+        raise OutputError(f"the work folder {request.work_dir} is a file", "name a folder with -w")
     refuse_foreign(request.out)
     refuse_other_source(request.out, request.dataset, request.link)
 

@@ -49,7 +49,8 @@ def save_dataset_files(out: Path, raw: Dataset | None = None, link: str | None =
     """Write ``dataset_description.json``, ``.bidsignore`` and ``README.md``.
 
     Existing files are kept, but missing links to the ``raw`` dataset are added.  ``link`` is the
-    link to ``raw`` (None: ``Dataset.link``).  Raises ``OutputError`` if ``out`` is not cadiff's.
+    link to ``raw``, and replaces an earlier one (None: that, or ``Dataset.link``).  Raises
+    ``OutputError`` if ``out`` is not cadiff's.
     """
     refuse_foreign(out)
     path = out / "dataset_description.json"
@@ -67,6 +68,7 @@ def save_dataset_files(out: Path, raw: Dataset | None = None, link: str | None =
             "raw": link or raw.link(out),
             "templateflow": TEMPLATEFLOW_URL,
             **links(description),
+            **({"raw": link} if link else {}),
         }
         if doi := raw.doi:
             description.setdefault("SourceDatasets", [{"DOI": f"doi:{doi}"}])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cadiff_cli.errors import first_few
+from cadiff_cli.errors import first_few, plural
 from cadiff_cli.io.files import read_json, read_text
 from cadiff_cli.products import Person, Sex
 
@@ -118,7 +118,8 @@ def read_people(root: Path, table: str = TABLE) -> People:
     ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS]), notes)
     aged = {label for label, person in persons.items() if person.age_years is not None}
     if aged and (absent := [f"sub-{label}" for label in subjects if label not in persons]):
-        notes.append(f"{len(absent)} participants have no line in {table}: {first_few(absent)}")
+        have = f"{plural(len(absent), 'participant')} {'has' if len(absent) == 1 else 'have'}"
+        notes.append(f"{have} no line in {table}: {first_few(absent)}")
     several = [
         f"sub-{label}"
         for label, names in subjects.items()
@@ -127,9 +128,9 @@ def read_people(root: Path, table: str = TABLE) -> People:
     ]
     if several:
         notes.append(
-            f"ages are those of {table} for several sessions of {len(several)} participants"
-            f" ({first_few(several)}); write the age at each session into sub-X/{SESSIONS}, columns"
-            " session_id and age, parted by tabs"
+            f"ages are those of {table} for several sessions of"
+            f" {plural(len(several), 'participant')} ({first_few(several)}); write the age at each"
+            f" session into sub-X/{SESSIONS}, columns session_id and age, parted by tabs"
         )
     return People(persons, tuple(notes), ages)
 
@@ -175,7 +176,7 @@ def _at_sessions(
     notes: list[str],
 ) -> dict[str, float]:
     """Ages by label and session, of the tables in the folders of ``subjects`` (label -> names)."""
-    lines, lost = list[tuple[str, str, float | None]](), list[str]()
+    lines, lost, absent = list[tuple[str, str, float | None]](), list[str](), list[str]()
     for label, names in subjects.items():
         name = f"sub-{label}_sessions.tsv"
         if name not in names:
@@ -190,13 +191,14 @@ def _at_sessions(
         if {"session_id", "age"} <= cells.keys():
             per_year = _per_year(SESSIONS, column, notes)
             for session, cell in zip(cells["session_id"], cells["age"], strict=True):
-                lines.append((f"{label}_ses-{session.removeprefix('ses-')}", cell, per_year))
+                if not session:
+                    continue
+                folder = f"ses-{session.removeprefix('ses-')}"
+                lines.append((f"{label}_{folder}", cell, per_year))
+                if folder not in names:
+                    absent.append(f"sub-{label} {folder}")
     if lost:
         notes.append(f"{first_few(lost)} cannot be read: ages of {TABLE} count in its place")
-    places = [place.rsplit("_", 1) for place, *_ in lines]
-    absent = [
-        f"sub-{label} {session}" for label, session in places if session not in subjects[label]
-    ]
     if absent:
         notes.append(f"{SESSIONS} tells of sessions that are not there: {first_few(absent)}")
     return _ages(SESSIONS, lines, notes)

@@ -13,7 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import InvalidDatasetError, MissingInputError, SelectionError, first_few
+from cadiff_cli.errors import (
+    InvalidDatasetError,
+    MissingInputError,
+    SelectionError,
+    first_few,
+    plural,
+)
 from cadiff_cli.io.bids.people import People, read_people
 from cadiff_cli.io.files import read_text
 
@@ -78,8 +84,8 @@ class Dataset:
         if absent := sorted(set(participants) - set(present)):
             raise SelectionError(
                 f"{self.root} has no {', '.join(f'sub-{label}' for label in absent)}",
-                f"its {len(present)} participants are {first_few(present)}; in a container, is the"
-                " folder bound?",
+                f"it has {plural(len(present), 'participant')} ({first_few(present)}); in a"
+                " container, is the folder bound?",
             )
         present = self.sessions()
         if absent := sorted(set(sessions) - set(present)):

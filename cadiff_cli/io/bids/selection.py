@@ -152,9 +152,10 @@ def select(
 
     suffix = " or ".join(selection.suffixes)
     why = "has no BIDS name" + (f", or {database} is older" if database else "")
-    unnamed = [f"{path.relative_to(root).as_posix()} {why}: ignored" for path in odd[:MAX_NOTES]]
-    if (more := len(odd) - MAX_NOTES) > 0:
-        unnamed.append(f"{more} more images have no BIDS name: ignored")
+    unnamed = _at_most(
+        [f"{path.relative_to(root).as_posix()} {why}: ignored" for path in odd],
+        "{} more images have no BIDS name: ignored",
+    )
     left_out = [
         *_left_out(suffix, ignored, "by .bidsignore"),
         *_left_out(suffix, others, "as no magnitude"),
@@ -166,9 +167,18 @@ def select(
             "check --participant-label, --session-label and --bids-filter-file; segment other"
             " files one by one with cadiff-seg",
         )
-    absent = [f"sub-{label} has no {suffix} image that fits" for label in sorted(lacking)]
+    absent = _at_most(
+        [f"sub-{label} has no {suffix} image that fits" for label in sorted(lacking)],
+        f"{{}} more participants have no {suffix} image that fits",
+    )
     notes = (*unnamed, *absent, *left_out, *_several(images, suffix))
     return Selected(tuple(sorted(images)), notes)
+
+
+def _at_most(notes: Sequence[str], more: str) -> list[str]:
+    """The first ``MAX_NOTES``, and the number of the others in the words of ``more``."""
+    others = len(notes) - MAX_NOTES
+    return [*notes[:MAX_NOTES], *([more.format(others)] if others > 0 else [])]
 
 
 def _ignored(root: Path) -> Callable[[Path], bool]:
