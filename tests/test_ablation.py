@@ -164,7 +164,14 @@ def call(toy_sample, monkeypatch, tmp_path):
         prepared.append(templates)
         fields = dict.fromkeys(templates, field)
         return [
-            replace(toy_sample, name=s.name, subject=s.subject, fields=fields, **arrays)
+            replace(
+                toy_sample,
+                name=s.name,
+                subject=s.subject,
+                fields=fields,
+                key=call.keys.get(s.subject, ""),
+                **arrays,
+            )
             for s in scans
         ]
 
@@ -178,7 +185,7 @@ def call(toy_sample, monkeypatch, tmp_path):
         arguments = map(str, (tmp_path / "data", *fixed, *options))
         return CliRunner().invoke(command, list(arguments), standalone_mode=False)
 
-    call.prepared = prepared
+    call.prepared, call.keys = prepared, {}
     return call
 
 
@@ -243,6 +250,27 @@ def test_it_stops_and_goes_on(call, tmp_path):
     assert (run / "table-III.md").read_text() == table
     for other in (("--steps", "2"), ("--rate", "0.5")):
         assert isinstance(call(*options, *other).exception, UsageError)
+
+
+@pytest.mark.slow
+def test_labels_that_were_repaired_are_scored_again(call, tmp_path):
+    """Of people held out, so that the weights are the same."""
+    options = ("--tables", "III", "--seeds", "1", "--hold-out", "a")
+    for n_scores in (3, 6):
+        assert call(*options).exception is None
+        assert len(list((tmp_path / "run").rglob("scores_*.tsv"))) == n_scores
+        call.keys["a"] = "repaired"
+
+
+def test_seed_and_templates_of_the_common_file_count(call, tmp_path):
+    text = COMMON.replace("[net]", 'templates = ["MNI152NLin2009aSym"]\n[net]')
+    (tmp_path / "common.toml").write_text(text.replace("patch = 64", "patch = 64\nseed = 5"))
+    options = ("--tables", "III", "--seeds", "2", "--hold-out", "a", "--max-minutes", "0")
+    assert isinstance(call(*options).exception, CadiffError)
+    assert call.prepared == [("MNI152NLin2009aSym",)]
+    assert [path.name for path in (tmp_path / "run").glob("*/seed-*")] == ["seed-5"]
+    assert call(*options, "--template", "MNIColin27", "--seed", "3").exception is not None
+    assert call.prepared[1:] == [("MNIColin27",)]
 
 
 def test_what_cannot_be_is_said_before_anything_is_prepared(call, tmp_path, tiny_weights):

@@ -38,7 +38,7 @@ from cadiff_cli.training.atlas.data import (
 )
 from cadiff_cli.training.atlas.draws import PeopleDraws, mean_known
 from cadiff_cli.training.atlas.objective import AtlasObjective
-from cadiff_cli.training.atlas.regression import KernelRegression
+from cadiff_cli.training.atlas.regression import KernelRegression, _weights
 from cadiff_cli.training.atlas.run import brain_weight, train_atlas
 from cadiff_cli.training.atlas.structures import Shares, fit_structures, volumes_on
 from cadiff_cli.training.atlas.velocity import fit_velocity
@@ -258,6 +258,9 @@ def test_going_on_is_the_uninterrupted_run(people, base, tmp_path):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     with pytest.raises(UsageError, match="trained_on"):
         run_of(people[1:], base, tmp_path / "parts", 6)
+    # People of folders that are named in another order are the same people.
+    again = run_of(people[::-1], base, tmp_path / "again", 6)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
 def test_the_papers_way_trains_too(people, base, tmp_path):
@@ -269,6 +272,30 @@ def test_the_papers_way_trains_too(people, base, tmp_path):
     velocity = models.load(AtlasModel, str(path)).velocity(Condition(age_years=50))
     assert velocity.shape == (3, *SHAPE)
     assert np.isfinite(velocity).all()
+
+
+def test_too_few_steps_for_both_parts_are_refused(people, base, tmp_path):
+    net = replace(NET, latent="autoencoder", components=3, channels=(8, 8, 8))
+    train = replace(RUN, steps=2, decay=1, autoencoder_steps=2)
+    with pytest.raises(UsageError, match="steps is 2, and in the first 2"):
+        train_atlas(people, base, GRID, tmp_path, Training(net=net, train=train), device="cpu")
+
+
+def test_labels_without_ventricles_tell_nothing_of_them(people):
+    without = {code: mm3 for code, mm3 in people[0].volumes_mm3.items() if code not in VENTRICLES}
+    known = replace(people[0], volumes_mm3=without).condition
+    assert known.ventricles_percent is None
+    assert known.age_years == people[0].age_years
+    ConditionSpace.of([known, *(person.condition for person in people[1:])])
+
+
+def test_each_person_is_predicted_from_the_others_however_far(people):
+    """Weights of all others sum to 1: the error of a person at a distance is not that of 0."""
+    space = ConditionSpace.of([person.condition for person in people])
+    conditions = np.stack([space.scaled(person.condition) for person in people])
+    w = _weights(conditions, conditions, (1e-3, 1e-3, 1e-3), np.arange(len(people)))
+    assert np.allclose(w.sum(axis=1), 1)
+    assert not np.diag(w).any()
 
 
 def test_weights_hold_all_that_an_atlas_needs(trained, base):

@@ -56,6 +56,7 @@ from cadiff_cli.training.brain_mask.target import (
     signed_distance,
 )
 from cadiff_cli.training.loop import series
+from cadiff_cli.training.session import Session
 
 TINY = BrainConfig((8, 8), (8, 8))
 SPACING = np.array([2.0, 2.0, 2.0])
@@ -558,21 +559,41 @@ def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
         train_mask(heads, tmp_path, config, hold_out=["nowhere"])
 
 
-def test_what_locates_learns_first(drawn_head, tmp_path):
+def test_what_locates_learns_first(drawn_head, tmp_path, monkeypatch):
     """Until ``coarse_steps`` the second network keeps its first weights; then both move."""
+    fit = Session.fit
 
-    def trained(steps):
-        run = tmp_path / str(steps)
-        config = HeadConfig(steps=steps, warmup=1, decay=1, patch=128, coarse_steps=2)
+    def trained(coarse_steps):
+        run = tmp_path / f"{coarse_steps}-{Session.fit is fit}"
+        config = HeadConfig(steps=3, warmup=1, decay=1, patch=128, coarse_steps=coarse_steps)
         train_mask({"toys": [drawn_head]}, run, config)
         return torch.load(run / "checkpoint.pt", weights_only=True)["net"]
 
-    one, two, three = (trained(steps) for steps in (1, 2, 3))
+    three = trained(2)
+    monkeypatch.setattr(Session, "fit", lambda *args, **kwargs: fit(*args, **kwargs) and False)
+    one, two = trained(1), trained(2)  # the first part alone
     for name in one:
         if name.startswith("fine."):
             assert torch.equal(one[name], two[name]), name
     assert not torch.equal(one["coarse.out.weight"], two["coarse.out.weight"])
     assert not torch.equal(two["fine.out.weight"], three["fine.out.weight"])
+
+
+def test_too_few_steps_for_both_networks_are_refused(drawn_head, tmp_path):
+    """The second one would be exported as it was drawn."""
+    for steps in (1, 2):
+        config = HeadConfig(steps=steps, warmup=1, decay=1, patch=128, coarse_steps=2)
+        with pytest.raises(UsageError, match=f"steps is {steps}, and in the first 2"):
+            train_mask({"toys": [drawn_head]}, tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_the_weights_do_not_have_are_refused(tmp_path, drawn_head):
+    init = BrainModel(BrainNet(TINY), "begun")
+    wider = replace(TINY, fine=tuple(2 * n for n in TINY.fine))
+    config = HeadConfig(steps=1, warmup=1, decay=1, patch=64)
+    with pytest.raises(UsageError, match="another network"):
+        train_mask({"toys": [drawn_head]}, tmp_path, config, init=init, net_config=wider)
 
 
 def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
@@ -658,6 +679,9 @@ def test_the_skull_is_learnt_and_the_brain_kept_to_the_bit(drawn_head, tmp_path)
     init = BrainModel(BrainNet(TINY), "begun")
     settings = replace(TINY, skull=True)
     config = HeadConfig(steps=2, warmup=1, decay=1, patch=64, rate=0.01, ema=0.1)
+    with pytest.raises(UsageError, match=r"stripped = 0 in \[train\]"):
+        train_mask({"toys": [drawn_head]}, tmp_path, config, init=init, net_config=settings)
+    config = replace(config, stripped=0.0)
     path = train_mask({"toys": [drawn_head]}, tmp_path, config, init=init, net_config=settings)
     learnt = models.load(BrainModel, str(path)).net
     for name, before in init.net.state_dict().items():

@@ -15,6 +15,7 @@ from cadiff_cli.io.files import sha256
 from cadiff_cli.io.models import PRIOR_STEP
 from cadiff_cli.io.releases import find_weights, weights_folder
 from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, ParcelModel, Trained
+from cadiff_cli.nets.segmenter import CADiffNet
 
 
 def test_a_round_trip_keeps_the_network(tiny_weights, tiny_net, tiny_config):
@@ -155,6 +156,17 @@ class ScaleConfig:
 
 class ScaleModel(Trained[Scale]):
     """A third kind of network."""
+
+
+def test_a_rare_class_keeps_its_prior(tiny_config, parcellation, tmp_path):
+    """Beyond int8's reach: where there are many classes, the prior of each absent one is lower."""
+    for least in (-7.9, -9.0):
+        net = CADiffNet(tiny_config)
+        net.prior.logits.data.fill_(least)
+        model = Model(net, "rare", parcellation=parcellation)
+        models.save(tmp_path / "rare.safetensors", model)
+        found = models.load(Model, str(tmp_path / "rare.safetensors")).net.prior.logits
+        assert float((found - least).abs().max()) < 0.04
 
 
 def test_a_new_kind_of_network_needs_one_entry(monkeypatch, tmp_path, tiny_weights):

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 from conftest import LOBES, ROOT
 
-from cadiff_cli.errors import MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
 from cadiff_cli.io.releases import weights_folder
 from cadiff_cli.training.brain_mask import config as brain_mask
 from cadiff_cli.training.segmenter import config as segmenter
@@ -53,6 +53,22 @@ def test_every_file_is_read_as_it_says(path):
     for key, value in leaves(values):
         wanted = tuple(value) if isinstance(value, list) else value
         assert training[key] == (None if value == "none" else wanted), key
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[train.objective.consistency]\nsimilarity = "dise"', "'dise'"),
+        ("[net]\ntaca_sizes = [8, 11]", "odd"),
+        ("[train.objective]\nrim = 30", "fine is 56 and rim is 30"),
+        ("[train.objective]\nfine = 6", "fine is 6"),
+        ("templates = []", "templates"),
+        ("[train]\nprior_scans = -1", "prior_scans is -1"),
+    ],
+)
+def test_a_value_that_would_fail_after_hours_is_refused(write, text, words):
+    with pytest.raises(CadiffError, match=words):
+        segmenter.load(write(text))
 
 
 def test_the_shipped_config_names_every_key_with_its_default():

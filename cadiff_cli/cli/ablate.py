@@ -74,7 +74,7 @@ def command(
     from cadiff_cli.report.ablation import write_tables
     from cadiff_cli.training.ablation import Plan, ablate, tables_of
     from cadiff_cli.training.crossval import folds as split
-    from cadiff_cli.training.segmenter.config import Training, load
+    from cadiff_cli.training.segmenter.config import Training, load, templates_of
     from cadiff_cli.training.segmenter.data import Sample, prepare_scans
     from cadiff_cli.training.segmenter.run import check_people
     from cadiff_cli.training.templates import load_atlas
@@ -82,14 +82,14 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings |= also_settings(also, also_share)
 
-    def loaded(config: str, seed: int) -> Training:
+    def loaded(config: str, seed: int | None = None) -> Training:
         return load(config, common=common, seed=seed, **settings)
 
     # Whatever is wrong with a name is said before hours of preparation, not after.
     chosen = tables_of(tables)
     model = models.load(Model, init) if init else None
     pick_device(device)
-    first = loaded("cadiff", 0)
+    first = loaded("cadiff", seed)
     parcellation = load_parcellation(first.parcellation)
     sources = sources_of(dataset, first.labels, also, parcellation)
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
@@ -99,8 +99,9 @@ def command(
     else:
         groups = [split(group, folds) for group in (subjects, known) if group]
         splits = [[name for part in parts for name in part] for parts in zip(*groups, strict=True)]
-    start = first.train.seed if seed is None else seed
-    plan = Plan(chosen, range(start, start + seeds), splits, templates or Plan.templates)
+    start = first.train.seed
+    named = templates or (templates_of(common) if common else ()) or Plan.templates
+    plan = Plan(chosen, range(start, start + seeds), splits, named)
     people = {scan.subject: str(scan.t1) for scan in sources[0][0]}
     for network in plan.networks():
         net = loaded(network.config, network.seed).net

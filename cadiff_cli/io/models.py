@@ -45,7 +45,10 @@ from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 
 PRIOR_STEP = 1 / 16
-"""The label prior is stored as int8 in units of this (log-probability): error at most 0.03."""
+"""The label prior is stored as int8 in units of this (log-probability): error at most 0.03.
+
+Where its least value is below -8 (about 60 classes and more) it is stored in half precision.
+"""
 
 M = TypeVar("M", bound=Trained[Any])
 T = TypeVar("T")
@@ -139,8 +142,8 @@ class Kind:
     ``format`` names the kind in the file; ``release`` is the released model that is loaded by
     default, None where none is released; ``network`` builds one from the settings that were
     stored.  Tensors are stored in half precision, those in ``int8_step`` as int8 in units of the
-    given step.  ``facts`` are entries of the metadata beside network and training, and ``restore``
-    makes a model's fields of them.
+    given step if they fit.  ``facts`` are entries of the metadata beside network and training, and
+    ``restore`` makes a model's fields of them.
     """
 
     format: str
@@ -212,7 +215,10 @@ def load(model: type[M], name: str = "") -> M:
         facts, net = kind.restore(metadata), kind.network(metadata["net"])
         training = metadata["training"]
         net.load_state_dict(
-            {key: value.float() * kind.int8_step.get(key, 1) for key, value in tensors.items()}
+            {
+                key: value.float() * (kind.int8_step[key] if value.dtype == torch.int8 else 1)
+                for key, value in tensors.items()
+            }
         )
     except DataError as error:
         raise DataError(f"{path}: {error.message}", error.remedy) from error
@@ -244,10 +250,11 @@ def save(path: Path, model: Trained[Any]) -> str:
     kind = KINDS[type(model)]
     tensors = {}
     for key, value in model.net.state_dict().items():
+        stored = value.detach().half()
         if step := kind.int8_step.get(key):
-            stored = (value.detach() / step).round().clamp(-128, 127).to(torch.int8)
-        else:
-            stored = value.detach().half()
+            units = (value.detach() / step).round()
+            if units.min() >= -128 and units.max() <= 127:
+                stored = units.to(torch.int8)
         tensors[key] = stored.contiguous()
     metadata = {
         "format": kind.format,

@@ -88,7 +88,11 @@ class NetConfig:
                 f"the network's head_stride is {self.head_stride}, not 1 or {STRIDE}",
                 "use one of these; for weights, use the version of cadiff that wrote them",
             )
-
+        if any(size % 2 == 0 or size < 1 for size in self.taca_sizes):
+            raise DataError(
+                f"the network's taca_sizes are {self.taca_sizes}",
+                "give odd sizes: a middle is needed",
+            )
         if not 0 < self.label_scale <= 1:
             raise DataError(
                 f"the network's label_scale is {self.label_scale}", "give one above 0, at most 1"

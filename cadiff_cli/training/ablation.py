@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.config import SampleConfig, as_dict
+from cadiff_cli.config import SampleConfig, as_dict, fingerprint
 from cadiff_cli.errors import UsageError
 from cadiff_cli.evaluation.scores import Score
 from cadiff_cli.evaluation.tables import read_scores, write_scores
@@ -247,15 +247,16 @@ def ablate(
             workers=workers,
             max_minutes=(until - time.monotonic()) / 60,
         )
-        scans = [(s, DATASET) for s in samples] + [(s, ALSO) for s in also]
+        everybody = [(s, DATASET) for s in samples] + [(s, ALSO) for s in also]
+        scans = [(s, kind) for s, kind in everybody if s.subject in held_out]
+        content = fingerprint([(s.name, s.key, s.labels) for s, _ in scans])
         for steps in plan.steps(network):
-            path = folder / f"scores_steps-{steps}_{model.sha256[:12]}.tsv"
+            path = folder / f"scores_steps-{steps}_{model.sha256[:12]}_{content}.tsv"
             if not path.exists():
                 sampling = SampleConfig(steps=steps)
                 scores = [
                     replace(score, reference=kind)
                     for sample, kind in scans
-                    if sample.subject in held_out
                     for score in score_sample(model, sample, sampling, device)
                 ]
                 write_scores(path, scores, MEASURES)

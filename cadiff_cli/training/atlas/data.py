@@ -118,7 +118,8 @@ class Sitter:
     @cached_property
     def condition(self) -> Condition:
         """All that is known of the person."""
-        return Condition(self.age_years, self.sex, round(self.ventricles_percent, 3))
+        # Labels without ventricles (a failed segmentation) tell nothing of their size.
+        return Condition(self.age_years, self.sex, round(self.ventricles_percent, 3) or None)
 
 
 def brain_of(volumes_mm3: Mapping[int, float]) -> float:

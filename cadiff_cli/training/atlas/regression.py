@@ -56,9 +56,7 @@ class KernelRegression:
             for shown in ([0], [2], [0, 1], [0, 1, 2]):
                 asked = np.full_like(conditions, np.nan)
                 asked[:, shown] = conditions[:, shown]
-                w = _weights(conditions, asked, widths)
-                np.fill_diagonal(w, 0.0)
-                w /= np.maximum(w.sum(axis=1, keepdims=True), 1e-12)
+                w = _weights(conditions, asked, widths, without=np.arange(len(people)))
                 total += float(
                     (np.diag(gram) - 2 * (w * gram).sum(1) + ((w @ gram) * w).sum(1)).sum()
                 )
@@ -74,10 +72,16 @@ class KernelRegression:
         return np.tensordot(w.astype(np.float32), self.velocities, 1)
 
 
-def _weights(conditions: np.ndarray, asked: np.ndarray, widths: Sequence[float]) -> np.ndarray:
-    """(B, n) float64: weights of n people for B conditions."""
+def _weights(
+    conditions: np.ndarray,
+    asked: np.ndarray,
+    widths: Sequence[float],
+    without: np.ndarray | None = None,
+) -> np.ndarray:
+    """(B, n) float64: weights of n people for B conditions (``kernel_weights``)."""
     people, wanted = (torch.from_numpy(each).double() for each in (conditions, asked))
-    return kernel_weights(people, wanted, people.new_tensor(widths)).numpy()
+    left_out = None if without is None else torch.from_numpy(without)
+    return kernel_weights(people, wanted, people.new_tensor(widths), left_out).numpy()
 
 
 def sources_of(model: AtlasModel, regression: KernelRegression | None) -> dict[str, Source]:

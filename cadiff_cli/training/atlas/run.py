@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import as_dict, fingerprint
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.atlas import AUTOENCODER, LINEAR, AtlasNet, LinearLatent
 from cadiff_cli.nets.condition import ConditionSpace
@@ -65,6 +65,14 @@ def train_atlas(
     to each person left out.  Raises ``DataError`` for too few people.
     """
     config = training.train
+    if training.net.latent == AUTOENCODER and config.steps <= config.autoencoder_steps:
+        raise UsageError(
+            f"steps is {config.steps}, and in the first {config.autoencoder_steps}"
+            " (autoencoder_steps) only the autoencoder learns",
+            "give more --steps, or fewer autoencoder_steps",
+        )
+    # The order of folders must not decide whose latents are whose.
+    people = sorted(people, key=lambda person: person.label)
     if len(people) < FEWEST:
         raise DataError(
             f"{len(people)} people can be learnt from",

@@ -62,17 +62,34 @@ def train_mask(
             f"--hold-out-source names {drawn}: label maps have no image to be scored on",
             "hold out real heads",
         )
-    chosen = [h for source, group in heads.items() if source not in hold_out for h in group]
+    # The order of folders must not decide which heads a resumed run draws.
+    chosen = [h for source in sorted(heads) if source not in hold_out for h in heads[source]]
     if skull and any(h.skull is None for h in chosen):
         raise UsageError("real heads do not tell the inner skull", "train it on --label-maps alone")
     settings = net_config or BrainConfig()
     if init:
-        settings = replace(init.net.config, skull=skull or init.net.config.skull)
+        sizes = replace(init.net.config, skull=skull or init.net.config.skull)
+        if net_config and replace(net_config, skull=sizes.skull) != sizes:
+            raise UsageError(
+                f"--init {init.name} is another network than the config's", "leave [net] out"
+            )
+        settings = sizes
     net = new_net(BrainNet, settings, init, config.seed, device, begin=_begin)
     for name, weight in net.named_parameters():
         weight.requires_grad_(name.startswith("skull.") == skull)
     if init:
         config = replace(config, coarse_steps=0)
+    elif not skull and config.steps <= config.coarse_steps:
+        raise UsageError(
+            f"steps is {config.steps}, and in the first {config.coarse_steps} (coarse_steps) only"
+            " the network that locates the brain learns",
+            "give more --steps, or fewer coarse_steps",
+        )
+    if skull and config.stripped:
+        raise UsageError(
+            f"stripped is {config.stripped}: a brain alone tells nothing of its skull",
+            "set stripped = 0 in [train]",
+        )
     identity = HeadsIdentity(
         net=as_dict(net.config),
         init=init.sha256 if init else None,

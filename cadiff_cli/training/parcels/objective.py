@@ -26,10 +26,11 @@ class ParcelObjective:
         self,
         net: ParcelNet,
         patch: HemispherePatch,
-        _generator: torch.Generator,
+        generator: torch.Generator,
         _progress: float = 1.0,
     ) -> ParcelLosses:
         """Losses at the points of one hemisphere."""
+        torch.manual_seed(generator.initial_seed())  # torch's own generator decides dropout
         prior = self.priors[int(patch.person)].to(patch.at.device).float()
         logits = net(patch.detail, patch.shares, patch.field, patch.at[0], prior)
         return parcel_losses(logits, patch.parcels[0], self.dice_weight)

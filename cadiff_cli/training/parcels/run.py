@@ -61,7 +61,11 @@ def train_parcels(
     check_people({s.subject for s in samples}, hold_out, init, parcellation)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
     n = len(left_parcels(parcellation))
-    sizes = init.net.config if init else replace(net_config or ParcelConfig(), n_parcels=n)
+    sizes = replace(net_config or (init.net.config if init else ParcelConfig()), n_parcels=n)
+    if init and replace(sizes, dropout=init.net.config.dropout) != init.net.config:
+        raise UsageError(
+            f"--init {init.name} is another network than the config's", "leave [net] out"
+        )
     net = new_net(ParcelNet, sizes, init, config.seed, device)
     told = ParcelIdentity(
         net=as_dict(net.config),

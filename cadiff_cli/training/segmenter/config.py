@@ -43,6 +43,10 @@ class TrainConfig(Schedule):
         if self.patch < 64 or self.patch % 32:
             # Below 64 the deepest level is 2 voxels wide, where torch's bfloat16 gradients fail.
             raise UsageError(f"patch is {self.patch}", "use 64 or more, a multiple of 32")
+        if self.prior_scans is not None and self.prior_scans < 0:
+            raise UsageError(
+                f"prior_scans is {self.prior_scans}", "use 0 or more, or leave it out for all"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def load(
             " classes with background",
             "leave n_classes out, or train another parcellation",
         )
+    if not (templates or training.templates):
+        raise UsageError("templates is empty", "name one, or leave it out")
     return replace(
         training,
         net=replace(training.net, n_classes=drawn.n_classes),
@@ -107,3 +113,8 @@ def load(
         templates=tuple(templates) or training.templates,
         labels=labels or training.labels,
     )
+
+
+def templates_of(name: str) -> tuple[str, ...]:
+    """The templates that a file names; none if it does not."""
+    return load_training(name, Training(templates=())).templates

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.segmenter import FIELD_STD, STRIDE, Coarse
 
 
@@ -117,6 +118,13 @@ class Consistency:
 
     similarity: str = "cosine"
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` for a similarity that is not known."""
+        if self.similarity not in SIMILARITIES:
+            raise UsageError(
+                f"similarity is {self.similarity!r}", f"use {' or '.join(SIMILARITIES)}"
+            )
 
     def __call__(self, coarse: Coarse, shift: int) -> Tensor:
         """Weighted loss; octant i is compared with octant i + ``shift`` (of 8 B)."""

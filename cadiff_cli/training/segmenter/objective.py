@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cadiff_cli.diffusion.process import expand
+from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.segmenter import STRIDE, CADiffNet
 from cadiff_cli.training.segmenter.losses import (
     Consistency,
@@ -66,6 +67,14 @@ class Objective:
     coarse_weight: float = 0.5
     field_weight: float = 0.3
     consistency: Consistency | None = field(default_factory=lambda: Consistency(weight=0.1))
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` where nothing is left of the head's cube."""
+        if self.rim < 0 or self.fine // STRIDE * STRIDE <= 2 * self.rim:
+            raise UsageError(
+                f"fine is {self.fine} and rim is {self.rim}",
+                f"use {2 * self.rim + STRIDE} or more for fine, or a narrower rim",
+            )
 
     def __call__(
         self, net: CADiffNet, patch: Patch, generator: torch.Generator, _progress: float = 1.0

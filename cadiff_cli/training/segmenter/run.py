@@ -75,6 +75,8 @@ def train(
     ``run/validation.tsv`` how the held-out scans fared on the way.
     """
     parcellation = parcellation or load_parcellation(BASE)
+    # The order of folders must not decide which patches a resumed run draws.
+    samples, also = (sorted(group, key=lambda s: (s.name, s.key)) for group in (samples, also))
     people, others = ({s.subject for s in group} for group in (samples, also))
     check_people(people, others, hold_out, init, net_config, parcellation)
     chosen = [s for s in samples if s.subject not in set(hold_out)]
