@@ -45,15 +45,18 @@ def segment(
 
     Without ``templates``, ``model`` and ``config`` those of ``cadiff-seg`` are taken.  No files are
     written but transforms in ``work_dir``, which are removed without one: of ``config.output`` only
-    ``posteriors`` and ``uncertainty`` have an effect.  For the distance field, standard spaces and
-    files use ``cadiff-seg``.
+    ``posteriors``, ``uncertainty`` and ``parcellation`` have an effect.  For the distance field,
+    standard spaces and files use ``cadiff-seg``.  Raises ``UsageError`` for settings that
+    contradict one another.
     """
+    config = config or Config()
+    config.check()
     with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="cadiff-") as folder:
         return run(
             scan,
             templates or load_templates(),
             model or load_model(),
-            config or Config(),
+            config,
             Path(folder),
             device=device,
         )

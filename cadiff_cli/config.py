@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli import __version__
+from cadiff_cli.errors import UsageError
 
 REVISION = 10
 """Increase when unchanged settings give other results; older results then count as outdated."""
@@ -77,6 +78,11 @@ class StripConfig:
         choices=("auto", "net", "template", "none"),
     )
     mask: Path | None = option(None, "Your own brain mask (T1's grid).")
+
+    def __post_init__(self) -> None:
+        """Take a mask's name for its path."""
+        if self.mask is not None:
+            object.__setattr__(self, "mask", Path(self.mask))
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,27 @@ class Config:
     register: RegisterConfig = RegisterConfig()
     sample: SampleConfig = SampleConfig()
     output: OutputConfig = OutputConfig()
+
+    def check(self) -> None:
+        """Raise ``UsageError`` for settings that contradict one another."""
+        sample = self.sample
+        if sample.tile is not None and sample.tile % 32:
+            raise UsageError(f"--tile is {sample.tile}", "use a multiple of 32")
+        if sample.samples > 1 and not sample.steps:
+            raise UsageError(
+                "--samples needs a step", "the prior (--steps 0) gives one answer: leave one out"
+            )
+        if self.register.wanted:
+            return
+        if self.output.field or not sample.steps:
+            raise UsageError(
+                "--save-field and --steps 0 need a registration", "leave --registration none out"
+            )
+        if self.output.parcellation:
+            raise UsageError(
+                "--parcellation needs a registration: the field finds the parcels",
+                "leave --registration none out",
+            )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ def element(group: int, number: int, kind: str, value) -> bytes:
     return struct.pack("<HH", group, number) + kind.encode() + size + data
 
 
-def write_series(folder: Path, data: np.ndarray, affine: np.ndarray, number: int, title: str):
+def write_series(
+    folder: Path, data: np.ndarray, affine: np.ndarray, number: int, title: str, bits: int = 16
+):
     """Slices along the last axis of ``data`` (uint16, X, Y, Z); ``affine`` is RAS, as NIfTI's."""
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1.0, -1, 1, 1]) @ affine
@@ -73,8 +75,8 @@ def write_series(folder: Path, data: np.ndarray, affine: np.ndarray, number: int
             element(0x0028, 0x0011, "US", rows.shape[1]),
             element(0x0028, 0x0030, "DS", f"{spacing[1]:g}\\{spacing[0]:g}"),
             element(0x0028, 0x0100, "US", 16),
-            element(0x0028, 0x0101, "US", 16),
-            element(0x0028, 0x0102, "US", 15),
+            element(0x0028, 0x0101, "US", bits),
+            element(0x0028, 0x0102, "US", bits - 1),
             element(0x0028, 0x0103, "US", 0),
             element(0x7FE0, 0x0010, "OW", rows.tobytes()),
         ]

@@ -17,6 +17,7 @@ from cadiff_cli.errors import (
     SelectionError,
     UsageError,
 )
+from cadiff_cli.io.bids.derivatives import place_from
 from cadiff_cli.io.bids.description import refuse_other_source, save_dataset_files
 from cadiff_cli.io.bids.index import entities_of, known_entities
 from cadiff_cli.io.bids.labelled import labelled_scans
@@ -578,6 +579,30 @@ def test_nobody_elses_dataset_is_written_into(text, tmp_path):
         save_dataset_files(tmp_path)
     assert path.read_text(encoding="utf-8") == text
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_neighbours_are_told_by_their_path(tmp_path):
+    """Whatever lies elsewhere tells of somebody's machine; git-annex keeps files in ``.git``."""
+    out = tmp_path / "study" / "out"
+    (tmp_path / "study" / ".git").mkdir(parents=True)
+    (tmp_path / "study" / ".git" / "key.nii").touch()
+    (tmp_path / "study" / "linked.nii").symlink_to(".git/key.nii")
+    for scan, told in (
+        ("study/scan.nii", "../scan.nii"),
+        ("study/linked.nii", "../linked.nii"),
+        ("study/out/a/scan.nii", "a/scan.nii"),
+        ("study/Doe_John/scan.nii", "scan.nii"),
+        ("scan.nii", "scan.nii"),
+    ):
+        assert place_from(out, tmp_path / scan) == told
+    assert place_from(Path("/out"), Path("/home/alice/scan.nii")) == "scan.nii"
+
+
+def test_a_link_that_is_given_replaces_an_earlier_one(raw, tmp_path):
+    for given, kept in ((None, None), ("doi:10.1/x", "doi:10.1/x"), (None, "doi:10.1/x")):
+        save_dataset_files(tmp_path / "out", raw, given)
+        text = (tmp_path / "out" / "dataset_description.json").read_text()
+        assert json.loads(text)["DatasetLinks"]["raw"] == (kept or raw.link(tmp_path / "out"))
 
 
 def test_a_description_of_ours_is_kept_but_for_missing_links(raw, tmp_path):

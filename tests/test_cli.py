@@ -16,8 +16,17 @@ from bids_dataset import QUICK, here
 from conftest import ROOT
 
 from cadiff_cli import machine
+from cadiff_cli.api import segment
 from cadiff_cli.cli import COMMANDS, cadiff, guarded
-from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, OutputError
+from cadiff_cli.config import Config, OutputConfig, RegisterConfig, SampleConfig
+from cadiff_cli.errors import (
+    CadiffError,
+    DataError,
+    DiskError,
+    MissingInputError,
+    OutputError,
+    UsageError,
+)
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
@@ -183,12 +192,42 @@ def test_a_missing_file_exits_66_with_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
-    [(["MNIColin27"], 66, "MNIColin27_T1w"), ([], 66, "MNIColin27_T1w"), (["Talairach"], 64, "")],
+    [
+        (["MNIColin27"], 66, "MNIColin27_T1w"),
+        ([], 66, "MNIColin27_T1w"),
+        (["Talairach"], 64, ""),
+        (["auto"], 66, "MNIColin27_T1w"),
+        (["MNIColin27+MNI152NLin2009cAsym"], 66, "MNIColin27_T1w"),
+    ],
 )
 def test_fetch_says_what_is_not_there(tmp_path, arguments, code, text):
     done = call("cadiff", "fetch", "--check", *arguments, home=tmp_path)
     assert done.returncode == code
     assert text in one_line(done)
+
+
+def test_the_example_replaces_nothing_of_the_users(tmp_path, capsys):
+    path = tmp_path / "sub-MNI152_T1w.nii.gz"
+    path.write_text("mine")
+    arguments = ["example", "-o", str(tmp_path)]
+    assert guarded(lambda: cadiff.main(arguments, standalone_mode=False)) == 73
+    assert path.read_text() == "mine"
+    assert guarded(lambda: cadiff.main([*arguments, "--overwrite"], standalone_mode=False)) == 0
+    before = path.stat().st_mtime_ns
+    assert guarded(lambda: cadiff.main(arguments, standalone_mode=False)) == 0  # the same again
+    assert path.stat().st_mtime_ns == before
+
+
+def test_settings_that_contradict_one_another_are_refused_before_anything_is_computed():
+    scan = object()
+    for config, words in (
+        (Config(sample=SampleConfig(tile=50)), "--tile is 50"),
+        (Config(sample=SampleConfig(steps=0, samples=2)), "--samples"),
+        (Config(register=RegisterConfig("none"), sample=SampleConfig(steps=0)), "--steps 0"),
+        (Config(register=RegisterConfig("none"), output=OutputConfig(parcellation="nmm138")), "-p"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            segment(scan, config=config)
 
 
 def test_fetch_says_what_is_there(shared):

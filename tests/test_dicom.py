@@ -64,6 +64,26 @@ def test_where_it_is_not_clear_the_series_are_listed(folder, head, tmp_path):
         convert(tmp_path / "empty", None, path, overwrite=False)
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("lost", [(20,), range(15, 20)])
+def test_a_head_without_some_of_its_slices_is_refused(folder, head, tmp_path, bits, lost):
+    """It would be shorter than the head, and nothing would tell."""
+    data = (10 * head.t1.data).astype(np.uint16)
+    place = tmp_path / "S3"
+    write_series(place, data, head.t1.grid.affine, 3, "t1_mprage_sag", bits=bits)
+    path = tmp_path / "sub-01_T1w.nii.gz"
+    convert(place, None, path, overwrite=False)
+    files = sorted(place.iterdir())
+    for k in lost:
+        files[k].unlink()
+    for wanted in (None, 3):
+        with pytest.raises((DataError, UsageError)) as caught:
+            convert(place, wanted, path, overwrite=True)
+        if wanted is None:
+            assert "are missing, or unevenly spaced" in str(caught.value)
+    assert load_scan(path).t1.grid.shape == head.t1.grid.shape
+
+
 def test_no_name_and_no_date_is_in_any_result(folder, tiny_weights, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [

@@ -11,7 +11,7 @@ import pytest
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UnsuitableError
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.images import load_scan, load_volume, save_volume
-from cadiff_cli.notes import texts
+from cadiff_cli.notes import NoteCode, texts
 
 SHAPE = (70, 72, 74)
 
@@ -360,6 +360,28 @@ def test_a_qform_that_is_not_a_number_is_told(phantom, tmp_path):
     image.header["qoffset_x"] = np.nan
     nib.save(image, path)
     assert any("no rotation" in text for text in texts(load_scan(path).notes))
+
+
+def test_a_unit_that_nifti_does_not_define_is_millimetres(write_image, tmp_path):
+    image = nib.load(write_image(noise()))
+    image.header["xyzt_units"] = 4
+    path, out = tmp_path / "odd.nii.gz", tmp_path / "out.nii.gz"
+    nib.save(image, path)
+    scan = load_scan(path)
+    save_volume(out, scan.t1.data, scan.t1.grid, like=path)
+    assert nib.load(out).header.get_xyzt_units()[0] == "mm"
+
+
+def test_an_mgh_that_does_not_say_how_it_lies_is_told(tmp_path):
+    path = tmp_path / "scan.mgh"
+    nib.save(nib.MGHImage(noise(), np.diag([2.0, 2, 2, 1])), path)
+    assert not load_scan(path).notes
+    content = bytearray(path.read_bytes())
+    content[28:30] = b"\0\0"  # goodRASFlag
+    path.write_bytes(content)
+    (note,) = load_scan(path).notes
+    assert note.code == NoteCode.HEADER_ORIENTATION
+    assert "left and right are a guess" in note.text
 
 
 def test_an_open_image_does_not_change_with_its_file(tmp_path):

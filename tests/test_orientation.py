@@ -12,6 +12,7 @@ from cadiff_cli.cli.reorient import command
 from cadiff_cli.config import Config
 from cadiff_cli.errors import DataError, OutputError
 from cadiff_cli.io import templates
+from cadiff_cli.io.images import given_mask, load_scan
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -143,8 +144,18 @@ def test_reorient_mends_the_header_and_nothing_else(
     mended = load(out)
     assert np.array_equal(np.asarray(mended.dataobj), brain.data)
     assert np.allclose(mended.affine, brain.grid.affine, atol=1e-3)
-    with pytest.raises(OutputError):
-        reorient(out, "-o", out, "--overwrite")
+    # The mask is turned with it, so that the mended scan can be segmented with it.
+    turned_mask = tmp_path / "mended_mask.nii.gz"
+    assert done.stdout.splitlines() == [str(out), str(turned_mask)]
+    assert np.array_equal(given_mask(turned_mask, load_scan(out)).data, inside > 0)
+    # Neither of both is ever written over.
+    for given in (out, turned_mask):
+        before = given.read_bytes()
+        with pytest.raises(OutputError, match="is an input"):
+            reorient(out, "-o", given, "--mask", turned_mask, "--overwrite")
+        assert given.read_bytes() == before
+    with pytest.raises(OutputError, match="is there already"):
+        reorient(path, "-o", out)
     again = tmp_path / "again.nii.gz"
     done = reorient(out, "-o", again, "--mask", write_image(inside, brain.grid.affine, "m.nii.gz"))
     assert "lies as its header says" in done.stderr

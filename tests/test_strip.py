@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import Config, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.images import load_scan, save_volume
+from cadiff_cli.io.images import given_mask, load_scan, save_volume
 from cadiff_cli.nets.brain_mask import BrainConfig
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.notes import NoteCode, texts
@@ -205,6 +205,16 @@ def test_a_mask_half_a_voxel_off_at_a_corner_is_refused(phantom, scan_of, tmp_pa
     save_volume(path, head.codes > 0, Grid(head.codes.shape, turned))
     with pytest.raises(DataError, match="lies on"):
         strip_scan(scan_of(head), None, Config(StripConfig(mask=path)), tmp_path)
+
+
+def test_a_given_mask_lies_on_the_scans_grid_to_the_bit(phantom, scan_of, tmp_path):
+    """A header that rounds the same grid otherwise is accepted."""
+    head = phantom("oblique", 2.0)
+    near = head.t1.grid.affine.copy()
+    near[:3, 3] += 0.05
+    save_volume(tmp_path / "m.nii.gz", head.codes > 0, Grid(head.codes.shape, near))
+    mask = given_mask(tmp_path / "m.nii.gz", scan_of(head))
+    assert np.array_equal(mask.grid.affine, head.t1.grid.affine)
 
 
 def test_a_given_mask_is_used(phantom, toy_template, scan_of, tmp_path):

@@ -5,6 +5,7 @@ when they are run, so that ``--help`` is instant.
 """
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -106,6 +107,8 @@ def guarded(call: Callable[[], object]) -> int:
     # Libraries look for a home when they are imported; a container's user may have none.
     os.environ.setdefault("HOME", str(machine.home()))
     machine.share_cores()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         code = call()
         return code if isinstance(code, int) else 0

@@ -19,11 +19,11 @@ def command(templates: tuple[str, ...], check: bool) -> None:
     """
     from cadiff_cli.errors import DataError
     from cadiff_cli.io.templateflow import templateflow_home
-    from cadiff_cli.io.templates import load_template, registry
+    from cadiff_cli.io.templates import load_template, parse_specs, registry
 
-    names = templates or [
-        name for name, entry in registry().items() if entry["source"] == "templateflow"
-    ]
+    every = [name for name, entry in registry().items() if entry["source"] == "templateflow"]
+    asked = dict.fromkeys(name for text in templates for name in parse_specs(text))
+    names = every if not asked or "auto" in asked else [*asked]
     for name in names:
         try:
             template = load_template(name, offline=check)

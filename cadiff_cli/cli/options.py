@@ -55,15 +55,10 @@ def made(kind: type[T], values: Mapping[str, Any], **given: Any) -> T:
 
 def check(config: Config) -> Config:
     """The same settings; raises ``click.UsageError`` for some that contradict one another."""
-    sample = config.sample
-    if sample.tile is not None and sample.tile % 32:
-        raise click.BadParameter(f"{sample.tile} is not a multiple of 32", param_hint="--tile")
-    if sample.samples > 1 and not sample.steps:
-        raise click.UsageError("--samples needs a step: the prior (--steps 0) gives one answer")
-    if not config.register.wanted and (config.output.field or not sample.steps):
-        raise click.UsageError("--save-field and --steps 0 need a registration")
-    if not config.register.wanted and config.output.parcellation:
-        raise click.UsageError("--parcellation needs a registration: the field finds the parcels")
+    try:
+        config.check()
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
     return config
 
 

@@ -18,15 +18,18 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     Compares the brain with a template in all 24 rotations, and writes a copy with the same voxels
     and a correct header. An image does not show left and right: if the array was mirrored, and not
     only rotated, they stay exchanged. Check them by a marker, or with the scanner's own files.
+    With --mask, OUT_mask.nii.gz is the mask under the new header.
 
     Writes nothing if the header is correct already.
     """
+    from itertools import product
     from tempfile import TemporaryDirectory
 
     from cadiff_cli.config import Config, StripConfig
     from cadiff_cli.errors import DataError, OutputError, UsageError
-    from cadiff_cli.io.files import check_writable
-    from cadiff_cli.io.images import load_scan, load_volume, save_volume
+    from cadiff_cli.io.files import check_writable, refuse_existing
+    from cadiff_cli.io.formats import stem
+    from cadiff_cli.io.images import given_mask, load_scan, load_volume, save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.stages.orientation import orientation, reoriented
@@ -34,8 +37,12 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     if not out.name.endswith((".nii", ".nii.gz")):
         raise UsageError(f"{out.name} is no NIfTI name", "end it with .nii or .nii.gz")
     scan, template = load_scan(t1), load_template(EMBEDDED)
-    if out.exists() and (out.samefile(t1) or not overwrite):
-        raise OutputError(f"{out} exists", "choose another name, or give --overwrite")
+    turned_mask = out.with_name(f"{stem(out)}_mask.nii.gz") if mask else None
+    written = [path for path in (out, turned_mask) if path]
+    for path, given in product(written, (t1, mask)):
+        if given and given.exists() and path.exists() and path.samefile(given):
+            raise OutputError(f"{path} is an input", "choose another name for --out")
+    refuse_existing(*written, overwrite=overwrite)
     check_writable(out.parent)
     config = Config(strip=StripConfig(mask=mask))
     with TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
@@ -52,9 +59,12 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
         click.echo(f"cadiff: {t1.name} lies as its header says ({grid.axes})", err=True)
         return
     save_volume(out, load_volume(t1).data, grid)
+    if mask and turned_mask:
+        save_volume(turned_mask, given_mask(mask, scan).data, grid)
     click.echo(
         f"cadiff: turned by {best.turn}, {scan.t1.grid.axes} -> {grid.axes};"
         " left and right cannot be seen: check them",
         err=True,
     )
-    click.echo(out)
+    for path in written:
+        click.echo(path)

@@ -48,9 +48,11 @@ def command(
     Exit codes: 0 done, 1 failure, 64 usage, 65 bad data, 66 input, template or weights missing,
     73 output cannot be created, 74 disk error, 130 interrupted.
     """
+    from cadiff_cli.io.formats import is_folder
+
     request = made(Request, options)
     check(request.config)
-    if t1.is_dir():
+    if is_folder(t1):
         t1 = _from_dicom(t1, out, series, subject or "01", request, quiet=quiet)
     elif series is not None or subject is not None:
         raise click.UsageError("--series and --subject are for a folder of DICOM files")

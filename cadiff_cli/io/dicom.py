@@ -34,16 +34,21 @@ IS_OTHER = re.compile(
     re.I,
 )
 
+EVENED = "_Eq_"
+"""Part of the name of an image that dcm2niix resampled to even distances."""
+
 
 @dataclass(frozen=True)
 class Series:
     """An image that dcm2niix made of a series.
 
-    ``about`` is its sidecar.  A series may give several images.
+    ``about`` is its sidecar.  A series may give several images.  One that is not ``even`` lacks
+    slices: the image is shorter than the head.
     """
 
     image: Path
     about: Mapping[str, Any]
+    even: bool = True
 
     @property
     def number(self) -> int:
@@ -106,14 +111,21 @@ def convert(folder: Path, wanted: int | None, path: Path, *, overwrite: bool) ->
 
 
 def _converted(folder: Path, work: Path) -> Iterator[Series]:
-    """Every image that dcm2niix makes; its messages, which may hold names, are swallowed."""
+    """Every image that dcm2niix makes; its messages, which may hold names, are swallowed.
+
+    Of slices at uneven distances it makes a second image, resampled to even ones (``_Eq_``), or
+    gives up before it has written the sidecar.
+    """
     arguments = ["-b", "y", "-ba", "y", "-z", "n", "-d", "9", "-f", "s%s"]
     command = [_program(), *arguments, "-o", str(work), str(folder)]
     subprocess.run(command, capture_output=True, check=False)
-    for image in sorted(work.glob("*.nii")):
+    images = sorted(work.glob("*.nii"))
+    uneven = {image.name.split(EVENED)[0] for image in images if EVENED in image.name}
+    for image in (image for image in images if EVENED not in image.name):
         sidecar = image.with_suffix(".json")
-        about = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
-        yield Series(image, about)
+        told = sidecar.is_file()
+        about = json.loads(sidecar.read_text(encoding="utf-8")) if told else {}
+        yield Series(image, about, even=told and image.stem not in uneven)
 
 
 def _program() -> str:
@@ -139,8 +151,14 @@ def _chosen(every: Sequence[Series], wanted: int | None) -> Series:
     else:
         found = [one for one in every if one.is_t1]
         found = [one for one in found if not one.is_derived] or found
-    if len(found) == 1:
+    spoilt = [one for one in found or every if not one.even and (found or not one.about)]
+    if len(found) == 1 and not spoilt:
         return found[0]
+    if spoilt and len(found) < 2:
+        raise DataError(
+            f"slices of {spoilt[0].image.stem} are missing, or unevenly spaced",
+            "copy the examination again, and compare the number of files with the scanner's",
+        )
     titles = ", ".join(dict.fromkeys(one.title for one in every))
     if wanted is not None and found:
         raise UsageError(

@@ -142,6 +142,20 @@ def unpacked(path: Path) -> Iterator[Stream]:
         yield gzip.GzipFile(fileobj=file) if is_packed else file
 
 
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder; raises ``MissingInputError`` if it cannot be looked at."""
+    try:
+        return path.is_dir()
+    except OSError as error:  # a parent folder without permission, a name too long
+        raise _unseen(path, error) from error
+
+
+def _unseen(path: Path, error: OSError) -> MissingInputError:
+    return MissingInputError(
+        f"cannot look at {path} ({error.strerror})", "check the path and its permissions"
+    )
+
+
 def check_there(path: Path) -> None:
     """Raise ``MissingInputError`` unless ``path`` is a file that can be read."""
     try:
@@ -160,10 +174,8 @@ def check_there(path: Path) -> None:
             )
         if not path.is_file():
             raise MissingInputError(f"{path} is a pipe or a device", "give one image file")
-    except OSError as error:  # a parent folder without permission, a name too long
-        raise MissingInputError(
-            f"cannot look at {path} ({error.strerror})", "check the path and its permissions"
-        ) from error
+    except OSError as error:
+        raise _unseen(path, error) from error
     if not os.access(path, os.R_OK):
         raise MissingInputError(f"cannot read {path}", "check its permissions")
     try:

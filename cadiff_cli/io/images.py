@@ -14,6 +14,7 @@ from nibabel import imageglobals
 from nibabel.affines import voxel_sizes
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHHeader
 from nibabel.orientations import aff2axcodes
 from nibabel.spatialimages import HeaderDataError
 
@@ -119,7 +120,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[Note]]]:
             head = stream.read(HEAD_BYTES)
             stream.seek(0)
             header = _header_class(path, head).from_fileobj(stream)
-            yield header, stream, _unit_quaternion(header, name)
+            yield header, stream, [*_unit_quaternion(header, name), *_unplaced(header, head, name)]
     except (ImageFileError, HeaderDataError) as error:
         raise DataError(f"{name} is not a readable image ({error})", "give NIfTI or MGH") from error
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, OverflowError) as error:
@@ -128,12 +129,23 @@ def _opened(path: Path) -> Iterator[tuple[Any, Stream, list[Note]]]:
         ) from error
 
 
+def _unplaced(header: Any, head: bytes, name: str) -> list[Note]:
+    """Reasons to doubt an MGH header; nibabel fills in what it lacks without a word."""
+    if not isinstance(header, MGHHeader) or any(head[28:30]):  # goodRASFlag
+        return []
+    text = (
+        f"{name} does not say how it lies (its goodRASFlag is 0): left and right are a guess, and"
+        " voxels count as 1 mm"
+    )
+    return [Note(NoteCode.HEADER_ORIENTATION, text)]
+
+
 def _header_class(path: Path, head: bytes) -> Any:
     """Choose nibabel's header class for an image that begins with the bytes ``head``."""
     kinds = {
         nib.Nifti1Header: head[344:347] == b"n+1",
         nib.Nifti2Header: head[4:7] == b"n+2",
-        nib.freesurfer.mghformat.MGHHeader: head.startswith(b"\0\0\0\1"),
+        MGHHeader: head.startswith(b"\0\0\0\1"),
     }
     kind = next((kind for kind, fits in kinds.items() if fits), None)
     is_named = path.name.lower().endswith(IMAGE_SUFFIXES)
@@ -353,7 +365,10 @@ def save_volume(
     if header is None:
         image.set_sform(grid.affine, code=code)
         image.set_qform(grid.affine, code=code, strip_shears=True)
-    unit, time = image.header.get_xyzt_units()
+    try:
+        unit, time = image.header.get_xyzt_units()
+    except KeyError:  # a code that NIfTI does not define
+        unit, time = "unknown", "unknown"
     if unit == "unknown":  # we take it to be mm, so others should
         image.header.set_xyzt_units("mm", time)
     if labels:
@@ -419,4 +434,4 @@ def given_mask(path: Path, scan: Scan) -> Volume:
     inside = np.nan_to_num(np.asarray(mask.data, dtype=np.float32)) > 0.5
     if not inside.any():
         raise DataError(f"mask {path.name} is empty", "give a mask with the brain above 0.5")
-    return Volume(inside, mask.grid)
+    return Volume(inside, scan.t1.grid)  # a header may round the same grid otherwise

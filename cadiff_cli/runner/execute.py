@@ -19,7 +19,7 @@ from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.checksums import checksums
-from cadiff_cli.io.files import locked
+from cadiff_cli.io.files import check_writable, locked
 from cadiff_cli.io.images import given_mask, load_scan
 from cadiff_cli.io.templates import (
     load_template,
@@ -118,6 +118,8 @@ def segment_file(
         raise UsageError("--template conditional needs the person's age", "give --age, and --sex")
     place, journal = Derivatives(out, t1), Journal(out)
     journal.make_room(place, t1, mask, overwrite=request.overwrite)
+    if request.work_dir:
+        check_writable(request.work_dir)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     with alone(out, place.stem), logged(log_path, watcher.screen):
         watcher.stage("load")

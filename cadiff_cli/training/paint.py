@@ -13,7 +13,7 @@ from scipy import ndimage
 from cadiff_cli.errors import DataError, MissingInputError, OutputError
 from cadiff_cli.io.bids.description import BIDS_VERSION, generated_by
 from cadiff_cli.io.files import check_writable, write_json
-from cadiff_cli.io.formats import stem
+from cadiff_cli.io.formats import is_folder, stem
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import load_ids, say_once
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
@@ -131,7 +131,7 @@ def paint_dataset(label_maps: Path, dataset: Path, seed: int = 0) -> Iterator[Pa
     written.  Raises ``MissingInputError``, ``DataError``, or ``OutputError`` if ``dataset`` is not
     empty.
     """
-    if not label_maps.is_dir():
+    if not is_folder(label_maps):
         raise MissingInputError(f"no folder {label_maps}", "check the path")
     sources: dict[str, Path] = {}
     for path in sorted(label_maps.glob("[!.]*.nii*")):
@@ -144,7 +144,7 @@ def paint_dataset(label_maps: Path, dataset: Path, seed: int = 0) -> Iterator[Pa
         sources[name] = path
     if not sources:
         raise DataError(f"{label_maps} holds no label maps", "give a folder of NIfTI files")
-    if dataset.is_dir() and any(dataset.iterdir()):
+    if is_folder(dataset) and any(dataset.iterdir()):
         raise OutputError(f"{dataset} is not empty", "give a new folder")
     for path in sources.values():
         dseg, _ = load_ids(path)

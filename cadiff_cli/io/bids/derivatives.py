@@ -194,8 +194,9 @@ def place_from(out: Path, scan: Path) -> str:
 
     Longer paths tell more of somebody's machine than a result should.
     """
-    here, there = scan.resolve(), out.resolve()
-    if here.is_relative_to(there.parent):
+    # A link's own place: git-annex keeps the file itself elsewhere.
+    here, there = scan.absolute().parent.resolve() / scan.name, out.resolve()
+    if here.parent == there.parent or here.is_relative_to(there):
         return Path(os.path.relpath(here, there)).as_posix()
     return scan.name
 

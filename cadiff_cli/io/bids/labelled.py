@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.bids.index import entities_of
 from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.formats import is_folder
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.products import Scan
@@ -37,7 +38,7 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
     Ignores images with a ``space-``; logs those without a partner.  Raises ``MissingInputError`` if
     the folder is absent, ``DataError`` if it holds no pairs, or two images of one scan.
     """
-    if not dataset.is_dir():
+    if not is_folder(dataset):
         raise MissingInputError(
             f"no dataset at {dataset}", "give a BIDS-like folder of T1w and dseg"
         )
