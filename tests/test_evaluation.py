@@ -276,6 +276,24 @@ def test_trees_are_paired_by_entities(tree):
     assert len(pair_up(mine, mine).files) == 3
 
 
+def test_parcels_of_label_fusion_are_found(tree):
+    """But those of the network come first, where both are."""
+    fused, own = ("seg-nmm138_desc-jlf_dseg.nii", "seg-nmm138_desc-structures_dseg.nii")
+    root = tree(
+        f"out/sub-1_{fused}",
+        f"out/sub-2_{fused}",
+        f"out/sub-2_{own}",
+        "out/sub-2_seg-cadiff_desc-structures_dseg.nii",
+        f"out/sub-3_space-MNI152_{fused}",
+    )
+    (root / "out" / "seg-nmm138_dseg.tsv").write_text("index\tname\n")
+    found = label_maps(root / "out", prefer_ours=True, finer="nmm138")
+    assert {scan: path.name for scan, path in found.items()} == {
+        "sub-1": f"sub-1_{fused}",
+        "sub-2": f"sub-2_{own}",
+    }
+
+
 def test_people_may_be_linked_into_a_folder(tree):
     root = tree("data/sub-1/ses-a/anat/sub-1_ses-a_dseg.nii.gz", "chosen/sub-2_dseg.nii.gz")
     (root / "chosen" / "sub-1").symlink_to(root / "data" / "sub-1")

@@ -95,9 +95,14 @@ def label_maps(
             by_scan.setdefault(scan_of(path), []).append(path)
     for scan, paths in by_scan.items():
         if prefer_ours:
-            own = [p for p in paths if _is_own(p) and "_space-" not in p.name]
-            named = [p for p in own if f"_seg-{finer or OWN_SEGMENTATION}_" in p.name]
-            by_scan[scan] = paths = named if finer else named or own or paths
+            here = [p for p in paths if "_space-" not in p.name]
+            own = [p for p in here if _is_own(p)]
+            wanted = f"_seg-{finer or OWN_SEGMENTATION}_"
+            named = [p for p in own if wanted in p.name]
+            if finer:  # label fusion draws it too
+                by_scan[scan] = paths = named or [p for p in here if wanted in p.name]
+            else:
+                by_scan[scan] = paths = named or own or paths
         elif len(paths) > 1:
             by_scan[scan] = paths = [p for p in paths if not _holds_tissues(p)]
         if len(paths) > 1:
