@@ -271,6 +271,7 @@ def test_seed_and_templates_of_the_common_file_count(call, tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("*/seed-*")] == ["seed-5"]
     assert call(*options, "--template", "MNIColin27", "--seed", "3").exception is not None
     assert call.prepared[1:] == [("MNIColin27",)]
+    assert [*(tmp_path / "run").glob("*/seed-3")]
 
 
 def test_what_cannot_be_is_said_before_anything_is_prepared(call, tmp_path, tiny_weights):

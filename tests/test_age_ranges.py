@@ -553,6 +553,12 @@ def test_a_scan_has_the_age_of_its_session(table, tmp_path):
     )
     found = read_cohort([path], TOY, participants)
     assert [person.age_years for person in found.persons[:4]] == [40, 50, 40, 50]
+    # Other projects' labels have underscores; sessions may lack their prefix.
+    renamed = path.read_text().replace("sub-", "OAS1_").replace("ses-", "")
+    path.write_text(renamed)
+    participants.write_text(participants.read_text().replace("sub-", "OAS1_"))
+    found = read_cohort([path], TOY, participants)
+    assert {(person.age_years, person.sex) for person in found.persons} == {(40, "M"), (40, "F")}
 
 
 def test_what_a_table_lacks_is_told(table, tmp_path):

@@ -229,7 +229,7 @@ def test_other_images_that_are_called_after_a_t1w_are_none(dataset):
     assert [note.split()[0].rsplit("/")[-1] for note in notes[:5]] == [
         f"sub-01_T1w_{k}.nii.gz" for k in range(5)
     ]
-    assert notes[5:] == ("3 more images have no BIDS name: ignored",)
+    assert notes[5:] == ("images without a BIDS name that are ignored, not named here: 3",)
 
 
 def test_an_index_of_a_dataset_that_was_moved_is_refused(dataset, tmp_path_factory):

@@ -692,7 +692,7 @@ def test_the_skull_is_learnt_and_the_brain_kept_to_the_bit(drawn_head, tmp_path)
 
 
 def test_the_skull_needs_a_network_and_label_maps(drawn_head, real_head, tmp_path):
-    settings, config = replace(TINY, skull=True), HeadConfig(steps=1)
+    settings, config = replace(TINY, skull=True), HeadConfig(steps=1, stripped=0.0)
     with pytest.raises(UsageError, match="after the brain"):
         train_mask({"toys": [drawn_head]}, tmp_path, config, net_config=settings)
     init = BrainModel(BrainNet(TINY), "begun")

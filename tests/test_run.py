@@ -508,6 +508,11 @@ def test_a_damaged_sidecar_costs_the_others_nothing(batch, tmp_path):
     assert f"logs/CITATION.md leaves out {GOOD[0]}: " in done.stderr
     assert {path.stem for path in out.glob("*.html")} == {*GOOD[1:], "group"}
     assert f"{len(GOOD) - 1} T1-weighted scans" in (out / "logs" / "CITATION.md").read_text()
+    sound = GOOD[-1].split("_")[0]
+    assert sound != GOOD[0].split("_")[0]
+    named = ("--participant-label", sound)
+    done = here("run", bids, out, "participant", "--reports-only", *named)
+    assert done.returncode == 1, done.stderr  # the text is still not of all
 
 
 def test_a_group_of_one_keeps_its_page(batch, tmp_path):

@@ -107,7 +107,8 @@ def guarded(call: Callable[[], object]) -> int:
     # Libraries look for a home when they are imported; a container's user may have none.
     os.environ.setdefault("HOME", str(machine.home()))
     machine.share_cores()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+    # Names of files need not be UTF-8.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
         code = call()

@@ -60,8 +60,9 @@ def command(
     """Train and score each row of the ablation's tables on DATASET, with equal budgets.
 
     RUN gets a folder for each network, and for each table a Markdown file with our figures beside
-    the paper's, rewritten whenever a network is done. Seeds are --seed and those after it. The same
-    command continues after a kill, or after --max-minutes, which end it with exit code 1.
+    the paper's, rewritten whenever a network is done. Seeds are --seed (or the seed of --common)
+    and those after it. The same command continues after a kill, or after --max-minutes, which end
+    it with exit code 1.
     """
     import logging
     from functools import lru_cache

@@ -50,12 +50,13 @@ def command(
         labeller,
         prepare_people,
     )
-    from cadiff_cli.training.atlas.run import train_atlas
+    from cadiff_cli.training.atlas.run import check_steps, train_atlas
     from cadiff_cli.training.templates import load_atlas
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     pick_device(device)
     training = load(config, **options)
+    check_steps(training)
     if not NAME.fullmatch(training.base):
         raise UsageError(
             f"base is {training.base!r}", "name a template: weights are used with that of the name"

@@ -57,7 +57,7 @@ def command(
     from cadiff_cli.nets.models import BrainModel
     from cadiff_cli.training.brain_mask.config import load
     from cadiff_cli.training.brain_mask.data import prepare_heads
-    from cadiff_cli.training.brain_mask.run import check_sources, train_mask
+    from cadiff_cli.training.brain_mask.run import check_settings, check_sources, train_mask
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not (label_maps or heads):
@@ -67,6 +67,7 @@ def command(
     training = load(config, **options)
     model = models.load(BrainModel, init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
+    check_settings(training.train, training.net, model)
     for folder in (run, cache or run):
         check_writable(folder)
     prepared = prepare_heads(label_maps, heads, cache or run / "cache")

@@ -169,12 +169,12 @@ def _scans(
             why = next((f"{x} {cells[x]!r}" for x, v in mm3.items() if v is None), "all are 0")
             incomplete.append(f"sub-{subject} ({why})")
             continue
-        known = people.of_scan("_".join(filter(None, (subject, line.get("session_id")))))
+        known = people.at(subject, line.get("session_id", ""))
         years, of_sex = age_of(line.get("age", "")), sex_of(line.get(sex, ""))
-        for name, value in (("age", years), (sex, of_sex)):
+        person = Person(known.age_years if years is None else years, of_sex or known.sex)
+        for name, value in (("age", person.age_years), (sex, person.sex)):
             if value is None and (cell := line.get(name, "")).lower() not in UNKNOWN:
                 strange[name].append(f"sub-{subject} {cell}")
-        person = Person(known.age_years if years is None else years, of_sex or known.sex)
         looks += line.get("verdict") == "look"
         yield _Scan(subject, line.get("source") or source, person, volumes)
     if not lines:

@@ -154,12 +154,13 @@ def _chosen(every: Sequence[Series], wanted: int | None) -> Series:
     spoilt = [one for one in found or every if not one.even and (found or not one.about)]
     if len(found) == 1 and not spoilt:
         return found[0]
+    titles = ", ".join(dict.fromkeys(one.title for one in every))
     if spoilt and len(found) < 2:
         raise DataError(
             f"slices of {spoilt[0].image.stem} are missing, or unevenly spaced",
-            "copy the examination again, and compare the number of files with the scanner's",
+            "copy the examination again, and compare the number of files with the scanner's; or"
+            f" name another with --series: {titles}",
         )
-    titles = ", ".join(dict.fromkeys(one.title for one in every))
     if wanted is not None and found:
         raise UsageError(
             f"series {wanted} gives {len(found)} images", "run dcm2niix, and give one NIfTI file"

@@ -469,8 +469,8 @@ def _checked(path: Path, remedy: str) -> Volume:
 def _refetch(name: str) -> str:
     return (
         "on a machine with internet run"
-        f" 'TEMPLATEFLOW_HOME={templateflow_home()} cadiff fetch {name}' (where there is a"
-        f" --template, {EMBEDDED} needs no download)"
+        f" 'TEMPLATEFLOW_HOME={templateflow_home()} cadiff fetch {name}'; commands with"
+        f" --template can use {EMBEDDED} without a download"
     )
 
 

@@ -182,7 +182,8 @@ def rebuild_reports(
     if pages and "participant" in levels:
         chosen = scan_names(request.dataset, request.selection, request.database)
         dataset = request.dataset
-        code = scan_pages(request.out, dataset.root, listener, chosen, dataset.people)
+        pages_code = scan_pages(request.out, dataset.root, listener, chosen, dataset.people)
+        code = max(code, pages_code)
     if pages and "group" in levels:
         group = collect(request.out, _everybody(request), request.dataset.people)
         listener.line(str(write_group_page(request.out, group)))

@@ -249,7 +249,7 @@ def ablate(
         )
         everybody = [(s, DATASET) for s in samples] + [(s, ALSO) for s in also]
         scans = [(s, kind) for s, kind in everybody if s.subject in held_out]
-        content = fingerprint([(s.name, s.key, s.labels) for s, _ in scans])
+        content = fingerprint(sorted((s.name, s.key, s.labels) for s, _ in scans))
         for steps in plan.steps(network):
             path = folder / f"scores_steps-{steps}_{model.sha256[:12]}_{content}.tsv"
             if not path.exists():

@@ -59,9 +59,12 @@ class People:
     def of_scan(self, entities: str) -> Person:
         """The person in the scan ``sub-01_ses-a_run-1``, of the session's age where it is known."""
         subject, *more = entities.removeprefix("sub-").split("_")
-        person = self.of(subject)
-        session = next((entity for entity in more if entity.startswith("ses-")), "")
-        age = self.ages.get(f"{subject}_{session}")
+        return self.at(subject, next((part for part in more if part.startswith("ses-")), ""))
+
+    def at(self, label: str, session: str) -> Person:
+        """The person at a session, with or without ``ses-``, of its age where it is known."""
+        subject, person = label.removeprefix("sub-"), self.of(label)
+        age = self.ages.get(f"{subject}_ses-{session.removeprefix('ses-')}")
         return person if age is None else replace(person, age_years=age)
 
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import DataError, SelectionError, UsageError, first_few
+from cadiff_cli.errors import DataError, SelectionError, UsageError, first_few, plural
 from cadiff_cli.io.bids.index import (
     anatomical_files,
     has_bids_name,
@@ -154,7 +154,7 @@ def select(
     why = "has no BIDS name" + (f", or {database} is older" if database else "")
     unnamed = _at_most(
         [f"{path.relative_to(root).as_posix()} {why}: ignored" for path in odd],
-        "{} more images have no BIDS name: ignored",
+        "images without a BIDS name that are ignored, not named here: {}",
     )
     left_out = [
         *_left_out(suffix, ignored, "by .bidsignore"),
@@ -169,7 +169,7 @@ def select(
         )
     absent = _at_most(
         [f"sub-{label} has no {suffix} image that fits" for label in sorted(lacking)],
-        f"{{}} more participants have no {suffix} image that fits",
+        f"participants without a {suffix} image that fits, not named here: {{}}",
     )
     notes = (*unnamed, *absent, *left_out, *_several(images, suffix))
     return Selected(tuple(sorted(images)), notes)
@@ -198,9 +198,8 @@ def _ignored(root: Path) -> Callable[[Path], bool]:
 
 def _left_out(suffix: str, paths: Collection[Path], why: str) -> list[str]:
     """A note on all images that are left out for one reason, if any."""
-    plural = "" if len(paths) == 1 else "s"
     names = first_few(sorted(path.name for path in paths))
-    return [f"{len(paths)} {suffix} image{plural} left out {why}: {names}"] if paths else []
+    return [f"{plural(len(paths), f'{suffix} image')} left out {why}: {names}"] if paths else []
 
 
 def _unit1(participants: Collection[str]) -> list[str]:

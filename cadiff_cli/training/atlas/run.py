@@ -64,13 +64,8 @@ def train_atlas(
     ``run/held_out.tsv`` gets the distance from the base, from kernel regression and from the atlas
     to each person left out.  Raises ``DataError`` for too few people.
     """
+    check_steps(training)
     config = training.train
-    if training.net.latent == AUTOENCODER and config.steps <= config.autoencoder_steps:
-        raise UsageError(
-            f"steps is {config.steps}, and in the first {config.autoencoder_steps}"
-            " (autoencoder_steps) only the autoencoder learns",
-            "give more --steps, or fewer autoencoder_steps",
-        )
     # The order of folders must not decide whose latents are whose.
     people = sorted(people, key=lambda person: person.label)
     if len(people) < FEWEST:
@@ -127,6 +122,17 @@ def train_atlas(
     left_out = known_to(space, [p for p in people if p.label in out])
     _compare(left_out, sources_of(model, regression), brain, grid, run)
     return path
+
+
+def check_steps(training: Training) -> None:
+    """Raise ``UsageError`` if the steps end before the diffusion network learns."""
+    config = training.train
+    if training.net.latent == AUTOENCODER and config.steps <= config.autoencoder_steps:
+        raise UsageError(
+            f"steps is {config.steps}, and in the first {config.autoencoder_steps}"
+            " (autoencoder_steps) only the autoencoder learns",
+            "give more --steps, or fewer autoencoder_steps",
+        )
 
 
 def distances_mm(

@@ -53,9 +53,8 @@ def train_mask(
     says of the brain stays the same to the bit.
     """
     check_sources(heads, hold_out, init)
+    check_settings(config, net_config, init)
     skull = bool(net_config and net_config.skull)
-    if skull and init is None:
-        raise UsageError("the inner skull is learnt after the brain", "give --init brain-mask")
     drawn = [source for source in hold_out if any(h.image is None for h in heads[source])]
     if drawn:
         raise UsageError(
@@ -68,28 +67,12 @@ def train_mask(
         raise UsageError("real heads do not tell the inner skull", "train it on --label-maps alone")
     settings = net_config or BrainConfig()
     if init:
-        sizes = replace(init.net.config, skull=skull or init.net.config.skull)
-        if net_config and replace(net_config, skull=sizes.skull) != sizes:
-            raise UsageError(
-                f"--init {init.name} is another network than the config's", "leave [net] out"
-            )
-        settings = sizes
+        settings = replace(init.net.config, skull=skull or init.net.config.skull)
     net = new_net(BrainNet, settings, init, config.seed, device, begin=_begin)
     for name, weight in net.named_parameters():
         weight.requires_grad_(name.startswith("skull.") == skull)
     if init:
         config = replace(config, coarse_steps=0)
-    elif not skull and config.steps <= config.coarse_steps:
-        raise UsageError(
-            f"steps is {config.steps}, and in the first {config.coarse_steps} (coarse_steps) only"
-            " the network that locates the brain learns",
-            "give more --steps, or fewer coarse_steps",
-        )
-    if skull and config.stripped:
-        raise UsageError(
-            f"stripped is {config.stripped}: a brain alone tells nothing of its skull",
-            "set stripped = 0 in [train]",
-        )
     identity = HeadsIdentity(
         net=as_dict(net.config),
         init=init.sha256 if init else None,
@@ -128,6 +111,34 @@ def _begin(net: BrainNet, other: BrainNet) -> None:
         decoder = {name: weights[f"fine.{name}"] for name in net.skull.state_dict()}
         weights |= {f"skull.{name}": weight for name, weight in decoder.items()}
     net.load_state_dict(weights)
+
+
+def check_settings(
+    config: HeadConfig, net_config: BrainConfig | None, init: BrainModel | None
+) -> None:
+    """Raise ``UsageError`` for settings with which a network could not learn, or not go on."""
+    skull = bool(net_config and net_config.skull)
+    if skull and init is None:
+        raise UsageError("the inner skull is learnt after the brain", "give --init brain-mask")
+    if skull and config.stripped:
+        raise UsageError(
+            f"stripped is {config.stripped}: a brain alone tells nothing of its skull",
+            "set stripped = 0 in [train]",
+        )
+    if (
+        init
+        and net_config
+        and replace(net_config, skull=False) != replace(init.net.config, skull=False)
+    ):
+        raise UsageError(
+            f"--init {init.name} is another network than the config's", "give [net] its sizes"
+        )
+    if init is None and config.steps <= config.coarse_steps:
+        raise UsageError(
+            f"steps is {config.steps}, and in the first {config.coarse_steps} (coarse_steps) only"
+            " the network that locates the brain learns",
+            "give more --steps, or fewer coarse_steps",
+        )
 
 
 def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainModel | None) -> None:

@@ -64,7 +64,7 @@ def train_parcels(
     sizes = replace(net_config or (init.net.config if init else ParcelConfig()), n_parcels=n)
     if init and replace(sizes, dropout=init.net.config.dropout) != init.net.config:
         raise UsageError(
-            f"--init {init.name} is another network than the config's", "leave [net] out"
+            f"--init {init.name} is another network than the config's", "give [net] its sizes"
         )
     net = new_net(ParcelNet, sizes, init, config.seed, device)
     told = ParcelIdentity(
