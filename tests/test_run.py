@@ -499,7 +499,7 @@ def test_a_damaged_sidecar_costs_the_others_nothing(batch, tmp_path):
     for page in (*out.glob("*.html"), *out.glob("logs/CITATION.*")):
         page.unlink()
     for name, key in zip(GOOD, ("Steps", "ExpectedDice"), strict=False):
-        (sidecar,) = out.rglob(f"{name}_*-structures_dseg.json")
+        (sidecar,) = out.rglob(f"{name}_seg-cadiff_desc-structures_dseg.json")
         values = json.loads(sidecar.read_text())
         del values[key]
         sidecar.write_text(json.dumps(values))

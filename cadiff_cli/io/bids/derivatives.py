@@ -190,13 +190,16 @@ def save_result(
 
 
 def place_from(out: Path, scan: Path) -> str:
-    """The path of a scan from ``out``, if it lies in ``out`` or beside it; else its name.
+    """The path of a scan from ``out``, if it lies in the folder of ``out``; else its name.
 
-    Longer paths tell more of somebody's machine than a result should.
+    Longer paths tell more of somebody's machine than a result should: all of it lies in ``/``.
     """
     # A link's own place: git-annex keeps the file itself elsewhere.
     here, there = scan.absolute().parent.resolve() / scan.name, out.resolve()
-    if here.parent == there.parent or here.is_relative_to(there):
+    beside = there.parent
+    if here.is_relative_to(there) or (
+        here.is_relative_to(beside) and beside != Path(beside.anchor)
+    ):
         return Path(os.path.relpath(here, there)).as_posix()
     return scan.name
 
