@@ -83,7 +83,7 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings |= also_settings(also, also_share)
 
-    def loaded(config: str, seed: int | None = None) -> Training:
+    def loaded(config: str, seed: int | None) -> Training:
         return load(config, common=common, seed=seed, **settings)
 
     # Whatever is wrong with a name is said before hours of preparation, not after.
@@ -100,7 +100,7 @@ def command(
     else:
         groups = [split(group, folds) for group in (subjects, known) if group]
         splits = [[name for part in parts for name in part] for parts in zip(*groups, strict=True)]
-    start = first.train.seed
+    start = first.train.seed  # --seed, or that of --common
     named = templates or (templates_of(common) if common else ()) or Plan.templates
     plan = Plan(chosen, range(start, start + seeds), splits, named)
     people = {scan.subject: str(scan.t1) for scan in sources[0][0]}

@@ -22,12 +22,11 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
 
     Writes nothing if the header is correct already.
     """
-    from itertools import product
     from tempfile import TemporaryDirectory
 
     from cadiff_cli.config import Config, StripConfig
     from cadiff_cli.errors import DataError, OutputError, UsageError
-    from cadiff_cli.io.files import check_writable, refuse_existing
+    from cadiff_cli.io.files import check_writable, is_among, refuse_existing
     from cadiff_cli.io.formats import stem
     from cadiff_cli.io.images import given_mask, load_scan, load_volume, save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
@@ -39,9 +38,8 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     scan, template = load_scan(t1), load_template(EMBEDDED)
     turned_mask = out.with_name(f"{stem(out)}_mask.nii.gz") if mask else None
     written = [path for path in (out, turned_mask) if path]
-    for path, given in product(written, (t1, mask)):
-        if given and given.exists() and path.exists() and path.samefile(given):
-            raise OutputError(f"{path} is an input", "choose another name for --out")
+    if inputs := [path for path in written if is_among(path, (t1, mask))]:
+        raise OutputError(f"{inputs[0]} is an input", "choose another name for --out")
     refuse_existing(*written, overwrite=overwrite)
     check_writable(out.parent)
     config = Config(strip=StripConfig(mask=mask))

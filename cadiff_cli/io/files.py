@@ -88,6 +88,12 @@ def remove_partial(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def is_among(path: Path, files: Iterable[Path | None]) -> bool:
+    """Whether ``path`` is one of the ``files`` that are there, by any name."""
+    there = (file for file in files if file and file.exists())
+    return path.exists() and any(path.samefile(file) for file in there)
+
+
 def refuse_existing(*paths: Path, overwrite: bool) -> None:
     """Raise ``OutputError`` for the first file that is there, unless it may be replaced."""
     if not overwrite and (there := [path for path in paths if path.exists()]):

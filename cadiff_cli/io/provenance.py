@@ -438,7 +438,8 @@ def _apart(*texts: str, longest: int = 24) -> list[str]:
     alike = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*texts, strict=False)))
     start = max(0, alike - longest // 3) if max(map(len, texts)) > longest else 0
     end = start + longest
-    return [f"{'...'[: 3 * start]}{text[start:end]}{'...' if text[end:] else ''}" for text in texts]
+    before = "..." if start else ""
+    return [f"{before}{text[start:end]}{'...' if text[end:] else ''}" for text in texts]
 
 
 def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:

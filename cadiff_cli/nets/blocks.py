@@ -40,7 +40,7 @@ class Conv3d(nn.Conv3d):
     """A convolution (B, C_in, X, Y, Z) -> (B, C_out, X', Y', Z') that is fast for one small volume.
 
     In float32 on a CPU, torch computes a single volume of at most ``SMALL`` with a loop of its own,
-    up to 20 times slower than oneDNN, but not two volumes.  The halves of the volume, with the rim
+    up to 14 times slower than oneDNN, but not two volumes.  The halves of the volume, with the rim
     that the kernel reaches into, are two volumes; the result is the same.
     """
 

@@ -22,7 +22,7 @@ from cadiff_cli.io.bids.names import (
 )
 from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
-from cadiff_cli.io.files import check_writable, read_json
+from cadiff_cli.io.files import check_writable, is_among, read_json
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
@@ -78,7 +78,7 @@ class Derivatives:
             )
         refuse_foreign(self.out)
         for path in self.existing():
-            if path.exists() and any(source and path.samefile(source) for source in inputs):
+            if is_among(path, inputs):
                 raise OutputError(
                     f"{path} is an input and would be overwritten", "choose another output folder"
                 )
