@@ -442,12 +442,14 @@ class Oracle(BrainNet):
     def locate(self, head):
         return torch.nn.functional.avg_pool3d(self.refine(head, None), 2)
 
-    def borders(self, head, _located):
+    def refine(self, head, _located):
         mask = head[0, 0].numpy() > 0.5
-        distance = torch.full(head.shape, -FAR_MM)
-        if mask.any():
-            distance = torch.from_numpy(signed_distance(mask, SPACING))[None, None]
-        return [distance] if self.beyond_mm is None else [distance, distance + self.beyond_mm]
+        if not mask.any():
+            return torch.full(head.shape, -FAR_MM)
+        return torch.from_numpy(signed_distance(mask, SPACING))[None, None]
+
+    def enclose(self, head, located):
+        return self.refine(head, located) + self.beyond_mm
 
 
 @pytest.fixture
@@ -675,7 +677,7 @@ def test_what_is_no_label_map_or_no_brain_is_refused(label_map, tmp_path):
 
 
 def test_the_skull_is_learnt_and_the_brain_kept_to_the_bit(drawn_head, tmp_path):
-    """Only the second decoder moves, from where the first one is."""
+    """Only the third network moves, from where the second one is."""
     init = BrainModel(BrainNet(TINY), "begun")
     settings = replace(TINY, skull=True)
     config = HeadConfig(steps=2, warmup=1, decay=1, patch=64, rate=0.01, ema=0.1)

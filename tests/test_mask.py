@@ -38,10 +38,12 @@ class Bright(BrainNet):
     def locate(self, head):
         return torch.nn.functional.avg_pool3d(self.refine(head, None), 2)
 
-    def borders(self, head, _located):
+    def refine(self, head, _located):
         mask = head[0, 0].numpy() > 0.45
-        distance = torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
-        return [distance, distance + 5]
+        return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
+
+    def enclose(self, head, located):
+        return self.refine(head, located) + 5
 
 
 BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")

@@ -1,5 +1,6 @@
 """Pages: their numbers obey laws, and a real browser opens them with its network cut off."""
 
+import csv
 import gzip
 import json
 import re
@@ -51,6 +52,7 @@ from cadiff_cli.report.methods import describe
 from cadiff_cli.report.page import draw, draw_result, report_scan, write_page
 from cadiff_cli.report.viewer import pack
 from cadiff_cli.runner.execute import execute
+from cadiff_cli.runner.export import LAYOUTS, export
 from cadiff_cli.runner.group import collect, column, known_scans, write_group
 from cadiff_cli.runner.job import Job
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -278,6 +280,23 @@ def test_volumes_are_shares_of_the_intracranial_volume(write_result, parcellatio
         sidecar = json.loads((out / name / "anat" / f"{name}_desc-totals_morph.json").read_text())
         assert ("skull-stripped" in sidecar["name"]["Levels"]["Intracranial-Volume"]) is reason
         assert ("n/a" in sidecar["percent_intracranial"]["Description"]) is reason
+
+
+@pytest.mark.parametrize("layout", ["enigma", "synthseg"])
+def test_an_exported_size_of_the_head_is_of_one_kind(write_result, layout, tmp_path):
+    """One stripped scan among others: then it is the brain mask's in every row."""
+    out, known, mixed = (tmp_path / name for name in ("out", "known.csv", "mixed.csv"))
+    write_result(out, "sub-01_T1w.nii.gz", skull=True)
+    assert export(out, LAYOUTS[layout], known).head == "Intracranial-Volume"
+    write_result(out, "sub-02_T1w.nii.gz")
+    assert export(out, LAYOUTS[layout], mixed).head == "Brain-Mask"
+    whole = {"enigma": "ICV", "synthseg": "total intracranial"}[layout]
+    for table, name in ((known, "Intracranial-Volume"), (mixed, "Brain-Mask")):
+        with table.open() as file:
+            rows = list(csv.DictReader(file))
+        for result, row in zip(finished(out), rows, strict=False):
+            own = {x.name: x.mm3 for x in result.rows()}
+            assert float(row[whole]) == pytest.approx(own[name], abs=1e-3)
 
 
 def test_pages_and_groups_say_where_a_person_stands(

@@ -28,13 +28,14 @@ FORMATS = ("enigma", "freesurfer", "synthseg")
 def command(out: Path, layout: str, path: Path | None, overwrite: bool) -> None:
     """Write the volumes of all finished results in OUT as another program would.
 
-    ICV, MaskVol and the total intracranial volume are that of the brain mask, which includes fluid
-    in sulci.  The cerebellar cortex is without the vermis, which has a column of its own.
+    ICV and the total intracranial volume are our Intracranial-Volume if all results have it, else
+    that of the brain mask, which includes fluid in sulci.  The cerebellar cortex is without the
+    vermis, which has a column of its own.
     """
     from cadiff_cli.io.files import refuse_existing
     from cadiff_cli.runner.export import LAYOUTS, export
 
     path = path or out / "export" / LAYOUTS[layout].file
     refuse_existing(path, overwrite=overwrite)
-    rows = export(out, LAYOUTS[layout], path)
-    click.echo(f"{path}: {rows} rows")
+    exported = export(out, LAYOUTS[layout], path)
+    click.echo(f"{path}: {exported.rows} rows; the size of the head is our {exported.head}")

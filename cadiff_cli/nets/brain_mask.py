@@ -2,12 +2,11 @@
 
 It may know a second border, the inner skull: the intracranial volume ends there.
 
-Two U-Nets in a cascade.  The first looks at the whole head at 4 mm and finds the brain; the second
-sees the head at 2 mm and the first one's answer, and finds the border.  A distance is smooth, so it
+U-Nets in a cascade.  The first looks at the whole head at 4 mm and finds the brain; the others see
+the head at 2 mm and the first one's answer, and find a border each.  A distance is smooth, so it
 can be read between voxels: the border at 1 mm has no 2 mm steps.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -61,58 +60,42 @@ class Block(nn.Module):
         return out
 
 
-class Decoder(nn.Module):
-    """The rising half of a U-Net: what an encoder saw, level by level -> one distance."""
+class DistanceNet(nn.Module):
+    """A U-Net over blocks of 2^3 voxels: the input loses nothing, and costs an eighth."""
 
-    def __init__(self, channels: tuple[int, ...]) -> None:
+    def __init__(self, c_in: int, channels: tuple[int, ...]) -> None:
         super().__init__()
         c = channels
+        self.stem = Conv3d(8 * c_in, c[0], 3, padding=1)
+        self.encoder = nn.ModuleList(Block(n, n) for n in c)
+        self.down = nn.ModuleList(Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
+        self.bottom = Block(c[-1], c[-1])
         self.up = nn.ModuleList(Conv3d(b, a, 1) for a, b in pairwise(c))
         self.decoder = nn.ModuleList(Block(2 * n, n) for n in c[:-1])
         self.norm = ChannelNorm(c[0])
         self.out = Conv3d(c[0], 8, 3, padding=1)
 
-    def decode(self, seen: Sequence[Tensor]) -> Tensor:
-        """What ``DistanceNet.encode`` gave -> (B, 1, X, Y, Z) float32, in units of the reach."""
-        *skips, x = seen
+    def forward(self, *images: Tensor) -> Tensor:
+        """Images (B, 1, X, Y, Z) -> (B, 1, X, Y, Z) float32, in units of the reach."""
+        x = self.stem(last(torch.cat([unshuffle(image) for image in images], dim=1)))
+        skips = []
+        for level, block in enumerate(self.encoder):
+            if level:
+                x = self.down[level - 1](x)
+            x = block(x)
+            skips.append(x)
+        x = self.bottom(x)
         for level in reversed(range(len(self.decoder))):
             x = F.interpolate(self.up[level](x), scale_factor=2, mode="nearest")
             x = self.decoder[level](torch.cat([skips[level], x], dim=1))
         return shuffle(self.out(F.silu(self.norm(x))).float())
 
 
-class DistanceNet(Decoder):
-    """A U-Net over blocks of 2^3 voxels: the input loses nothing, and costs an eighth."""
-
-    def __init__(self, c_in: int, channels: tuple[int, ...]) -> None:
-        super().__init__(channels)
-        c = channels
-        self.stem = Conv3d(8 * c_in, c[0], 3, padding=1)
-        self.encoder = nn.ModuleList(Block(n, n) for n in c)
-        self.down = nn.ModuleList(Conv3d(a, b, 2, stride=2) for a, b in pairwise(c))
-        self.bottom = Block(c[-1], c[-1])
-
-    def encode(self, *images: Tensor) -> list[Tensor]:
-        """Images (B, 1, X, Y, Z) -> features of each level, fine to coarse, and of the bottom."""
-        x = self.stem(last(torch.cat([unshuffle(image) for image in images], dim=1)))
-        seen = []
-        for level, block in enumerate(self.encoder):
-            if level:
-                x = self.down[level - 1](x)
-            x = block(x)
-            seen.append(x)
-        return [*seen, self.bottom(x)]
-
-    def forward(self, *images: Tensor) -> Tensor:
-        """Images (B, 1, X, Y, Z) -> (B, 1, X, Y, Z) float32, in units of the reach."""
-        return self.decode(self.encode(*images))
-
-
 class BrainNet(nn.Module):
     """Where the brain is, at 4 mm, then where it ends, at 2 mm.
 
-    ``skull`` is a second decoder, for the inner skull: it reads what the second network saw, so the
-    brain's border does not depend on it.
+    ``skull`` is a third network, like the second, for the inner skull: the brain's border does not
+    depend on it.
     """
 
     def __init__(self, config: BrainConfig) -> None:
@@ -120,7 +103,7 @@ class BrainNet(nn.Module):
         self.config = config
         self.coarse = DistanceNet(1, config.coarse)
         self.fine = DistanceNet(2, config.fine)
-        self.skull = Decoder(config.fine) if config.skull else None
+        self.skull = DistanceNet(2, config.fine) if config.skull else None
 
     def locate(self, head: Tensor) -> Tensor:
         """(B, 1, 2x, 2y, 2z) intensities in [0, 1] at 2 mm -> (B, 1, x, y, z) mm at 4 mm."""
@@ -129,13 +112,15 @@ class BrainNet(nn.Module):
 
     def refine(self, head: Tensor, located: Tensor) -> Tensor:
         """``head`` and what ``locate`` says of it, or the same part of both -> mm at 2 mm."""
-        return self.borders(head, located)[0]
+        return _border(self.fine, head, located)
 
-    def borders(self, head: Tensor, located: Tensor) -> list[Tensor]:
-        """``refine``, and the distance to the inner skull (mm, inside positive) if it is known."""
-        hint = F.interpolate(located, scale_factor=2, mode="trilinear") / REACH_MM
-        seen = self.fine.encode(2 * head - 1, hint.clamp(-1, 1))
-        brain: Tensor = REACH_MM * (hint + self.fine.decode(seen))
-        if self.skull is None:
-            return [brain]
-        return [brain, REACH_MM * (hint + self.skull.decode(seen))]
+    def enclose(self, head: Tensor, located: Tensor) -> Tensor:
+        """As ``refine``, the distance to the inner skull; the network must know it."""
+        assert self.skull is not None
+        return _border(self.skull, head, located)
+
+
+def _border(net: DistanceNet, head: Tensor, located: Tensor) -> Tensor:
+    hint = F.interpolate(located, scale_factor=2, mode="trilinear") / REACH_MM
+    correction: Tensor = net(2 * head - 1, hint.clamp(-1, 1))
+    return REACH_MM * (hint + correction)

@@ -13,12 +13,15 @@ from pathlib import Path
 from cadiff_cli.errors import MissingInputError
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import write_text
+from cadiff_cli.io.volumes import INTRACRANIAL
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.ranges import base_volumes
 
 Measure = str | Sequence[str]
 """A volume by its name in our tables, or several to be added; an empty sequence: we have none."""
 MASK = "Brain-Mask"
+HEAD = "Head-Size"
+"""Not in our tables: the intracranial volume where every result knows it, else the mask's."""
 ENIGMA: Mapping[str, Measure] = {
     f"{side[0]}{short}": f"{side}-{name}"
     for short, name in (
@@ -32,7 +35,7 @@ ENIGMA: Mapping[str, Measure] = {
         ("accumb", "Accumbens-area"),
     )
     for side in ("Left", "Right")
-} | {"ICV": MASK}
+} | {"ICV": HEAD}
 WHOLE_HEMISPHERES = {2, 3, 41, 42}
 """``aseg.stats`` has them among its measures, not among its structures."""
 VERMIS = tuple(s.name for s in load_parcellation(BASE).structures if s.code in (630, 631, 632))
@@ -54,6 +57,7 @@ FREESURFER: Mapping[str, Measure] = {
     "SubCortGrayVol": "Subcortical-Grey",
     "TotalGrayVol": "Total-Grey",
     "MaskVol": MASK,
+    "EstimatedTotalIntraCranialVol": INTRACRANIAL,
 }
 LEFT = {
     "left cerebral white matter": "Left-Cerebral-White-Matter",
@@ -76,7 +80,7 @@ LEFT = {
     "left ventral DC": "Left-VentralDC",
 }
 SYNTHSEG: Mapping[str, Measure] = {
-    "total intracranial": MASK,
+    "total intracranial": HEAD,
     **LEFT,
     "csf": (),  # theirs is all fluid around the brain, up to the skull; our CSF a small part of it
     **{
@@ -105,27 +109,41 @@ LAYOUTS = {
 }
 
 
-def export(out: Path, layout: Layout, path: Path) -> int:
-    """Write the volumes of every finished result in ``out``; returns the number of rows.
+@dataclass(frozen=True)
+class Exported:
+    """How many rows a table has, and which of our volumes stands for the size of the head."""
+
+    rows: int
+    head: str
+
+
+def export(out: Path, layout: Layout, path: Path) -> Exported:
+    """Write the volumes of every finished result in ``out``.
 
     A row is named after its person, or after the scan where a person has several.  What a network
-    never draws is ``NA``.  Raises ``MissingInputError`` without a result, and ``DataError`` for one
-    that cannot be read.
+    never draws is ``NA``.  The size of the head is the intracranial volume if every result has it,
+    else the brain mask's: one column must not mix them.  Raises ``MissingInputError`` without a
+    result, and ``DataError`` for one that cannot be read.
     """
     results = [*finished(out)]
     if not results:
         raise MissingInputError(f"{out} holds no finished result", "give a folder of cadiff's")
     name = _namer(results)
-    lines = [(layout.first, *layout.columns)]
-    for result in results:
-        volumes = base_volumes(
+    volumes = [
+        base_volumes(
             {row.name: row.mm3 for row in result.rows() if row.mm3 is not None},
             result.parcellation,
         )
-        cells = (_cell(volumes, measure) for measure in layout.columns.values())
+        for result in results
+    ]
+    head = INTRACRANIAL if all(INTRACRANIAL in known for known in volumes) else MASK
+    lines = [(layout.first, *layout.columns)]
+    for result, known in zip(results, volumes, strict=True):
+        known = {**known, HEAD: known[head]} if head in known else known
+        cells = (_cell(known, measure) for measure in layout.columns.values())
         lines.append((name(result), *cells))
     write_text(path, "".join(layout.separator.join(line) + "\n" for line in lines))
-    return len(results)
+    return Exported(len(results), head)
 
 
 def _namer(results: Sequence[Finished]) -> Callable[[Finished], str]:

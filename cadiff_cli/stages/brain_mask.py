@@ -23,6 +23,9 @@ from cadiff_cli.stages.masks import tidy
 
 BOX_MARGIN_MM = 9.0
 """Margin around the first network's brain within which the second network refines it."""
+SKULL_MARGIN_VOXELS = 3
+"""The box in which the inner skull is looked for is wider by so many voxels of 4 mm, as a shrunken
+brain lies far from it."""
 DEEP_MM = 6.0
 """Voxels farther inside the brain than this are deep inside."""
 NO_BRAIN_LITRES = 0.12
@@ -71,19 +74,23 @@ def predict_distances(net: BrainNet, head: np.ndarray) -> list[np.ndarray]:
 
     Each (X, Y, Z) float32 in mm, inside positive, within the network's reach; a second one is that
     to the inner skull, if the network knows it.  The image is padded with air to the sizes that the
-    network takes.  Only the box around the brain of the first network is refined.
+    network takes.  Only a box around the brain of the first network is looked at more closely.
     """
     x = _padded(head, net)
+    borders = [(net.refine, 0)]
+    if net.config.skull:
+        borders.append((net.enclose, SKULL_MARGIN_VOXELS))
+    distances = []
     with autocast(x.device):
         located = net.locate(x)
-        coarse = F.interpolate(located, scale_factor=2, mode="trilinear")
-        distances = [coarse, coarse.clone()] if net.config.skull else [coarse]
-        if box := _around(located[0, 0] > -BOX_MARGIN_MM, net.config.fine_multiple // 2):
-            a, b, c = box
-            i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
-            refined = net.borders(x[..., i, j, k], located[..., a, b, c])
-            for distance, fine in zip(distances, refined, strict=True):
-                distance[..., i, j, k] = fine
+        near = located[0, 0] > -BOX_MARGIN_MM
+        for border, margin in borders:
+            distance = F.interpolate(located, scale_factor=2, mode="trilinear")
+            if box := _around(near, margin, net.config.fine_multiple // 2):
+                a, b, c = box
+                i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
+                distance[..., i, j, k] = border(x[..., i, j, k], located[..., a, b, c])
+            distances.append(distance)
     i, j, k = (slice(0, n) for n in head.shape)
     return [
         np.asarray(d[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM).float().cpu().numpy())
@@ -97,18 +104,19 @@ def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
     return torch.from_numpy(np.pad(head, pad))[None, None].to(next(net.parameters()).device)
 
 
-def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
-    """The box around (X, Y, Z) bool, grown to multiples of ``multiple`` voxels; () if all False.
+def _around(inside: torch.Tensor, margin: int, multiple: int) -> tuple[slice, ...]:
+    """The box around (X, Y, Z) bool and a ``margin``, in multiples of ``multiple`` voxels.
 
-    Sizes of ``inside`` must be such multiples.
+    () if all are False.  Sizes of ``inside`` must be such multiples.
     """
     box = []
-    for axis in range(3):
+    for axis, size in enumerate(inside.shape):
         indices = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
         if not len(indices):
             return ()
-        low = int(indices[0]) // multiple * multiple
-        box.append(slice(low, -(-(int(indices[-1]) + 1) // multiple) * multiple))
+        low = max(0, int(indices[0]) - margin) // multiple * multiple
+        high = -(-(int(indices[-1]) + 1 + margin) // multiple) * multiple
+        box.append(slice(low, min(size, high)))
     return tuple(box)
 
 

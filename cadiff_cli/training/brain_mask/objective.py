@@ -39,7 +39,7 @@ class MaskObjective:
 
 @dataclass(frozen=True)
 class SkullObjective:
-    """Train the decoder of the inner skull alone, on a random cube of ``fine`` voxels."""
+    """Train the network of the inner skull alone, on a random cube of ``fine`` voxels."""
 
     fine: int = 80
 
@@ -50,7 +50,7 @@ class SkullObjective:
         with torch.no_grad():
             located = net.locate(patch.image)
         cube = _cube(patch, self.fine, generator)
-        _, skull = net.borders(cube(patch.image, 2), cube(located, 1))
+        skull = net.enclose(cube(patch.image, 2), cube(located, 1))
         return SkullLoss(distance_loss(skull, cube(patch.skull, 2)))
 
 

@@ -49,7 +49,7 @@ def train_mask(
 
     ``init`` is a model to start from, which can locate brains already; no source that it was
     trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm.
-    If ``net_config`` wants the inner skull, its decoder alone learns, on label maps: what ``init``
+    If ``net_config`` wants the inner skull, its network alone learns, on label maps: what ``init``
     says of the brain stays the same to the bit.
     """
     check_sources(heads, hold_out, init)
@@ -105,11 +105,10 @@ def train_mask(
 
 
 def _begin(net: BrainNet, other: BrainNet) -> None:
-    """Copy weights; a new decoder of the inner skull begins as that of the brain."""
+    """Copy weights; a new network of the inner skull begins as that of the brain's border."""
     weights = other.state_dict()
     if net.skull is not None and other.skull is None:
-        decoder = {name: weights[f"fine.{name}"] for name in net.skull.state_dict()}
-        weights |= {f"skull.{name}": weight for name, weight in decoder.items()}
+        weights |= {f"skull.{name}": weight for name, weight in other.fine.state_dict().items()}
     net.load_state_dict(weights)
 
 
