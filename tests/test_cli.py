@@ -18,6 +18,7 @@ from conftest import ROOT
 from cadiff_cli import machine
 from cadiff_cli.api import segment
 from cadiff_cli.cli import COMMANDS, cadiff, guarded
+from cadiff_cli.cli.options import FilePath
 from cadiff_cli.config import Config, OutputConfig, RegisterConfig, SampleConfig
 from cadiff_cli.errors import (
     CadiffError,
@@ -160,6 +161,14 @@ def test_every_command_is_known_and_explained():
     assert cadiff.get_command(click.Context(cadiff), "nonsense") is None
 
 
+def test_no_command_takes_an_empty_path_for_the_current_folder():
+    """``-o "$UNSET"`` would write its results there."""
+    for name, command in every_command():
+        for parameter in command.params:
+            kinds = getattr(parameter.type, "types", [parameter.type])  # of an option of two words
+            assert all(type(x) is FilePath for x in kinds if isinstance(x, click.Path)), name
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -171,8 +180,10 @@ def test_every_command_is_known_and_explained():
         ["scan.nii", "-o", "out", "--tile", "50"],
         ["scan.nii", "-o", "out", "--skull-strip", "magic"],
         ["scan.nii", "-o", "out", "--samples", "2", "--steps", "0"],
+        ["scan.nii", "-o", ""],
+        [f"{'x' * 300}.nii", "-o", "out"],
     ],
-    ids=["nothing", "no out", "typo", "negative", "text", "tile", "choice", "samples"],
+    ids=["nothing", "no out", "typo", "negative", "text", "tile", "choice", "samples", "", "long"],
 )
 def test_usage_errors_exit_64(arguments, capsys):
     from cadiff_cli.cli.seg import command

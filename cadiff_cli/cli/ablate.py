@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cadiff_cli.cli.options import PATH
 from cadiff_cli.cli.train import (
     FOLDS_OPTION,
     also_options,
@@ -15,7 +16,7 @@ from cadiff_cli.cli.train import (
 
 
 @click.command(name="ablate")
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("dataset", type=PATH)
 @click.option(
     "--tables",
     default="II,III,IV,V,VI,4",

@@ -5,20 +5,16 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 GIVEN = {"age": "age_years", "sex": "sex", "ventricles": "ventricles_percent"}
 
 
 @click.command(name="evaluate")
 @click.argument("model", metavar="MODEL")
-@click.argument(
-    "people", nargs=-1, required=True, metavar="PEOPLE...", type=click.Path(path_type=Path)
-)
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the tables."
-)
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="Prepared people [default: OUT/cache]."
-)
+@click.argument("people", nargs=-1, required=True, metavar="PEOPLE...", type=PATH)
+@click.option("-o", "--out", required=True, type=PATH, help="Folder of the tables.")
+@click.option("--cache", type=PATH, help="Prepared people [default: OUT/cache].")
 @click.option(
     "--given",
     default="age,sex",

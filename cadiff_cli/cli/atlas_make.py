@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import SexOption
+from cadiff_cli.cli.options import PATH, SexOption
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.releases import DEFAULT_ATLAS
 
@@ -55,7 +55,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
     metavar="PERCENT",
     help="Volume of their ventricles in per cent of the brain [default: usual].",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("-o", "--out", type=PATH, required=True, help="Output folder.")
 @click.option(
     "--samples",
     type=click.IntRange(2, 1000),

@@ -5,13 +5,12 @@ from typing import Any
 
 import click
 
+from cadiff_cli.cli.options import PATH
 from cadiff_cli.cli.train import run_options
 
 
 @click.command(name="train")
-@click.argument(
-    "people", nargs=-1, required=True, metavar="PEOPLE...", type=click.Path(path_type=Path)
-)
+@click.argument("people", nargs=-1, required=True, metavar="PEOPLE...", type=PATH)
 @click.argument("config", metavar="CONFIG")
 @run_options
 def command(

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
+from cadiff_cli.cli.options import PATH
 from cadiff_cli.cli.train import FOLDS_OPTION, training_options
 
 
 @click.command(name="crossval")
 @click.argument("config", metavar="CONFIG")
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("dataset", type=PATH)
 @FOLDS_OPTION
 @click.option("--fold", multiple=True, type=int, help="Run only this fold, from 1 (repeatable).")
 @click.option(

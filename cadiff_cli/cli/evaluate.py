@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 COLUMNS = {
     "dice": ("Dice", ".4f"),
     "nsd": ("NSD", ".4f"),
@@ -16,8 +18,8 @@ COLUMNS = {
 
 
 @click.command(name="evaluate")
-@click.argument("prediction", type=click.Path(path_type=Path))
-@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("prediction", type=PATH)
+@click.argument("reference", type=PATH)
 @click.option(
     "--labels",
     help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40"
@@ -34,7 +36,7 @@ COLUMNS = {
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write evaluation.tsv (a row per scan and structure), evaluation_structures.tsv and"
     " evaluation_scans.tsv (mean and SD) into this folder.",
 )

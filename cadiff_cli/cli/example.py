@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 
 @click.command(name="example")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder.")
+@click.option("-o", "--out", type=PATH, required=True, help="Folder.")
 @click.option("--overwrite", is_flag=True, help="Replace another file of this name.")
 def command(out: Path, overwrite: bool) -> None:
     """Write sub-MNI152_T1w.nii.gz, the MNI152 brain of the nilearn package."""

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 FORMATS = ("enigma", "freesurfer", "synthseg")
 
 
 @click.command(name="export")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option(
     "--format",
     "layout",
@@ -21,7 +23,7 @@ FORMATS = ("enigma", "freesurfer", "synthseg")
     "-o",
     "--out",
     "path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="File to write [default: in OUT/export].",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")

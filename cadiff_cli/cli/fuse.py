@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 if TYPE_CHECKING:
     from cadiff_cli.config import Config
     from cadiff_cli.fusion import Fused
@@ -16,14 +18,14 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
 
 
 @click.command(name="fuse")
-@click.argument("t1", type=click.Path(path_type=Path))
+@click.argument("t1", type=PATH)
 @click.option(
     "--atlases",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="BIDS-like folder of skull-stripped T1w images with dseg label maps.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("-o", "--out", type=PATH, required=True, help="Output folder.")
 @click.option("--exclude", multiple=True, help="Subject label that may not vote (repeatable).")
 @click.option(
     "--parcellation",
@@ -38,7 +40,7 @@ SEGMENTATIONS = {"joint": "jlf", "majority": "majority"}
     show_default=True,
     help="Ids of the atlases: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or a TSV.",
 )
-@click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
+@click.option("--mask", type=PATH, help="Your own brain mask (T1's grid).")
 @click.option(
     "--registration",
     default="fast",

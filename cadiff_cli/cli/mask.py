@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import options_of
+from cadiff_cli.cli.options import PATH, options_of
 from cadiff_cli.config import StripConfig
 
 if TYPE_CHECKING:
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @click.command(name="mask")
-@click.argument("t1", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.argument("t1", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="Output folder.")
 @options_of(StripConfig, without=("mask",))
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier mask.")

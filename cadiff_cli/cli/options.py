@@ -1,6 +1,8 @@
 """Options made from the fields of dataclasses, and dataclasses made from their values."""
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -24,6 +26,27 @@ else:
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+
+
+class FilePath(click.Path):
+    """A ``Path`` that the file system can look up; it need not be there unless ``exists``."""
+
+    def __init__(self, *, exists: bool = False) -> None:
+        super().__init__(exists=exists, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The path; an empty one would mean the current folder."""
+        if not str(value):
+            self.fail("the path is empty: a variable of the shell may not be set", param, ctx)
+        try:
+            os.lstat(value)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                self.fail(f"the path {str(value)[:60]!r}... is too long", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = FilePath()
 
 
 def options_of(kind: type, without: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -99,7 +122,7 @@ def _click_option(field: "Field[Any]") -> Callable[[F], F]:
     elif int in kinds:
         more["type"] = click.IntRange(about.low, about.high)
     elif Path in kinds:
-        more["type"] = click.Path(path_type=Path)
+        more["type"] = PATH
     return click.option(*flags, show_default=default is not None, **more)
 
 
@@ -199,9 +222,9 @@ def entity_labels(words: Sequence[str], prefix: str, known: Collection[str]) -> 
     """
     labels: list[str] = []
     for word in (word.strip() for word in words):
-        path = Path(word)
-        is_list = word.removeprefix(prefix) not in known and path.is_file()
-        lines = _listed(path, prefix) if is_list else [word]
+        # Unlike Path.is_file, this takes words that are too long for a file's name.
+        is_list = word.removeprefix(prefix) not in known and os.path.isfile(word)
+        lines = _listed(Path(word), prefix) if is_list else [word]
         labels.extend(line.removeprefix(prefix) for line in lines)
     return tuple(dict.fromkeys(labels))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
+from cadiff_cli.cli.options import PATH
 
 
 @click.command(name="train")

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 
 @click.command(name="reorient")
-@click.argument("t1", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="File to write (NIfTI)."
-)
-@click.option("--mask", type=click.Path(path_type=Path), help="Your own brain mask (T1's grid).")
+@click.argument("t1", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="File to write (NIfTI).")
+@click.option("--mask", type=PATH, help="Your own brain mask (T1's grid).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     """Correct the orientation in a scan's header.

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH, FilePath
+
 
 @click.command(name="report")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option(
     "--scans",
-    type=click.Path(path_type=Path, exists=True),
+    type=FilePath(exists=True),
     help="The scan, or a folder that holds the scans [default: where OUT's dataset_description.json"
     " says].",
 )

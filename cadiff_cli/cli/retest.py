@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 COLUMNS = {
     "volume_difference_percent": ("volume difference %", ".2f"),
     "dice": ("Dice", ".4f"),
@@ -14,7 +16,7 @@ COLUMNS = {
 
 
 @click.command(name="retest")
-@click.argument("derivatives", type=click.Path(path_type=Path))
+@click.argument("derivatives", type=PATH)
 @click.option(
     "--labels",
     help="Structures to compare: all, or a subset of the label maps' parcellation or of cadiff40"
@@ -25,7 +27,7 @@ COLUMNS = {
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Also write retest.tsv (a row per later scan and structure), retest_structures.tsv and"
     " retest_scans.tsv (mean and SD) into this folder.",
 )

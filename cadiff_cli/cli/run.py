@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from cadiff_cli import __version__
 from cadiff_cli.cli.options import (
+    PATH,
     Memory,
     Words,
     check,
@@ -23,7 +24,6 @@ from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import AnalysisLevelError, MissingInputError, UsageError
 
 LEVELS = ("participant", "group")
-PATH = click.Path(path_type=Path)
 ONCE = {
     *("overwrite", "dry_run", "reports_only", "boilerplate_only", "config_file"),
     *("verbose", "notrack"),

@@ -7,7 +7,7 @@ import click
 
 from cadiff_cli import __version__
 from cadiff_cli.cli import HELP_OPTIONS
-from cadiff_cli.cli.options import Age, SexOption, check, made, options_of
+from cadiff_cli.cli.options import PATH, Age, SexOption, check, made, options_of
 from cadiff_cli.config import Request
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @click.command(name="seg", context_settings=HELP_OPTIONS)
-@click.argument("t1", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.argument("t1", type=PATH)
+@click.option("-o", "--out", type=PATH, required=True, help="Output folder.")
 @click.option(
     "--age",
     type=Age(),

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cadiff_cli.cli.options import PATH
+
 if TYPE_CHECKING:
     from cadiff_cli.io.bids.labelled import LabelledScan
     from cadiff_cli.labels.parcellation import Parcellation
 
 RUN_OPTIONS = (
-    click.option(
-        "-o", "--run", type=click.Path(path_type=Path), required=True, help="Folder of this run."
-    ),
-    click.option(
-        "--cache", type=click.Path(path_type=Path), help="Prepared images [default: RUN/cache]."
-    ),
+    click.option("-o", "--run", type=PATH, required=True, help="Folder of this run."),
+    click.option("--cache", type=PATH, help="Prepared images [default: RUN/cache]."),
     click.option(
         "--steps", type=click.IntRange(1), help="Number of steps, instead of the config's."
     ),
@@ -79,7 +77,7 @@ SCAN_OPTIONS = (
 ALSO_OPTIONS = (
     click.option(
         "--also",
-        type=(click.Path(path_type=Path), str),
+        type=(PATH, str),
         multiple=True,
         metavar="DATASET LABELS",
         help="Scans whose labels are trusted less: a share of the patches, no vote in the prior."
@@ -163,7 +161,7 @@ def sources_of(
 
 @click.command(name="train")
 @click.argument("config", metavar="CONFIG")
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("dataset", type=PATH)
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
 @also_options
 @click.option(

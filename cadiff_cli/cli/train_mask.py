@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cadiff_cli.cli.options import PATH
 from cadiff_cli.cli.train import run_options
 
 
@@ -13,13 +14,13 @@ from cadiff_cli.cli.train import run_options
 @click.option(
     "--label-maps",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of whole-head label maps (FreeSurfer codes, 5xx around the brain; repeatable).",
 )
 @click.option(
     "--heads",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="BIDS-like folder of whole heads with a brain mask or dseg (repeatable).",
 )
 @click.option(

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
+from cadiff_cli.cli.options import PATH
 from cadiff_cli.cli.train import run_options
 
 
 @click.command(name="train-parcels")
 @click.argument("config", metavar="CONFIG")
-@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("dataset", type=PATH)
 @click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
 @click.option("--init", metavar="MODEL", help="Begin with these weights (nmm138, or a file).")
 @run_options
