@@ -300,7 +300,7 @@ class Recipe:
             "strip_sha256": self.strip_sha256,
             "calibration": self.calibration,
             **({"ranges": self.ranges} if self.ranges else {}),
-            "output_spaces": output["spaces"],
+            "output_spaces": sorted(output["spaces"]),
             "field": output["field"],
             **({"codes": output["codes"]} if output["codes"] != OutputConfig.codes else {}),
             **(

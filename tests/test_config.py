@@ -152,3 +152,9 @@ def test_machine_and_names_are_options_too(parse):
 def test_spaces_are_wanted_once(parse):
     twice = parse("--output-spaces", "MNIColin27", "MNI152NLin2009cAsym", "MNIColin27")
     assert twice.config.output.spaces == ("MNIColin27", "MNI152NLin2009cAsym")
+
+
+def test_the_order_of_spaces_is_no_setting(parse):
+    names = ("MNIColin27", "MNI152NLin2009cAsym")
+    one, other = (parse("--output-spaces", *order).config for order in (names, names[::-1]))
+    assert fingerprint(one) == fingerprint(other)

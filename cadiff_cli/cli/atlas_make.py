@@ -38,6 +38,10 @@ def parse_ages(text: str) -> tuple[float, ...]:
         raise UsageError(
             f"--age {text} holds no age", "write FROM:TO:STEP with FROM below TO, as in 20:90:10"
         )
+    if step > stop - start > 0:
+        raise UsageError(
+            f"--age {text} steps over its own end", f"write a STEP of at most {stop - start:g}"
+        )
     number = int((stop - start) / step + 1e-6) + 1
     if number > MOST:
         raise UsageError(
