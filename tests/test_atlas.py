@@ -453,7 +453,9 @@ def test_a_grid_with_other_axes_is_refused(grid_of, model):
         deform(grid_of("RAS"), np.zeros((3, 88, 104, 88), np.float32), grid_of("LPS"))
 
 
-@pytest.mark.parametrize("text", ["abc", "20-90", "20:90", "90:20:10", "20:90:0", "-5", "1:90:0.5", "20:90:200"])
+@pytest.mark.parametrize(
+    "text", ["abc", "20-90", "20:90", "90:20:10", "20:90:0", "-5", "1:90:0.5", "20:90:200"]
+)
 def test_bad_ages_are_explained(text):
     with pytest.raises(UsageError, match="--age"):
         parse_ages(text)
