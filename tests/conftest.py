@@ -3,6 +3,7 @@
 Everything is a factory: a test asks for the orientation, the spacing and the size it needs.
 """
 
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from cadiff_cli.products import (
 )
 from cadiff_cli.quality.age_fit import fit
 from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.probabilities import Probabilities
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.condition import brain_crop, normalise
 from cadiff_cli.training.segmenter.data import Sample, pool
@@ -45,6 +47,21 @@ from cadiff_cli.training.segmenter.synthesis import SynthesisConfig
 
 # On a busy machine threads wait for one another longer than tensors this small take.
 torch.set_num_threads(1)
+
+
+def probabilities_of(p):
+    """Probabilities of every voxel of a volume (classes, X, Y, Z)."""
+    shape = tuple(p.shape[1:])
+    return Probabilities(p.flatten(1).T.contiguous(), torch.arange(math.prod(shape)), shape)
+
+
+def dense(probabilities):
+    """(classes, X, Y, Z): those of the whole volume."""
+    p = torch.zeros(probabilities.n_classes, math.prod(probabilities.shape))
+    p[0] = 1
+    p[:, probabilities.voxels] = probabilities.values.T
+    return p.reshape(-1, *probabilities.shape)
+
 
 NO_CHANGE = AugmentConfig(
     flip=0,

@@ -9,6 +9,7 @@ from conftest import seeded
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.nets.segmenter import FIELD_STD, Coarse
+from cadiff_cli.spatial.probabilities import fractions
 from cadiff_cli.training.segmenter.losses import (
     SIMILARITIES,
     Consistency,
@@ -20,7 +21,6 @@ from cadiff_cli.training.segmenter.losses import (
     dice_ce_of_classes,
     dice_similarity,
     field_mse,
-    fractions,
     octants,
 )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import dense, probabilities_of
 from test_probabilities import random_p, some_of
 
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
@@ -18,7 +19,6 @@ from cadiff_cli.products import Calibration, Scan
 from cadiff_cli.quality.calibration import KNOTS, fit, load_calibration
 from cadiff_cli.quality.expected import expected_dice
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.probabilities import Probabilities
 from cadiff_cli.stages.sampling import brain_blocks, class_probabilities, denoise
 from cadiff_cli.stages.segment import segment
 from cadiff_cli.stages.volumes import volumes_mm3
@@ -29,7 +29,7 @@ QUICK = SampleConfig(steps=1, flip=False)
 def test_who_is_certain_expects_one():
     classes = np.random.default_rng(0).integers(0, 4, (9, 8, 7)).astype(np.uint8)
     p = torch.from_numpy(np.stack([classes == k for k in range(5)]).astype(np.float32))
-    found = expected_dice(Probabilities.of_all(p), classes)
+    found = expected_dice(probabilities_of(p), classes)
     np.testing.assert_array_equal(found[:3], 1)
     assert np.isnan(found[3]), "absent on both sides"
 
@@ -41,27 +41,25 @@ def test_equal_probabilities_have_a_closed_form(q, n):
     p = torch.full((2, 10, 10, 10), 1 - q)
     p[1] = q
     drawn = (np.arange(1000) < n).reshape(10, 10, 10).astype(np.uint8)
-    assert expected_dice(Probabilities.of_all(p), drawn)[0] == pytest.approx(
-        2 * n * q / (n + 1000 * q)
-    )
+    assert expected_dice(probabilities_of(p), drawn)[0] == pytest.approx(2 * n * q / (n + 1000 * q))
 
 
 def test_it_is_the_mean_dice_of_truths_drawn_from_the_probabilities():
     p = random_p((20, 18, 16), sharpness=2.0)
-    drawn = Probabilities.of_all(p).most_probable()
+    drawn = probabilities_of(p).most_probable()
     drawn[:4] = 0  # a mask that is too small costs what lies outside it
     flat = torch.distributions.Categorical(p.reshape(4, -1).T)
     torch.manual_seed(0)
     truths = [flat.sample().reshape(p.shape[1:]).numpy().astype(np.uint8) for _ in range(40)]
     mean = np.mean([dice(drawn, truth, (1, 2, 3)) for truth in truths], axis=0)
-    np.testing.assert_allclose(expected_dice(Probabilities.of_all(p), drawn), mean, atol=0.003)
+    np.testing.assert_allclose(expected_dice(probabilities_of(p), drawn), mean, atol=0.003)
 
 
 def test_what_is_left_out_is_certain_background():
     p = random_p((9, 8, 7), sharpness=2.0)
     some = some_of(p)
-    drawn = Probabilities.of_all(p).most_probable()
-    whole = expected_dice(Probabilities.of_all(some.dense()), drawn)
+    drawn = probabilities_of(p).most_probable()
+    whole = expected_dice(probabilities_of(dense(some)), drawn)
     np.testing.assert_allclose(expected_dice(some, drawn), whole, rtol=1e-5)
 
 

@@ -13,9 +13,9 @@ from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io import models
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
+from cadiff_cli.spatial.probabilities import fractions
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.segmenter.config import TrainConfig, load
-from cadiff_cli.training.segmenter.losses import fractions
 from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import draw_patch
 from cadiff_cli.training.segmenter.run import train

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import awake
+from conftest import awake, dense
 from scipy import ndimage
 from test_cli import TABLES, segmented_alone
 
@@ -235,7 +235,7 @@ def test_some_voxels_have_the_probabilities_that_all_have(
     whole = np.ones(small_conditions.mask.data.shape, bool)
     everything = replace(small_conditions, mask=Volume(whole, small_conditions.mask.grid))
     all_of_it, _ = class_probabilities(everything, model, config)
-    p = all_of_it.dense().flatten(1)[:, near.voxels].T
+    p = dense(all_of_it).flatten(1)[:, near.voxels].T
     assert len(near.voxels) < whole.size
     torch.testing.assert_close(near.values, p, rtol=0, atol=1e-3)
 

@@ -125,11 +125,11 @@ def segment_file(
         watcher.stage("load")
         device = prepare_torch(request.machine)
         job, templates = job_of(request, out)
+        if job.conditional:  # of one scan, nothing takes the place of an atlas that cannot be made
+            job.conditional.of(person)
         job = job.of(t1, "").personal(person)
         if job.atlas:
             templates = _templates_of(job)
-        elif conditional:
-            raise UsageError(job.notes[-1].text, "use other templates for this person")
         jobs = request.machine.threads or cores()
         result, _ = make_result(job, scan, templates, device, watcher.stage, jobs)
         if trouble := cite(out):

@@ -32,7 +32,6 @@ from cadiff_cli.runner.job import Outcome
 from cadiff_cli.runner.journal import Journal
 
 MISSING = "group_missing.tsv"
-NOT_RUN = "not run yet"
 ENTITIES = {
     "participant_id": ("sub", "Participant"),
     "session_id": ("ses", "Session"),
@@ -76,10 +75,11 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
     results = [r.known_as(people) for r in finished(out) if r.entities in names]
     journal, missing, notes = Journal(out), dict[str, str](), list[str]()
     if not results:
-        whys = {_why_missing(journal.read(entities)) for entities in expected} - {NOT_RUN}
+        tried = (journal.read(entities) for entities in expected)
+        whys = sorted({_why_missing(last) for last in tried if last and last.message})
         raise MissingInputError(
-            "; ".join((f"{out} holds no finished result of these scans", *sorted(whys)[:3])),
-            "run the participant level first" if not whys else "see the participant level",
+            "; ".join((f"{out} holds no finished result of these scans", *whys[:3])),
+            "see the participant level" if whys else "run the participant level first",
         )
     parcellation = Counter(result.parcellation for result in results).most_common(1)[0][0]
     ranges = load_ranges(parcellation)
@@ -156,7 +156,7 @@ def write_finer(out: Path, group: Group) -> list[Path]:
 
 def _why_missing(last: Outcome | None) -> str:
     if last is None or not last.message:
-        return NOT_RUN
+        return "not run yet"
     return f"unsuitable: {last.message}" if last.status == "unsuitable" else last.message
 
 

@@ -14,6 +14,17 @@ from cadiff_cli.labels.parcellation import class_dtype
 from cadiff_cli.spatial.grid import Grid
 
 
+def fractions(classes: Tensor, n_classes: int, stride: int = 1) -> Tensor:
+    """Class fractions per block: (B, X, Y, Z) int64 -> (B, n_classes, X/s, Y/s, Z/s) float32."""
+    b, x, y, z = classes.shape
+    s = stride
+    blocks = classes.reshape(b, x // s, s, y // s, s, z // s, s).permute(0, 2, 4, 6, 1, 3, 5)
+    members = blocks.reshape(b, s**3, x // s, y // s, z // s)
+    out = torch.zeros(b, n_classes, *members.shape[2:], device=classes.device)
+    share = torch.full(members.shape, 1 / s**3, device=classes.device)
+    return out.scatter_add_(1, members, share)
+
+
 @dataclass(frozen=True, eq=False)
 class Probabilities:
     """Class probabilities of the voxels in and near a brain; everywhere else is background.
@@ -25,12 +36,6 @@ class Probabilities:
     values: Tensor
     voxels: Tensor
     shape: tuple[int, int, int]
-
-    @staticmethod
-    def of_all(p: Tensor) -> "Probabilities":
-        """Those of a whole volume (classes, X, Y, Z)."""
-        x, y, z = p.shape[1:]
-        return Probabilities(p.flatten(1).T.contiguous(), torch.arange(x * y * z), (x, y, z))
 
     @property
     def n_classes(self) -> int:
@@ -47,9 +52,9 @@ class Probabilities:
         entropy = torch.special.entr(self.values).sum(dim=1)
         return self._spread(entropy.div_(math.log(self.n_classes)).clamp_(0, 1))
 
-    def summed(self, groups: Sequence[Sequence[int]]) -> "Probabilities":
-        """Those of groups of classes; all others are background."""
-        return Probabilities(self.values @ self.membership(groups), self.voxels, self.shape)
+    def sums(self, groups: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
+        """(X, Y, Z) float32 for each group of classes: the probability of any of them."""
+        return tuple(map(self._spread, (self.values @ self.membership(groups)).T[1:]))
 
     def membership(self, groups: Sequence[Sequence[int]]) -> Tensor:
         """(classes, groups + 1): 1 where a class is in a group, the first one being the others."""
@@ -58,14 +63,6 @@ class Probabilities:
         for k, group in enumerate(groups, start=1):
             group_of[list(group)] = F.one_hot(torch.tensor(k), len(groups) + 1).float()
         return group_of
-
-    def dense(self) -> Tensor:
-        """(classes, X, Y, Z) float32: the whole volume, for interpolation."""
-        p = torch.zeros(self.n_classes, math.prod(self.shape))
-        p[0] = 1
-        for p_k, values in zip(p, self.values.T, strict=True):
-            p_k[self.voxels] = values
-        return p.reshape(-1, *self.shape)
 
     def _spread(self, values: Tensor) -> np.ndarray:
         """(X, Y, Z) with ``values`` (n,) in their places, and 0 elsewhere."""

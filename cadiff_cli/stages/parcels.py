@@ -18,6 +18,7 @@ from cadiff_cli.nets.models import ParcelModel
 from cadiff_cli.nets.parcels import MULTIPLE, STRIDE, ParcelNet, sampled
 from cadiff_cli.products import Conditions, Segmentation
 from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.probabilities import fractions
 from cadiff_cli.spatial.resample import bounding_box, resample_labels
 
 LEFT_CORTEX, LEFT_WHITE = 3, 2
@@ -181,13 +182,7 @@ def detail(classes: np.ndarray) -> Tensor:
 def shares(classes: np.ndarray) -> Tensor:
     """(1, classes, X/4, Y/4, Z/4): the fraction of each class of ``BASE`` in each cell."""
     n = load_parcellation(BASE).n_classes
-    x, y, z = (size // STRIDE for size in classes.shape)
-    cells = np.arange(x * y * z).reshape(x, y, z)
-    for axis in range(3):
-        cells = cells.repeat(STRIDE, axis)
-    counts = np.bincount((cells * n + classes).ravel(), minlength=x * y * z * n)
-    fractions = torch.from_numpy(counts.astype(np.float32) / STRIDE**3)
-    return fractions.reshape(1, x, y, z, n).permute(0, 4, 1, 2, 3)
+    return fractions(torch.from_numpy(classes.astype(np.int64))[None], n, STRIDE)
 
 
 def _expected_dice(p: np.ndarray, best: np.ndarray) -> Iterator[tuple[int, float]]:

@@ -58,7 +58,10 @@ def settings(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(p.name.removesuffix(".json") for p in folder.iterdir())
         raise UsageError(f"unknown registration {name!r}", f"choose from {', '.join(known)}")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    values = dict(json.loads(path.read_text(encoding="utf-8")))
+    if first := values.pop("after", None):  # it begins with the stages of other settings
+        values["stages"] = [*settings(first)["stages"], *values["stages"]]
+    return values
 
 
 def register(

@@ -55,7 +55,7 @@ def segment(
         classes, tissues, posteriors = carried.classes, carried.sums, carried.posteriors
     else:  # nothing lies between voxels
         classes = resample(Volume(best, grid), native, order=0).data
-        of_tissues = (Volume(x.numpy(), grid) for x in p.summed(groups).dense()[1:])
+        of_tissues = (Volume(x, grid) for x in p.sums(groups))
         copies = (resample(x, native, order=0).data for x in of_tissues)
         tissues = tuple((x * mask.data).astype(np.float16) for x in copies)
     entropy = None

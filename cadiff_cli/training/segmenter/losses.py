@@ -26,17 +26,6 @@ class Losses:
         return self.label + self.coarse + self.field + self.consistency
 
 
-def fractions(classes: Tensor, n_classes: int, stride: int = 1) -> Tensor:
-    """Class fractions per block: (B, X, Y, Z) int64 -> (B, n_classes, X/s, Y/s, Z/s) float32."""
-    b, x, y, z = classes.shape
-    s = stride
-    blocks = classes.reshape(b, x // s, s, y // s, s, z // s, s).permute(0, 2, 4, 6, 1, 3, 5)
-    members = blocks.reshape(b, s**3, x // s, y // s, z // s)
-    out = torch.zeros(b, n_classes, *members.shape[2:], device=classes.device)
-    share = torch.full(members.shape, 1 / s**3, device=classes.device)
-    return out.scatter_add_(1, members, share)
-
-
 def dice_ce(logits: Tensor, target: Tensor) -> Tensor:
     """Soft Dice loss over the foreground classes present in ``target``, plus cross-entropy.
 

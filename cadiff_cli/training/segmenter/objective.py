@@ -9,6 +9,7 @@ from torch import Tensor
 from cadiff_cli.diffusion.process import expand
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.segmenter import STRIDE, CADiffNet
+from cadiff_cli.spatial.probabilities import fractions
 from cadiff_cli.training.segmenter.losses import (
     Consistency,
     Losses,
@@ -17,7 +18,6 @@ from cadiff_cli.training.segmenter.losses import (
     dice_ce,
     dice_ce_of_classes,
     field_mse,
-    fractions,
 )
 from cadiff_cli.training.segmenter.patches import Patch
 
