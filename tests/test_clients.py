@@ -396,6 +396,12 @@ def test_volumes_in_the_layouts_of_others(made, layout, separator, first, names,
         own = {x.name: x.mm3 for x in result.rows()}
         for column, name in names.items():
             assert float(row[column]) == pytest.approx(own[name], abs=1e-3)
+        if layout == "freesurfer":  # which counts vessels, but neither brain stem nor chiasm
+            whole = (
+                own["Brain-Segmentation"] + own.get("Left-vessel", 0) + own.get("Right-vessel", 0)
+            )
+            lacking = own["Brain-Stem"] + (own.get("Optic-Chiasm") or 0)
+            assert float(row["BrainSegVol"]) == pytest.approx(whole - lacking, abs=0.1)
         for column in ("Vermis", "vermis"):
             if column in row:
                 parts = [mm3 for name, mm3 in own.items() if "Vermal" in name]

@@ -24,8 +24,8 @@ SUMS: Mapping[str, tuple[int, ...]] = {
 """Sums that papers of volumes give: their codes of ``BASE``."""
 INTRACRANIAL = "Intracranial-Volume"
 TOTALS = {
-    "Brain-Segmentation": "All structures but vessels (FreeSurfer's BrainSegVol)",
-    "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF (BrainSegVolNotVent)",
+    "Brain-Segmentation": "All structures but vessels (the brain stem too, unlike BrainSegVol)",
+    "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF",
     "Brain-Mask": "The brain mask, with fluid in sulci (MaskVol)",
     INTRACRANIAL: "What the inner skull holds: brain, fluid, vessels and dura, down to the lower"
     " end of the brain stem (FreeSurfer estimates it: EstimatedTotalIntraCranialVol)",

@@ -39,6 +39,8 @@ ENIGMA: Mapping[str, Measure] = {
 WHOLE_HEMISPHERES = {2, 3, 41, 42}
 """``aseg.stats`` has them among its measures, not among its structures."""
 VERMIS = tuple(s.name for s in load_parcellation(BASE).structures if s.code in (630, 631, 632))
+BRAIN_SEG = tuple(s for s in load_parcellation(BASE).structures if s.code not in (16, 85))
+"""FreeSurfer counts neither brain stem nor optic chiasm (``cma.cpp``), but vessels."""
 FREESURFER: Mapping[str, Measure] = {
     **{
         s.name: s.name
@@ -46,8 +48,8 @@ FREESURFER: Mapping[str, Measure] = {
         if s.code not in WHOLE_HEMISPHERES and s.name not in VERMIS
     },
     "Vermis": VERMIS,
-    "BrainSegVol": "Brain-Segmentation",
-    "BrainSegVolNotVent": "Brain-Segmentation-Not-CSF",
+    "BrainSegVol": tuple(s.name for s in BRAIN_SEG),
+    "BrainSegVolNotVent": tuple(s.name for s in BRAIN_SEG if not s.is_csf),
     "lhCortexVol": "Left-Cerebral-Cortex",
     "rhCortexVol": "Right-Cerebral-Cortex",
     "CortexVol": "Cortex",
