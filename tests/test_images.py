@@ -287,6 +287,23 @@ def test_doubts_about_left_and_right_are_told(phantom, tmp_path, codes, mirror, 
     assert (word in text) if word else not text
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_qform_that_lies_elsewhere_is_told(phantom, tmp_path, told):
+    """ITK may read it, and then our transforms do not fit; half a voxel is a rounding."""
+    head = phantom("RAS", 4.0)
+    image = nib.Nifti1Image(head.t1.data, head.t1.grid.affine)
+    other = head.t1.grid.affine.copy()
+    other[:3, 3] += (0, 25, 0) if told else (0, 0.1, 0)
+    image.set_sform(head.t1.grid.affine, 2)
+    image.set_qform(other, 1)
+    nib.save(image, tmp_path / "sub-01_T1w.nii.gz")
+    said = [
+        text for text in texts(load_scan(tmp_path / "sub-01_T1w.nii.gz").notes) if "ITK" in text
+    ]
+    assert len(said) == told
+    assert all("25.0 mm" in text for text in said)
+
+
 def test_two_statements_of_a_voxels_size_are_told(phantom, tmp_path):
     """A stretched sform over an honest qform makes every volume too large."""
     head = phantom("RAS", 4.0)

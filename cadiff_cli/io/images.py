@@ -34,7 +34,7 @@ from cadiff_cli.io.intensities import LARGEST, is_ct, usable, without_padding
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume, border_value
-from cadiff_cli.spatial.resample import check_same_grid
+from cadiff_cli.spatial.resample import all_voxels, check_same_grid, corners
 
 MIN_EDGE_VOXELS = 8
 """Least number of voxels along an axis: a smaller scan cannot hold a brain."""
@@ -313,6 +313,13 @@ def _frame_notes(header: Any, name: str) -> list[Note]:
                 f" ({ours} and {theirs}): sform is believed"
             )
             notes.append(Note(NoteCode.HEADER_ORIENTATION, text))
+        elif (apart_mm := _apart_mm(header, sform, qform)) > voxel_sizes(sform).min() / 2:
+            text = (
+                f"sform and qform of {name} lie up to {apart_mm:.1f} mm apart: sform is believed."
+                " ITK's programs (ANTs, fMRIPrep) may read the qform, which our transforms do not"
+                " fit: make both the same (fslorient -copysform2qform)"
+            )
+            notes.append(Note(NoteCode.HEADER_ORIENTATION, text))
     pixdim, sizes = np.array(header.get_zooms()[:3]), voxel_sizes(header.get_best_affine())
     if (abs(sizes / pixdim - 1) > SAME_SIZE).any():
         text = (
@@ -321,6 +328,12 @@ def _frame_notes(header: Any, name: str) -> list[Note]:
         )
         notes.append(Note(NoteCode.HEADER_SIZES, text))
     return notes
+
+
+def _apart_mm(header: Any, one: np.ndarray, other: np.ndarray) -> float:
+    """How far a corner of the image lies from itself by another affine."""
+    box = all_voxels(header.get_data_shape()[:3])
+    return float(np.linalg.norm(corners(box, one) - corners(box, other), axis=0).max())
 
 
 def save_volume(
