@@ -259,9 +259,21 @@ def test_an_unknown_sex_is_either(few):
         percentiles(few, volumes, TOY, Person(40.0, sex))["Hippocampus"] for sex in (None, "F", "M")
     )
     assert both.value == pytest.approx((woman.value + man.value) / 2)
-    assert both.low == min(woman.low, man.low)
-    assert both.high == max(woman.high, man.high)
+    for end in ("low", "high"):
+        assert getattr(both, end) == pytest.approx(np.mean([getattr(x, end) for x in (woman, man)]))
     assert woman.value < man.value
+
+
+@pytest.mark.parametrize("sex", [None, "F", "M"])
+def test_so_many_per_cent_lie_below_a_line(few, sex):
+    """What a page draws and what it says are the same law."""
+    person = Person(40.0, sex)
+    for name in ("Hippocampus", BRAIN):
+        for wanted in (5.0, 50.0, 95.0):
+            ((size,),) = few.lines(name, np.array([40.0]), person, [wanted])
+            assert few.percentile(name, float(size), person).value == pytest.approx(
+                wanted, abs=1e-6
+            )
 
 
 def test_what_is_small_among_ventricles_is_large_among_the_rest(few):

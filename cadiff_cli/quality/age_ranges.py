@@ -30,6 +30,8 @@ SIDED = 1.96
 BRAIN, NOT_CSF, VENTRICLES = "Brain-Segmentation", "Brain-Segmentation-Not-CSF", "Ventricles"
 KEPT = "age_ranges_{}.json"
 """Name of a file in an output folder, by the ranges' fingerprint."""
+HALVINGS = 50
+"""Of an interval of logarithms: less is left of it than floats can tell apart."""
 FORMAT = 1
 """Of the file: increase it when older versions could not read it."""
 
@@ -96,21 +98,25 @@ class AgeRanges:
             se = float(np.hypot(mean_se / sd, z * sd_se)[0])
             found.append([100 * float(ndtr(z + k * SIDED * se)) for k in (0, -1, 1)])
         value, low, high = np.transpose(found)
-        return Percentile(float(value.mean()), float(low.min()), float(high.max()))
+        return Percentile(float(value.mean()), float(low.mean()), float(high.mean()))
 
     def lines(
         self, name: str, ages: np.ndarray, person: Person, percentiles: Sequence[float]
     ) -> np.ndarray:
         """(percentiles, ages): sizes of ``name`` below which so many per cent lie.
 
-        Of an unknown sex: the mean of those of women and men, on the logarithmic scale.
+        Of an unknown sex: of women and men in equal parts, as ``percentile`` counts them.
         """
-        logs = []
-        for sex in sexes_of(person):
-            mean, sd, mean_se, _ = self.moments(self.curves[name], ages, sex)
-            z = ndtri(np.asarray(percentiles) / 100)[:, None]
-            logs.append(mean + z * np.hypot(sd, mean_se))
-        return np.asarray(np.exp(np.mean(logs, axis=0)))
+        below = np.asarray(percentiles)[:, None] / 100
+        sexes = [self.moments(self.curves[name], ages, sex)[:3] for sex in sexes_of(person)]
+        normal = [(mean, np.hypot(sd, mean_se)) for mean, sd, mean_se in sexes]
+        ends = [mean + ndtri(below) * sd for mean, sd in normal]
+        low, high = np.min(ends, axis=0), np.max(ends, axis=0)
+        for _ in range(HALVINGS):  # the answer lies between the sexes' own
+            middle = (low + high) / 2
+            share = np.mean([ndtr((middle - mean) / sd) for mean, sd in normal], axis=0)
+            low, high = np.where(share < below, middle, low), np.where(share < below, high, middle)
+        return np.asarray(np.exp((low + high) / 2))
 
     def range(self, name: str, person: Person, wide: float) -> Range | None:
         """What is plausible at this age and sex: ``wide`` standard deviations around the centre."""
