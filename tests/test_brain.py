@@ -708,6 +708,15 @@ def test_freesurfers_codes_of_the_brain():
     assert codes[is_brain(codes)].tolist() == brain
 
 
+def test_label_0_is_air_even_without_a_voxel_of_it():
+    """Air may have a code of its own: white matter, the lowest code, must not be painted as air."""
+    codes = np.full((48, 48, 48), 517, np.int16)
+    codes[12:36, 12:36, 12:36] = 2
+    head = from_labels("air", "airs", Volume(codes, Grid(codes.shape, np.diag([4.0, 4, 4, 1]))))
+    assert head.labels[tuple(n // 2 for n in head.labels.shape)] > 0
+    np.testing.assert_array_equal(head.t1[0], 0)
+
+
 @pytest.mark.parametrize("axes", ["RAS", "LIA"])
 def test_drawn_labels_lie_where_the_distance_says(axes):
     """Halving the voxels of an even number leaves nothing half a voxel off."""

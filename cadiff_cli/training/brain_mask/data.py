@@ -32,7 +32,7 @@ from cadiff_cli.training.paint import T1_BRIGHTNESS, tissues
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Increase when the preparation of heads changes; older files are then prepared again."""
 T1_HEAD: Mapping[int, tuple[float, float]] = {
     0: (0.0, 0.0),
@@ -73,7 +73,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     distance = distance_at_2mm(Volume(brain, dseg.grid))
     # Left and right share their intensities, so they share a label.
     left = load_parcellation(BASE).left_codes
-    present = np.unique(codes)
+    present = np.unique(np.append(codes, 0))  # air is label 0, even if the map calls it otherwise
     of_pair, paired = np.unique(
         [left.get(int(code), int(code)) for code in present], return_inverse=True
     )
