@@ -192,9 +192,9 @@ def structure_volumes(base: Template, deformation: Deformation | None = None) ->
     codes, grid = base.labels.data, base.labels.grid
     factors = None
     if deformation is not None:
-        there = deformation.grid
-        larger = jacobian(torch.from_numpy(deformation.forward_mm)[None], there.spacing_mm)
-        factors = on_grid(larger.numpy(), there, grid)[0].ravel()
+        # Slopes between 2 mm voxels would smooth away a tenth of what a third ventricle grows.
+        moved = on_grid(deformation.forward_mm, deformation.grid, grid)
+        factors = jacobian(torch.from_numpy(moved)[None], grid.spacing_mm)[0].numpy().ravel()
     sums = np.bincount(codes.ravel(), factors) * grid.voxel_volume_mm3
     return {int(code): float(sums[code]) for code in np.unique(codes) if code > 0}
 
