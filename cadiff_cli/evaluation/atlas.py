@@ -39,6 +39,10 @@ LEAST_PERCENT = 1e-6
 """A structure that somebody lacks has no logarithm."""
 
 
+LENGTH = (8 / (3 * np.pi)) ** 0.5
+"""Mean length of a normal vector in three dimensions, over the root of its mean square."""
+
+
 @dataclass(frozen=True)
 class GroupScore:
     """One source of atlases against one group of people.
@@ -128,7 +132,7 @@ def score_group(
         n,
         folds,
         round(mean(apart.mean(dim=0).norm(dim=0)), 4),
-        round(mean(chance), 4),
+        round(LENGTH * mean(chance), 4),
         round(float(np.mean([mean(gap.square().sum(dim=0)) ** 0.5 for gap in apart])), 4),
         round(float(np.mean(roughness)), 5),
     )
