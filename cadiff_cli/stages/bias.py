@@ -117,4 +117,6 @@ def evened_head(stripped: Stripped) -> Volume | None:
 
 def factor(log_bias: Volume, grid: Grid) -> np.ndarray:
     """The field's factor at each voxel of ``grid``; beyond the field, its outermost values."""
-    return np.asarray(np.exp(resample(log_bias, grid).data))
+    n = max(log_bias.grid.shape)
+    wide = log_bias.grid.crop((-n,) * 3, tuple(size + 2 * n for size in log_bias.grid.shape))
+    return np.asarray(np.exp(resample(Volume(np.pad(log_bias.data, n, "edge"), wide), grid).data))
