@@ -157,7 +157,7 @@ def run(
         intracranial=intracranial_on_scan(prepared.stripped, scan),
     )
     if config.output.parcellation:
-        inner = {s.code for s in namer.parcellation.structures if s.parent != s.code}
+        inner = {s.code for s in namer.parcellation.structures if s.is_part}
         finer = replace(
             result,
             segmentation=parcels,

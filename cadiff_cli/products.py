@@ -336,7 +336,9 @@ class Segmentation:
 
     ``device`` is where the network ran; ``tile`` the edge of the tiles that it saw, None for the
     whole volume.
-    ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for.
+    ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for; then
+    parcels have a ``confidence`` (X, Y, Z) float16 in their place: the probability of the parcel
+    that was drawn, 0 outside the cortex.
     ``expected_dice`` maps a code to the Dice that the network's probabilities let expect, as they
     are (a ``Calibration`` corrects them); a structure that is absent is not in it.
     ``volume_sd_mm3`` is the standard deviation of each volume over the samples, empty for a single
@@ -353,6 +355,7 @@ class Segmentation:
     precision: str = "float32"
     tile: int | None = None
     posteriors: np.ndarray | None = None
+    confidence: np.ndarray | None = None
     notes: tuple[Note, ...] = ()
     expected_dice: Mapping[int, float] = field(default_factory=dict)
     volume_sd_mm3: Mapping[int, float] = field(default_factory=dict)

@@ -94,7 +94,7 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
         measured = {"volume_mm3": mm3, "percent_brain": 100 * mm3 / brain if brain else None}
         measured["percent_intracranial"] = 100 * mm3 / held if held else None
         # Calibrations are of whole structures: the Dice of a part is as the network expects it.
-        known = calibrate if s.parent in (None, s.code) else None
+        known = None if s.is_part else calibrate
         measured["usual_dice"] = known.usual.get(s.name) if known else None
         if (raw := segmentation.expected_dice.get(s.code)) is not None:
             measured["expected_dice"] = known(s.name, raw) if known else raw

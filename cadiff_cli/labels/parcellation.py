@@ -87,6 +87,16 @@ class Structure:
         return self.name.removeprefix(LEFT).removeprefix(RIGHT)
 
     @property
+    def title(self) -> str:
+        """That name for people, as ``Cerebral White Matter``."""
+        return self.shared_name.replace("-", " ")
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a part of a structure of ``BASE``, such as a parcel of the cortex."""
+        return self.parent not in (None, self.code)
+
+    @property
     def is_tissue(self) -> bool:
         """Part of the brain or of its fluid; vessels are not."""
         return self.tissue != NON_BRAIN_TISSUE

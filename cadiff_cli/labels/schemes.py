@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from cadiff_cli.data import shipped
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import DataError, MissingInputError, first_few
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation, shipped_names
 
 OWN = "cadiff"
@@ -76,7 +76,11 @@ def parse(name: str, text: str, parcellation: Parcellation) -> dict[int, int]:
         raise DataError(f"{name} maps ids {several} to several codes", "give each id one row")
     classes = {0: 0, **parcellation.class_of}
     if unknown := sorted({code for code in code_of.values() if abs(code) not in classes}):
-        raise DataError(f"{name} maps to unknown codes {unknown}", "see dseg.tsv for the codes")
+        known = first_few([str(code) for code in parcellation.class_of], 50)
+        raise DataError(
+            f"{name} maps to unknown codes {first_few([str(code) for code in unknown])}",
+            f"{parcellation.name} has {known}",
+        )
     return {id_: classes[abs(code)] * (-1 if code < 0 else 1) for id_, code in code_of.items()}
 
 

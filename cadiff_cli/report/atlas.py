@@ -192,9 +192,7 @@ def volume_lines(
         )
         drawn = [sum(sample[code] for code in codes) / 1000 for sample in samples]
         mean, sd = (float(np.mean(drawn)), float(np.std(drawn, ddof=1))) if drawn else (None, None)
-        lines.append(
-            Line(members[0].shared_name.replace("-", " "), members[0].color, base_ml, ml, mean, sd)
-        )
+        lines.append(Line(members[0].title, members[0].color, base_ml, ml, mean, sd))
     return lines
 
 

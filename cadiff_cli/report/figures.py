@@ -151,7 +151,7 @@ def parcels(views: Views, parcellation: Parcellation | None, n: int = SLICES) ->
     """Outlines of the parcels of the cortex over the scan."""
     if views.parcels is None or parcellation is None:
         return []
-    inner = [s.code for s in parcellation.structures if s.parent != s.code]
+    inner = [s.code for s in parcellation.structures if s.is_part]
     shown = np.where(np.isin(views.parcels.data, inner), views.parcels.data, 0)
     return structures(replace(views, labels=Volume(shown, views.parcels.grid)), parcellation, n)
 

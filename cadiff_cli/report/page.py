@@ -172,7 +172,7 @@ def volume_table(
         side = sides.get(members[0].name)
         lines.append(
             {
-                "name": members[0].shared_name.replace("-", " "),
+                "name": members[0].title,
                 "members": [
                     {
                         "code": one.code,
@@ -201,13 +201,17 @@ def parcel_table(case: Case) -> list[dict[str, Any]]:
     rows = {row.code: _measured(row) for row in case.finer_rows}
     lines = []
     for pair in finer.parcellation.pairs:
-        if pair[0].parent == pair[0].code:
+        if not pair[0].is_part:
             continue
         left, right = (rows.get(s.code, _measured(None)) for s in pair)
         percent = asymmetry(left["ml"] or 0.0, right["ml"] or 0.0)
-        name = pair[0].shared_name.replace("-", " ")
         lines.append(
-            {"name": name, "color": pair[0].color, "members": [left, right], "asymmetry": percent}
+            {
+                "name": pair[0].title,
+                "color": pair[0].color,
+                "members": [left, right],
+                "asymmetry": percent,
+            }
         )
     return lines
 

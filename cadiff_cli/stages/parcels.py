@@ -55,8 +55,7 @@ def parcellate(
 ) -> Segmentation:
     """The segmentation, one of ``BASE``, in the finer parcellation of ``model``; on the same grid.
 
-    ``posteriors``, where the segmentation has them, is (1, X, Y, Z): the probability of the parcel
-    that was drawn, 0 outside the cortex.  Raises ``UsageError`` without a field (the network may
+    It has a ``confidence`` where the segmentation has ``posteriors``.  Raises ``UsageError`` without a field (the network may
     find one, but keeps it) and for a segmentation that has other structures.
     """
     if (field := conditions.field) is None:
@@ -100,7 +99,8 @@ def parcellate(
         segmentation,
         labels=Volume(codes, labels.grid),
         parcellation=finer,
-        posteriors=sure[None] if segmentation.posteriors is not None else None,
+        posteriors=None,
+        confidence=sure if segmentation.posteriors is not None else None,
         uncertainty=None,
         expected_dice=expected,
         volume_sd_mm3={c: x for c, x in segmentation.volume_sd_mm3.items() if c in finer.class_of},

@@ -44,7 +44,7 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
         finer = result.finer.segmentation
         # In its own vote, a parcel would lose to white matter where the whole cortex wins.
         divided = labels.data.copy()
-        for cortex in {s.parent for s in finer.parcellation.structures if s.parent != s.code}:
+        for cortex in {s.parent for s in finer.parcellation.structures if s.is_part}:
             within = labels.data == cortex
             if within.any():
                 spread = nearest_codes(finer.labels.data, result.segmentation.labels.data == cortex)

@@ -384,8 +384,8 @@ class _Writer:
         )
         grid = segmentation.labels.grid
         model = {"Name": result.model.name, "WeightsSHA256": result.model.sha256}
-        if segmentation.posteriors is not None:
-            self.image(confidence, segmentation.posteriors[0], grid, like=path)
+        if segmentation.confidence is not None:
+            self.image(confidence, segmentation.confidence, grid, like=path)
             self.sidecar(
                 confidence,
                 sources,
