@@ -110,7 +110,7 @@ class SampleConfig:
 
     ``steps`` DDIM steps from noise drawn with ``seed``.  ``flip`` asks the trunk about the mirrored
     brain too in the last step.  ``tile`` is the edge (voxels at 1 mm) of overlapping tiles, or None
-    for the whole volume at once: tiles change probabilities a little, so they are no matter of the
+    for the whole volume at once: tiles change probabilities a little, so they belong here, not to
     ``Machine``.  ``samples`` predictions, from noise of as many seeds, are averaged.
     """
 

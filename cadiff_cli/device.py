@@ -25,7 +25,8 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device {name!r} is not supported", "use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"there is no {name}", f"{torch.cuda.device_count()} GPUs are visible")
+        names = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        raise UsageError(f"there is no {name}", f"use {', '.join(names)} or cpu")
     return device
 
 

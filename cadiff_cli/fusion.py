@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.config import RegisterConfig
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import UsageError, first_few
 from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.labels.parcellation import Parcellation
@@ -76,14 +76,16 @@ def choose_atlases(dataset: Path, t1: Path, exclude: Sequence[str] = ()) -> list
     people = {scan.subject: scan for scan in reversed(scans)}
     named = {label.removeprefix("sub-") for label in exclude}
     if unknown := sorted(named - set(people)):
-        raise UsageError(f"--exclude names {unknown}", f"there are {sorted(people)}")
+        raise UsageError(
+            f"--exclude names {first_few(unknown)}", f"there are {first_few(sorted(people), 20)}"
+        )
     own = {source_entities(t1).split("_")[0].removeprefix("sub-")}
     own |= {scan.subject for scan in scans if scan.t1.resolve() == t1.resolve()}
     chosen = [people[subject] for subject in sorted(set(people) - named - own)]
     if not chosen:
         raise UsageError(
-            f"nobody of {dataset} is left to label {t1.name}: {sorted(people)} are excluded or in"
-            " the scan",
+            f"nobody of {dataset} is left to label {t1.name}: {first_few(sorted(people))} are"
+            " excluded or in the scan",
             "give more people with --atlases, or fewer --exclude",
         )
     return chosen

@@ -41,7 +41,7 @@ def children(jobs: int, begin: Callable[[], object] | None = None) -> Iterator[E
             yield each
         except BrokenProcessPool as error:
             raise CadiffError(
-                "a child process was killed, perhaps for want of memory",
+                "a child process was killed, perhaps because memory was short",
                 "free some memory, or use fewer processes (--jobs, --threads 1)",
             ) from error
         except BaseException:

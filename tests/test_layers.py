@@ -25,6 +25,7 @@ DOORS = {
     "bids": ("io/bids/index.py",),
     "bids_validator": ("io/bids/index.py",),
     "pathspec": ("io/bids/selection.py",),
+    "sqlalchemy": ("io/bids/index.py",),
     "templateflow": ("io/templateflow.py",),
     "nibabel": ("io/images.py", "spatial/grid.py"),
     "safetensors": ("io/models.py",),

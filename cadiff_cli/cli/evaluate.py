@@ -63,7 +63,8 @@ def command(
     import logging
 
     from cadiff_cli.cli.scores import claim, progress, report
-    from cadiff_cli.evaluation.pairing import listed, pair_up
+    from cadiff_cli.errors import first_few
+    from cadiff_cli.evaluation.pairing import pair_up
     from cadiff_cli.evaluation.scores import chosen_maps, score_pair, scored_in
     from cadiff_cli.io.bids.tables import parcellation_of
     from cadiff_cli.labels.schemes import OWN, load_scheme
@@ -87,7 +88,7 @@ def command(
     ):
         if names:
             share = f"{len(names)} of {len(names) + len(pairs.files)} scans"
-            text = f"{share} have no label map in {place}: {listed(names)}"
+            text = f"{share} have no label map in {place}: {first_few([*names], 20)}"
             click.echo(warning(text), err=True)
     claim(out, "evaluation", overwrite=overwrite)
     scores = [

@@ -76,13 +76,12 @@ def made(kind: type[T], values: Mapping[str, Any], **given: Any) -> T:
     return kind(**given)
 
 
-def check(config: Config) -> Config:
-    """The same settings; raises ``click.UsageError`` for some that contradict one another."""
+def check(config: Config) -> None:
+    """Raise ``click.UsageError`` for settings that contradict one another."""
     try:
         config.check()
     except UsageError as error:
         raise click.UsageError(str(error)) from error
-    return config
 
 
 def _offered(kind: type) -> Iterator[tuple[str, "Field[Any]"]]:

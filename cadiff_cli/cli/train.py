@@ -144,7 +144,7 @@ def sources_of(
     """
     from collections import Counter
 
-    from cadiff_cli.errors import UsageError
+    from cadiff_cli.errors import UsageError, first_few
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.labels.schemes import load_scheme
 
@@ -155,7 +155,10 @@ def sources_of(
     others = ({scan.subject for scan in scans} for scans, _ in sources[1:])
     counted = Counter(name for group in others for name in group)
     if both := sorted(name for name, n in counted.items() if n > 1):
-        raise UsageError(f"{both} are subjects of two --also datasets", "rename those of one")
+        raise UsageError(
+            f"subjects of two --also datasets have the same label: {first_few(both)}",
+            "rename those of one",
+        )
     return sources
 
 

@@ -1,10 +1,9 @@
 """Pair label maps to be scored against each other, by the entities in their names."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.errors import DataError, MissingInputError, UsageError, first_few
 from cadiff_cli.io.bids.names import HEAD, LABEL_MAP, WORKING, source_entities
 from cadiff_cli.io.bids.tables import named_parcellation
 from cadiff_cli.io.files import read_json
@@ -39,9 +38,9 @@ def pair_up(prediction: Path, reference: Path, finer: str = "") -> Pairs:
     theirs = label_maps(reference, apart_from=prediction)
     shared = [scan for scan in ours if scan in theirs]
     if not shared:
+        left, right = (first_few([*names], 20) or "none" for names in (ours, theirs))
         raise MissingInputError(
-            f"no dseg of {prediction} ({listed(ours)}) has a partner in {reference}"
-            f" ({listed(theirs)})",
+            f"no dseg of {prediction} ({left}) has a partner in {reference} ({right})",
             "names must share sub, ses, run, acq",
         )
     return Pairs(
@@ -108,7 +107,7 @@ def label_maps(
         if len(paths) > 1:
             raise DataError(
                 f"{folder} has {len(paths)} label maps of {scan}:"
-                f" {listed(str(p.relative_to(folder)) for p in paths)}",
+                f" {first_few([str(p.relative_to(folder)) for p in paths], 20)}",
                 "leave one, or give two files",
             )
     return {scan: path for scan, paths in by_scan.items() for path in paths}
@@ -126,13 +125,6 @@ def scan_of(path: Path) -> str:
         for part in parts
         if part[0] not in ("seg", "atlas", "label")
     )
-
-
-def listed(names: Iterable[str], most: int = 20) -> str:
-    """List at most ``most`` names in one line, and count the others."""
-    every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return (", ".join(every[:most]) or "none") + more
 
 
 def _is_own(path: Path) -> bool:

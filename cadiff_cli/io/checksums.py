@@ -23,7 +23,7 @@ class Record:
     Values match the pattern ``values``.  The times are those of the content and of the file as a
     whole.  Programs may set the first (``cp -p``), never the second.
 
-    Several processes may add lines at once; lines that were damaged thereby are passed over.
+    Several processes may add lines at once; damaged lines are skipped.
     """
 
     def __init__(self, path: Path, values: str) -> None:

@@ -40,7 +40,7 @@ MASK, LABELS = "desc-brain_mask", "seg-cadiff_dseg"
 DESCRIPTION = "template_description.json"
 SEE = "see docs/templates.md for what a template's folder holds"
 LITRES = (0.02, 2.5)
-"""Of a brain, a preterm child's and a large adult's by far within."""
+"""Every brain, from a preterm child's to a large adult's, is well within."""
 STRIPPED_LITRES = (0.02, 2.0)
 """Of a brain that no mask vouches for: the embedded one holds 1.89 l, a head in air of 0 more."""
 MOST_CUT = 0.05

@@ -76,12 +76,6 @@ class AtlasModel(Trained[AtlasNet]):
     space: ConditionSpace = field(kw_only=True)
     labels: Volume = field(kw_only=True)
 
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Least and greatest value of each number of a condition, by name."""
-        space = self.space
-        return {"age_years": space.age_years, "ventricles_percent": space.ventricles_percent}
-
     def check(self, condition: Condition) -> None:
         """Raise ``UsageError`` for a condition of which the people tell nothing."""
         self.space.check(condition)

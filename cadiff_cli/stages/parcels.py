@@ -55,8 +55,9 @@ def parcellate(
 ) -> Segmentation:
     """The segmentation, one of ``BASE``, in the finer parcellation of ``model``; on the same grid.
 
-    It has a ``confidence`` where the segmentation has ``posteriors``.  Raises ``UsageError`` without a field (the network may
-    find one, but keeps it) and for a segmentation that has other structures.
+    It has a ``confidence`` where the segmentation has ``posteriors``.  Raises ``UsageError``
+    without a field (the network may find one, but keeps it) and for a segmentation that has other
+    structures.
     """
     if (field := conditions.field) is None:
         raise UsageError(

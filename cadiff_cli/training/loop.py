@@ -159,7 +159,7 @@ def load_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
 
 
 class Monitor(Protocol):
-    """Whoever wants to know how a run is going."""
+    """Told how a run is going."""
 
     def interval(self, step: int, report: "Interval") -> None:
         """Called every ``report_every`` steps."""

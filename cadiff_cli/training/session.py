@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.device import usable_device
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import UsageError, first_few
 from cadiff_cli.io import models
 from cadiff_cli.io.files import write_json
 from cadiff_cli.machine import memory_kept
@@ -58,10 +58,12 @@ def check_held_out(
     """
     held = set(hold_out)
     if missing := sorted(held - people - others):
-        raise UsageError(f"--hold-out names {missing}", f"there are {sorted(people | others)}")
+        known = first_few(sorted(people | others), 20)
+        raise UsageError(f"--hold-out names {first_few(missing)}", f"there are {known}")
     if init and (seen := sorted(init.seen & held)):
         raise UsageError(
-            f"--hold-out {seen} were among the people of --init", "hold out others, or begin anew"
+            f"--init was trained on {first_few(seen)}, whom --hold-out names",
+            "hold out others, or begin anew",
         )
     if not people - held:
         raise UsageError("every subject is held out", "leave some to train on")

@@ -213,9 +213,7 @@ def _unit1(participants: Collection[str]) -> list[str]:
     ]
 
 
-def _several(
-    images: Mapping[Path, Mapping[str, Any]], suffix: str, max_notes: int = MAX_NOTES
-) -> list[str]:
+def _several(images: Mapping[Path, Mapping[str, Any]], suffix: str) -> list[str]:
     """Notes on sessions of which more than one image is segmented."""
     by_session: dict[str, set[str]] = {}
     for path, entities in images.items():
@@ -227,9 +225,7 @@ def _several(
         for session, names in by_session.items()
         if len(names) > 1
     ]
-    if (more := len(notes) - max_notes) < 1:
-        return notes
-    return [*notes[:max_notes], f"{more} more sessions have several {suffix} images"]
+    return _at_most(notes, f"{{}} more sessions have several {suffix} images")
 
 
 def _values(wanted: Any) -> Sequence[Any]:

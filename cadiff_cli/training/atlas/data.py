@@ -100,11 +100,6 @@ class Sitter:
         return f"{self.source}/{self.name}"
 
     @property
-    def brain_mm3(self) -> float:
-        """Sum of all structures but vessels."""
-        return brain_of(self.volumes_mm3)
-
-    @property
     def ventricles_percent(self) -> float:
         """Volume of the ventricles in per cent of the brain's."""
         return share_of(self.volumes_mm3, VENTRICLES)

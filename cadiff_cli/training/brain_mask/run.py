@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.config import as_dict, fingerprint
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import UsageError, first_few
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
@@ -58,7 +58,7 @@ def train_mask(
     drawn = [source for source in hold_out if any(h.image is None for h in heads[source])]
     if drawn:
         raise UsageError(
-            f"--hold-out-source names {drawn}: label maps have no image to be scored on",
+            f"--hold-out-source names {first_few(drawn)}: label maps have no image to be scored on",
             "hold out real heads",
         )
     # The order of folders must not decide which heads a resumed run draws.
@@ -144,10 +144,12 @@ def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainMo
     """Raise ``UsageError`` if ``hold_out`` names unknown sources, some of ``init``'s, or all."""
     names, held = set(sources), set(hold_out)
     if unknown := sorted(held - names):
-        raise UsageError(f"--hold-out-source names {unknown}", f"there are {sorted(names)}")
+        raise UsageError(
+            f"--hold-out-source names {first_few(unknown)}", f"there are {first_few(sorted(names))}"
+        )
     if init and (seen := sorted(init.seen & held)):
         raise UsageError(
-            f"--hold-out-source {seen}: --init was trained on some of it",
+            f"--init was trained on some of {first_few(seen)}, which --hold-out-source names",
             "hold out others, or begin anew",
         )
     if not names - held:

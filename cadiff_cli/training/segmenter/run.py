@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cadiff_cli.config import SampleConfig, as_dict, fingerprint
-from cadiff_cli.errors import UsageError
+from cadiff_cli.errors import UsageError, first_few
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
@@ -158,7 +158,10 @@ def check_people(
     """
     check_held_out(people, hold_out, init, others)
     if both := sorted(people & others):
-        raise UsageError(f"{both} are subjects of two datasets", "rename those of one of them")
+        raise UsageError(
+            f"subjects of two datasets have the same label: {first_few(both)}",
+            "rename those of one of them",
+        )
     if init and init.parcellation != parcellation:
         raise UsageError(
             f"--init {init.name} draws the parcellation {init.parcellation.name}, and the config"
