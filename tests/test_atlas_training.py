@@ -14,7 +14,6 @@ from scipy.ndimage import map_coordinates
 from cadiff_cli.atlas import deform, structure_volumes
 from cadiff_cli.cli import atlas_evaluate, atlas_train
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.evaluation import atlas as scores
 from cadiff_cli.io import models
 from cadiff_cli.io.releases import DEFAULT_ATLAS, weights_folder
 from cadiff_cli.io.templates import load_template
@@ -24,7 +23,7 @@ from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition, Frame, Template
 from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.training.atlas import data
+from cadiff_cli.training.atlas import data, scores
 from cadiff_cli.training.atlas.config import PeopleConfig, Training
 from cadiff_cli.training.atlas.data import (
     STRUCTURES,

@@ -49,10 +49,10 @@ def command(
     from dataclasses import replace
 
     from cadiff_cli.errors import DataError, UsageError
-    from cadiff_cli.evaluation import atlas as scores
     from cadiff_cli.io import models
     from cadiff_cli.io.files import check_writable, refuse_existing, write_tsv
     from cadiff_cli.nets.models import AtlasModel
+    from cadiff_cli.training.atlas import scores
     from cadiff_cli.training.atlas.data import known_to, prepare_people
     from cadiff_cli.training.atlas.regression import ATLAS, KernelRegression, sources_of
     from cadiff_cli.training.atlas.run import brain_weight
