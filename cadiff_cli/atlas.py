@@ -105,7 +105,7 @@ def make_atlas(
     """
     base = _labelled(base, model)
     deformation = deform(base.brain.grid, model.velocity(condition, seed), model.grid)
-    made = carry(base, deformation, atlas_name(model.name, condition, seed))
+    made = deformed(base, deformation, atlas_name(model.name, condition, seed))
     here, zooms = deformation.grid, deformation.grid.spacing_mm
     larger = -log_jacobian(torch.from_numpy(deformation.backward_mm)[None], zooms)[0]
     return Atlas(
@@ -142,7 +142,7 @@ def sample_volumes(
 
 def warped(base: Template, velocity_mm: np.ndarray, grid: Grid, name: str) -> Template:
     """``base`` deformed by the exponential of a velocity (3, X, Y, Z) on ``grid``."""
-    return carry(base, deform(base.brain.grid, velocity_mm, grid), name)
+    return deformed(base, deform(base.brain.grid, velocity_mm, grid), name)
 
 
 def deform(image: Grid, velocity_mm: np.ndarray, grid: Grid) -> Deformation:
@@ -156,7 +156,7 @@ def deform(image: Grid, velocity_mm: np.ndarray, grid: Grid) -> Deformation:
     return Deformation(forward.numpy(), backward.numpy(), fine)
 
 
-def carry(base: Template, deformation: Deformation, name: str) -> Template:
+def deformed(base: Template, deformation: Deformation, name: str) -> Template:
     """The base's brain, mask, labels, frame and coordinates where the deformation takes them.
 
     The brain is interpolated once, linearly: no intensity is above or below its neighbours in the

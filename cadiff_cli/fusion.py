@@ -39,7 +39,7 @@ HALO = RADIUS + SEARCH + RADIUS
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
+class Voter:
     """A labelled person on the scan's crop.
 
     ``image`` (X, Y, Z) float32 in [0, 1] and ``classes`` (X, Y, Z); ``score`` and ``kind``
@@ -118,9 +118,9 @@ def fuse(
     image = normalise(resample(stripped.t1, grid).data, mask.data, grid.spacing_mm)
     begun = time.perf_counter()
     with children(jobs) as each:
-        carried: list[Carried] = []
+        carried: list[Voter] = []
         task = partial(
-            carry,
+            registered_voter,
             target=Volume(image, grid),
             parcellation=parcellation,
             mapping=mapping,
@@ -151,13 +151,13 @@ def fuse(
     )
 
 
-def carry(
+def registered_voter(
     atlas: LabelledScan,
     target: Volume,
     parcellation: Parcellation,
     mapping: Mapping[int, int],
     config: RegisterConfig,
-) -> Carried:
+) -> Voter:
     """Register a labelled, skull-stripped person (0 outside the brain) to ``target``, a brain."""
     scan, labels = load_labelled(atlas, parcellation, mapping)
     grid = scan.t1.grid
@@ -176,7 +176,7 @@ def carry(
         carried = warp(
             resample(labels, crop, order=0), transform, target.grid, interpolator="genericLabel"
         )
-    return Carried(
+    return Voter(
         atlas.name,
         moved.data.astype(np.float32),
         np.rint(carried.data).astype(parcellation.dtype),

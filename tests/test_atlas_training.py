@@ -618,10 +618,10 @@ def test_folds_are_counted():
 def test_a_curve_fits_its_law_and_widens_with_noise():
     ages = np.linspace(20, 90, 40)
     law = np.exp(0.3 + 0.02 * (ages - 50) + 2e-4 * (ages - 50) ** 2)
-    middle, low, high, *_ = scores.Curve.of(ages, law).at(70)
+    middle, low, high, *_ = scores.Trend.of(ages, law).at(70)
     assert (middle, low, high) == pytest.approx((np.exp(0.3 + 0.4 + 0.08),) * 3)
     noisy = law * np.exp(np.random.default_rng(0).normal(0, 0.2, 40))
-    middle, low, high, least, most = scores.Curve.of(ages, noisy).at(70)
+    middle, low, high, least, most = scores.Trend.of(ages, noisy).at(70)
     assert least < low < np.exp(0.78) < high < most
     assert np.log(most / middle) == pytest.approx(1.96 * 0.2, rel=0.3)
 

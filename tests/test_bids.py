@@ -71,36 +71,36 @@ def test_results_lie_in_subject_and_session_folders(tmp_path):
 
 def test_claim_makes_room_and_leaves_no_trace(tmp_path):
     place = Derivatives(tmp_path / "new" / "out", Path("sub-01_T1w.nii"))
-    place.claim(overwrite=False)
+    place.check_free(overwrite=False)
     assert list(place.folder.iterdir()) == []
 
 
 def test_claim_refuses_to_lose_results(tmp_path):
     place = Derivatives(tmp_path, Path("sub-01_T1w.nii"))
-    place.claim(overwrite=False)
+    place.check_free(overwrite=False)
     place.path("seg-cadiff_dseg.nii.gz").write_text("precious")
     with pytest.raises(OutputError) as caught:
-        place.claim(overwrite=False)
+        place.check_free(overwrite=False)
     assert "--overwrite" in caught.value.remedy
     assert place.path("seg-cadiff_dseg.nii.gz").read_text() == "precious"
-    place.claim(overwrite=True)
+    place.check_free(overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["desc-preproc_T1w.nii.gz", "desc-brain_mask.nii.gz"])
 def test_no_run_overwrites_its_input(tmp_path, name):
     """Segmenting a derivative into its own dataset, or with its own mask."""
     place = Derivatives(tmp_path, Path("sub-01_desc-preproc_T1w.nii.gz"))
-    place.claim(overwrite=False)
+    place.check_free(overwrite=False)
     source = place.path(name)
     source.write_text("precious")
     with pytest.raises(OutputError, match="is an input"):
-        place.claim(None, source, overwrite=True)
+        place.check_free(None, source, overwrite=True)
     assert source.read_text() == "precious"
 
 
 def test_clear_removes_our_results_only(tmp_path):
     place = Derivatives(tmp_path, Path("sub-01_T1w.nii"))
-    place.claim(overwrite=False)
+    place.check_free(overwrite=False)
     ours = [place.path("seg-cadiff_dseg.json"), place.path("from-X_to-T1w_mode-image_xfm.h5")]
     others = [place.path("seg-other_dseg.json"), place.folder / "sub-01_run-2_seg-cadiff_dseg.json"]
     for path in (*ours, *others):
@@ -114,7 +114,7 @@ def test_clear_removes_our_results_only(tmp_path):
 def test_claim_refuses_a_file_in_the_way(tmp_path, below):
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        Derivatives(tmp_path / "out" / below, Path("x.nii")).claim(overwrite=True)
+        Derivatives(tmp_path / "out" / below, Path("x.nii")).check_free(overwrite=True)
 
 
 @pytest.fixture
@@ -570,11 +570,11 @@ THEIRS = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep
 
 @pytest.mark.parametrize("text", [json.dumps(RAW), json.dumps(THEIRS), "\ufeff{}", "{"])
 def test_nobody_elses_dataset_is_written_into(text, tmp_path):
-    """Neither by a claim nor by the files at its root; what is there stays as it is."""
+    """Neither by a check nor by the files at its root; what is there stays as it is."""
     path = tmp_path / "dataset_description.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(OutputError, match=r"raw dataset|fMRIPrep|not readable"):
-        Derivatives(tmp_path, Path("sub-01_T1w.nii")).claim(overwrite=True)
+        Derivatives(tmp_path, Path("sub-01_T1w.nii")).check_free(overwrite=True)
     with pytest.raises(OutputError, match=r"raw dataset|fMRIPrep|not readable"):
         save_dataset_files(tmp_path)
     assert path.read_text(encoding="utf-8") == text

@@ -568,7 +568,7 @@ def test_what_a_killed_run_has_left_is_replaced(small_head, tiny_weights, tmp_pa
     assert left.read_bytes() == b"half of a mask"
     journal = Journal(out)
     name = "sub-01_ses-a"
-    with journal.claim(name, wait=False), pytest.raises(SystemExit), journal.writing(name):
+    with journal.lock(name, wait=False), pytest.raises(SystemExit), journal.writing(name):
         raise SystemExit(143)
     done = call("cadiff-seg", *arguments)
     assert done.returncode == 0, done.stderr
@@ -596,7 +596,7 @@ def test_two_do_not_write_the_same_results(segmented, tmp_path):
     *_, arguments = segmented
     out = tmp_path / "out"
     arguments = [str(out) if a == arguments[2] else a for a in arguments]
-    with Journal(out).claim("sub-01_ses-a", wait=False) as mine:
+    with Journal(out).lock("sub-01_ses-a", wait=False) as mine:
         assert mine
         done = call("cadiff-seg", *arguments)
     assert done.returncode == 73

@@ -12,7 +12,7 @@ import pytest
 from cadiff_cli.cli import cadiff, guarded
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.evaluation.pairing import Pairs, label_maps, pair_up, retest_pairs, scan_of
-from cadiff_cli.evaluation.scores import Score, carry, retest_pair, score_pair
+from cadiff_cli.evaluation.scores import Score, moved_labels, retest_pair, score_pair
 from cadiff_cli.evaluation.tables import overall, summarise
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import say_once
@@ -413,7 +413,7 @@ def test_evaluate_says_what_is_wrong_in_one_line(folders, write, tmp_path, capsy
 def test_nothing_moves_nothing(phantom, parcellation):
     head = phantom(spacing=4.0)
     classes = Volume(parcellation.encode(head.codes, parcellation.class_of), head.t1.grid)
-    np.testing.assert_array_equal(carry(classes, np.eye(4), classes.grid), classes.data)
+    np.testing.assert_array_equal(moved_labels(classes, np.eye(4), classes.grid), classes.data)
 
 
 @pytest.mark.parametrize("spacing", [3.0, (2.0, 3.0, 4.0)], ids=str)
@@ -423,11 +423,11 @@ def test_labels_are_carried_by_a_motion(phantom, orientation, spacing, parcellat
     classes = parcellation.encode(head.codes, parcellation.class_of)
     moved = Volume(classes, Grid(classes.shape, motion @ head.t1.grid.affine))
     # The very voxels come back ...
-    np.testing.assert_array_equal(carry(moved, motion, head.t1.grid), classes)
+    np.testing.assert_array_equal(moved_labels(moved, motion, head.t1.grid), classes)
     # ... and on any other grid the same head.
     other = phantom(orientation, spacing)
     truth = parcellation.encode(other.codes, parcellation.class_of)
-    found, lost = (carry(moved, m, other.t1.grid) for m in (motion, np.linalg.inv(motion)))
+    found, lost = (moved_labels(moved, m, other.t1.grid) for m in (motion, np.linalg.inv(motion)))
     assert (found == truth)[truth > 0].mean() > 0.9
     assert (lost == truth)[truth > 0].mean() < 0.8
     assert np.count_nonzero(found) == pytest.approx(np.count_nonzero(truth), rel=0.02)
@@ -436,7 +436,7 @@ def test_labels_are_carried_by_a_motion(phantom, orientation, spacing, parcellat
 def test_labels_that_leave_the_field_of_view(parcellation):
     labels = Volume(np.full((6, 6, 6), 3, dtype=np.uint8), Grid((6, 6, 6), np.eye(4)))
     for shift, left in ((3.0, 3 * 36), (50.0, 0), (-50.0, 0)):
-        there = carry(labels, rotation(0, (shift, 0, 0)), labels.grid)
+        there = moved_labels(labels, rotation(0, (shift, 0, 0)), labels.grid)
         assert np.count_nonzero(there) == left
 
 

@@ -15,7 +15,7 @@ from test_cli import CODES
 from cadiff_cli.cli import guarded
 from cadiff_cli.config import RegisterConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.fusion import SEARCH, carry, choose_atlases, fuse, joint, majority
+from cadiff_cli.fusion import SEARCH, choose_atlases, fuse, joint, majority, registered_voter
 from cadiff_cli.io.bids.tables import parcellation_of
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.metrics.overlap import dice
@@ -160,13 +160,13 @@ def test_labels_must_be_known_and_on_the_image(dataset, target, parcellation, tm
     _, stripped = target
     (atlas, *_) = choose_atlases(dataset, image_of(dataset, "sub-1_ses-1", "T1w"))
     with pytest.raises(DataError, match="no known label id") as caught:
-        carry(atlas, stripped.t1, parcellation, {1000: 1}, RegisterConfig("affine"))
+        registered_voter(atlas, stripped.t1, parcellation, {1000: 1}, RegisterConfig("affine"))
     assert "--labels" in caught.value.remedy
     other = tmp_path / "other_dseg.nii.gz"
     save_volume(other, np.ones((5, 5, 5), np.uint8), Grid((5, 5, 5), np.eye(4)))
     elsewhere = replace(atlas, dseg=other)
     with pytest.raises(DataError, match="other_dseg"):
-        carry(elsewhere, stripped.t1, parcellation, {1: 1}, RegisterConfig("affine"))
+        registered_voter(elsewhere, stripped.t1, parcellation, {1: 1}, RegisterConfig("affine"))
 
 
 def test_one_person_cannot_vote_jointly(dataset, target, parcellation):
@@ -218,7 +218,9 @@ def test_the_labels_lie_on_the_scan_and_beat_one_atlas(dataset, run, target, par
     drawn = tuple(int(k) for k in np.unique(truth_classes) if k)
     singles = []
     for atlas in choose_atlases(dataset, reference, ["3"]):
-        carried = carry(atlas, stripped.t1, parcellation, mapping, RegisterConfig("affine"))
+        carried = registered_voter(
+            atlas, stripped.t1, parcellation, mapping, RegisterConfig("affine")
+        )
         singles.append(mean_dice(carried.classes, truth_classes, drawn))
     assert (
         mean_dice(parcellation.encode(codes, mapping), truth_classes, drawn)

@@ -144,9 +144,9 @@ def test_a_segmentations_mask_is_not_replaced(bright, head, tmp_path):
     t1, _ = head()
     path = tmp_path / "sub-01_T1w.nii.gz"
     save_volume(path, t1.data, t1.grid)
-    commit = tmp_path / "out" / "sub-01" / "anat" / "sub-01_seg-cadiff_dseg.json"
-    commit.parent.mkdir(parents=True)
-    commit.write_text("{}")
+    sidecar = tmp_path / "out" / "sub-01" / "anat" / "sub-01_seg-cadiff_dseg.json"
+    sidecar.parent.mkdir(parents=True)
+    sidecar.write_text("{}")
     with pytest.raises(OutputError, match="segmentation"):
         CliRunner().invoke(
             command, [str(path), "-o", str(tmp_path / "out"), "--overwrite"], catch_exceptions=False

@@ -166,7 +166,7 @@ def test_a_rerun_with_another_parcellation_leaves_nothing(out, dseg, tmp_path):
     ours = ("seg-lobes_desc-structures_dseg", "seg-lobes_probseg", "label-GM_probseg", "dseg")
     for name in (*ours, "seg-cadiff_dseg", "seg-aseg_dseg"):
         place.path(f"{name}.json").write_text("{}")
-    assert [path.name for path in place.commits] == [
+    assert [path.name for path in place.sidecars] == [
         "sub-01_seg-cadiff_dseg.json",
         "sub-01_seg-lobes_desc-structures_dseg.json",
     ]

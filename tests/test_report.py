@@ -472,7 +472,7 @@ def test_what_is_not_in_the_field_is_told_and_not_shown(write_result, tmp_path, 
     for poor, in_field in (((), names), (names[:1], names[1:]), (names, names)):
         write_result(out, templates=names, poor=poor)
         (result,) = finished(out)
-        folder = result.commit.parent
+        folder = result.sidecar.parent
         for name in names:
             for way in (f"from-{name}_to-T1w", f"from-T1w_to-{name}"):
                 assert (folder / f"sub-01_{way}_mode-image_xfm.h5").is_file()

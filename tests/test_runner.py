@@ -143,7 +143,7 @@ def test_a_result_is_current_until_settings_or_input_change(tmp_path):
     labels.symlink_to("../../../.git/annex/objects/elsewhere")  # datalad drop
     assert is_finished(job)
     with pytest.raises(OutputError, match="is there already"):
-        job.place.claim(tmp_path, overwrite=False)
+        job.place.check_free(tmp_path, overwrite=False)
 
 
 def test_only_what_was_cut_short_is_replaced_unasked(tmp_path):
@@ -282,11 +282,11 @@ def test_half_written_records_and_pages_of_a_killed_run_go(tmp_path):
     kept = [journal.folder / ".sub-01_ses-2.json.x1.json", tmp_path / ".sub-01.txt"]
     for path in (*gone, *kept):
         path.touch()
-    with journal.claim("sub-01", wait=False):
+    with journal.lock("sub-01", wait=False):
         assert not any(path.exists() for path in gone)
         # Whoever does not hold the lock touches nothing: the holder may be writing.
         gone[0].touch()
-        with journal.claim("sub-01", wait=False) as mine:
+        with journal.lock("sub-01", wait=False) as mine:
             assert not mine
         assert gone[0].exists()
     assert all(path.exists() for path in kept)
@@ -295,11 +295,11 @@ def test_half_written_records_and_pages_of_a_killed_run_go(tmp_path):
 def test_one_process_at_a_time_has_a_scan(tmp_path):
     """Locks are the file's, so two in one process stand for two processes."""
     journal = Journal(tmp_path)
-    with journal.claim("sub-01", wait=False) as first:
+    with journal.lock("sub-01", wait=False) as first:
         assert first
-        with journal.claim("sub-01", wait=False) as second:
+        with journal.lock("sub-01", wait=False) as second:
             assert not second
-        with journal.claim("sub-02", wait=False) as other:
+        with journal.lock("sub-02", wait=False) as other:
             assert other
     with locked(tmp_path / "logs" / "journal" / "sub-01.lock", wait=True) as again:
         assert again

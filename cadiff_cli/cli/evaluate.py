@@ -62,7 +62,7 @@ def command(
     """
     import logging
 
-    from cadiff_cli.cli.scores import claim, progress, report
+    from cadiff_cli.cli.scores import check_tables, progress, report
     from cadiff_cli.errors import first_few
     from cadiff_cli.evaluation.pairing import pair_up
     from cadiff_cli.evaluation.scores import chosen_maps, score_pair, scored_in
@@ -90,7 +90,7 @@ def command(
             share = f"{len(names)} of {len(names) + len(pairs.files)} scans"
             text = f"{share} have no label map in {place}: {first_few([*names], 20)}"
             click.echo(warning(text), err=True)
-    claim(out, "evaluation", overwrite=overwrite)
+    check_tables(out, "evaluation", overwrite=overwrite)
     scores = [
         score
         for p, r in progress(pairs.files)

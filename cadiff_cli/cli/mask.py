@@ -43,22 +43,22 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
         click.echo(warning(note.text), err=True)
     place, journal = Derivatives(out, t1), Journal(out)
 
-    def claim() -> None:
-        if place.commits:
+    def check_free() -> None:
+        if place.sidecars:
             raise OutputError(
                 f"{place.folder} holds a segmentation and the mask it was made with",
                 "choose another output folder",
             )
         journal.make_room(place, t1, overwrite=overwrite)
 
-    claim()
+    check_free()
     method = StripConfig(skull_strip)
     template = _template(scan, method, offline)
     with (
         alone(out, place.stem),
         TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work,
     ):
-        claim()  # again: another process may have finished meanwhile
+        check_free()  # again: another process may have finished meanwhile
         stripped = strip_scan(scan, template, Config(strip=method), Path(work))
         click.echo(f"cadiff: {stripped.summary}", err=True)
         mask = on_scan(stripped, scan)

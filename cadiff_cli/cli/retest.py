@@ -45,14 +45,14 @@ def command(
     lowers them a little.  The headline is the mean over structures (without background), then over
     scans.
     """
-    from cadiff_cli.cli.scores import claim, progress, report
+    from cadiff_cli.cli.scores import check_tables, progress, report
     from cadiff_cli.evaluation.pairing import retest_pairs
     from cadiff_cli.evaluation.scores import chosen_maps, retest_pair, scored_in
 
     finer, wanted = chosen_maps(labels)
     pairs = retest_pairs(derivatives, finer)
     parcellation, subset = scored_in((path for pair in pairs for path in pair), wanted)
-    claim(out, "retest", overwrite=overwrite)
+    check_tables(out, "retest", overwrite=overwrite)
     scores = [
         score
         for first, later in progress(pairs)

@@ -13,7 +13,7 @@ def tables(out: Path, name: str) -> list[Path]:
     return [out / f"{name}{part}.tsv" for part in ("", "_structures", "_scans")]
 
 
-def claim(out: Path | None, name: str, *, overwrite: bool) -> None:
+def check_tables(out: Path | None, name: str, *, overwrite: bool) -> None:
     """Check before the long work that the tables can be written without losing any."""
     from cadiff_cli.errors import OutputError
     from cadiff_cli.io.files import check_writable, refuse_existing

@@ -175,7 +175,7 @@ def retest_pair(
     """
     r, p = (load_own(path, parcellation) for path in (first, later))
     motion = rigid(load_volume(brain_beside(first)), load_volume(brain_beside(later)))
-    moved = Volume(carry(p, motion, r.grid), r.grid)
+    moved = Volume(moved_labels(p, motion, r.grid), r.grid)
     scores = score_classes(
         scan_of(later), moved, r, parcellation, subset, tolerance_mm, scan_of(first)
     )
@@ -183,7 +183,7 @@ def retest_pair(
     return [replace(s, volume_mm3=mm3) for s, mm3 in zip(scores, volumes, strict=True)]
 
 
-def carry(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
+def moved_labels(labels: Volume, motion: np.ndarray, grid: Grid) -> np.ndarray:
     """Carry a class map to ``grid``; ``motion`` (4, 4; RAS mm) maps points of ``grid`` to it."""
     here = Grid(labels.grid.shape, np.linalg.solve(motion, labels.grid.affine))
     return resample_labels(Volume(labels.data, here), grid).data

@@ -52,7 +52,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Curve:
+class StepsLine:
     """Dice over sampling steps as SVG: ``points`` of a polyline, ``bars`` of one SD (x, y1, y2)."""
 
     title: str
@@ -146,7 +146,7 @@ def curves(table: Table, found: Sequence[Line]) -> str:
         mine = [line for line in found if line.title == row.title and line.seeds]
         spreads = [(x(line.steps), line.spreads["dice"]) for line in mine]
         drawn.append(
-            Curve(
+            StepsLine(
                 row.title,
                 COLOURS[number % len(COLOURS)],
                 [(at, y(d.mean)) for at, d in spreads],

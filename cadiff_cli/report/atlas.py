@@ -25,7 +25,7 @@ from cadiff_cli.report.figures import (
     outlined,
     planes,
 )
-from cadiff_cli.report.page import claim
+from cadiff_cli.report.page import refuse_foreign
 from cadiff_cli.report.render import render_page
 from cadiff_cli.spatial.deformation import on_grid
 from cadiff_cli.spatial.grid import Grid
@@ -90,7 +90,7 @@ class AtlasPage:
         self.panels: list[Panel] = []
         self.base: list[Plane] = []
         self.base_name = ""
-        claim(self.path)
+        refuse_foreign(self.path)
 
     def add(
         self,
@@ -137,7 +137,7 @@ class AtlasPage:
             base=self.base,
             base_name=self.base_name,
             panels=self.panels,
-            curves=curves(self.panels),
+            curves=volume_charts(self.panels),
             most_change=MOST_CHANGE,
             lines_mm=LINES_MM,
         )
@@ -215,7 +215,7 @@ def _facts(atlas: Atlas, samples: int) -> list[tuple[str, object]]:
 
 
 @dataclass(frozen=True)
-class Curve:
+class VolumeChart:
     """Volume over age as an SVG line: ``dots`` are (x, y, text)."""
 
     name: str
@@ -226,7 +226,7 @@ class Curve:
     base_y: float
 
 
-def curves(panels: Sequence[Panel]) -> list[Curve]:
+def volume_charts(panels: Sequence[Panel]) -> list[VolumeChart]:
     """A curve for each structure of ``CHART``; none without several ages."""
     ages = [panel.age_years for panel in panels if panel.age_years is not None]
     if len(set(ages)) < 2:
@@ -248,7 +248,7 @@ def curves(panels: Sequence[Panel]) -> list[Curve]:
         y = HEIGHT * (high - values) / span
         points = [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)]
         found.append(
-            Curve(
+            VolumeChart(
                 lines[0].name,
                 "M" + "L".join(f"{a} {b}" for a, b in points),
                 [

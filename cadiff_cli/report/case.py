@@ -147,7 +147,7 @@ def read_views(out: Path, result: Finished, scans: Path | None = None) -> Views:
     views = _views(
         t1,
         load_volume(_beside(result, f"{MASK}.nii.gz")),
-        load_codes(result.commit.with_suffix(".nii.gz"), parcellation),
+        load_codes(result.sidecar.with_suffix(".nii.gz"), parcellation),
         parcellation,
     )
     views = replace(views, whole=scan is not None)
@@ -254,4 +254,4 @@ def _registered(result: Finished, used: UsedTemplate) -> Registered:
 
 
 def _beside(result: Finished, suffix: str) -> Path:
-    return result.commit.with_name(f"{result.entities}_{suffix}")
+    return result.sidecar.with_name(f"{result.entities}_{suffix}")

@@ -69,7 +69,7 @@ def execute(job: Job) -> Outcome:
     with _ONE_AT_A_TIME:
         try:
             journal = Journal(job.out)
-            with journal.claim(job.entities, wait=job.wait) as mine:
+            with journal.lock(job.entities, wait=job.wait) as mine:
                 if not mine:
                     return Outcome(job.entities, "busy")
                 if job.is_finished(finished_result(job.place)):

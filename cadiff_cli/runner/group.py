@@ -113,7 +113,7 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
                 parcels[result.entities] = finer.name, tuple(read_rows(finer.morph))
             except (CadiffError, OSError) as error:
                 notes.append(f"{result.entities} is not among {finer.name} ({in_a_line(error)})")
-        if why := journal.failed_since(result.entities, result.commit):
+        if why := journal.failed_since(result.entities, result.sidecar):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
     recipes = {
         result.provenance.way

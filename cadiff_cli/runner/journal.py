@@ -62,14 +62,14 @@ class Journal:
         self.forget(entities)
 
     def make_room(self, place: Derivatives, *inputs: Path | None, overwrite: bool) -> None:
-        """Run ``place.claim``; files of a killed run count as replaceable.
+        """Run ``place.check_free``; files of a killed run count as replaceable.
 
         So does a result with a deleted part, if its sidecar shows that cadiff wrote it.
         """
-        sidecars = (Provenance.read(read_json(path) or {}) for path in place.commits)
+        sidecars = (Provenance.read(read_json(path) or {}) for path in place.sidecars)
         ours = self._mark(place.stem).exists() or any(sidecars)
         unfinished = ours and finished_result(place) is None
-        place.claim(*inputs, overwrite=overwrite or unfinished)
+        place.check_free(*inputs, overwrite=overwrite or unfinished)
 
     def interrupted(self, entities: str) -> bool:
         """Whether a run was killed while it wrote results."""
@@ -98,10 +98,10 @@ class Journal:
         return last if same and not job.has_changed(last.input_sha256) else None
 
     @contextmanager
-    def claim(self, entities: str, *, wait: bool) -> Iterator[bool]:
-        """Claim a scan for this process until the block ends; yield False if another has it.
+    def lock(self, entities: str, *, wait: bool) -> Iterator[bool]:
+        """Lock a scan for this process until the block ends; yield False if another has it.
 
-        After a claim, half-written records and pages of killed runs are removed.
+        Once it is locked, half-written records and pages of killed runs are removed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / f"{entities}.lock", wait=wait) as is_ours:
@@ -115,8 +115,8 @@ class Journal:
 
 @contextmanager
 def alone(out: Path, entities: str) -> Iterator[None]:
-    """Claim a scan for the block; raise ``OutputError`` if another process works on it."""
-    with Journal(out).claim(entities, wait=False) as is_ours:
+    """Lock a scan for the block; raise ``OutputError`` if another process works on it."""
+    with Journal(out).lock(entities, wait=False) as is_ours:
         if not is_ours:
             raise OutputError(
                 f"another cadiff is working on {entities} in {out}",

@@ -286,7 +286,7 @@ def _execute(request: DatasetRequest, plan: Plan, listener: Listener) -> list[Ou
 
     journal = Journal(request.out)
     for job, error in plan.failed:
-        with journal.claim(job.entities, wait=True):
+        with journal.lock(job.entities, wait=True):
             add(failure(job, error))
         if _is_last(request, outcomes[-1]):
             return outcomes

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cadiff_cli.io.bids.layout import Finished, commits, finished_result
+from cadiff_cli.io.bids.layout import Finished, candidates, finished_result
 from cadiff_cli.io.checksums import Record
 from cadiff_cli.runner.job import Job
 
@@ -25,20 +25,20 @@ class Results:
         self._inputs = dict[str, str]()  # checksums, of results that the record knows as wanted
         self._read = dict[str, Finished]()
         record = Record(out / RECORD, TOLD)
-        for commit in commits(out):
-            entities = commit.entities
+        for candidate in candidates(out):
+            entities = candidate.entities
             if entities in self._inputs or entities in self._read:
                 continue
             fingerprint, begun_ns = wanted(entities), time.time_ns()
-            told, checksum, finer = (record.get(commit.path) or "  ").split(" ")
-            if told == fingerprint and commit.is_whole(finer):
+            told, checksum, finer = (record.get(candidate.path) or "  ").split(" ")
+            if told == fingerprint and candidate.is_whole(finer):
                 self._inputs[entities] = checksum
-            elif result := commit.result():
+            elif result := candidate.result():
                 self._read[entities] = result
                 made = result.provenance
                 if made.fingerprint == fingerprint:
                     values = (fingerprint, made.source_sha256, made.finer)
-                    record.add(commit.path, " ".join(values), begun_ns)
+                    record.add(candidate.path, " ".join(values), begun_ns)
 
     @property
     def read(self) -> Iterable[Finished]:

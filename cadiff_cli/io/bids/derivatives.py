@@ -92,8 +92,8 @@ def save_result(
     to_scan = [write.place.uri(xfm_name(r.template.label, "T1w")) for r in registrations]
     save_dataset_files(out)
     save_table(out, parcellation)
-    for commit in write.place.commits:
-        commit.unlink(missing_ok=True)
+    for sidecar in write.place.sidecars:
+        sidecar.unlink(missing_ok=True)
 
     write.image(WORKING, prepared.stripped.t1.data, prepared.stripped.t1.grid)
     write.sidecar(
@@ -240,7 +240,7 @@ def about_mask(stripped: Stripped) -> dict[str, Any]:
 
 def read_mask_quality(result: Finished) -> MaskQuality | None:
     """What the sidecar of a result's mask says of it; None for a mask that nobody judged."""
-    path = result.commit.with_name(f"{result.entities}_{MASK}.json")
+    path = result.sidecar.with_name(f"{result.entities}_{MASK}.json")
     quality = (read_json(path) or {}).get("Quality")
     return MaskQuality(**{key: float(value) for key, value in quality.items()}) if quality else None
 

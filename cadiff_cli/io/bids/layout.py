@@ -50,7 +50,7 @@ class Derivatives:
         return f"bids::{self.path(suffix).relative_to(self.out).as_posix()}"
 
     @property
-    def commits(self) -> list[Path]:
+    def sidecars(self) -> list[Path]:
         """Sidecars of label maps, each written last of its result: everything else is there."""
         found = self._found("seg-*_dseg.json")
         return sorted(path for path in found if LABEL_MAP.search(path.name))
@@ -59,7 +59,7 @@ class Derivatives:
         """Files that are there already under names that a run may write."""
         return sorted({path for name in OURS for path in self._found(name)})
 
-    def claim(self, *inputs: Path | None, overwrite: bool) -> None:
+    def check_free(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
 
         Refuses the dataset of another program (``refuse_foreign``), existing results unless
@@ -99,7 +99,7 @@ class Derivatives:
 
         Also removes temporary files of a killed run: the caller holds the scan's lock.
         """
-        for path in (*self.commits, *self.existing()):
+        for path in (*self.sidecars, *self.existing()):
             if path not in keep:
                 path.unlink(missing_ok=True)
         for name in OURS:
@@ -130,11 +130,11 @@ class Finer:
 class Finished:
     """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``), what made it.
 
-    ``commit`` is the sidecar that holds the ``provenance``.
+    ``sidecar`` is the sidecar that holds the ``provenance``.
     """
 
     entities: str
-    commit: Path
+    sidecar: Path
     provenance: Provenance
 
     def known_as(self, people: People) -> "Finished":
@@ -151,27 +151,27 @@ class Finished:
     @property
     def morph(self) -> Path:
         """The table of its structures' volumes."""
-        return self.commit.with_name(f"{self.entities}_{MORPH}.tsv")
+        return self.sidecar.with_name(f"{self.entities}_{MORPH}.tsv")
 
     def rows(self) -> tuple[Row, ...]:
         """Its volumes: structures, then totals.  Raises ``DataError``."""
-        return read_rows(self.morph, self.commit.with_name(f"{self.entities}_{TOTALS_MORPH}.tsv"))
+        return read_rows(self.morph, self.sidecar.with_name(f"{self.entities}_{TOTALS_MORPH}.tsv"))
 
     @property
     def parcellation(self) -> Parcellation:
         """What its label map and its table of volumes are of."""
-        return parcellation_of(self.commit)
+        return parcellation_of(self.sidecar)
 
     @property
     def finer(self) -> "Finer | None":
         """Its label map and its volumes in a finer parcellation, if it was made with one."""
         if not (name := self.provenance.finer):
             return None
-        return Finer(name, *map(self.commit.with_name, _finer_names(self.entities, name)))
+        return Finer(name, *map(self.sidecar.with_name, _finer_names(self.entities, name)))
 
 
 @dataclass(frozen=True)
-class Commit:
+class Candidate:
     """A sidecar that vouches for a result of the scan ``entities``, as it is written last.
 
     ``beside`` are the names of all files in its folder.
@@ -213,20 +213,20 @@ def finished_result(place: Derivatives) -> Finished | None:
     since make it incomplete.
     """
     beside = _names(place.folder)
-    results = (Commit(place.stem, path, beside).result() for path in place.commits)
+    results = (Candidate(place.stem, path, beside).result() for path in place.sidecars)
     return next(filter(None, results), None)
 
 
 def finished(out: Path) -> Iterator[Finished]:
     """Every complete result below ``out``, sorted by path."""
     last = None
-    for commit in commits(out):
-        if commit.entities != last and (result := commit.result()):
-            last = commit.entities
+    for candidate in candidates(out):
+        if candidate.entities != last and (result := candidate.result()):
+            last = candidate.entities
             yield result
 
 
-def commits(out: Path) -> Iterator[Commit]:
+def candidates(out: Path) -> Iterator[Candidate]:
     """Every sidecar below ``out`` that may vouch for a result, sorted by path."""
     for subject in _folders(out, "sub-"):
         for folder in (subject / "anat", *(x / "anat" for x in _folders(subject, "ses-"))):
@@ -236,7 +236,7 @@ def commits(out: Path) -> Iterator[Commit]:
                 place = Derivatives(out, Path(LABEL_MAP.sub("_T1w", name)))
                 path = folder / name
                 if place.folder == folder and is_ours(out, path):
-                    yield Commit(place.stem, path, beside)
+                    yield Candidate(place.stem, path, beside)
 
 
 def _folders(parent: Path, prefix: str) -> list[Path]:

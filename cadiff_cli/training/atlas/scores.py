@@ -214,7 +214,7 @@ def register_some(
 
 
 @dataclass(frozen=True)
-class Curve:
+class Trend:
     """A quadratic regression of the logarithm of a share over age, with its covariance."""
 
     coefficients: np.ndarray
@@ -224,7 +224,7 @@ class Curve:
     scale: float
 
     @classmethod
-    def of(cls, ages: Sequence[float], values: Sequence[float]) -> "Curve":
+    def of(cls, ages: Sequence[float], values: Sequence[float]) -> "Trend":
         """Least squares; needs more than three people."""
         a = np.asarray(ages, dtype=float)
         centre, scale = float(a.mean()), float(a.std() or 1.0)
@@ -267,7 +267,7 @@ def score_ages(
     }
     rows = []
     for structure, codes in STRUCTURES.items():
-        curve = Curve.of(years, [share_of(p.volumes_mm3, codes) for p in told])
+        curve = Trend.of(years, [share_of(p.volumes_mm3, codes) for p in told])
         for age in ages:
             shares = {name: share_of(volumes[name, age], codes) for name in sources}
             rows.append(AgeScore(structure, age, *curve.at(age), shares))
