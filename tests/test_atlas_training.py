@@ -638,7 +638,7 @@ def test_the_commands_train_and_compare(people, base, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "prepare_people", lambda *_: people)
     monkeypatch.setattr(data, "base_grid", lambda *_: GRID)
     monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", SPACING)
-    monkeypatch.setattr("cadiff_cli.training.templates.load_atlas", lambda _: base)
+    monkeypatch.setattr("cadiff_cli.training.templates.load_training_template", lambda _: base)
     run = tmp_path / "run"
     options = [str(folder), str(config), "-o", str(run), "--device", "cpu"]
     done = CliRunner().invoke(atlas_train.command, options, catch_exceptions=False)

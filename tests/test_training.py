@@ -50,7 +50,7 @@ from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.run import train
-from cadiff_cli.training.templates import load_atlas
+from cadiff_cli.training.templates import load_training_template
 
 CPU = torch.device("cpu")
 PATIENCE_S = 300.0
@@ -357,8 +357,8 @@ def test_a_run_goes_on_only_with_what_it_began_with(toy_sample, tmp_path, tiny_c
 def test_samples_know_the_content_of_templates_that_are_not_shipped(
     toy_sample, toy_template, parcellation, monkeypatch, tmp_path
 ):
-    shipped, own = load_atlas("MNI152NLin2009aSym"), toy_template(spacing=8.0)
-    monkeypatch.setattr(data, "load_atlas", {"shipped": shipped, "own": own}.get)
+    shipped, own = load_training_template("MNI152NLin2009aSym"), toy_template(spacing=8.0)
+    monkeypatch.setattr(data, "load_training_template", {"shipped": shipped, "own": own}.get)
     monkeypatch.setattr(data, "build", lambda *_: tmp_path)
     monkeypatch.setattr(data, "load", lambda _: toy_sample)
     scan = LabelledScan("sub-1", "1", tmp_path, tmp_path)
@@ -402,7 +402,7 @@ def test_a_sample_is_built_as_inference_would(
     for path, voxels in zip(paths, (head.t1.data, head.codes), strict=True):
         save_volume(path, voxels, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
-    monkeypatch.setattr(data, "load_atlas", lambda name: template)
+    monkeypatch.setattr(data, "load_training_template", lambda name: template)
     monkeypatch.setattr(data, "frame", str)
     monkeypatch.setattr(stages_register, "register_template", lambda s, t, c, w: identity(t))
     scan = LabelledScan("sub-1", "1", *paths)
@@ -461,7 +461,7 @@ def test_a_sample_holds_the_fields_that_inference_would_use(
     for path, voxels in zip(paths, (head.t1.data, head.codes), strict=True):
         save_volume(path, voxels, head.t1.grid)
     template = toy_template(scale=0.8, spacing=8.0)
-    monkeypatch.setattr(data, "load_atlas", lambda name: replace(template, name=name))
+    monkeypatch.setattr(data, "load_training_template", lambda name: replace(template, name=name))
     monkeypatch.setattr(data, "frame", str)
 
     def register(_stripped, template, *_):
@@ -480,7 +480,7 @@ def test_a_person_may_be_the_atlas(phantom, orientation, parcellation, tmp_path)
     head = phantom(orientation, 2.0)
     path = tmp_path / "sub-1_T1w.nii.gz"
     save_volume(path, head.t1.data, head.t1.grid)
-    atlas = load_atlas(str(path))
+    atlas = load_training_template(str(path))
     assert atlas.name == "sub-1_T1w"
     inside = atlas.brain.grid.to_world(np.argwhere(atlas.brain.data > 0)) - atlas.frame.ac_mm
     assert abs(inside[:, 0].mean()) < 2
@@ -505,7 +505,7 @@ def test_a_whole_head_is_no_atlas(phantom, tmp_path):
         path, head.t1.data + np.random.default_rng(0).random(head.codes.shape), head.t1.grid
     )
     with pytest.raises(DataError, match="not skull-stripped"):
-        load_atlas(str(path))
+        load_training_template(str(path))
 
 
 TRAINER = """

@@ -79,7 +79,7 @@ def command(
     from cadiff_cli.training.segmenter.config import Training, load, templates_of
     from cadiff_cli.training.segmenter.data import Sample, prepare_scans
     from cadiff_cli.training.segmenter.run import check_people
-    from cadiff_cli.training.templates import load_atlas
+    from cadiff_cli.training.templates import load_training_template
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings |= also_settings(also, also_share)
@@ -109,7 +109,7 @@ def command(
         net = loaded(network.config, network.seed).net
         check_people(subjects, known, splits[network.fold], model, net, parcellation)
         for name in plan.templates_of(network, people):
-            load_atlas(name)
+            load_training_template(name)
     for folder in (run, cache or run):
         check_writable(folder)
 

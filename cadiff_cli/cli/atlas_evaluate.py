@@ -56,7 +56,7 @@ def command(
     from cadiff_cli.training.atlas.data import known_to, prepare_people
     from cadiff_cli.training.atlas.regression import ATLAS, KernelRegression, sources_of
     from cadiff_cli.training.atlas.run import brain_weight
-    from cadiff_cli.training.templates import load_atlas
+    from cadiff_cli.training.templates import load_training_template
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     words = [word.strip() for word in given.split(",") if word.strip()]
@@ -66,7 +66,7 @@ def command(
     refuse_existing(*tables, overwrite=overwrite)
     check_writable(out)
     trained = models.load(AtlasModel, model)
-    base = replace(load_atlas(trained.base), labels=trained.labels)
+    base = replace(load_training_template(trained.base), labels=trained.labels)
     spacing = float(trained.grid.spacing_mm[0])
     prepared = prepare_people(people, base, spacing, cache or out / "cache")
     learnt = [p for p in prepared if p.label in trained.seen]

@@ -50,7 +50,7 @@ def command(
         prepare_people,
     )
     from cadiff_cli.training.atlas.run import check_steps, train_atlas
-    from cadiff_cli.training.templates import load_atlas
+    from cadiff_cli.training.templates import load_training_template
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     pick_device(device)
@@ -60,7 +60,7 @@ def command(
         raise UsageError(
             f"base is {training.base!r}", "name a template: weights are used with that of the name"
         )
-    base = load_atlas(training.base)
+    base = load_training_template(training.base)
     for folder in (run, cache or run):
         check_writable(folder)
     base = replace(base, labels=base.labels or base_labels(base, labeller()))

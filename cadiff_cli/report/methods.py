@@ -132,13 +132,13 @@ def describe(results: Sequence[Finished]) -> list[str]:
         people=len({result.entities.split("_")[0] for result in results}),
         dataset=any(scan.source.startswith("bids:") for scan in scans),
         spaces=spaces,
-        atlases=_atlases(scans, spaces),
+        template_keys=_template_keys(scans, spaces),
         personal=len({t.name for scan in scans for t in scan.in_field if t.condition}) > 1,
     )
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
-def _atlases(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
+def _template_keys(scans: Sequence[Provenance], spaces: Sequence[str]) -> list[str]:
     """Keys of the templates of the field, and of those used only as output ``spaces``."""
     used = {template.name: template for scan in scans for template in scan.in_field}
     names = (*used, *(re.sub(r":res-\d+$", "", space) for space in spaces))

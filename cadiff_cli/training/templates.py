@@ -19,30 +19,30 @@ from cadiff_cli.stages.strip import stripped_brain
 
 
 def is_person(name: str) -> bool:
-    """Whether an atlas is given as somebody's scan."""
+    """Whether a template is given as somebody's scan."""
     return name.endswith(IMAGE_SUFFIXES)
 
 
-def frame(name: str) -> str:
-    """Identifies an atlas, the name that its field goes by, and its coordinates."""
+def template_key(name: str) -> str:
+    """Identifies a template: its name, content and coordinates."""
     if is_person(name):
         return fingerprint([stem(Path(name)), sha256(Path(name))])
     if name in registry():
         return fingerprint([name, registry()[name]])
-    return fingerprint([name, load_atlas(name).sha256])
+    return fingerprint([name, load_training_template(name).sha256])
 
 
 @lru_cache(maxsize=4)
-def load_atlas(name: str) -> Template:
+def load_training_template(name: str) -> Template:
     """A template that ``load_template`` knows (never downloaded), or a stripped scan by its path.
 
     Raises what ``load_template`` and ``load_scan`` raise, ``DataError`` for a whole head.
     """
-    return person(Path(name)) if is_person(name) else load_template(name, offline=True)
+    return template_of_person(Path(name)) if is_person(name) else load_template(name, offline=True)
 
 
-def person(path: Path) -> Template:
-    """One person's brain as an atlas.
+def template_of_person(path: Path) -> Template:
+    """One person's brain as a template.
 
     Nobody has marked its AC: its brain's bounding box is laid over that of Colin27's extents, which
     puts the origin within a centimetre or so of it, and the midplane halfway between the sides.
@@ -50,7 +50,7 @@ def person(path: Path) -> Template:
     t1 = load_scan(path).t1
     inside = stripped_brain(t1)
     if inside is None:
-        raise DataError(f"{path.name} is not skull-stripped", "give a brain as an atlas")
+        raise DataError(f"{path.name} is not skull-stripped", "give a stripped brain as a template")
     box = bounding_box(inside.data)
     ends = t1.grid.to_world(np.array([[s.start, s.stop - 1] for s in box], dtype=float).T)
     extents: dict[str, Any] = {

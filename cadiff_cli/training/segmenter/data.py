@@ -26,7 +26,7 @@ from cadiff_cli.spatial.resample import resample_labels
 from cadiff_cli.stages.condition import FIELD_STRIDE
 from cadiff_cli.stages.field import mean_field
 from cadiff_cli.training import store
-from cadiff_cli.training.templates import frame, load_atlas
+from cadiff_cli.training.templates import load_training_template, template_key
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def prepare_scans(
     ``mapping`` turns the ids of their label maps into classes of ``parcellation``.
     """
     # Whatever is wrong with one is said before the first scan.
-    contents = dict(own_contents(load_atlas(name) for name in templates))
+    contents = dict(own_contents(load_training_template(name) for name in templates))
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for index, scan in enumerate(scans, start=1):
@@ -98,7 +98,7 @@ def sample_path(
     for path in (scan.t1, scan.dseg):
         check_there(path)
     inputs = [sha256(path) for path in (scan.t1, scan.dseg)]
-    frames = [frame(name) for name in templates]
+    frames = [template_key(name) for name in templates]
     content = [FORMAT, REVISION, sorted(mapping.items()), frames, inputs, store.made_by(HOW)]
     if parcellation.name != BASE:  # the names of its samples are older than other parcellations
         content.append(identity(parcellation))
@@ -120,8 +120,8 @@ def build(
 ) -> Path:
     """Prepare one scan with every template and write its sample; an existing one is kept.
 
-    ``templates`` are what ``load_atlas`` takes.  Fields of registrations that look wrong are left
-    out, as inference does.
+    ``templates`` are what ``load_training_template`` takes.  Fields of registrations that look
+    wrong are left out, as inference does.
     """
     return store.once(
         sample_path(scan, templates, parcellation, mapping, folder),
@@ -139,8 +139,8 @@ def _arrays(
     loaded, classes = load_labelled(scan, parcellation, mapping)
     arrays: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
-        atlases = [load_atlas(name) for name in templates]
-        prepared = prepare(loaded, atlases, HOW, Path(work))
+        loaded_templates = [load_training_template(name) for name in templates]
+        prepared = prepare(loaded, loaded_templates, HOW, Path(work))
         conditions, grid = prepared.conditions, prepared.conditions.image.grid
         for registered in sound(prepared.registrations):
             field = mean_field([registered], grid.coarsen(FIELD_STRIDE))
