@@ -1,6 +1,5 @@
 """Means of scores over scans and structures, and the tables that hold them."""
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cadiff_cli.evaluation.scores import Score
-from cadiff_cli.io.files import write_tsv
+from cadiff_cli.io.files import read_tsv, write_tsv
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,13 @@ def read_scores(path: Path) -> list[Score]:
         return math.nan if cell == "n/a" else float(cell)
 
     scores = []
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
-            names = ("dice", "nsd", "hd95_mm", "volume_mm3", "reference_mm3")
-            score = Score(
-                row["scan"], row["reference"], row["structure"], *(number(row[n]) for n in names)
-            )
-            missed = math.isnan(score.hd95_mm) and not score.absent
-            scores.append(replace(score, hd95_mm=math.inf) if missed else score)
+    names = ("dice", "nsd", "hd95_mm", "volume_mm3", "reference_mm3")
+    for row in read_tsv(path):
+        score = Score(
+            row["scan"], row["reference"], row["structure"], *(number(row[n]) for n in names)
+        )
+        missed = math.isnan(score.hd95_mm) and not score.absent
+        scores.append(replace(score, hd95_mm=math.inf) if missed else score)
     return scores
 
 

@@ -156,6 +156,23 @@ def write_tsv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]
     write_text(path, "".join("\t".join(map(_cell, line)) + "\n" for line in lines))
 
 
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """Lines of a table that ``write_tsv`` wrote, by column.
+
+    Raises ``OSError``, or ``ValueError`` if it is no such table.
+    """
+    header, *lines = (line.split("\t") for line in read_text(path).splitlines() if line)
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of all that lies in a folder, sorted; none if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def _cell(value: object) -> str:
     """The text of a cell, without tabs and newlines: BIDS tables have no quoting."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):

@@ -1,6 +1,5 @@
 """The volume tables of a result: structures with their expected Dice, and totals."""
 
-import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.errors import DataError
+from cadiff_cli.io.files import read_tsv
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.products import Percentile, Result
 
@@ -171,19 +171,18 @@ def read_rows(structures: Path, totals: Path | None = None) -> tuple[Row, ...]:
 
 def _read(path: Path) -> Iterator[Row]:
     try:
-        with path.open(encoding="utf-8-sig") as stream:
-            for line in csv.DictReader(stream, delimiter="\t"):
-                cells = {str(key).replace("-", "_"): value for key, value in line.items()}
-                code = cells.get("index", "n/a")
-                yield Row(
-                    None if code == "n/a" else int(code),
-                    cells["name"],
-                    _number(cells["volume_mm3"]),
-                    *(
-                        _number(cells.get(name, "n/a"))
-                        for name in ("expected_dice", "usual_dice", "volume_sd_mm3")
-                    ),
-                )
+        for line in read_tsv(path):
+            cells = {key.replace("-", "_"): value for key, value in line.items()}
+            code = cells.get("index", "n/a")
+            yield Row(
+                None if code == "n/a" else int(code),
+                cells["name"],
+                _number(cells["volume_mm3"]),
+                *(
+                    _number(cells.get(name, "n/a"))
+                    for name in ("expected_dice", "usual_dice", "volume_sd_mm3")
+                ),
+            )
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} is not a volume table ({error})",

@@ -11,7 +11,7 @@ from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.selection import SUFFIXES
 from cadiff_cli.io.cohorts import GROUP_TABLE
-from cadiff_cli.io.files import write_json, write_tsv
+from cadiff_cli.io.files import read_tsv, write_json, write_tsv
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.volumes import (
     INTRACRANIAL,
@@ -191,10 +191,9 @@ def known_scans(out: Path) -> list[str]:
 def _lacking(out: Path) -> set[str]:
     """Scans that the last group table named as missing."""
     try:
-        lines = (out / MISSING).read_text(encoding="utf-8").splitlines()[1:]
-    except (OSError, ValueError):
+        return {line["scan"] for line in read_tsv(out / MISSING)}
+    except (OSError, ValueError, KeyError):
         return set()
-    return {line.split("\t")[0] for line in lines if line}
 
 
 def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> dict[str, Any]:

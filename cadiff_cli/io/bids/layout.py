@@ -22,7 +22,7 @@ from cadiff_cli.io.bids.names import (
 )
 from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
-from cadiff_cli.io.files import check_writable, is_among, read_json
+from cadiff_cli.io.files import check_writable, is_among, names_in, read_json
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
@@ -212,7 +212,7 @@ def finished_result(place: Derivatives) -> Finished | None:
     Its sidecar, written last, vouches for the rest; labels and volumes that somebody has deleted
     since make it incomplete.
     """
-    beside = _names(place.folder)
+    beside = {*names_in(place.folder)}
     results = (Candidate(place.stem, path, beside).result() for path in place.sidecars)
     return next(filter(None, results), None)
 
@@ -230,7 +230,7 @@ def candidates(out: Path) -> Iterator[Candidate]:
     """Every sidecar below ``out`` that may vouch for a result, sorted by path."""
     for subject in _folders(out, "sub-"):
         for folder in (subject / "anat", *(x / "anat" for x in _folders(subject, "ses-"))):
-            beside = _names(folder)
+            beside = {*names_in(folder)}
             sidecars = (name for name in beside if name.endswith("_dseg.json"))
             for name in sorted(x for x in sidecars if LABEL_MAP.search(x) and "_space-" not in x):
                 place = Derivatives(out, Path(LABEL_MAP.sub("_T1w", name)))
@@ -247,11 +247,3 @@ def _folders(parent: Path, prefix: str) -> list[Path]:
     except OSError:
         return []
     return [parent / name for name in names]
-
-
-def _names(folder: Path) -> set[str]:
-    """Names of all that lies in a folder; none if it cannot be read."""
-    try:
-        return {*os.listdir(folder)}
-    except OSError:
-        return set()

@@ -3,7 +3,6 @@
 A person who comes back has grown older: ``sub-X/sub-X_sessions.tsv`` may tell an age per session.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cadiff_cli.errors import first_few, plural
-from cadiff_cli.io.files import read_json, read_text
+from cadiff_cli.io.files import names_in, read_json, read_text
 from cadiff_cli.products import Person, Sex
 
 T = TypeVar("T")
@@ -116,7 +115,7 @@ def read_people(root: Path, table: str = TABLE) -> People:
     notes = list[str]()
     about = _about((root / table).with_suffix(".json"))
     persons = _persons(root / table, about, notes)
-    inside = {name: _names(root / name) for name in _names(root) if name.startswith("sub-")}
+    inside = {name: names_in(root / name) for name in names_in(root) if name.startswith("sub-")}
     subjects = {name.removeprefix("sub-"): names for name, names in inside.items() if names}
     ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS]), notes)
     aged = {label for label, person in persons.items() if person.age_years is not None}
@@ -219,14 +218,6 @@ def _columns(path: Path) -> list[tuple[str, list[str]]]:
 def _by_name(columns: Sequence[tuple[str, list[str]]]) -> dict[str, list[str]]:
     """Cells by a column's name in lower case; the first of two columns of one name counts."""
     return {name.lower(): cells for name, cells in reversed(columns)}
-
-
-def _names(folder: Path) -> list[str]:
-    """Names of all that lies in a folder, sorted; none if it cannot be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []
 
 
 def _about(path: Path) -> dict[str, dict[str, Any]]:
