@@ -12,6 +12,7 @@ import cadiff_cli
 from cadiff_cli import machine
 from cadiff_cli.config import Config, Recipe, StripConfig, StripMethod, fingerprint
 from cadiff_cli.errors import DataError
+from cadiff_cli.io.bids.description import generated_by
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.releases import parcels_sha256, strip_weights_sha256
 from cadiff_cli.io.templates import joint_name, own_contents
@@ -259,7 +260,7 @@ class Provenance:
     def sidecar(self) -> dict[str, Any]:
         """The entries of the label map's sidecar; ``read`` gives the same provenance back."""
         return {
-            "GeneratedBy": [{"Name": "cadiff", "Version": self.version}],
+            "GeneratedBy": [generated_by() | {"Version": self.version}],
             "Packages": dict(self.packages),
             "Model": {"Name": self.model, "WeightsSHA256": self.weights_sha256},
             "Steps": self.steps,
@@ -446,7 +447,7 @@ def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:
     """What made a brain mask that stands alone."""
     learned = stripped.method is StripMethod.NET
     return {
-        "GeneratedBy": [{"Name": "cadiff", "Version": cadiff_cli.__version__}],
+        "GeneratedBy": [generated_by()],
         "Packages": software(),
         "BiasRatio": stripped.bias_ratio,
         **({"WeightsSHA256": strip_weights_sha256(StripConfig("net"))} if learned else {}),
