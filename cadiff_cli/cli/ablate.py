@@ -5,11 +5,12 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_times, without_prefix
 from cadiff_cli.cli.train import (
     FOLDS_OPTION,
     also_options,
     also_settings,
+    prepared_in,
     sources_of,
     training_options,
 )
@@ -28,6 +29,7 @@ from cadiff_cli.cli.train import (
 )
 @click.option(
     "--hold-out",
+    callback=without_prefix,
     multiple=True,
     help="Subject label that is scored, of any dataset (repeatable), instead of --folds.",
 )
@@ -65,12 +67,10 @@ def command(
     and those after it. The same command continues after a kill, or after --max-minutes, which end
     it with exit code 1.
     """
-    import logging
     from functools import lru_cache
 
     from cadiff_cli.device import pick_device
     from cadiff_cli.io import models
-    from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.nets.models import Model
     from cadiff_cli.report.ablation import write_tables
@@ -81,7 +81,7 @@ def command(
     from cadiff_cli.training.segmenter.run import check_people
     from cadiff_cli.training.templates import load_training_template
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     settings |= also_settings(also, also_share)
 
     def loaded(config: str, seed: int | None) -> Training:
@@ -97,7 +97,7 @@ def command(
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
     known = set().union(*others)
     if hold_out:
-        splits = [[name.removeprefix("sub-") for name in hold_out]]
+        splits = [list(hold_out)]
     else:
         groups = [split(group, folds) for group in (subjects, known) if group]
         splits = [[name for part in parts for name in part] for parts in zip(*groups, strict=True)]
@@ -110,14 +110,12 @@ def command(
         check_people(subjects, known, splits[network.fold], model, net, parcellation)
         for name in plan.templates_of(network, people):
             load_training_template(name)
-    for folder in (run, cache or run):
-        check_writable(folder)
+    folder = prepared_in(run, cache)
 
     @lru_cache(maxsize=2)
     def prepare(names: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
         samples, *less_trusted = (
-            prepare_scans(scans, names, parcellation, mapping, cache or run / "cache")
-            for scans, mapping in sources
+            prepare_scans(scans, names, parcellation, mapping, folder) for scans, mapping in sources
         )
         return samples, [sample for other in less_trusted for sample in other]
 

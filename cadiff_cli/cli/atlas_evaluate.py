@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_times
 
 GIVEN = {"age": "age_years", "sex": "sex", "ventricles": "ventricles_percent"}
 
@@ -45,7 +45,6 @@ def command(
     folded voxels, centrality, roughness, Dice (atlas_groups.tsv), and volumes against age
     (atlas_ages.tsv).
     """
-    import logging
     from dataclasses import replace
 
     from cadiff_cli.errors import DataError, UsageError
@@ -58,7 +57,7 @@ def command(
     from cadiff_cli.training.atlas.run import brain_weight
     from cadiff_cli.training.templates import load_training_template
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     words = [word.strip() for word in given.split(",") if word.strip()]
     if unknown := [word for word in words if word not in GIVEN]:
         raise UsageError(f"--given names {unknown}", f"use {', '.join(GIVEN)}")

@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH
-from cadiff_cli.cli.train import run_options
+from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.train import prepared_in, run_options
 
 
 @click.command(name="train")
@@ -35,12 +35,10 @@ def command(
     people is left out, and compared with the base template, kernel regression and the atlas at the
     end. The same command continues after a kill.
     """
-    import logging
     from dataclasses import replace
 
     from cadiff_cli.device import pick_device
     from cadiff_cli.errors import UsageError
-    from cadiff_cli.io.files import check_writable
     from cadiff_cli.io.templates import NAME
     from cadiff_cli.training.atlas.config import load
     from cadiff_cli.training.atlas.data import (
@@ -52,7 +50,7 @@ def command(
     from cadiff_cli.training.atlas.run import check_steps, train_atlas
     from cadiff_cli.training.templates import load_training_template
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     pick_device(device)
     training = load(config, **options)
     check_steps(training)
@@ -61,10 +59,9 @@ def command(
             f"base is {training.base!r}", "name a template: weights are used with that of the name"
         )
     base = load_training_template(training.base)
-    for folder in (run, cache or run):
-        check_writable(folder)
+    folder = prepared_in(run, cache)
     base = replace(base, labels=base.labels or base_labels(base, labeller()))
-    prepared = prepare_people(people, base, training.spacing_mm, cache or run / "cache")
+    prepared = prepare_people(people, base, training.spacing_mm, folder)
     path = train_atlas(
         prepared,
         base,

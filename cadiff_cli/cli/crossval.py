@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH
-from cadiff_cli.cli.train import FOLDS_OPTION, training_options
+from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.train import FOLDS_OPTION, prepared_in, training_options
 
 
 @click.command(name="crossval")
@@ -44,14 +44,12 @@ def command(
     makes the joint ones.  The same command continues after a kill, or after --max-minutes, which
     end it with exit code 1: a fold that is not trained to its end is not scored.
     """
-    import logging
     import time
 
     from cadiff_cli.cli.evaluate import COLUMNS
     from cadiff_cli.cli.scores import report
     from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
-    from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.training.crossval import check_folds, cross_validate, shortened
@@ -59,7 +57,7 @@ def command(
     from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     training = load(config, **settings)
     # Whatever is wrong with a name is said before hours of preparation, not after.
     parcellation = load_parcellation(training.parcellation)
@@ -67,11 +65,8 @@ def command(
     split([scan.subject for scan in scans], folds)
     check_folds(fold, folds)
     pick_device(device)
-    for folder in (run, cache or run):
-        check_writable(folder)
-    samples = prepare_scans(
-        scans, training.templates, parcellation, mapping, cache or run / "cache"
-    )
+    folder = prepared_in(run, cache)
+    samples = prepare_scans(scans, training.templates, parcellation, mapping, folder)
     until = time.monotonic() + 60 * max_minutes
     for only in [[k] for k in fold] or [[]]:
         scores = cross_validate(

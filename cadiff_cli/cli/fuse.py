@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_times
 
 
 @click.command(name="fuse")
@@ -68,13 +68,11 @@ def command(
     Every person of the atlases, except T1's own subject (by label), is registered to T1 and votes
     with one scan.  Writes a dseg on T1's own grid with the parcellation's codes.
     """
-    import logging
-
     from cadiff_cli.config import Config, RegisterConfig, StripConfig
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.runner.fuse import fuse_file
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     config = Config(StripConfig(mask=mask), RegisterConfig(registration, seed))
     parcellation = load_parcellation(drawn)
     click.echo(

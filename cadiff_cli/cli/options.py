@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -47,6 +48,16 @@ class FilePath(click.Path):
 
 
 PATH = FilePath()
+
+
+def show_times() -> None:
+    """Show log messages with their times: for commands that take hours."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+
+def without_prefix(_context: Any, _option: Any, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Subject labels without ``sub-``: a callback of options."""
+    return tuple(label.removeprefix("sub-") for label in labels)
 
 
 def options_of(kind: type, without: tuple[str, ...] = ()) -> Callable[[F], F]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_times, without_prefix
 
 if TYPE_CHECKING:
     from cadiff_cli.io.bids.labelled import LabelledScan
@@ -74,6 +74,12 @@ SCAN_OPTIONS = (
 )
 
 
+HOLD_OUT = click.option(
+    "--hold-out",
+    multiple=True,
+    callback=without_prefix,
+    help="Subject label left out (repeatable).",
+)
 ALSO_OPTIONS = (
     click.option(
         "--also",
@@ -135,6 +141,18 @@ def also_settings(also: Sequence[Any], also_share: float | None) -> dict[str, An
     return {"also_share": also_share}
 
 
+def prepared_in(run: Path, cache: Path | None) -> Path:
+    """The folder of prepared images: ``cache``, or one in ``run``; raises if it cannot be written.
+
+    Called when all names are known to be right: then nothing is left by a mistake.
+    """
+    from cadiff_cli.io.files import check_writable
+
+    for folder in (run, cache or run):
+        check_writable(folder)
+    return cache or run / "cache"
+
+
 def sources_of(
     dataset: Path, labels: str, also: Sequence[tuple[Path, str]], parcellation: "Parcellation"
 ) -> list[tuple[list["LabelledScan"], dict[int, int]]]:
@@ -165,7 +183,7 @@ def sources_of(
 @click.command(name="train")
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=PATH)
-@click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
+@HOLD_OUT
 @also_options
 @click.option(
     "--recount-prior", is_flag=True, help="Count the label prior over DATASET, not --init's."
@@ -204,19 +222,16 @@ def command(
     Scans are prepared once by the same code that inference runs.  The same command continues after
     a kill, and goes on further with more --steps.
     """
-    import logging
-
     from cadiff_cli.device import pick_device
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io import models
-    from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.nets.models import Model
     from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
     from cadiff_cli.training.segmenter.run import check_people, train
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     settings |= also_settings(also, also_share)
     if recount_prior and not init:
         raise UsageError("--recount-prior is for --init", "without it the prior is counted anyway")
@@ -227,11 +242,8 @@ def command(
     parcellation = load_parcellation(training.parcellation)
     sources = sources_of(dataset, training.labels, also, parcellation)
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
-    held = tuple(name.removeprefix("sub-") for name in hold_out)
-    check_people(subjects, set().union(*others), held, model, training.net, parcellation)
-    for folder in (run, cache or run):
-        check_writable(folder)
-    folder = cache or run / "cache"
+    check_people(subjects, set().union(*others), hold_out, model, training.net, parcellation)
+    folder = prepared_in(run, cache)
     samples, *less_trusted = (
         prepare_scans(scans, training.templates, parcellation, mapping, folder)
         for scans, mapping in sources
@@ -244,7 +256,7 @@ def command(
         also=[sample for other in less_trusted for sample in other],
         init=model,
         recount_prior=recount_prior,
-        hold_out=held,
+        hold_out=hold_out,
         net_config=training.net,
         device=device,
         workers=workers,

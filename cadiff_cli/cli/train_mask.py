@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH
-from cadiff_cli.cli.train import run_options
+from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.train import prepared_in, run_options
 
 
 @click.command(name="train-mask")
@@ -50,17 +50,14 @@ def command(
     Label maps become images of every contrast; real heads join them.  The same command continues
     after a kill.  Held-out sources are scored at the end.
     """
-    import logging
-
     from cadiff_cli.device import pick_device
     from cadiff_cli.io import models
-    from cadiff_cli.io.files import check_writable
     from cadiff_cli.nets.models import BrainModel
     from cadiff_cli.training.brain_mask.config import load
     from cadiff_cli.training.brain_mask.data import prepare_heads
     from cadiff_cli.training.brain_mask.run import check_settings, check_sources, train_mask
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     if not (label_maps or heads):
         raise click.UsageError("give --label-maps, --heads, or both")
     # Whatever is wrong with a name is said before hours of preparation, not after.
@@ -69,9 +66,8 @@ def command(
     model = models.load(BrainModel, init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     check_settings(training.train, training.net, model)
-    for folder in (run, cache or run):
-        check_writable(folder)
-    prepared = prepare_heads(label_maps, heads, cache or run / "cache")
+    folder = prepared_in(run, cache)
+    prepared = prepare_heads(label_maps, heads, folder)
     path = train_mask(
         prepared,
         run,

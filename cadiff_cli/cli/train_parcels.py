@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH
-from cadiff_cli.cli.train import run_options
+from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.train import HOLD_OUT, prepared_in, run_options
 
 
 @click.command(name="train-parcels")
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=PATH)
-@click.option("--hold-out", multiple=True, help="Subject label left out (repeatable).")
+@HOLD_OUT
 @click.option("--init", metavar="MODEL", help="Begin with these weights (nmm138, or a file).")
 @run_options
 def command(
@@ -33,12 +33,9 @@ def command(
     cadiff train; its labels hold parcels.  The network sees structures and the distance field,
     never an image.  The same command continues after a kill.
     """
-    import logging
-
     from cadiff_cli.device import pick_device
     from cadiff_cli.io import models
     from cadiff_cli.io.bids.labelled import labelled_scans
-    from cadiff_cli.io.files import check_writable
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import ParcelModel
@@ -46,7 +43,7 @@ def command(
     from cadiff_cli.training.parcels.run import check_people, train_parcels
     from cadiff_cli.training.segmenter.data import prepare_scans
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    show_times()
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
     training = load(config, **options)
@@ -54,13 +51,9 @@ def command(
     parcellation = load_parcellation(training.parcellation)
     mapping = load_scheme(training.labels, parcellation)
     scans = labelled_scans(dataset)
-    held = tuple(name.removeprefix("sub-") for name in hold_out)
-    check_people({scan.subject for scan in scans}, held, model, parcellation)
-    for folder in (run, cache or run):
-        check_writable(folder)
-    samples = prepare_scans(
-        scans, training.templates, parcellation, mapping, cache or run / "cache"
-    )
+    check_people({scan.subject for scan in scans}, hold_out, model, parcellation)
+    folder = prepared_in(run, cache)
+    samples = prepare_scans(scans, training.templates, parcellation, mapping, folder)
     path = train_parcels(
         samples,
         run,
@@ -68,7 +61,7 @@ def command(
         parcellation,
         init=model,
         net_config=training.net,
-        hold_out=held,
+        hold_out=hold_out,
         device=device,
         workers=workers,
         max_minutes=max_minutes,
