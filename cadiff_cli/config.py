@@ -66,6 +66,9 @@ def seed_option() -> Any:
     return option(0, "Seed of registration and noise.", *names, low=0, high=2**31 - 2)
 
 
+STRIP_METHODS = ("auto", "net", "template", "none")
+
+
 @dataclass(frozen=True)
 class StripConfig:
     """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides."""
@@ -75,7 +78,7 @@ class StripConfig:
         "auto: strip a whole head with the network, leave a stripped scan. net: always strip with"
         " the network. template: use the mask of Colin27. none: the scan is stripped already.",
         "--skull-strip",
-        choices=("auto", "net", "template", "none"),
+        choices=STRIP_METHODS,
     )
     mask: Path | None = option(None, "Your own brain mask (T1's grid).")
 
@@ -138,6 +141,13 @@ class SampleConfig:
         " volume; cubes of 96 where memory is short].",
         low=32,
     )
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` for numbers that no sampler can use."""
+        if self.steps < 0:
+            raise UsageError(f"--steps is {self.steps}", "use 5 (the default), or 0 for the prior")
+        if self.samples < 1:
+            raise UsageError(f"--samples is {self.samples}", "use 1 (the default) or more")
 
 
 @dataclass(frozen=True)
@@ -311,12 +321,9 @@ class Recipe:
             **plain,
         }
 
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits that change when any of the settings changes."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         return fingerprint(self.settings())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cadiff_cli.config import Config
 from cadiff_cli.io.images import given_mask
 from cadiff_cli.io.releases import strip_weights_sha256
-from cadiff_cli.products import Prepared, Result, Scan, Stripped, Template
+from cadiff_cli.products import Prepared, Result, Scan, Segmentation, Stripped, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, load_age_ranges, percentiles
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.stages.bias import evened_head
@@ -126,7 +126,7 @@ def run(
 
     watch = Stopwatch(announce)
     prepared = prepare(scan, templates, config, work_dir, watch, jobs)
-    finer: Result | None = None
+    namer: ParcelModel | None = None
     with gate or nullcontext():
         with watch.stage("segment"):
             mask = on_scan(prepared.stripped, scan)
@@ -135,33 +135,33 @@ def run(
             with watch.stage("parcels"):
                 namer = parcel_model(config.output.parcellation)
                 parcels = parcellate(segmentation, prepared.conditions, namer, device)
-    volumes = volumes_mm3(segmentation)
     known = ranges or load_age_ranges(model.parcellation)
-    drawn = {
-        s.name: volumes[s.code] if s.code in model.structures or volumes[s.code] else None
-        for s in model.parcellation.structures
-    }
     result = Result(
         prepared,
         mask,
         segmentation,
-        volumes,
+        volumes_mm3(segmentation),
         model.info,
         config,
         watch.seconds,
         calibration=calibration(config, model.sha256),
-        percentiles=percentiles(known, drawn, model.parcellation, scan.person),
         percentiles_of=known.people if known else "",
         ranges=ranges.fingerprint if ranges else "",
         head=evened_head(prepared.stripped),
         intracranial=intracranial_on_scan(prepared.stripped, scan),
     )
-    if config.output.parcellation:
-        inner = {s.code for s in namer.parcellation.structures if s.is_part}
-        finer = replace(
-            result,
-            segmentation=parcels,
-            volumes_mm3=volumes_mm3(parcels),
-            model=replace(namer.info, structures=model.structures | inner),
-        )
-    return replace(result, finer=finer)
+    sizes = {s.name: result.mm3(s.code) for s in model.parcellation.structures}
+    found = percentiles(known, sizes, model.parcellation, scan.person)
+    result = replace(result, percentiles=found)
+    return replace(result, finer=_finer(result, parcels, namer)) if namer else result
+
+
+def _finer(result: Result, parcels: Segmentation, namer: "ParcelModel") -> Result:
+    """The same result with the ``parcels`` that ``namer`` found."""
+    inner = {s.code for s in namer.parcellation.structures if s.is_part}
+    return replace(
+        result,
+        segmentation=parcels,
+        volumes_mm3=volumes_mm3(parcels),
+        model=replace(namer.info, structures=result.model.structures | inner),
+    )

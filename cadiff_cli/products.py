@@ -458,6 +458,11 @@ class Result:
     intracranial: Volume | None = None
     finer: "Result | None" = None
 
+    def mm3(self, code: int) -> float | None:
+        """Volume of a structure; None for one that was never taught to the network, nor drawn."""
+        drawn = self.volumes_mm3[code]
+        return drawn if drawn or code in self.model.structures else None
+
     @property
     def notes(self) -> tuple[Note, ...]:
         """Everything a user should know, in the order in which it happened."""

@@ -59,7 +59,7 @@ def changed(name):
 
 
 def fingerprint(config):
-    return Recipe(config, "MNIColin27", "cadiff-malc", "0" * 64).fingerprint()
+    return Recipe(config, "MNIColin27", "cadiff-malc", "0" * 64).fingerprint
 
 
 def test_every_setting_has_another_value_here():
@@ -96,7 +96,7 @@ def test_finished_results_stay_finished(name, monkeypatch):
 def test_own_age_ranges_change_the_fingerprint():
     """They decide percentiles; those that ship have those of before."""
     recipe = Recipe(Config(), "MNIColin27", "cadiff-malc", "0" * 64)
-    assert replace(recipe, ranges="abc").fingerprint() != recipe.fingerprint()
+    assert replace(recipe, ranges="abc").fingerprint != recipe.fingerprint
     assert "ranges" not in recipe.settings()
 
 

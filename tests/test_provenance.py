@@ -13,7 +13,7 @@ from cadiff_cli.products import Person
 CONFIG = Config(output=OutputConfig(spaces=("MNI152NLin2009cAsym",)))
 RECIPE = Recipe(CONFIG, "MNIColin27", "cadiff-malc", "0" * 64)
 MADE = Provenance(
-    fingerprint=RECIPE.fingerprint(),
+    fingerprint=RECIPE.fingerprint,
     settings=RECIPE.settings(),
     version="1.0",
     packages={"torch": "2"},

@@ -52,13 +52,13 @@ def job_of(out, entities="sub-01_ses-a", **recipe):
 
 
 def test_a_fingerprint_changes_with_what_decides_the_result(monkeypatch):
-    base = recipe_of().fingerprint()
-    assert recipe_of().fingerprint() == base
-    assert recipe_of(steps=1).fingerprint() != base
-    assert recipe_of("MNI152NLin2009aSym").fingerprint() != base
-    assert replace(recipe_of(), calibration="0" * 12).fingerprint() != base
+    base = recipe_of().fingerprint
+    assert recipe_of().fingerprint == base
+    assert recipe_of(steps=1).fingerprint != base
+    assert recipe_of("MNI152NLin2009aSym").fingerprint != base
+    assert replace(recipe_of(), calibration="0" * 12).fingerprint != base
     monkeypatch.setattr("cadiff_cli.config.REVISION", 10_000)
-    assert recipe_of().fingerprint() != base
+    assert recipe_of().fingerprint != base
 
 
 def test_a_recipe_knows_the_calibration_in_use(toy_template, monkeypatch):
@@ -88,7 +88,7 @@ def test_settings_hold_no_paths():
 def test_differences_are_named():
     made = Provenance("old", recipe_of(steps=5).settings())
     assert made.differs(recipe_of(steps=1)) == "sample.steps 5 -> 1"
-    assert Provenance(recipe_of().fingerprint()).differs(recipe_of()) == ""
+    assert Provenance(recipe_of().fingerprint).differs(recipe_of()) == ""
     assert Provenance("old").differs(recipe_of()) != ""
     assert made.differs(recipe_of()) == "other settings"
     made = Provenance("old", recipe_of(seed=10**39).settings())
@@ -119,7 +119,7 @@ def test_a_result_is_current_until_settings_or_input_change(tmp_path):
     job = job_of(tmp_path / "out")
     job.t1.write_text("image")
     recipe = job.recipe
-    sidecar = {"Fingerprint": recipe.fingerprint(), "Settings": recipe.settings()}
+    sidecar = {"Fingerprint": recipe.fingerprint, "Settings": recipe.settings()}
     for name, text in (
         ("seg-cadiff_dseg.json", json.dumps({**sidecar, "SourceSHA256": sha256(job.t1)})),
         ("seg-cadiff_dseg.nii.gz", ""),
@@ -364,7 +364,7 @@ def without_page(out):
 
 def finish(like, **inputs):
     """Finished results of participants by name, made of inputs of this content."""
-    made = {"Fingerprint": like.recipe.fingerprint(), "Settings": like.recipe.settings()}
+    made = {"Fingerprint": like.recipe.fingerprint, "Settings": like.recipe.settings()}
     for name, content in inputs.items():
         place = Derivatives(like.out, Path(f"sub-{name}_T1w.nii.gz"))
         told = {**made, "SourceSHA256": hashlib.sha256(content).hexdigest()}
@@ -500,7 +500,7 @@ def test_what_is_known_by_its_times_is_read_again_once_it_changes(planned_again)
     }
     assert "has changed since" in str(changed.failed[0][1])
     sidecar = places[4].path("seg-cadiff_dseg.json")
-    sidecar.write_text(sidecar.read_text().replace(like.recipe.fingerprint(), "0" * 12))
+    sidecar.write_text(sidecar.read_text().replace(like.recipe.fingerprint, "0" * 12))
     with pytest.raises(OutputError, match="sub-04, made otherwise"):
         plan()
 
@@ -519,7 +519,7 @@ def test_another_image_of_the_same_name_is_not_called_changed(tmp_path):
     unit1.t1.write_text("image")
     assert unit1.entities == job.entities
     source = f"bids:raw:x/{job.t1.name}"
-    made = Provenance(job.recipe.fingerprint(), source=source, source_sha256="0" * 64)
+    made = Provenance(job.recipe.fingerprint, source=source, source_sha256="0" * 64)
     assert (
         unit1.outdated(Finished(job.entities, Path(), made))
         == "of sub-01_ses-a_T1w.nii.gz, not of sub-01_ses-a_UNIT1.nii.gz"

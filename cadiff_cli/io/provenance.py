@@ -178,7 +178,7 @@ class Provenance:
             result.ranges,
         )
         return cls(
-            fingerprint=recipe.fingerprint(),
+            fingerprint=recipe.fingerprint,
             settings=recipe.settings(),
             version=cadiff_cli.__version__,
             packages=software(),
@@ -299,7 +299,7 @@ class Provenance:
         A result made with the user's own mask counts as the same if nothing but the mask and the
         standard spaces differs: a mask that was corrected by hand must not be lost.
         """
-        if self.fingerprint == recipe.fingerprint():
+        if self.fingerprint == recipe.fingerprint:
             return ""
         made, wanted = dict(self.settings), recipe.settings()
         if not (self.has_own_mask and recipe.config.strip.mask is None):

@@ -82,13 +82,11 @@ def volume_rows(result: Result) -> Iterator[dict[str, object]]:
     """
     segmentation, volumes = result.segmentation, result.volumes_mm3
     parcellation, calibrate = segmentation.parcellation, result.calibration
-    drawable = result.model.structures
     brain = parcellation.brain_mm3(volumes)
     held = intracranial_mm3(result)
     for s in parcellation.structures:
         one = {"index": s.code, "name": s.name, "abbreviation": s.abbreviation}
-        mm3 = volumes[s.code]
-        if s.code not in drawable and not mm3:
+        if (mm3 := result.mm3(s.code)) is None:
             yield one
             continue
         measured = {"volume_mm3": mm3, "percent_brain": 100 * mm3 / brain if brain else None}
@@ -124,7 +122,7 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
     own = parcellation.name == BASE
     for name, codes in SUMS.items():
         parts = [s.code for s in parcellation.structures if (s.code if own else s.parent) in codes]
-        known = [volumes[c] for c in parts if c in result.model.structures or volumes[c]]
+        known = [mm3 for code in parts if (mm3 := result.mm3(code)) is not None]
         totals[name] = sum(known) if known else None
     for name in TOTALS:
         mm3 = totals[name]

@@ -94,7 +94,7 @@ class Journal:
         last = self.read(job.entities)
         if last is None or last.status != "unsuitable" or job.overwrite:
             return None
-        same = last.fingerprint == job.recipe.fingerprint()
+        same = last.fingerprint == job.recipe.fingerprint
         return last if same and not job.has_changed(last.input_sha256) else None
 
     @contextmanager
@@ -138,7 +138,7 @@ def failure(job: Job, error: BaseException, seconds: float = 0.0) -> Outcome:
             outcome,
             status="unsuitable",
             input_sha256=job.input_sha256(),
-            fingerprint=job.recipe.fingerprint(),
+            fingerprint=job.recipe.fingerprint,
         )
     else:
         outcome = replace(outcome, crash_file=_write_crash_file(job, error))

@@ -69,7 +69,7 @@ def make_plan(
     def recipe(entities: str) -> Recipe:
         return personal(dataset.people.of_scan(entities)).recipe
 
-    results = Results(like.out, lambda entities: recipe(entities).fingerprint())
+    results = Results(like.out, lambda entities: recipe(entities).fingerprint)
     if not like.overwrite:
         for result in results.read:
             like.refuse(result.entities, result.provenance.differs(recipe(result.entities)))

@@ -4,7 +4,6 @@ import numpy as np
 
 from cadiff_cli.config import Config
 from cadiff_cli.device import enough_memory, precision, usable_device
-from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import Parcellation, Tissue
 from cadiff_cli.nets.models import Model
 from cadiff_cli.notes import Note, NoteCode
@@ -29,10 +28,6 @@ def segment(
     ``config.sample`` tells how, ``config.output`` what is wanted besides labels.
     """
     sample, output = config.sample, config.output
-    if sample.steps < 0:
-        raise UsageError(f"--steps is {sample.steps}", "use 5 (the default), or 0 for the prior")
-    if sample.samples < 1:
-        raise UsageError(f"--samples is {sample.samples}", "use 1 (the default) or more")
     parcellation, inside = model.parcellation, conditions.mask.data
     grid, native = conditions.image.grid, scan.t1.grid
     volumes: list[np.ndarray] = []

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from cadiff_cli.config import Config, RegisterConfig, StripConfig, StripMethod
+from cadiff_cli.config import STRIP_METHODS, Config, RegisterConfig, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped, Template
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 Network: TypeAlias = Callable[[], "BrainModel"]
 """A function that loads the network that finds the brain."""
-METHODS = ("auto", StripMethod.NET, StripMethod.TEMPLATE, StripMethod.AS_IS)
 STRIPPED_LITRES = (0.4, 2.3)
 """Range of a stripped brain's volume; most heads are larger, but not a child's in air of 0."""
 LARGE_LITRES = 1.7
@@ -166,8 +165,9 @@ def _method(
     """The method that finds the brain, and doubts about the one that the user asked for."""
     if given:
         return StripMethod.MASK_FILE, []
-    if config.method not in METHODS:
-        raise UsageError(f"unknown --skull-strip {config.method!r}", f"use {', '.join(METHODS)}")
+    if config.method not in STRIP_METHODS:
+        known = ", ".join(STRIP_METHODS)
+        raise UsageError(f"unknown --skull-strip {config.method!r}", f"use {known}")
     if config.method == "auto":
         log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         if stripped_already:
