@@ -61,6 +61,7 @@ from cadiff_cli.products import (
     Registered,
     Result,
     Scan,
+    Segmentation,
     Stripped,
     sound,
 )
@@ -82,91 +83,31 @@ def save_result(
     under other names is removed.  Threads ``aside`` compress images while the rest is written.
     """
     prepared, segmentation = result.prepared, result.segmentation
-    path, native = prepared.scan.path, prepared.scan.t1.grid
-    registrations, parcellation = prepared.registrations, segmentation.parcellation
+    path, registrations = prepared.scan.path, prepared.registrations
+    parcellation = segmentation.parcellation
     write = _Writer(Derivatives(out, path), source or place_from(out, path), aside)
-    dseg, probseg, uncertainty = (
-        name.format(parcellation.segmentation) for name in (DSEG, PROBSEG, UNCERTAINTY)
-    )
+    dseg = DSEG.format(parcellation.segmentation)
     mask, t1w = write.uri(MASK), write.uri(WORKING)
     to_scan = [write.place.uri(xfm_name(r.template.label, "T1w")) for r in registrations]
+    segmented_from = [write.raw, t1w, mask, *to_scan]
     save_dataset_files(out)
     save_table(out, parcellation)
     for sidecar in write.place.sidecars:
         sidecar.unlink(missing_ok=True)
 
-    write.image(WORKING, prepared.stripped.t1.data, prepared.stripped.t1.grid)
-    write.sidecar(
-        WORKING,
-        [write.raw, mask],
-        Description="The brain as the network saw it",
-        Resolution="1 mm voxels, axes nearest to RAS",
-        SkullStripped=True,
-    )
-    if result.head is not None:
-        write.image(HEAD, result.head.data, native, like=path)
-        write.sidecar(
-            HEAD,
-            [write.raw, mask],
-            Description="The scan with even brightness: the field that N4 found in the brain",
-            SkullStripped=prepared.stripped.method is StripMethod.AS_IS,
-        )
-    write.image(MASK, result.mask.data, native, like=path)
-    given = result.config.strip.mask
-    known = {"MaskFile": {"Name": given.name, "SHA256": sha256(given)}} if given else {}
-    write.sidecar(MASK, [write.raw], **about_mask(prepared.stripped), **known)
-    write.skull(result.intracranial, like=path)
+    write.heads(result)
+    write.mask(result)
     for each in {
         r.template.name: r for r in (*registrations, *(s.registered for s in result.spaces))
     }.values():
         write.transforms(each, [t1w])
     if field is not None:
-        write.image(FIELD, np.moveaxis(field.data, 0, -1), field.grid, like=path)
-        write.sidecar(
-            FIELD,
-            to_scan,
-            Description="Distance field: x, y, z relative to the AC, extents scaled to 0..1",
-            Templates=[
-                {
-                    "Name": r.template.name,
-                    **frame_as_dict((r.template.from_base or r.template).frame),
-                    "InField": r in sound(registrations),
-                }
-                for r in registrations
-            ],
-        )
+        write.field(field, registrations, to_scan, like=path)
     made = Provenance.of(result, write.raw, run_id=run_id or "")
-    segmented_from = [write.raw, t1w, mask, *to_scan]
-    if segmentation.posteriors is not None:
-        write.image(probseg, np.moveaxis(segmentation.posteriors, 0, -1), native, like=path)
-        write.sidecar(
-            probseg,
-            segmented_from,
-            Description="Probability of each structure, background first",
-            LabelMap=["BG", *(s.abbreviation for s in parcellation.structures)],
-            Manual=False,
-        )
-    if segmentation.uncertainty is not None:
-        write.image(uncertainty, segmentation.uncertainty, native, like=path)
-        write.sidecar(
-            uncertainty,
-            segmented_from,
-            Description="Entropy of the probabilities of all structures, over its greatest value:"
-            " 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
-            Manual=False,
-        )
+    write.probabilities(segmentation, segmented_from, like=path)
     write.tissues(result, like=path)
     if result.config.output.codes == "freesurfer":
-        theirs = FREESURFER.format(parcellation.segmentation)
-        codes = parcellation.freesurfer(segmentation.labels.data)
-        write.image(theirs, codes, native, like=path)
-        write.sidecar(
-            theirs,
-            [write.uri(dseg)],
-            Description="The labels with codes of FreeSurferColorLUT.txt: vermis 172, basal"
-            " forebrain 865 and 866",
-            Manual=False,
-        )
+        write.freesurfer(segmentation, [write.uri(dseg)], like=path)
     maps = [dseg]
     if result.finer is not None:
         finer = result.finer.segmentation.parcellation
@@ -176,7 +117,7 @@ def save_result(
     for space in result.spaces:
         write.standard(space, maps)
     write.volumes(result, [write.uri(dseg), mask])
-    write.image(dseg, segmentation.labels.data, native, like=path)
+    write.image(dseg, segmentation.labels.data, segmentation.labels.grid, like=path)
     write.wait()
     write.place.clear(keep=write.written)
     write.sidecar(
@@ -292,6 +233,96 @@ class _Writer:
         reference = {} if name.startswith("space-") else {"SpatialReference": self.raw}
         path = self.path(f"{name}.json")
         write_json(path, {**values, "Sources": list(sources), **reference})
+
+    def heads(self, result: Result) -> None:
+        """The brain as the network saw it, and the whole scan with even brightness."""
+        prepared = result.prepared
+        stripped, sources = prepared.stripped, [self.raw, self.uri(MASK)]
+        self.image(WORKING, stripped.t1.data, stripped.t1.grid)
+        self.sidecar(
+            WORKING,
+            sources,
+            Description="The brain as the network saw it",
+            Resolution="1 mm voxels, axes nearest to RAS",
+            SkullStripped=True,
+        )
+        if result.head is not None:
+            self.image(HEAD, result.head.data, result.head.grid, like=prepared.scan.path)
+            self.sidecar(
+                HEAD,
+                sources,
+                Description="The scan with even brightness: the field that N4 found in the brain",
+                SkullStripped=stripped.method is StripMethod.AS_IS,
+            )
+
+    def mask(self, result: Result) -> None:
+        """The brain mask, and that of what the inner skull holds."""
+        path, given = result.prepared.scan.path, result.config.strip.mask
+        self.image(MASK, result.mask.data, result.mask.grid, like=path)
+        known = {"MaskFile": {"Name": given.name, "SHA256": sha256(given)}} if given else {}
+        self.sidecar(MASK, [self.raw], **about_mask(result.prepared.stripped), **known)
+        self.skull(result.intracranial, like=path)
+
+    def field(
+        self,
+        field: CoordinateField,
+        registrations: Sequence[Registered],
+        sources: Sequence[str],
+        like: Path,
+    ) -> None:
+        """The distance field that the ``registrations`` give."""
+        self.image(FIELD, np.moveaxis(field.data, 0, -1), field.grid, like=like)
+        self.sidecar(
+            FIELD,
+            sources,
+            Description="Distance field: x, y, z relative to the AC, extents scaled to 0..1",
+            Templates=[
+                {
+                    "Name": r.template.name,
+                    **frame_as_dict((r.template.from_base or r.template).frame),
+                    "InField": r in sound(registrations),
+                }
+                for r in registrations
+            ],
+        )
+
+    def probabilities(self, segmentation: Segmentation, sources: Sequence[str], like: Path) -> None:
+        """Those of all structures, and their entropy, where they were asked for."""
+        parcellation, grid = segmentation.parcellation, segmentation.labels.grid
+        probseg, uncertainty = (
+            name.format(parcellation.segmentation) for name in (PROBSEG, UNCERTAINTY)
+        )
+        if segmentation.posteriors is not None:
+            self.image(probseg, np.moveaxis(segmentation.posteriors, 0, -1), grid, like=like)
+            self.sidecar(
+                probseg,
+                sources,
+                Description="Probability of each structure, background first",
+                LabelMap=["BG", *(s.abbreviation for s in parcellation.structures)],
+                Manual=False,
+            )
+        if segmentation.uncertainty is not None:
+            self.image(uncertainty, segmentation.uncertainty, grid, like=like)
+            self.sidecar(
+                uncertainty,
+                sources,
+                Description="Entropy of the probabilities of all structures, over its greatest"
+                " value: 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
+                Manual=False,
+            )
+
+    def freesurfer(self, segmentation: Segmentation, sources: Sequence[str], like: Path) -> None:
+        """A second label map, with FreeSurfer's codes alone."""
+        parcellation, labels = segmentation.parcellation, segmentation.labels
+        name = FREESURFER.format(parcellation.segmentation)
+        self.image(name, parcellation.freesurfer(labels.data), labels.grid, like=like)
+        self.sidecar(
+            name,
+            sources,
+            Description="The labels with codes of FreeSurferColorLUT.txt: vermis 172, basal"
+            " forebrain 865 and 866",
+            Manual=False,
+        )
 
     def skull(self, intracranial: Volume | None, like: Path) -> None:
         """The mask of what the inner skull holds, if it is known."""
