@@ -19,6 +19,7 @@ from cadiff_cli.config import RegisterConfig
 from cadiff_cli.errors import UsageError, first_few
 from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.label_maps import unknown_ids
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.processes import children
@@ -43,7 +44,7 @@ class Voter:
     """A labelled person on the scan's crop.
 
     ``image`` (X, Y, Z) float32 in [0, 1] and ``classes`` (X, Y, Z); ``score`` and ``kind``
-    are the registration's.
+    are the registration's.  ``unknown`` are ids of the label map that became background.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Voter:
     kind: str
     score: float | None
     notes: tuple[Note, ...] = ()
+    unknown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,17 +139,20 @@ def fuse(
             log.info("joint label fusion of %d atlases", len(votes))
             classes = joint(image, mask.data, [p.image for p in carried], votes, jobs, each)
     ended = time.perf_counter()
+    told = [note.about(person.name) for person in carried for note in person.notes]
+    if unknown := sorted(set().union(*(person.unknown for person in carried))):
+        ids = first_few([str(id_) for id_ in unknown])
+        text = f"ids {ids} of the atlases are in no row of --labels: they count as background"
+        told.append(Note(NoteCode.UNKNOWN_IDS, text))
+    for note in told:  # those of a child process are heard of here only
+        log.warning(note.text)
     native = resample_labels(Volume(classes, grid), scan.t1.grid)
     return Fused(
         Volume(parcellation.codes[native.data], native.grid),
         vote,
         {person.name: (person.kind, person.score) for person in carried},
         {"register": round(registered - begun, 3), "fuse": round(ended - registered, 3)},
-        (
-            *scan.notes,
-            *stripped.notes,
-            *(note.about(person.name) for person in carried for note in person.notes),
-        ),
+        (*scan.notes, *stripped.notes, *told),
     )
 
 
@@ -167,7 +172,6 @@ def registered_voter(
         brain = foreground(scan.t1)
         text = "does not look skull-stripped, as atlases have to be"
         notes.append(Note(NoteCode.ATLAS_NOT_STRIPPED, text))
-        log.warning("%s %s", atlas.name, text)
     crop = brain_crop(brain)
     image = resample(Volume(normalise(scan.t1.data, brain.data, grid.spacing_mm), grid), crop)
     with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
@@ -183,6 +187,7 @@ def registered_voter(
         transform.kind,
         transform.score,
         (*notes, *transform.notes),
+        frozenset(unknown_ids(atlas.dseg, mapping)),
     )
 
 

@@ -34,6 +34,7 @@ class NoteCode(StrEnum):
     SPACE_REGISTRATION = "space-registration"
     NO_ATLAS = "no-atlas"
     ATLAS_NOT_STRIPPED = "atlas-not-stripped"
+    UNKNOWN_IDS = "unknown-ids"
     # The machine
     DEVICE = "device"
     TILES = "tiles"

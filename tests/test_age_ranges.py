@@ -10,7 +10,7 @@ from scipy.special import ndtr, ndtri
 
 from cadiff_cli.cli.ranges import command
 from cadiff_cli.config import Config, Recipe, Request
-from cadiff_cli.errors import CadiffError, DataError, MissingInputError, UsageError
+from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError, UsageError
 from cadiff_cli.io.cohorts import Cohort, parcellation_in, read_cohort
 from cadiff_cli.io.volumes import column
 from cadiff_cli.labels.parcellation import BASE, Parcellation, Structure
@@ -450,6 +450,46 @@ def test_several_scans_of_a_person_count_once(table):
     assert twice.mm3 == once.mm3
     assert "60 people have several scans" in twice.notes[0]
     assert {*twice.sources} == {"a", "b"}
+
+
+def test_people_without_a_label_are_not_one_person(table):
+    cohort = read_cohort([table(**{"sub-000": "n/a", "sub-001": ""})], TOY)
+    assert len(cohort) == 58
+    assert "2 of 60 scans are left out" in cohort.notes[0]
+
+
+def test_a_single_quotation_mark_swallows_nothing(table):
+    notes = {"notes": lambda k: '"odd' if k == 40 else "even"}
+    with pytest.raises(DataError, match="cannot be parted"):
+        read_cohort([table(more=notes)], TOY)
+    quoted = {"notes": lambda k: '"a, b"'}
+    assert len(read_cohort([table("r.csv", ",", more=quoted)], TOY)) == 60
+
+
+def test_a_column_that_comes_twice_is_refused(table):
+    name = column(next(iter(people(1).mm3)))
+    with pytest.raises(DataError, match=f"several columns {name}"):
+        read_cohort([table(more={name: lambda k: 1})], TOY)
+
+
+def test_cubic_centimetres_are_refused(table):
+    path = table()
+    header, *lines = (line.split("\t") for line in path.read_text().splitlines())
+    small = [[*line[:3], *(str(float(x) / 1000) for x in line[3:])] for line in lines]
+    path.write_text("".join("\t".join(line) + "\n" for line in [header, *small]))
+    with pytest.raises(DataError, match="not cm3"):
+        read_cohort([path], TOY)
+
+
+def test_a_table_is_not_replaced_by_its_ranges(table, tmp_path):
+    toy = tmp_path / "toy.tsv"
+    toy.write_text(TOY.as_tsv())
+    path = table()
+    before = path.read_bytes()
+    for out in (path, tmp_path):
+        done = train(path, "-o", out, "--parcellation", toy, "--overwrite", "--no-check")
+        assert isinstance(done.exception, OutputError)
+    assert path.read_bytes() == before
 
 
 def with_rows(path, delimiter=","):

@@ -265,6 +265,7 @@ def test_bad_data_exits_65_before_anything_is_written(write_image, tmp_path):
         (DiskError("full"), 74, "full"),
         (OSError(28, "No space left on device", "/x"), 74, "No space left on device (/x)"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (EOFError(), 65, "damaged"),
         (MemoryError(), 1, "out of memory"),
         (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError"),
     ],

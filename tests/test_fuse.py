@@ -19,6 +19,7 @@ from cadiff_cli.fusion import SEARCH, choose_atlases, fuse, joint, majority, reg
 from cadiff_cli.io.bids.tables import parcellation_of
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.metrics.overlap import dice
+from cadiff_cli.notes import NoteCode
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
 
@@ -229,6 +230,18 @@ def test_the_labels_lie_on_the_scan_and_beat_one_atlas(dataset, run, target, par
     )
 
 
+def test_ids_that_become_background_are_told(dataset, target, parcellation, caplog):
+    """Also those that a child process meets."""
+    scan, stripped = target
+    mapping = {code: k for code, k in parcellation.class_of.items() if code not in (2, 41)}
+    people = choose_atlases(dataset, image_of(dataset, "sub-1_ses-1", "T1w"))[:1]
+    config = RegisterConfig("affine")
+    fused = fuse(scan, stripped, people, parcellation, mapping, config, "majority", 1)
+    (note,) = (note for note in fused.notes if note.code is NoteCode.UNKNOWN_IDS)
+    assert "ids 2, 41 of" in note.text
+    assert note.text in caplog.text
+
+
 def test_evaluate_reads_the_results(dataset, run, capsys, monkeypatch):
     from cadiff_cli.cli.evaluate import command
 
@@ -302,6 +315,7 @@ def test_results_are_not_lost(dataset, run, capsys):
         (["--parcellation", "aparc"], 66),
         (["--vote", "magic"], 64),
         (["--jobs", "0"], 64),
+        (["-o", "ATLASES"], 73),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
 )
@@ -309,6 +323,7 @@ def test_errors_come_before_work_and_leave_nothing(dataset, tmp_path, capsys, ch
     from cadiff_cli.cli.fuse import command
 
     t1 = str(image_of(dataset, "sub-1_ses-1", "T1w"))
+    change = [str(dataset) if word == "ATLASES" else word for word in change]
     arguments = [t1, "--atlases", str(dataset), "-o", str(tmp_path / "out"), *change]
     assert guarded(lambda: command.main(arguments, standalone_mode=False)) == code
     (line,) = capsys.readouterr().err.splitlines()

@@ -68,6 +68,22 @@ def test_ages_that_are_not_plain_numbers_are_told(people, rows):
     assert note in text
 
 
+def test_a_json_that_cannot_be_read_explains_no_age(people, tmp_path):
+    """A comma too many: months must not become years."""
+    (tmp_path / "participants.json").write_text('{"age": {"Units": "months",}}')
+    found = people("participant_id\tage\tsex\nsub-01\t18\tF\n")
+    assert ages(found) == {}
+    assert found.persons["01"].sex == "F"
+    (note,) = found.notes
+    assert "participants.json cannot be read" in note
+
+
+def test_only_line_breaks_part_lines(people):
+    found = people("participant_id\tage\tsex\tnotes\nsub-01\t34\tF\ta\x0bb\u2028c\nsub-02\t5.\tM\n")
+    assert ages(found) == {"01": 34, "02": 5}
+    assert [found.persons[x].sex for x in found.persons] == ["F", "M"]
+
+
 def test_units_are_those_of_the_json(people):
     table = "participant_id\tAge\tsex\nsub-01\t18\tF\nsub-02\t150\tM"
     for units, years in (("months", 1.5), ("Weeks", 0.345), ("days", 0.049), ("yr", 18.0)):

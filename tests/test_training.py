@@ -28,7 +28,7 @@ from cadiff_cli.io.models import PRIOR_STEP
 from cadiff_cli.labels.parcellation import BASE
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.nets.models import Model
-from cadiff_cli.nets.segmenter import CADiffNet
+from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages import register as stages_register
@@ -50,6 +50,7 @@ from cadiff_cli.training.segmenter.objective import Objective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.run import train
+from cadiff_cli.training.session import Identity, refuse_other_run
 from cadiff_cli.training.templates import load_training_template
 
 CPU = torch.device("cpu")
@@ -278,6 +279,31 @@ def test_minutes_run_out(start, toy_sample, mirror, tmp_path):
     fit(state, [toy_sample], mirror, QUICK, tmp_path / "a.pt", max_minutes=0)
     assert state.step < QUICK.steps
     assert (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"nonsense"])
+def test_a_damaged_checkpoint_is_told(start, tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(damage)
+    with pytest.raises(DataError, match="is damaged"):
+        load_checkpoint(path, start(), QUICK)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", None])
+def test_a_run_that_does_not_say_what_it_is_is_not_gone_on_with(tmp_path, text):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match="does not say"):
+        refuse_other_run(path, Identity(net={}, init=None), QUICK, NetConfig())
+
+
+@pytest.mark.parametrize("kept", [0, 20, 200])
+def test_a_damaged_prepared_scan_is_told(tmp_path, kept):
+    path = store.once(tmp_path / "x.npz", "x", lambda: {"a": np.arange(999)})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match="remove it"):
+        store.read(path)
 
 
 def test_checkpoints_are_replaced_whole(start, tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from cadiff_cli import __version__, machine
-from cadiff_cli.errors import CadiffError, DiskError, OutputError, UsageError, in_a_line
+from cadiff_cli.errors import CadiffError, DataError, DiskError, OutputError, UsageError, in_a_line
 
 COMMANDS = (
     "seg",
@@ -121,7 +121,10 @@ def guarded(call: Callable[[], object]) -> int:
     except click.UsageError as error:
         hint = f". Try '{error.ctx.command_path} --help'." if error.ctx else ""
         return _fail(f"{error.format_message().rstrip('.')}{hint}", UsageError.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, EOFError) as error:
+        # click takes a file that ends early for the end of a dialogue.
+        if EOFError in (type(error), type(error.__cause__)):
+            return _fail("a file ends before its content does: it is damaged", DataError.exit_code)
         return _fail("interrupted", 130)
     except MemoryError:
         return _fail("out of memory. Close other programs, or use --tile 96", 1)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import PATH, SexOption
+from cadiff_cli.cli.options import PATH, Number, SexOption, filled
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.releases import DEFAULT_ATLAS
 
@@ -42,12 +42,10 @@ def parse_ages(text: str) -> tuple[float, ...]:
         raise UsageError(
             f"--age {text} steps over its own end", f"write a STEP of at most {stop - start:g}"
         )
-    number = int((stop - start) / step + 1e-6) + 1
-    if number > MOST:
-        raise UsageError(
-            f"--age {text} means {number} atlases", f"at most {MOST}: use longer steps"
-        )
-    return tuple(round(start + k * step, 6) for k in range(number))
+    steps = (stop - start) / step + 1e-6
+    if not steps < MOST:  # nor is a number too large for a float
+        raise UsageError(f"--age {text} means over {MOST} atlases", "use longer steps")
+    return tuple(round(start + k * step, 6) for k in range(int(steps) + 1))
 
 
 @click.command(name="make")
@@ -55,7 +53,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
 @click.option("--sex", type=SexOption(), help="Sex of the people [default: both].")
 @click.option(
     "--ventricles",
-    type=click.FloatRange(0, 100, min_open=True),
+    type=Number(0, 100, min_open=True),
     metavar="PERCENT",
     help="Volume of their ventricles in per cent of the brain [default: usual].",
 )
@@ -72,7 +70,11 @@ def parse_ages(text: str) -> tuple[float, ...]:
     " person, not of the centre.",
 )
 @click.option(
-    "--model", default=DEFAULT_ATLAS, show_default=True, help="Released atlas model, or a file."
+    "--model",
+    default=DEFAULT_ATLAS,
+    show_default=True,
+    callback=filled,
+    help="Released atlas model, or a file.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier atlas of the same condition.")
 @click.option("--report/--no-report", default=True, help="Write a page to look at [default: on].")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.options import PATH, Number, show_times
 from cadiff_cli.cli.train import FOLDS_OPTION, prepared_in, training_options
 
 
@@ -16,7 +16,7 @@ from cadiff_cli.cli.train import FOLDS_OPTION, prepared_in, training_options
 @click.option("--fold", multiple=True, type=int, help="Run only this fold, from 1 (repeatable).")
 @click.option(
     "--fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Share of steps and decay, to try the protocol out.",

@@ -50,9 +50,29 @@ class FilePath(click.Path):
 PATH = FilePath()
 
 
+class Number(click.FloatRange):
+    """A number within a range; NaN, which is neither inside nor outside, is refused."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
 def show_times() -> None:
     """Show log messages with their times: for commands that take hours."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+
+def filled(_context: Any, option: click.Parameter, value: str | None) -> str | None:
+    """A name that is not empty: a callback of options whose absence means something else."""
+    if value == "":
+        raise click.BadParameter(
+            "it is empty: a variable of the shell may not be set", param=option
+        )
+    return value
 
 
 def without_prefix(_context: Any, _option: Any, labels: tuple[str, ...]) -> tuple[str, ...]:

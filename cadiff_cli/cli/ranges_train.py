@@ -45,12 +45,18 @@ def command(
     without it each TABLE or folder is one. Scan the people as you scan those whom you compare with
     them. The file holds curves, no person's values.
     """
+    from cadiff_cli.errors import OutputError
     from cadiff_cli.io.cohorts import parcellation_in, read_cohort
-    from cadiff_cli.io.files import refuse_existing
+    from cadiff_cli.io.files import check_writable, is_among, refuse_existing
     from cadiff_cli.quality.age_fit import check, fit
     from cadiff_cli.quality.age_ranges import write_age_ranges
 
+    if is_among(out, (*tables, participants)):
+        raise OutputError(f"{out} is an input", "choose another name for --out")
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder", "name a file with -o")
     refuse_existing(out, overwrite=overwrite)
+    check_writable(out.parent)
     structures = parcellation_in(tables, parcellation)
     cohort = read_cohort(tables, structures, participants)
     for note in cohort.notes:

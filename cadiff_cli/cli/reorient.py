@@ -33,8 +33,8 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.stages.orientation import orientation, reoriented
 
-    if not out.name.endswith((".nii", ".nii.gz")):
-        raise UsageError(f"{out.name} is no NIfTI name", "end it with .nii or .nii.gz")
+    if not (out.name.endswith((".nii", ".nii.gz")) and stem(out)):
+        raise UsageError(f"{out.name} is no NIfTI name", "write NAME.nii or NAME.nii.gz")
     scan, template = load_scan(t1), load_template(EMBEDDED)
     turned_mask = out.with_name(f"{stem(out)}_mask.nii.gz") if mask else None
     written = [path for path in (out, turned_mask) if path]

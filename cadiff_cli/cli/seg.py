@@ -7,7 +7,7 @@ import click
 
 from cadiff_cli import __version__
 from cadiff_cli.cli import HELP_OPTIONS
-from cadiff_cli.cli.options import PATH, Age, SexOption, check, made, options_of
+from cadiff_cli.cli.options import PATH, Age, SexOption, check, filled, made, options_of
 from cadiff_cli.config import Request
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.option("--sex", type=SexOption(), help="Sex of the person, for the same.")
 @options_of(Request)
 @click.option("--series", type=int, help="Of a DICOM folder: number of the series.")
-@click.option("--subject", help="Of a DICOM folder: label for its files [default: 01].")
+@click.option(
+    "--subject", callback=filled, help="Of a DICOM folder: label for its files [default: 01]."
+)
 @click.option("-v", "--verbose", count=True, help="More messages.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")
 @click.version_option(__version__, prog_name="cadiff")

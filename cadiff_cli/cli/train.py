@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_times, without_prefix
+from cadiff_cli.cli.options import PATH, Number, filled, show_times, without_prefix
 
 if TYPE_CHECKING:
     from cadiff_cli.io.bids.labelled import LabelledScan
@@ -24,7 +24,7 @@ RUN_OPTIONS = (
         help="Number of last steps in which the rate falls to 0 [default: the config's; with"
         " --steps, at most the same share].",
     ),
-    click.option("--rate", type=float, help="Learning rate, instead of the config's."),
+    click.option("--rate", type=Number(), help="Learning rate, instead of the config's."),
     click.option(
         "--batch", type=click.IntRange(1), help="Patches a step, instead of the config's."
     ),
@@ -44,7 +44,7 @@ RUN_OPTIONS = (
     ),
     click.option(
         "--max-minutes",
-        type=float,
+        type=Number(),
         default=float("inf"),
         help="Stop after this many minutes; the same command goes on.",
     ),
@@ -68,7 +68,7 @@ SCAN_OPTIONS = (
     ),
     click.option(
         "--synthetic",
-        type=click.FloatRange(0, 1),
+        type=Number(0, 1),
         help="Share of patches with resampled contrast, instead of the config's.",
     ),
 )
@@ -91,11 +91,14 @@ ALSO_OPTIONS = (
     ),
     click.option(
         "--also-share",
-        type=click.FloatRange(0, 1),
+        type=Number(0, 1),
         help="Share of the patches that --also gets [default: 0.3].",
     ),
     click.option(
-        "--init", metavar="MODEL", help="Begin with these weights (released name or file)."
+        "--init",
+        metavar="MODEL",
+        callback=filled,
+        help="Begin with these weights (released name or file).",
     ),
 )
 
@@ -190,7 +193,7 @@ def sources_of(
 )
 @click.option(
     "--validate-minutes",
-    type=float,
+    type=Number(),
     default=15.0,
     show_default=True,
     help="How often a held-out scan is segmented.",

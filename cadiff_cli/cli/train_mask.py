@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.options import PATH, filled, show_times
 from cadiff_cli.cli.train import prepared_in, run_options
 
 
@@ -28,7 +28,12 @@ from cadiff_cli.cli.train import prepared_in, run_options
     multiple=True,
     help="Name of a --heads folder not to train on (repeatable).",
 )
-@click.option("--init", metavar="MODEL", help="Begin with these weights (released name or file).")
+@click.option(
+    "--init",
+    metavar="MODEL",
+    callback=filled,
+    help="Begin with these weights (released name or file).",
+)
 @run_options
 def command(
     config: str,

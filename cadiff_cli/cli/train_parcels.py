@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.options import PATH, filled, show_times
 from cadiff_cli.cli.train import HOLD_OUT, prepared_in, run_options
 
 
@@ -13,7 +13,12 @@ from cadiff_cli.cli.train import HOLD_OUT, prepared_in, run_options
 @click.argument("config", metavar="CONFIG")
 @click.argument("dataset", type=PATH)
 @HOLD_OUT
-@click.option("--init", metavar="MODEL", help="Begin with these weights (nmm138, or a file).")
+@click.option(
+    "--init",
+    metavar="MODEL",
+    callback=filled,
+    help="Begin with these weights (nmm138, or a file).",
+)
 @run_options
 def command(
     config: str,

@@ -46,6 +46,8 @@ def make_room(out: Path, name: str, *, overwrite: bool) -> None:
     With ``overwrite`` those of an earlier atlas may be replaced, but no others.
     """
     folder = place_of(out, name)
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise OutputError(f"{folder.parent} is a file", "choose another output folder")
     if folder.is_dir():
         files = sorted(path.name for path in folder.iterdir())
     elif folder.exists():

@@ -21,7 +21,7 @@ from cadiff_cli.io.bids.people import (
     read_people,
     sex_of,
 )
-from cadiff_cli.io.files import read_text
+from cadiff_cli.io.files import lines_of, read_text
 from cadiff_cli.io.volumes import column
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.products import Person
@@ -29,6 +29,8 @@ from cadiff_cli.products import Person
 GROUP_TABLE = "group_morph.tsv"
 LABELS = ("participant_id", "subject")
 """Columns that may name a person."""
+SMALLEST_MM3 = 10_000
+"""A brain of less is one in cm3: a preterm child's is twice as large."""
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 """A number with commas that may part its thousands: ``1,234`` may be 1234, or 1.234."""
 
@@ -111,6 +113,11 @@ def read_cohort(
             "a scan needs an age in years (in the table, or in --participants) and all volumes in"
             " mm3, as 1234.5 or 1234,5",
         )
+    middle = float(np.median([sum(scan.mm3) for scan in whole]))
+    if middle < SMALLEST_MM3:
+        raise DataError(
+            f"half of the brains are smaller than {middle:.0f} mm3", "give volumes in mm3, not cm3"
+        )
     return _by_person(whole, names, notes)
 
 
@@ -156,6 +163,11 @@ def _scans(
             "volumes of all structures but vessels are needed, in mm3; --parcellation names"
             " another list of structures",
         )
+    used = {label, "age", "sex", "gender", "source", "session_id", *where.values()}
+    if twice := sorted(name for name in used if header.count(name) > 1):
+        raise DataError(
+            f"{table} has several columns {first_few(twice)}", "give each column a name of its own"
+        )
     _refuse_thousands(table, (line.get(place, "") for line in lines for place in where.values()))
     sex = "sex" if "sex" in header else "gender"
     incomplete, looks = list[str](), 0
@@ -164,6 +176,9 @@ def _scans(
         cells = {place: line.get(place, "") for place in where.values()}
         mm3 = {place: _number(cell) for place, cell in cells.items()}
         subject = line.get(label, "").removeprefix("sub-")
+        if subject.lower() in UNKNOWN:
+            incomplete.append(f"a line without {label}")
+            continue
         volumes = tuple(v for v in mm3.values() if v is not None)
         if len(volumes) < len(mm3) or not sum(volumes):
             why = next((f"{x} {cells[x]!r}" for x, v in mm3.items() if v is None), "all are 0")
@@ -209,9 +224,7 @@ def _lines(table: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise DataError(f"{table} is not a table ({error})", "save it as TSV in UTF-8") from error
     first = text.split("\n", 1)[0]
     delimiter = "\t" if "\t" in first else ";" if first.count(";") > first.count(",") else ","
-    rows = [
-        [cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)
-    ]
+    rows = [_cells(table, line, delimiter) for line in lines_of(text)]
     header = [name.lower() for name in rows[0]] if rows else []
     lines = list[dict[str, str]]()
     for row in filter(any, rows[1:]):
@@ -224,6 +237,17 @@ def _lines(table: Path) -> tuple[list[str], list[dict[str, str]]]:
             )
         lines.append({name: cell for name, cell in zip(header, row, strict=False) if name})
     return [name for name in header if name], lines
+
+
+def _cells(table: Path, line: str, delimiter: str) -> list[str]:
+    try:
+        row = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+    except csv.Error as error:
+        raise DataError(
+            f"{table}: the line that begins with {line[:40]!r} cannot be parted ({error})",
+            "quotation marks must enclose a whole cell: remove a single one",
+        ) from error
+    return [cell.strip() for cell in row]
 
 
 def _refuse_thousands(table: Path, cells: Iterable[str]) -> None:

@@ -96,13 +96,15 @@ def convert(folder: Path, wanted: int | None, path: Path, *, overwrite: bool) ->
         if not every:
             raise DataError(
                 f"{folder} holds no DICOM images that dcm2niix can read",
-                "give the folder of one examination, or a NIfTI file",
+                "copy the examination again: a file may be damaged"
+                if any(map(_is_dicom, folder.rglob("*")))
+                else "give the folder of one examination, or a NIfTI file",
             )
         series = _chosen(every, wanted)
         scan = load_volume(series.image)
-        if path.exists() and not overwrite and not _is_same(load_volume(path), scan):
+        if path.exists() and not overwrite and not _is_same(path, scan):
             raise OutputError(
-                f"{path} is another scan",
+                f"{path} is another scan, or damaged",
                 "use another --subject or another output folder, or --overwrite",
             )
         save_volume(path, scan.data, scan.grid)  # with a new header: no times, no names
@@ -154,7 +156,8 @@ def _chosen(every: Sequence[Series], wanted: int | None) -> Series:
     spoilt = [one for one in found or every if not one.even and (found or not one.about)]
     if len(found) == 1 and not spoilt:
         return found[0]
-    titles = ", ".join(dict.fromkeys(one.title for one in every))
+    # A series that dcm2niix gave up on has no sidecar, so no number.
+    titles = ", ".join(dict.fromkeys(one.title for one in every if one.about)) or "none"
     if spoilt and len(found) < 2:
         raise DataError(
             f"slices of {spoilt[0].image.stem} are missing, or unevenly spaced",
@@ -171,5 +174,19 @@ def _chosen(every: Sequence[Series], wanted: int | None) -> Series:
     raise UsageError(f"{what} like a T1-weighted head", f"name one with --series: {titles}")
 
 
-def _is_same(one: Volume, other: Volume) -> bool:
-    return same_grid(one.grid, other.grid) and np.array_equal(one.data, other.data)
+def _is_same(path: Path, scan: Volume) -> bool:
+    try:
+        kept = load_volume(path)
+    except CadiffError:
+        return False
+    return same_grid(kept.grid, scan.grid) and np.array_equal(kept.data, scan.data)
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file has the mark that DICOM wants after its first 128 bytes."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(128)
+            return stream.read(4) == b"DICM"
+    except OSError:
+        return False

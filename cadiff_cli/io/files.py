@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -134,6 +135,11 @@ def read_text(path: Path) -> str:
     with path.open("rb") as stream:
         wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines of a table: unlike ``str.splitlines``, only line breaks part them."""
+    return re.split(r"\r\n|\r|\n", text.rstrip("\r\n"))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ from cadiff_cli.spatial.grid import Volume
 
 log = logging.getLogger(__name__)
 
+GREATEST_ID = 9_999_999
+"""Greater values are an image's: no program's ids are so large."""
 ROUNDING = 1e-3
 """Largest distance of an id from a whole number: header scaling causes such errors."""
 
@@ -53,11 +55,18 @@ def load_ids(path: Path) -> tuple[Volume, set[int]]:
     volume = load_volume(path)
     values = np.unique(volume.data).astype(np.float64)
     whole = np.isfinite(values) & (abs(values - np.rint(values)) < ROUNDING)
-    if (odd := values[~whole | (values < -ROUNDING)]).size:
+    if (odd := values[~whole | (values < -ROUNDING) | (values > GREATEST_ID)]).size:
         raise DataError(
-            f"{path.name} holds {odd[0]:g}, which is no label id", "give a label map, not an image"
+            f"{path.name} holds {odd[0]:g}, which is no label id (0 to {GREATEST_ID})",
+            "give a label map, not an image",
         )
     return volume, {round(value) for value in values}
+
+
+def unknown_ids(path: Path, mapping: Mapping[int, int]) -> set[int]:
+    """Ids of a label map that a ``mapping`` does not have: they become background."""
+    _, ids = load_ids(path)
+    return ids - {0, *mapping}
 
 
 @cache

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cadiff_cli.config import Config, as_dict
+from cadiff_cli.errors import OutputError
 from cadiff_cli.fusion import BETA, RADIUS, SEARCH, Fused, choose_atlases, fuse
 from cadiff_cli.io.bids.description import generated_by, refuse_foreign, save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives
@@ -46,6 +47,11 @@ def fuse_file(
     # ``seg-`` leads ``parcellation_of`` to the parcellation.
     name = f"seg-{parcellation.segmentation}_desc-{SEGMENTATIONS[vote]}_dseg.nii.gz"
     path = Derivatives(out, t1).path(name)
+    if out.resolve() == atlases.resolve():
+        raise OutputError(
+            f"{out} holds the atlases: results there would be taken for labels of theirs",
+            "choose another output folder",
+        )
     refuse_foreign(out)
     refuse_existing(path, overwrite=overwrite)
     check_writable(path.parent)

@@ -199,18 +199,11 @@ def _lacking(out: Path) -> set[str]:
 def row(result: Finished, lines: Sequence[Row], parcellation: Parcellation) -> dict[str, Any]:
     """Column -> value of a scan, from its sidecar and its volume table's ``lines``; None if absent.
 
-    Raises ``DataError`` if its volume table lacks a structure, or its sidecar a value.
+    Raises ``DataError`` if its sidecar lacks a value.
     """
     provenance = result.provenance
     provenance.check()
     source = stem(Path(provenance.source))
-    # Up to revision 8 there were no sums; a stripped scan does not show the skull.
-    names = {*(s.name for s in parcellation.structures), *TOTALS} - {*SUMS, INTRACRANIAL}
-    if lacking := sorted(names - {line.name for line in lines}):
-        raise DataError(
-            f"{result.morph.name} lacks {', '.join(lacking[:3])}",
-            "delete it and run the participant level again",
-        )
     return {
         "scan": result.entities,
         "bids_name": source or None,

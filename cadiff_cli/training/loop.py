@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.device import autocast, enough_memory
-from cadiff_cli.errors import CadiffError, DiskError, UsageError
+from cadiff_cli.errors import CadiffError, DataError, DiskError, UsageError, in_a_line
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.training.batch import B, Batch, generator_of, stack
 
@@ -144,9 +145,15 @@ def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
 def load_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
     """Continue ``state`` from a file written by ``save_checkpoint``.
 
-    Raises ``UsageError`` if it has gone beyond the schedule.
+    Raises ``UsageError`` if it has gone beyond the schedule, ``DataError`` if it is damaged.
     """
-    stored = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+        raise DataError(
+            f"{path} is damaged ({in_a_line(error)})",
+            "remove the folder to begin anew, or copy the checkpoint again",
+        ) from error
     state.net.load_state_dict(stored["net"])
     state.ema.load_state_dict(stored["ema"])
     state.optimiser.load_state_dict(stored["optimiser"])

@@ -4,7 +4,6 @@
 ``model.safetensors`` holds the exported weights (their average).
 """
 
-import json
 import logging
 import math
 import time
@@ -19,9 +18,9 @@ from torch.utils.data import Dataset
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.device import usable_device
-from cadiff_cli.errors import UsageError, first_few
+from cadiff_cli.errors import DataError, UsageError, first_few
 from cadiff_cli.io import models
-from cadiff_cli.io.files import write_json
+from cadiff_cli.io.files import read_json, write_json
 from cadiff_cli.machine import memory_kept
 from cadiff_cli.nets.models import Trained
 from cadiff_cli.training.batch import B
@@ -193,7 +192,12 @@ def refuse_other_run(path: Path, identity: Identity, config: Schedule, net: Any)
     ``config`` and ``net`` are the settings of the run and of its network.  What older runs did not
     write down had its default, as in ``identity``.
     """
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
+    if before is None or not {"train", "net"} <= before.keys():
+        raise DataError(
+            f"{path} does not say whose checkpoint lies beside it",
+            "copy it again, or use another --run folder",
+        )
     untold = {f.name: f.default for f in fields(identity) if f.default is not MISSING}
     was = untold | as_dict(type(config)()) | before | before["train"]
     was["net"] = as_dict(type(net)()) | was["net"]

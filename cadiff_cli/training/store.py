@@ -4,9 +4,11 @@ One small ``.npz`` a scan, whose name holds a fingerprint of all that decides it
 of them travels to another machine as it is.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -45,6 +47,11 @@ def once(path: Path, name: str, prepare: Callable[[], Mapping[str, Any]]) -> Pat
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file that ``once`` wrote."""
-    with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+    """All arrays of a file that ``once`` wrote; raises ``DataError`` if it is damaged."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            return dict(stored)
+    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{path} is damaged ({error})", "remove it: the same command prepares it again"
+        ) from error

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cadiff_cli.errors import OutputError
+from cadiff_cli.errors import DataError, OutputError, first_few
 from cadiff_cli.io.bids.description import refuse_foreign
 from cadiff_cli.io.bids.names import (
     DSEG,
@@ -24,7 +24,7 @@ from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
 from cadiff_cli.io.files import check_writable, is_among, names_in, read_json
 from cadiff_cli.io.provenance import Provenance
-from cadiff_cli.io.volumes import Row, read_rows
+from cadiff_cli.io.volumes import INTRACRANIAL, SUMS, TOTALS, Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
 from cadiff_cli.products import Person
 
@@ -154,8 +154,17 @@ class Finished:
         return self.sidecar.with_name(f"{self.entities}_{MORPH}.tsv")
 
     def rows(self) -> tuple[Row, ...]:
-        """Its volumes: structures, then totals.  Raises ``DataError``."""
-        return read_rows(self.morph, self.sidecar.with_name(f"{self.entities}_{TOTALS_MORPH}.tsv"))
+        """Its volumes: structures, then totals.  Raises ``DataError``, also where some are not."""
+        totals = self.sidecar.with_name(f"{self.entities}_{TOTALS_MORPH}.tsv")
+        rows = read_rows(self.morph, totals)
+        # Up to revision 8 there were no sums; a stripped scan does not show the skull.
+        names = {*(s.name for s in self.parcellation.structures), *TOTALS} - {*SUMS, INTRACRANIAL}
+        if lacking := sorted(names - {row.name for row in rows}):
+            raise DataError(
+                f"{self.morph.name} lacks {first_few(lacking, 3)}",
+                "delete it and run the participant level again",
+            )
+        return rows
 
     @property
     def parcellation(self) -> Parcellation:

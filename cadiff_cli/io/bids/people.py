@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cadiff_cli.errors import first_few, plural
-from cadiff_cli.io.files import names_in, read_json, read_text
+from cadiff_cli.io.files import lines_of, names_in, read_json, read_text
 from cadiff_cli.products import Person, Sex
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ SEXES: Mapping[str, Sex] = {
 }
 UNKNOWN = {"", "n/a", "na", "nan", "none", "null", "unknown", "missing", "other", "o", "?", "-"}
 """Cells, in lower case, that say nothing; they need no note."""
+UNREADABLE = object()
+"""The unit of ages of which nothing can be read."""
 LONGEST = 40
 """Characters of a cell that a note repeats."""
 
@@ -84,7 +86,7 @@ def age_of(text: str, per_year: float = 1.0) -> float | None:
     text = text.strip()
     if dicom := re.fullmatch(r"(\d{3})([DWMY])", text):
         text, per_year = dicom[1], PER_YEAR[dicom[2].lower()]
-    number = re.fullmatch(r"(\d+(?:[.,]\d+)?)\s*\+?", text)
+    number = re.fullmatch(r"(\d+(?:[.,]\d*)?|[.,]\d+)\s*\+?", text)
     if number is None:
         return None
     years = float(number[1].replace(",", ".")) / per_year
@@ -113,11 +115,11 @@ def read_people(root: Path, table: str = TABLE) -> People:
     be read is unknown, and a note says so.  Without tables nothing is known.
     """
     notes = list[str]()
-    about = _about((root / table).with_suffix(".json"))
+    about = _about((root / table).with_suffix(".json"), notes)
     persons = _persons(root / table, about, notes)
     inside = {name: names_in(root / name) for name in names_in(root) if name.startswith("sub-")}
     subjects = {name.removeprefix("sub-"): names for name, names in inside.items() if names}
-    ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS]), notes)
+    ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS], notes), notes)
     aged = {label for label, person in persons.items() if person.age_years is not None}
     if aged and (absent := [f"sub-{label}" for label in subjects if label not in persons]):
         have = f"{plural(len(absent), 'participant')} {'has' if len(absent) == 1 else 'have'}"
@@ -189,7 +191,7 @@ def _at_sessions(
         except (OSError, ValueError):
             lost.append(name)
             continue
-        column = (about | _about(path.with_suffix(".json"))).get("age", {})
+        column = (about | _about(path.with_suffix(".json"), notes)).get("age", {})
         if {"session_id", "age"} <= cells.keys():
             per_year = _per_year(SESSIONS, column, notes)
             for session, cell in zip(cells["session_id"], cells["age"], strict=True):
@@ -208,7 +210,7 @@ def _at_sessions(
 
 def _columns(path: Path) -> list[tuple[str, list[str]]]:
     """Names and cells of a table's columns; BIDS tables have no quoting."""
-    lines = [[x.strip() for x in line.split("\t")] for line in read_text(path).splitlines()]
+    lines = [[x.strip() for x in line.split("\t")] for line in lines_of(read_text(path))]
     header, rows = (lines[0], lines[1:]) if lines else ([], [])
     return [
         (name, [row[k] if k < len(row) else "" for row in rows]) for k, name in enumerate(header)
@@ -220,15 +222,25 @@ def _by_name(columns: Sequence[tuple[str, list[str]]]) -> dict[str, list[str]]:
     return {name.lower(): cells for name, cells in reversed(columns)}
 
 
-def _about(path: Path) -> dict[str, dict[str, Any]]:
-    """What a JSON file says of columns, by their names in lower case."""
-    values = read_json(path) or {}
+def _about(path: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """What a JSON file says of columns, by their names in lower case.
+
+    Of a file that cannot be read nobody knows the unit of its ages: they are unknown, too.
+    """
+    values = read_json(path)
+    if values is None and path.exists():
+        note = f"{path.name} cannot be read: the ages that it explains are taken for unknown"
+        notes += [note] * (note not in notes)
+        return {"age": {"Units": UNREADABLE}}
+    values = values or {}
     return {name.lower(): column for name, column in values.items() if isinstance(column, dict)}
 
 
 def _per_year(table: str, column: Mapping[str, Any], notes: list[str]) -> float | None:
     """How many units of the age column make a year: BIDS counts in years unless it is said."""
     units = column.get("Units")
+    if units is UNREADABLE:
+        return None
     if isinstance(units, list) and len(units) == 1:
         (units,) = units
     text = str(units or "").strip() or "years"

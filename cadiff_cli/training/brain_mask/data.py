@@ -125,12 +125,11 @@ def prepare_heads(
     ``label_maps`` are folders of whole-head label maps; ``datasets`` are BIDS-like folders of heads
     with a brain ``mask`` (used unchanged) or a ``dseg`` of the brain (closed).
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    heads: dict[str, list[Head]] = {}
+    sources: dict[str, list[tuple[Path, Path]]] = {}
     for folder in (*label_maps, *datasets):
         if not folder.is_dir():
             raise MissingInputError(f"no folder {folder}", "check the path")
-        if folder.name in heads:
+        if folder.name in sources:
             raise UsageError(f"two folders are called {folder.name!r}", "rename one")
         if folder in label_maps:
             pairs = [(path, path) for path in sorted(folder.glob("[!.]*.nii*"))]
@@ -139,9 +138,13 @@ def prepare_heads(
             pairs = [(path, brain_of(path)) for path in scans]
         if not pairs:
             raise DataError(f"{folder} holds no heads", "see cadiff train-mask --help")
-        paths = [build(path, brain, folder.name, cache) for path, brain in pairs]
-        heads[folder.name] = [load(path) for path in paths]
-        log.info("%d heads of %s", len(paths), folder.name)
+        sources[folder.name] = pairs
+    cache.mkdir(parents=True, exist_ok=True)
+    heads = {}
+    for source, pairs in sources.items():
+        paths = [build(path, brain, source, cache) for path, brain in pairs]
+        heads[source] = [load(path) for path in paths]
+        log.info("%d heads of %s", len(paths), source)
     return heads
 
 
