@@ -28,18 +28,22 @@ from cadiff_cli.training.brain_mask.target import (
     intracranial,
     is_brain,
 )
-from cadiff_cli.training.paint import T1_BRIGHTNESS, tissues
+from cadiff_cli.training.paint import FLUID, T1_BRIGHTNESS, tissues
 
 log = logging.getLogger(__name__)
 
 FORMAT = 4
 """Increase when the preparation of heads changes; older files are then prepared again."""
+T1_FLUID = (0.30, 0.07)
+"""Brightness of all fluid in a head, as those of ``T1_HEAD``.  In 11 heads of IXI and NiChart
+ventricles had 0.25 to 0.50 of the brightness of white matter; bone is far darker, and so the skull
+can be seen."""
 T1_HEAD: Mapping[int, tuple[float, float]] = {
     0: (0.0, 0.0),
     506: (0.12, 0.05),  # eyes
     512: (0.65, 0.08),  # spinal cord
     514: (0.25, 0.15),  # veins and sinuses
-    515: (0.06, 0.04),  # cortical bone
+    515: (0.06, 0.02),  # cortical bone
     516: (0.55, 0.20),  # marrow
 }
 """Brightness as in ``paint.T1_BRIGHTNESS``, with spread, of labels around the brain; all others
@@ -97,6 +101,8 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
 def t1_brightness(code: int) -> tuple[float, float]:
     """Mean and spread between people of a label's brightness (0 to 1) in a T1-weighted image."""
     tissue = tissues().get(code, code)
+    if T1_BRIGHTNESS.get(tissue) == FLUID:
+        return T1_FLUID
     if tissue in T1_BRIGHTNESS:
         return T1_BRIGHTNESS[tissue], 0.04
     return T1_HEAD.get(code, (0.45, 0.15))
