@@ -402,23 +402,28 @@ def test_any_size_is_padded_and_given_back():
 
 
 def test_only_the_box_around_the_brain_is_refined():
-    """Far from it the first network's word stands; in it the second one's."""
-    seen = []
+    """Far from it the first network's word stands, in it the second one's; the skull lies wider."""
+    boxes = []
 
     class Watched(Oracle):
-        def borders(self, head, located):
+        def refine(self, head, located):
             if located is not None:
-                seen.append(tuple(head.shape[2:]))
-                assert tuple(2 * n for n in located.shape[2:]) == seen[-1]
-            return super().borders(head, located)
+                boxes.append(tuple(head.shape[2:]))
+                assert tuple(2 * n for n in located.shape[2:]) == boxes[-1]
+            return super().refine(head, located)
 
     inside = ball(20, 64, centre=(40, 60, 80))
-    distance = predict_distances(Watched(), inside.astype(np.float32))[0]
+    distance, skull = predict_distances(Watched(beyond_mm=8.0), inside.astype(np.float32))
     wanted = np.clip(signed_distance(inside, SPACING), -REACH_MM, REACH_MM)
     assert np.array_equal(distance > 0, inside)
     assert abs(distance - wanted).max() < 3
-    assert max(seen[0]) <= 36
-    assert (predict_distances(Watched(), np.zeros((16, 16, 16), np.float32))[0] <= 0).all()
+    brain_box, skull_box = boxes
+    assert max(brain_box) <= 36
+    assert all(a < b <= 64 for a, b in zip(brain_box, skull_box, strict=True))
+    held = ball(28, 64, centre=(40, 60, 80))
+    assert 2 * (held & (skull > 0)).sum() / (held.sum() + (skull > 0).sum()) > 0.95
+    nothing = predict_distances(Watched(beyond_mm=8.0), np.zeros((16, 16, 16), np.float32))
+    assert (nothing[0] <= 0).all()
 
 
 def test_intensities_do_not_depend_on_units():
