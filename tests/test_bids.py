@@ -69,13 +69,13 @@ def test_results_lie_in_subject_and_session_folders(tmp_path):
     assert Derivatives(tmp_path, Path("x.nii")).folder == tmp_path / "sub-x" / "anat"
 
 
-def test_claim_makes_room_and_leaves_no_trace(tmp_path):
+def test_check_free_makes_room_and_leaves_no_trace(tmp_path):
     place = Derivatives(tmp_path / "new" / "out", Path("sub-01_T1w.nii"))
     place.check_free(overwrite=False)
     assert list(place.folder.iterdir()) == []
 
 
-def test_claim_refuses_to_lose_results(tmp_path):
+def test_check_free_refuses_to_lose_results(tmp_path):
     place = Derivatives(tmp_path, Path("sub-01_T1w.nii"))
     place.check_free(overwrite=False)
     place.path("seg-cadiff_dseg.nii.gz").write_text("precious")
@@ -111,7 +111,7 @@ def test_clear_removes_our_results_only(tmp_path):
 
 
 @pytest.mark.parametrize("below", [".", "deeper/still"])
-def test_claim_refuses_a_file_in_the_way(tmp_path, below):
+def test_check_free_refuses_a_file_in_the_way(tmp_path, below):
     (tmp_path / "out").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         Derivatives(tmp_path / "out" / below, Path("x.nii")).check_free(overwrite=True)

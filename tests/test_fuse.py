@@ -145,7 +145,7 @@ def test_wrong_atlases_are_errors_with_a_remedy(dataset, tmp_path):
         choose_atlases(tmp_path, t1)
     with pytest.raises(UsageError, match="7") as caught:
         choose_atlases(dataset, t1, ["7"])
-    assert "'1', '2', '3', '4'" in caught.value.remedy
+    assert "1, 2, 3, 4" in caught.value.remedy
     with pytest.raises(UsageError, match="nobody"):
         choose_atlases(dataset, t1, ["2", "3", "4"])
 

@@ -22,6 +22,7 @@ from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan
+from cadiff_cli.runner import mask as runner_mask
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.strip import (
     LARGE_LITRES,
@@ -52,7 +53,7 @@ BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")
 @pytest.fixture
 def bright(monkeypatch):
     monkeypatch.setattr(pipeline, "brain_model", lambda: BRIGHT)
-    for module in (pipeline, releases):
+    for module in (pipeline, runner_mask):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)
 
 
@@ -161,9 +162,8 @@ def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monke
         asked.append(name)
         raise MissingInputError(f"no {name}", "none")
 
-    monkeypatch.setattr(templates, "load_template", load)
-    monkeypatch.setattr(templates, "load_templates", load)
-    for module in (pipeline, releases):
+    monkeypatch.setattr(runner_mask, "load_template", load)
+    for module in (pipeline, runner_mask):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: weights)
 
     def run(t1, name):

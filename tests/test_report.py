@@ -291,9 +291,10 @@ def test_an_exported_size_of_the_head_is_of_one_kind(write_result, layout, tmp_p
     write_result(out, "sub-02_T1w.nii.gz")
     assert export(out, LAYOUTS[layout], mixed).head == "Brain-Mask"
     whole = {"enigma": "ICV", "synthseg": "total intracranial"}[layout]
-    for table, name in ((known, "Intracranial-Volume"), (mixed, "Brain-Mask")):
+    for n, table, name in ((1, known, "Intracranial-Volume"), (2, mixed, "Brain-Mask")):
         with table.open() as file:
             rows = list(csv.DictReader(file))
+        assert len(rows) == n
         for result, row in zip(finished(out), rows, strict=False):
             own = {x.name: x.mm3 for x in result.rows()}
             assert float(row[whole]) == pytest.approx(own[name], abs=1e-3)

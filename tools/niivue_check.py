@@ -66,7 +66,7 @@ class Files:
     def of(cls, out: Path) -> "Files":
         """Those of the first result in ``out``."""
         result = next(finished(out))
-        begin = result.commit.parent / result.entities
+        begin = result.sidecar.parent / result.entities
         return cls(
             Path(f"{begin}_desc-preproc_T1w.nii.gz"),
             Path(f"{begin}_seg-cadiff_desc-structures_dseg.nii.gz"),

@@ -124,7 +124,10 @@ def guarded(call: Callable[[], object]) -> int:
     except (click.Abort, KeyboardInterrupt, EOFError) as error:
         # click takes a file that ends early for the end of a dialogue.
         if EOFError in (type(error), type(error.__cause__)):
-            return _fail("a file ends before its content does: it is damaged", DataError.exit_code)
+            return _fail(
+                "a file is damaged: it ends before its content does. Copy the input files again",
+                DataError.exit_code,
+            )
         return _fail("interrupted", 130)
     except MemoryError:
         return _fail("out of memory. Close other programs, or use --tile 96", 1)

@@ -40,4 +40,5 @@ def command(out: Path, layout: str, path: Path | None, overwrite: bool) -> None:
     path = path or out / "export" / LAYOUTS[layout].file
     refuse_existing(path, overwrite=overwrite)
     exported = export(out, LAYOUTS[layout], path)
-    click.echo(f"{path}: {exported.rows} rows; the size of the head is our {exported.head}")
+    size = f"; the size of the head is our {exported.head}" if exported.head else ""
+    click.echo(f"{path}: {exported.rows} rows{size}")

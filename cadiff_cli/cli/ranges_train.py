@@ -56,9 +56,9 @@ def command(
     if out.is_dir():
         raise OutputError(f"{out} is a folder", "name a file with -o")
     refuse_existing(out, overwrite=overwrite)
-    check_writable(out.parent)
     structures = parcellation_in(tables, parcellation)
     cohort = read_cohort(tables, structures, participants)
+    check_writable(out.parent)
     for note in cohort.notes:
         click.echo(f"WARNING: {note}", err=True)
     ranges = fit(cohort, structures, people or cohort.described)

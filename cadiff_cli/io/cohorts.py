@@ -29,8 +29,8 @@ from cadiff_cli.products import Person
 GROUP_TABLE = "group_morph.tsv"
 LABELS = ("participant_id", "subject")
 """Columns that may name a person."""
-SMALLEST_MM3 = 10_000
-"""A brain of less is one in cm3: a preterm child's is twice as large."""
+SMALLEST_MM3 = 2_000
+"""All structures of a table together: brains in cm3 are smaller, two amygdalae in mm3 larger."""
 THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 """A number with commas that may part its thousands: ``1,234`` may be 1234, or 1.234."""
 
@@ -116,7 +116,7 @@ def read_cohort(
     middle = float(np.median([sum(scan.mm3) for scan in whole]))
     if middle < SMALLEST_MM3:
         raise DataError(
-            f"half of the brains are smaller than {middle:.0f} mm3", "give volumes in mm3, not cm3"
+            f"half of the people have less than {middle:.0f} mm3 in all", "give mm3, not cm3"
         )
     return _by_person(whole, names, notes)
 
@@ -176,7 +176,7 @@ def _scans(
         cells = {place: line.get(place, "") for place in where.values()}
         mm3 = {place: _number(cell) for place, cell in cells.items()}
         subject = line.get(label, "").removeprefix("sub-")
-        if subject.lower() in UNKNOWN:
+        if subject.lower() in ("", "n/a", "nan"):
             incomplete.append(f"a line without {label}")
             continue
         volumes = tuple(v for v in mm3.values() if v is not None)
@@ -196,8 +196,8 @@ def _scans(
         notes.append(f"{table} has no line below its header")
     if incomplete:
         notes.append(
-            f"{table}: {len(incomplete)} of {len(lines)} scans are left out, without all volumes:"
-            f" {first_few(incomplete, 4)}"
+            f"{table}: {len(incomplete)} of {len(lines)} scans are left out, without all volumes or"
+            f" a label: {first_few(incomplete, 4)}"
         )
     for name, unread in strange.items():
         if unread:
@@ -245,7 +245,7 @@ def _cells(table: Path, line: str, delimiter: str) -> list[str]:
     except csv.Error as error:
         raise DataError(
             f"{table}: the line that begins with {line[:40]!r} cannot be parted ({error})",
-            "quotation marks must enclose a whole cell: remove a single one",
+            "a cell in quotation marks must end on its own line, and hold nothing after them",
         ) from error
     return [cell.strip() for cell in row]
 

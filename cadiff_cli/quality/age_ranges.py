@@ -112,7 +112,8 @@ class AgeRanges:
         normal = [(mean, np.hypot(sd, mean_se)) for mean, sd, mean_se in sexes]
         ends = [mean + ndtri(below) * sd for mean, sd in normal]
         low, high = np.min(ends, axis=0), np.max(ends, axis=0)
-        for _ in range(HALVINGS):  # the answer lies between the sexes' own
+        # The answer lies between the sexes' own.
+        for _ in range(HALVINGS if len(normal) > 1 else 0):
             middle = (low + high) / 2
             share = np.mean([ndtr((middle - mean) / sd) for mean, sd in normal], axis=0)
             low, high = np.where(share < below, middle, low), np.where(share < below, high, middle)

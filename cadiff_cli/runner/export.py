@@ -113,7 +113,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """How many rows a table has, and which of our volumes stands for the size of the head."""
+    """How many rows a table has, and which of our volumes is the head's size (none: empty)."""
 
     rows: int
     head: str
@@ -145,7 +145,7 @@ def export(out: Path, layout: Layout, path: Path) -> Exported:
         cells = (_cell(known, measure) for measure in layout.columns.values())
         lines.append((name(result), *cells))
     write_text(path, "".join(layout.separator.join(line) + "\n" for line in lines))
-    return Exported(len(results), head)
+    return Exported(len(results), head if HEAD in layout.columns.values() else "")
 
 
 def _namer(results: Sequence[Finished]) -> Callable[[Finished], str]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.device import autocast, enough_memory
-from cadiff_cli.errors import CadiffError, DataError, DiskError, UsageError, in_a_line
+from cadiff_cli.errors import CadiffError, DataError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.training.batch import B, Batch, generator_of, stack
 
@@ -151,8 +151,8 @@ def load_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
         raise DataError(
-            f"{path} is damaged ({in_a_line(error)})",
-            "remove the folder to begin anew, or copy the checkpoint again",
+            f"{path} is damaged ({type(error).__name__})",  # torch's words advise to trust it
+            "remove it to begin anew, or copy it again",
         ) from error
     state.net.load_state_dict(stored["net"])
     state.ema.load_state_dict(stored["ema"])

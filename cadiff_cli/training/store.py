@@ -7,6 +7,7 @@ of them travels to another machine as it is.
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile
 
@@ -17,6 +18,12 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import replacing
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.stages.register import settings
+
+DAMAGED = (
+    *(ValueError, EOFError, OSError, NotImplementedError, SyntaxError),
+    *(BadZipFile, TokenError, zlib.error),
+)
+"""What NumPy raises for a file of arrays with wrong bytes in it."""
 
 
 def stored_path(folder: Path, name: str, content: Iterable[Any]) -> Path:
@@ -51,7 +58,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return dict(stored)
-    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise DataError(
             f"{path} is damaged ({error})", "remove it: the same command prepares it again"
         ) from error

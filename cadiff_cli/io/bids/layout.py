@@ -130,7 +130,7 @@ class Finer:
 class Finished:
     """A complete result in an output folder: its ``entities`` (``sub-01_ses-a``), what made it.
 
-    ``sidecar`` is the sidecar that holds the ``provenance``.
+    ``sidecar`` is the file that holds the ``provenance``.
     """
 
     entities: str

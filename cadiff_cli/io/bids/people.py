@@ -3,6 +3,7 @@
 A person who comes back has grown older: ``sub-X/sub-X_sessions.tsv`` may tell an age per session.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -228,7 +229,7 @@ def _about(path: Path, notes: list[str]) -> dict[str, dict[str, Any]]:
     Of a file that cannot be read nobody knows the unit of its ages: they are unknown, too.
     """
     values = read_json(path)
-    if values is None and path.exists():
+    if values is None and os.path.lexists(path):  # also a link to a file that was not fetched
         note = f"{path.name} cannot be read: the ages that it explains are taken for unknown"
         notes += [note] * (note not in notes)
         return {"age": {"Units": UNREADABLE}}
