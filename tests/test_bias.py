@@ -9,8 +9,8 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan
-from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.stages.bias import NATURAL, evened, find_bias
+from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.stages.bias import NATURAL, evened, factor, find_bias
 from cadiff_cli.stages.strip import winsorized
 
 
@@ -49,6 +49,14 @@ def test_a_bias_is_removed_but_for_what_is_natural_or_a_quarter(clean, k):
     assert high - low > np.log(NATURAL)
     assert np.diff(left) < max(np.log(NATURAL), (high - low) / 4)
     assert np.log(bias.ratio) == pytest.approx(high - low, rel=0.25)
+
+
+def test_a_field_goes_on_beyond_its_grid():
+    """A tilted scan reaches farther than the field that was found in its brain."""
+    small = Grid((4, 4, 4), np.diag([12.0, 12, 12, 1]))
+    wide = Grid((24, 24, 24), np.diag([2.0, 2, 2, 1])).crop((-10,) * 3, (44,) * 3)
+    found = factor(Volume(np.full(small.shape, 0.5, np.float32), small), wide)
+    np.testing.assert_allclose(found, np.exp(0.5), rtol=1e-4)
 
 
 def test_a_natural_bias_is_left_alone(clean):

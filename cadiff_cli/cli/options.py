@@ -153,6 +153,8 @@ def _click_option(field: "Field[Any]") -> Callable[[F], F]:
         more["type"] = click.IntRange(about.low, about.high)
     elif Path in kinds:
         more["type"] = PATH
+    elif default:
+        more["callback"] = filled
     return click.option(*flags, show_default=default is not None, **more)
 
 

@@ -184,7 +184,7 @@ def sources_of(
 
 
 @click.command(name="train")
-@click.argument("config", metavar="CONFIG")
+@click.argument("config", metavar="CONFIG", callback=filled)
 @click.argument("dataset", type=PATH)
 @HOLD_OUT
 @also_options

@@ -10,7 +10,7 @@ from cadiff_cli.cli.train import prepared_in, run_options
 
 
 @click.command(name="train-mask")
-@click.argument("config", metavar="CONFIG")
+@click.argument("config", metavar="CONFIG", callback=filled)
 @click.option(
     "--label-maps",
     multiple=True,

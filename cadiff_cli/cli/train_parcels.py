@@ -10,7 +10,7 @@ from cadiff_cli.cli.train import HOLD_OUT, prepared_in, run_options
 
 
 @click.command(name="train-parcels")
-@click.argument("config", metavar="CONFIG")
+@click.argument("config", metavar="CONFIG", callback=filled)
 @click.argument("dataset", type=PATH)
 @HOLD_OUT
 @click.option(
