@@ -16,7 +16,8 @@ from cadiff_cli.cli.options import PATH
 @click.option(
     "--participants",
     type=PATH,
-    help="participants.tsv with ages and sexes [default: that of the dataset, or of DERIVATIVES].",
+    help="participants.tsv with ages and sexes of people whose TABLE tells none [default: that of"
+    " the dataset, or of DERIVATIVES].",
 )
 @click.option(
     "--people", help="Who they are, in words, for tables and pages [default: names and numbers]."
