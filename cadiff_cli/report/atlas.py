@@ -25,7 +25,7 @@ from cadiff_cli.report.figures import (
     outlined,
     planes,
 )
-from cadiff_cli.report.page import refuse_foreign
+from cadiff_cli.report.page import refuse_foreign_page
 from cadiff_cli.report.render import render_page
 from cadiff_cli.spatial.deformation import on_grid
 from cadiff_cli.spatial.grid import Grid
@@ -90,7 +90,7 @@ class AtlasPage:
         self.panels: list[Panel] = []
         self.base: list[Plane] = []
         self.base_name = ""
-        refuse_foreign(self.path)
+        refuse_foreign_page(self.path)
 
     def add(
         self,

@@ -13,7 +13,7 @@ from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.quality.group import FAR, FEWEST, Group, outliers, robust_z, shares
 from cadiff_cli.quality.judgement import Judgement
 from cadiff_cli.quality.ranges import Ranges, load_ranges
-from cadiff_cli.report.page import refuse_foreign, remove
+from cadiff_cli.report.page import refuse_foreign_page, remove
 from cadiff_cli.report.render import render_page
 
 PATH = "group.html"
@@ -86,7 +86,7 @@ def report_group(out: Path, group: Group, *, wanted: bool = True) -> str:
 def write_group_page(out: Path, group: Group) -> Path:
     """Write ``group.html``: rows of the group table, and missing scans with their errors."""
     path = out / PATH
-    refuse_foreign(path)
+    refuse_foreign_page(path)
     ranges = load_ranges(group.parcellation)
     judged = group.judged
     far = outliers(judged, ranges)

@@ -105,7 +105,7 @@ def report_scan(
 
 def remove(path: Path) -> None:
     """Delete an outdated page of cadiff's.  Raises ``OutputError`` for another program's page."""
-    refuse_foreign(path)
+    refuse_foreign_page(path)
     path.unlink(missing_ok=True)
 
 
@@ -119,7 +119,7 @@ def write_page(
     """
     begun = time.perf_counter()
     path, parcellation = page_path(out, result.entities), result.parcellation
-    refuse_foreign(path)
+    refuse_foreign_page(path)
     result.provenance.check()
     case = read_case(result)
     if pictures is None:
@@ -155,7 +155,7 @@ def write_page(
     return path
 
 
-def refuse_foreign(path: Path) -> None:
+def refuse_foreign_page(path: Path) -> None:
     """Raise ``OutputError`` if ``path`` is a page that cadiff did not write."""
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise OutputError(f"{path} is another program's page", "choose another output folder")
