@@ -411,3 +411,20 @@ def test_random_means_forget_what_was_brighter(bricks, mirror):
     known = tuple(sorted(k for k in parts if k < mirror[k]))
     assert set(orders(replace(ONLY_MEANS, contrast=0.01))) == {known}
     assert len(set(orders(replace(ONLY_MEANS, random=1)))) > 3
+
+
+def test_a_curve_keeps_structures_of_one_tissue_alike(bricks, mirror):
+    """What is as bright in the scan is as bright on the curve; the order may turn around."""
+    image, classes, parts = bricks
+    first, second, third = sorted(k for k in parts if k < mirror[k])
+    alike = image.clone()
+    alike[image == image[parts[second]].mean()] = float(image[parts[third]].mean())
+    config = replace(ONLY_MEANS, curve=1.0, contrast=0.0)
+    turned = 0
+    for seed in range(10):
+        out = resynthesise(alike, classes > 0, classes, mirror, config, seeded(seed))
+        found = means(out, parts)
+        assert found[second] == pytest.approx(found[third], abs=1e-5)
+        assert 0 <= min(found.values()) <= max(found.values()) <= 1
+        turned += found[first] > found[second]
+    assert 0 < turned < 10

@@ -22,7 +22,7 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box
 from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, is_brain
 
-FLUID = 0.12
+FLUID = 0.22
 CSF, CHOROID_PLEXUS, DARK_WHITE_MATTER = 24, 31, 77
 T1_BRIGHTNESS: Mapping[int, float] = {
     2: 0.82,  # white matter

@@ -17,13 +17,15 @@ class SynthesisConfig:
     """How often and how far images are recoloured structure by structure.
 
     ``share`` of the patches are synthetic; of these ``random`` have means drawn from all of [0, 1],
-    the others the scan's own means moved by ``contrast`` (standard deviation, of the image's
-    range).  ``texture`` is the most that a structure's own variation is scaled by, ``noise`` the
-    largest standard deviation of what is added.
+    ``curve`` the scan's own means changed by a random curve, the others the scan's own.  Means that
+    are not random are also moved by ``contrast`` (standard deviation, of the image's range).
+    ``texture`` is the most that a structure's own variation is scaled by, ``noise`` the largest
+    standard deviation of what is added.
     """
 
     share: float = 0.1
     random: float = 0.3
+    curve: float = 0.0
     contrast: float = 0.06
     texture: float = 1.5
     noise: float = 0.04
@@ -47,10 +49,15 @@ def resynthesise(
     flat, values = pair[mask], image[mask]
     count = torch.bincount(flat, minlength=n).clamp(min=1)
     mean = torch.bincount(flat, weights=values.double(), minlength=n).float() / count
-    moved = mean + config.contrast * torch.randn(n, generator=generator)
+    change = config.contrast * torch.randn(n, generator=generator)
     anywhere = torch.rand(n, generator=generator)
-    if float(torch.rand(1, generator=generator)) < config.random:
+    kind = float(torch.rand(1, generator=generator))
+    if kind < config.random:
         moved = anywhere
+    elif kind < config.random + config.curve:
+        moved = _curved(mean, torch.unique(flat), generator) + change
+    else:
+        moved = mean + change
     scale = torch.rand(n, generator=generator) * (config.texture - 0.5) + 0.5
     # Borders between structures stay as smooth as the scan's: the change is blurred, not the scan.
     shift = torch.zeros_like(image)
@@ -59,3 +66,16 @@ def resynthesise(
     level = config.noise * torch.rand(1, generator=generator)
     noise = level * torch.randn(image.shape, generator=generator)
     return (image + shift + noise).clamp(0, 1) * mask
+
+
+def _curved(mean: Tensor, present: Tensor, generator: torch.Generator) -> Tensor:
+    """Means (n,) changed by a random curve of four knots from the darkest to the brightest.
+
+    Structures of one tissue stay alike, as in every sequence: a curve that falls looks
+    T2-weighted, one that rises and falls like FLAIR.
+    """
+    knots = torch.rand(4, generator=generator)
+    darkest, brightest = mean[present].aminmax()
+    place = 3 * ((mean - darkest) / (brightest - darkest).clamp(min=1e-6)).clamp(0, 1)
+    below = place.floor().clamp(max=2).long()
+    return torch.lerp(knots[below], knots[below + 1], place - below)
