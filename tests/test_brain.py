@@ -43,6 +43,7 @@ from cadiff_cli.training.brain_mask.patches import (
     HeadPatch,
     draw_head,
     draw_nothing,
+    fluid_around,
     random_contrast,
     shrink,
     t1_contrast,
@@ -347,6 +348,30 @@ def test_a_shrunken_brain_swims_in_fluid(real_head):
             assert float(shrunken.image[gap].max()) < 0.45
 
 
+def test_the_gap_of_a_painted_head_is_fluid_like_that_around_the_brain(drawn_head):
+    """A shrunken brain of a label map is painted as one that has the labels of a shrunken brain."""
+    label = fluid_around(drawn_head)
+    config = HeadConfig(patch=64, shrunken=1.0, cut=0, deface=0, tilted=0, t1=1.0, **ORDINARY)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "_artefacts", lambda image, *_: image)
+        patch.setattr(patches, "t1_contrast", lambda labels, *_: (labels == label).float())
+        for index in range(3):
+            shrunken = draw_head(drawn_head, config, seeded(index))
+            whole = draw_head(drawn_head, replace(config, shrunken=0.0), seeded(index))
+            gap = (shrunken.distance < -1) & (whole.distance > 1)
+            seen.append(gap.sum())
+            assert shrunken.image[gap].all()
+    assert max(seen) > 0
+
+
+def test_without_labelled_fluid_none_lies_around_the_brain(drawn_head):
+    dry = replace(drawn_head, labels=np.where(drawn_head.labels == 2, 3, drawn_head.labels))
+    assert fluid_around(drawn_head) == 2
+    assert fluid_around(dry) is None
+    assert fluid_around(replace(drawn_head, t1=None)) is None
+
+
 def test_a_brain_that_shrinks_by_nothing_stays():
     points, distance = sphere(30)
     moved, new, rim = shrink(points, distance, 0.0, seeded(1))
@@ -524,6 +549,19 @@ def test_the_loss_is_zero_at_the_truth():
     estimate = torch.where(truth.abs() >= REACH_MM, 3 * truth, truth)
     assert float(distance_loss(estimate, truth)) < 0.04
     assert float(distance_loss(estimate + 2, truth)) > 0.1
+
+
+def test_errors_near_the_border_count_most():
+    """A constant error counts as much with weights as without; one far away hardly at all."""
+    truth = torch.linspace(-9, 9, 37).reshape(1, 1, 37, 1, 1)
+    away = truth + 2 * (truth < -7)
+    best = float(distance_loss(truth, truth))
+    plain, near = (float(distance_loss(away, truth, mm)) - best for mm in (torch.inf, 2.0))
+    assert 0 < near < 0.2 * plain
+    everywhere = truth + 0.2
+    assert float(distance_loss(everywhere, truth, 2.0)) == pytest.approx(
+        float(distance_loss(everywhere, truth)), abs=1e-5
+    )
 
 
 def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):

@@ -9,7 +9,6 @@ spacing.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +17,14 @@ import torch
 
 from cadiff_cli.io import models
 from cadiff_cli.io.images import load_scan
+from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.nets.models import BrainModel
-from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain_mask import find_brain_and_skull
-from cadiff_cli.training.brain_mask.data import build, load
+from cadiff_cli.training.brain_mask.data import paintable
 from cadiff_cli.training.brain_mask.patches import t1_contrast
-from cadiff_cli.training.brain_mask.target import FAR_MM
+from cadiff_cli.training.brain_mask.target import closed, intracranial, is_brain
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     for path in sorted(arguments.label_maps.glob("*.nii*")) if arguments.label_maps else []:
         for seed, (image, truth) in enumerate(painted(path, arguments.images)):
             found = held_in(image, model)
-            both = np.count_nonzero(found.data & truth.data)
+            both = np.count_nonzero(resample_mask(found, truth.grid).data & truth.data)
             dice = 2 * both / (found.data.sum() + truth.data.sum())
             errors.append(100 * (found.litres / truth.litres - 1))
             print(
@@ -77,19 +77,15 @@ def held_in(t1: Volume, model: BrainModel) -> Volume:
 
 
 def painted(path: Path, images: int) -> Iterator[tuple[Volume, Volume]]:
-    """Images of a label map at 2 mm, and what its inner skull holds, at 1 mm."""
-    with tempfile.TemporaryDirectory() as cache:
-        head = load(build(path, path, "label maps", Path(cache)))
-    assert head.labels is not None
-    assert head.skull is not None
-    assert head.t1 is not None
-    grid = Grid(head.labels.shape, np.diag([2.0, 2.0, 2.0, 1.0]))
-    depth = resample(Volume(head.skull.astype(np.float32), grid), grid.working(), fill=-FAR_MM)
-    labels = torch.from_numpy(head.labels).long()
+    """Images of a label map on its own grid, and what its inner skull holds."""
+    dseg, _ = load_ids(path)
+    codes = np.rint(dseg.data).astype(np.int32)
+    held = intracranial(codes, closed(is_brain(codes), dseg.grid.spacing_mm), dseg.grid)
+    labels, t1 = paintable(codes)
     for seed in range(images):
         generator = torch.Generator().manual_seed(seed)
-        image = t1_contrast(labels, torch.from_numpy(head.t1), generator)
-        yield Volume(image.numpy(), grid), Volume(depth.data > 0, depth.grid)
+        image = t1_contrast(torch.from_numpy(labels).long(), torch.from_numpy(t1), generator)
+        yield Volume(image.numpy(), dseg.grid), Volume(held, dseg.grid)
 
 
 def at(t1: Volume, spacings: list[float]) -> Iterator[Volume]:

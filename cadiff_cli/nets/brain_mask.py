@@ -115,9 +115,13 @@ class BrainNet(nn.Module):
         return _border(self.fine, head, located)
 
     def enclose(self, head: Tensor, located: Tensor) -> Tensor:
-        """As ``refine``, the distance to the inner skull; the network must know it."""
+        """As ``refine``, the distance to the inner skull; the network must know it.
+
+        It sees the square root of the brightness: fluid and bone are the darkest of a T1-weighted
+        head, and the border lies between them.
+        """
         assert self.skull is not None
-        return _border(self.skull, head, located)
+        return _border(self.skull, head.sqrt(), located)
 
 
 def _border(net: DistanceNet, head: Tensor, located: Tensor) -> Tensor:

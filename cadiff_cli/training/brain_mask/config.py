@@ -25,6 +25,7 @@ class HeadConfig(Schedule):
     clinical spin echo, ``strong_bias`` ones that of a surface coil; ``stripped`` ones are brains
     alone.  Of the others, some have air of 0 (``zeroed_air``), or air with noise as bright as brain
     (``noisy_air``, MP2RAGE).  ``t1`` is the share of label maps painted like a T1-weighted image.
+    ``intensity`` scales how often brightness, sharpness and noise of an image change.
     """
 
     coarse_steps: int = 700
@@ -50,6 +51,7 @@ class HeadConfig(Schedule):
     zeroed_air: float = 0.25
     noisy_air: float = 0.1
     t1: float = 0.0
+    intensity: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,24 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     codes = np.rint(dseg.data).astype(np.int32)
     brain = closed(is_brain(codes), dseg.grid.spacing_mm)
     distance = distance_at_2mm(Volume(brain, dseg.grid))
-    # Left and right share their intensities, so they share a label.
+    labels, t1 = paintable(codes)
+    small = resample_labels(Volume(labels, dseg.grid), distance.grid)
+    skull = distance_at_2mm(Volume(intracranial(codes, brain, dseg.grid), dseg.grid))
+    return Head(
+        name,
+        source,
+        distance.data.astype(np.float16),
+        labels=small.data.copy(),
+        skull=skull.data.astype(np.float16),
+        t1=t1,
+    )
+
+
+def paintable(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (X, Y, Z) uint8 of FreeSurfer's ``codes``, and the T1 brightness of each (``Head``).
+
+    Left and right share their intensities, so they share a label; 0 is air.
+    """
     left = load_parcellation(BASE).left_codes
     present = np.unique(np.append(codes, 0))  # air is label 0, even if the map calls it otherwise
     of_pair, paired = np.unique(
@@ -85,17 +102,8 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
         raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
     of_code = np.zeros(present[-1] - present[0] + 1, dtype=np.uint8)
     of_code[present - present[0]] = paired
-    compact = of_code[codes - present[0]]
-    small = resample_labels(Volume(compact, dseg.grid), distance.grid)
-    skull = distance_at_2mm(Volume(intracranial(codes, brain, dseg.grid), dseg.grid))
-    return Head(
-        name,
-        source,
-        distance.data.astype(np.float16),
-        labels=small.data.copy(),
-        skull=skull.data.astype(np.float16),
-        t1=np.array([t1_brightness(int(code)) for code in of_pair], dtype=np.float32),
-    )
+    t1 = np.array([t1_brightness(int(code)) for code in of_pair], dtype=np.float32)
+    return of_code[codes - present[0]], t1
 
 
 def t1_brightness(code: int) -> tuple[float, float]:

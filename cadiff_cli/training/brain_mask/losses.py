@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cadiff_cli.nets.brain_mask import REACH_MM
@@ -32,11 +33,15 @@ class SkullLoss:
         return self.skull
 
 
-def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
-    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
-    error = (estimate - truth).abs()
+def distance_loss(estimate: Tensor, truth: Tensor, near_mm: float = torch.inf) -> Tensor:
+    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide).
+
+    The farther from the border, the less a voxel counts: 1 / e of it at ``near_mm``.
+    """
     # At the end of the reach, any larger distance on the same side is correct.
     far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)
+    error = (estimate - truth).abs().masked_fill(far, 0)
+    weight = (-truth.abs() / near_mm).exp()
     p, q = estimate.sigmoid(), (truth > 0).float()
     dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)
-    return error.masked_fill(far, 0).mean() / REACH_MM + 0.5 * (1 - dice)
+    return (weight * error).sum() / weight.sum() / REACH_MM + 0.5 * (1 - dice)

@@ -15,6 +15,10 @@ Cube = Callable[[Tensor, int], Tensor]
 """Cuts the same cube from volumes of either resolution: the scale is 1 at 4 mm, 2 at 2 mm."""
 
 
+SKULL_NEAR_MM = 4.0
+"""Most voxels lie far from the inner skull, and its volume does not depend on them."""
+
+
 @dataclass(frozen=True)
 class MaskObjective:
     """Train the first network on whole heads, the second on a random cube of ``fine`` voxels.
@@ -51,7 +55,7 @@ class SkullObjective:
             located = net.locate(patch.image)
         cube = _cube(patch, self.fine, generator)
         skull = net.enclose(cube(patch.image, 2), cube(located, 1))
-        return SkullLoss(distance_loss(skull, cube(patch.skull, 2)))
+        return SkullLoss(distance_loss(skull, cube(patch.skull, 2), SKULL_NEAR_MM))
 
 
 def _cube(patch: HeadPatch, voxels: int, generator: torch.Generator) -> Cube:

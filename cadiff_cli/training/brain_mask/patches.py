@@ -20,7 +20,7 @@ from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
-from cadiff_cli.training.brain_mask.data import Head
+from cadiff_cli.training.brain_mask.data import T1_FLUID, Head
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import (
     low_resolution,
@@ -114,12 +114,15 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         flat, outside = nearest(points, shape)
         labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
         labels = labels.masked_fill(outside, 0)
+        if rim.any() and (fluid_label := fluid_around(head)) is not None:
+            labels = labels.masked_fill(rim > 0.5, fluid_label)
+            rim = torch.zeros_like(rim)
         if config.t1 and head.t1 is not None and chance(config.t1):
             image = t1_contrast(labels, torch.from_numpy(head.t1), generator)
         else:
             image = random_contrast(labels, generator)
     if rim.any():
-        # Dark in a real scan, like its own ventricles; of any brightness in a synthetic one.
+        # Dark in a real scan, like its own ventricles; of any brightness without labels of fluid.
         share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
         fluid = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
         speckle = 0.03 * torch.randn(image.shape, generator=generator)
@@ -171,6 +174,17 @@ def shrink(
     new = torch.where(distance < 0, distance - width, distance - move)
     old_share, share = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (distance, new))
     return points, new, old_share - share
+
+
+def fluid_around(head: Head) -> int | None:
+    """The label of the fluid right outside the brain of a head with labels; None without any."""
+    assert head.labels is not None
+    if head.t1 is None:
+        return None
+    near = head.labels[(head.distance < 0) & (head.distance > -SPACING_MM)]
+    count = np.bincount(near, minlength=len(head.t1))
+    count[~np.isclose(head.t1[:, 0], T1_FLUID[0])] = 0
+    return int(count.argmax()) if count.any() else None
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
@@ -257,23 +271,27 @@ def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> T
 
 def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
     """Add a bias field, noise, thick slices or large voxels; change contrast and brightness."""
-    if float(torch.rand(1, generator=generator)) < 0.3:
+    often = config.intensity
+    if float(torch.rand(1, generator=generator)) < 0.3 * often:
         thickest = config.slice_mm / SPACING_MM
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
         image = thicken(image, voxels, generator)
     chain = mt.Compose(
         [
-            mt.RandBiasField(prob=0.6, coeff_range=(-0.25, 0.25)),
+            mt.RandBiasField(prob=0.6 * often, coeff_range=(-0.25, 0.25)),
             mt.RandBiasField(prob=config.strong_bias, degree=2, coeff_range=(-0.8, 0.8)),
             mt.Lambda(lambda biased: torch.from_numpy(normalise(biased.numpy()))),
-            mt.RandAdjustContrast(prob=0.6, gamma=(0.5, 2.0)),
-            mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2),
-            low_resolution(0.15),
+            mt.RandAdjustContrast(prob=0.6 * often, gamma=(0.5, 2.0)),
+            mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2 * often),
+            low_resolution(0.15 * often),
             mt.RandGaussianSmooth(
-                prob=0.15, sigma_x=(0.3, 1.0), sigma_y=(0.3, 1.0), sigma_z=(0.3, 1.0)
+                prob=0.15 * often,
+                sigma_x=(0.3, 1.0),
+                sigma_y=(0.3, 1.0),
+                sigma_z=(0.3, 1.0),
             ),
-            mt.RandGaussianNoise(prob=0.5, std=0.06),
-            mt.RandScaleIntensity(factors=0.3, prob=0.6),
+            mt.RandGaussianNoise(prob=0.5 * often, std=0.06),
+            mt.RandScaleIntensity(factors=0.3, prob=0.6 * often),
         ]
     )
     chain.set_random_state(seed=int(torch.randint(2**31 - 1, (1,), generator=generator)))
