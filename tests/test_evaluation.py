@@ -480,15 +480,15 @@ def test_retest_of_a_scan_with_itself(sessions, parcellation):
 
 def test_every_later_scan_is_compared_with_the_first(tree):
     root = tree(
-        *(f"sub-1/ses-{s}/anat/sub-1_ses-{s}_seg-cadiff_dseg.nii.gz" for s in "abc"),
+        *(f"sub-1/ses-{s}/anat/sub-1_ses-{s}_seg-cadiff_dseg.nii.gz" for s in ("10", "2", "a")),
         *(f"sub-2/anat/sub-2_run-{r}_seg-cadiff_dseg.nii.gz" for r in "12"),
         "sub-3/anat/sub-3_seg-cadiff_dseg.nii.gz",
         "sub-4/ses-a/anat/sub-4_ses-a_seg-manual_dseg.nii.gz",
         "sub-4/ses-b/anat/sub-4_ses-b_seg-manual_dseg.nii.gz",
     )
     assert [(scan_of(a), scan_of(b)) for a, b in retest_pairs(root)] == [
-        ("sub-1_ses-a", "sub-1_ses-b"),
-        ("sub-1_ses-a", "sub-1_ses-c"),
+        ("sub-1_ses-2", "sub-1_ses-10"),
+        ("sub-1_ses-2", "sub-1_ses-a"),
         ("sub-2_run-1", "sub-2_run-2"),
     ]
 

@@ -1,5 +1,6 @@
 """Pair label maps to be scored against each other, by the entities in their names."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +52,15 @@ def pair_up(prediction: Path, reference: Path, finer: str = "") -> Pairs:
 
 
 def retest_pairs(derivatives: Path, finer: str = "") -> list[tuple[Path, Path]]:
-    """Pair the first label map of each subject with each later one.
+    """Pair the first label map of each subject with each later one; ses-2 is before ses-10.
 
     ``finer`` is as in ``label_maps``.  Raises ``MissingInputError`` if no subject has two.
     """
     if not derivatives.is_dir():
         raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
     subjects: dict[str, list[Path]] = {}
-    for scan, path in label_maps(derivatives, prefer_ours=True, finer=finer).items():
+    found = label_maps(derivatives, prefer_ours=True, finer=finer)
+    for scan, path in sorted(found.items(), key=lambda item: _as_counted(item[0])):
         if _is_own(path):
             subjects.setdefault(scan.split("_")[0], []).append(path)
     pairs = [(first, later) for first, *others in subjects.values() for later in others]
@@ -69,6 +71,12 @@ def retest_pairs(derivatives: Path, finer: str = "") -> list[tuple[Path, Path]]:
             "segment two sessions of a person into one folder",
         )
     return pairs
+
+
+def _as_counted(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names by the numbers in them."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def label_maps(
