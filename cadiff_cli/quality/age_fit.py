@@ -34,6 +34,8 @@ FEWEST_PEOPLE = 20
 """People without whom nothing is fitted."""
 FEWEST_OF_A_SEX = 5
 """People of each sex without whom the sexes are not told apart."""
+FEWEST_OF_A_SOURCE = 2
+"""People a source, on average; with fewer, a source cannot be told from its person."""
 ENDS = (5.0, 95.0)
 """Percentiles of the ages at which the spline has its first and last knot."""
 LEAST_SPAN_YEARS = 2.0
@@ -154,6 +156,13 @@ def _check(table: _Table, form: Form) -> None:
         raise DataError(
             f"{n} people of known age",
             f"at least {FEWEST_PEOPLE} are needed, and 100 or more for percentiles that tell much",
+        )
+    sources = len(np.unique(table.sources))
+    if form.of_source and sources > 1 and sources > n / FEWEST_OF_A_SOURCE:
+        raise DataError(
+            f"{sources} sources of {n} people",
+            f"a source (a scanner, a study) needs {FEWEST_OF_A_SOURCE} people on average: name"
+            " larger ones, or leave the column out",
         )
     if not table.logs:
         raise DataError("no structure is there in most people", "look at their label maps")
