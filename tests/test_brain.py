@@ -29,6 +29,8 @@ from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask import patches
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import (
+    T1_BONE,
+    T1_FLUID,
     Head,
     arrays,
     from_labels,
@@ -39,11 +41,14 @@ from cadiff_cli.training.brain_mask.data import (
 from cadiff_cli.training.brain_mask.losses import distance_loss
 from cadiff_cli.training.brain_mask.objective import MaskObjective
 from cadiff_cli.training.brain_mask.patches import (
+    Contrast,
     HeadDraws,
     HeadPatch,
     draw_head,
     draw_nothing,
-    fluid_around,
+    label_around,
+    move_skull,
+    painted,
     random_contrast,
     shrink,
     t1_contrast,
@@ -193,12 +198,29 @@ def test_a_real_head_does_not_tell_the_skull(real_head):
     assert draw_head(real_head, HeadConfig(patch=32), seeded()).skull.isnan().any()
 
 
-def test_t1_contrast_keeps_the_order_of_tissues(drawn_head, label_map):
+def test_t1_contrast_keeps_the_order_of_tissues(drawn_head):
     """Of the toy's labels 0, 2, 24 and 511, white matter is the brightest, air and fluid dark."""
-    labels = torch.from_numpy(drawn_head.labels).long()
-    image = t1_contrast(labels, torch.from_numpy(drawn_head.t1), seeded(1))
-    air, white, fluid, scalp = (float(image[labels == k].median()) for k in range(4))
+    air, white, fluid, scalp = t1_contrast(torch.from_numpy(drawn_head.t1), seeded(1)).mean
     assert air < fluid < scalp < white
+
+
+def test_a_painted_voxel_is_the_mean_of_its_labels(drawn_head):
+    """Where no noise is: the mean of eight labels, anywhere in the head, and air beyond it."""
+    n = len(drawn_head.t1)
+    contrast = Contrast(torch.linspace(0.1, 0.9, n), torch.zeros(n))
+    index = torch.from_numpy(np.indices(drawn_head.distance.shape)).float()
+    x, y, z = drawn_head.distance.shape
+    eighths = contrast.mean.numpy()[drawn_head.labels].reshape(x, 2, y, 2, z, 2)
+    wanted = torch.from_numpy(eighths.mean(axis=(1, 3, 5)))
+    part = (slice(None), slice(9, 29), slice(30, 48), slice(-3, None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches.ndimage, "gaussian_filter", lambda image, _: image)
+        for points, at in ((index, wanted), (index[part], wanted[part[1:]])):
+            torch.testing.assert_close(
+                painted(drawn_head, points, contrast, seeded()), at, atol=1e-4, rtol=0
+            )
+        away = painted(drawn_head, index + 500, contrast, seeded())
+    torch.testing.assert_close(away, torch.full_like(away, 0.1))
 
 
 def test_left_and_right_share_a_label(drawn_head):
@@ -222,10 +244,12 @@ def test_heads_are_read_back(drawn_head, real_head, tmp_path):
 
 
 def test_each_label_has_an_intensity_of_its_own():
-    labels = torch.zeros(24, 24, 24, dtype=torch.int64)
+    labels = np.zeros((24, 24, 24), np.uint8)
     labels[8:16] = 1
-    image = random_contrast(labels, seeded(2))
-    inner = [image[2:6], image[10:14]]
+    head = Head("slab", "slabs", np.zeros((12, 12, 12), np.float16), labels=labels)
+    points = torch.from_numpy(np.indices((12, 12, 12))).float()
+    image = painted(head, points, random_contrast(2, seeded(2)), seeded(2))
+    inner = [image[1:3], image[5:7]]
     assert max(float(part.std()) for part in inner) < 0.1
     assert image.min() >= 0
     assert image.max() <= 1
@@ -349,27 +373,78 @@ def test_a_shrunken_brain_swims_in_fluid(real_head):
 
 
 def test_the_gap_of_a_painted_head_is_fluid_like_that_around_the_brain(drawn_head):
-    """A shrunken brain of a label map is painted as one that has the labels of a shrunken brain."""
-    label = fluid_around(drawn_head)
+    label = label_around(drawn_head, drawn_head.distance, T1_FLUID[0])
     config = HeadConfig(patch=64, shrunken=1.0, cut=0, deface=0, tilted=0, t1=1.0, **ORDINARY)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patches, "_artefacts", lambda image, *_: image)
-        patch.setattr(patches, "t1_contrast", lambda labels, *_: (labels == label).float())
+        lit = torch.eye(len(drawn_head.t1))[label]
+        patch.setattr(patches, "t1_contrast", lambda *_: Contrast(lit, 0 * lit))
         for index in range(3):
             shrunken = draw_head(drawn_head, config, seeded(index))
             whole = draw_head(drawn_head, replace(config, shrunken=0.0), seeded(index))
             gap = (shrunken.distance < -1) & (whole.distance > 1)
             seen.append(gap.sum())
-            assert shrunken.image[gap].all()
+            assert (shrunken.image[gap] > 0.99).all()
     assert max(seen) > 0
 
 
-def test_without_labelled_fluid_none_lies_around_the_brain(drawn_head):
+def test_labels_around_a_brain_are_of_one_tissue(drawn_head):
+    def fluid(head):
+        return label_around(head, head.distance, T1_FLUID[0])
+
     dry = replace(drawn_head, labels=np.where(drawn_head.labels == 2, 3, drawn_head.labels))
-    assert fluid_around(drawn_head) == 2
-    assert fluid_around(dry) is None
-    assert fluid_around(replace(drawn_head, t1=None)) is None
+    assert fluid(drawn_head) == 2
+    assert fluid(dry) is None
+    assert fluid(replace(drawn_head, t1=None)) is None
+    assert label_around(drawn_head, drawn_head.skull, T1_BONE[0]) is None
+
+
+def test_a_skull_may_move_but_never_into_the_brain():
+    _, skull = sphere(36)
+    _, brain = sphere(33)
+    wider = []
+    for index in range(8):
+        new, gained = move_skull(skull, brain, 5.0, seeded(index))
+        assert (new - skull).abs().max() <= 5.0
+        assert (new >= brain).all()
+        before, after = ((0.5 + d / 2).clamp(0, 1).sum() for d in (skull, new))
+        assert float(gained.sum()) == pytest.approx(float(after - before), rel=1e-3)
+        assert not gained[skull.abs() > 6.0].any()
+        wider.append(bool(after > before))
+    assert any(wider)
+    assert not all(wider)
+    still, nothing = move_skull(skull, brain, 0.0, seeded(1))
+    assert torch.equal(still, skull)
+    assert not nothing.any()
+
+
+def test_where_the_skull_has_moved_the_image_follows(label_map):
+    """Between the old and the new border all is fluid, or bone."""
+    codes = np.asarray(label_map.data).copy()
+    codes[(codes == 511) & ball(72, 60, 3.0)] = 515
+    head = from_labels("bony", "toys", on_grid(codes, 3.0))
+    layers = ((head.distance, T1_FLUID), (head.skull, T1_BONE))
+    fluid, bone = (label_around(head, depth, t1[0]) for depth, t1 in layers)
+    mean = torch.full((len(head.t1),), 0.5)
+    mean[fluid], mean[bone] = 1.0, 0.0
+    config = HeadConfig(
+        patch=80, cut=0, deface=0, tilted=0, shrunken=0, elastic_mm=0, t1=1.0, **ORDINARY
+    )
+    moved, seen = replace(config, moved_skull=1.0, moved_mm=5.0), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "_artefacts", lambda image, *_: image)
+        patch.setattr(patches, "t1_contrast", lambda *_: Contrast(mean, 0 * mean))
+        for index in range(4):
+            new = draw_head(head, moved, seeded(index))
+            old = draw_head(head, config, seeded(index))
+            assert torch.equal(new.distance, old.distance)
+            gained = (new.skull > 1) & (old.skull < -1)
+            lost = (new.skull < -1) & (old.skull > 1) & (new.distance < -2)
+            assert (new.image[gained] > 0.99).all()
+            assert (new.image[lost] < 0.01).all()
+            seen += int(gained.sum() + lost.sum())
+    assert seen > 0
 
 
 def test_a_brain_that_shrinks_by_nothing_stays():
@@ -768,7 +843,7 @@ def test_drawn_labels_lie_where_the_distance_says(axes):
     turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
     affine = inv_ornt_aff(turn, codes.shape)
     head = from_labels("ball", "balls", Volume(codes, Grid(codes.shape, affine)))
-    inside = np.argwhere(head.labels > 0).mean(axis=0)
+    inside = (np.argwhere(head.labels > 0).mean(axis=0) - 0.5) / 2
     depth = np.argwhere(head.distance > 0).mean(axis=0)
     np.testing.assert_allclose(inside, depth, atol=0.02)
 

@@ -373,6 +373,19 @@ def test_evaluate_writes_three_tables(folders, tmp_path, capsys):
     assert structures["Left-Putamen"]["dice_mean"] == "n/a"
 
 
+def test_a_pair_that_cannot_be_scored_costs_the_others_nothing(folders, write, tmp_path, capsys):
+    write("theirs/sub-2/anat/sub-2_dseg.nii.gz", theirs(cubes(0)), rotation(0, (9, 0, 0)))
+    assert cli("evaluate", *folders, "-o", tmp_path / "new") == 1
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if "not scored" in line)
+    assert "sub-2" in told
+    assert {row["scan"] for row in rows(tmp_path / "new" / "evaluation_scans.tsv")} == {"sub-1"}
+
+
+def test_templates_are_no_scans(tree):
+    root = tree("sub-1/anat/sub-1_dseg.nii.gz", "templates/tpl-x/tpl-x_dseg.nii.gz")
+    assert list(label_maps(root)) == ["sub-1"]
+
+
 def test_evaluate_never_replaces_unasked(folders, tmp_path, capsys):
     (tmp_path / "evaluation_scans.tsv").write_text("mine")
     assert cli("evaluate", *folders, "-o", tmp_path) == 73

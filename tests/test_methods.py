@@ -38,7 +38,7 @@ def test_two_authors_are_named_and_three_are_not():
 
 
 def test_the_text_counts_what_differs():
-    def made(steps, *templates):
+    def made(steps, *templates, **told):
         return Provenance(
             fingerprint="x",
             settings={"sample": {"flip": True}, "output_spaces": ["MNI152NLin2009cAsym"]},
@@ -49,6 +49,7 @@ def test_the_text_counts_what_differs():
             steps=steps,
             templates=templates,
             skull_stripping="none",
+            **told,
         )
 
     def text_of(*several):
@@ -82,3 +83,10 @@ def test_the_text_counts_what_differs():
     text = text_of(made(5, colin("none", in_field=False)))
     assert "The network found the distance field together with the labels" in text
     assert "@templateflow" not in text
+    # N4's field is divided out from a ratio of 1.4 on.
+    weak, strong = made(5, colin("fast"), bias_ratio=1.2), made(5, colin("fast"), bias_ratio=2.3)
+    assert "@n4" not in text_of(weak, made(5, colin("fast")))
+    assert "The receive bias of 1 of the brains was corrected with N4 [@n4]." in text_of(
+        weak, strong
+    )
+    assert "The receive bias of their brains was corrected" in text_of(strong, strong)

@@ -186,3 +186,4 @@ def test_ranges_of_the_whole_brain_are_for_parcellations_of_it(lobes, parcellati
     volumes = base_volumes({"Left-Front": 3.0, "Left-Back": 4.0, "Brain-Stem": 2.0}, lobes)
     assert volumes["Left-Cerebral-Cortex"] == 7
     assert volumes["Brain-Stem"] == 2
+    assert "Right-Cerebral-Cortex" not in volumes, "of which no part is known"

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -397,6 +398,12 @@ def test_reports_and_tables_know_the_ages_of_today_and_tell_what_is_odd(followed
     other.mkdir()
     (other / "participants.tsv").write_text("participant_id\tage\nsub-01\t50\n")
     assert [people_of(out, x).of("01").age_years for x in (raw, other)] == [40, 50]
+    # A table that tells neither age nor sex does not hide one that does.
+    (other / "participants.tsv").write_text("participant_id\tgroup\nsub-01\tpatient\n")
+    assert people_of(out, other) == people_of(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _: not path.samefile(raw))
+        assert not people_of(out, raw), "its owner alone may look into it"
     (raw / "participants.tsv").unlink()
     assert people_of(out).of_scan("sub-01_ses-b") == Person(43.0)
     (out / "dataset_description.json").unlink()
@@ -555,6 +562,13 @@ def test_the_scan_is_known_by_its_content(write_result, tmp_path):
     t1.rename(nested)
     assert find_scan(out, result) is None
     assert find_scan(out, result, t1.parent).samefile(nested)
+
+    def locked(path):
+        raise PermissionError(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cadiff_cli.report.case.sha256", locked)
+        assert find_scan(out, result, t1.parent) is None, "its owner alone may read it"
     nested.write_bytes(nested.read_bytes() + b"\0")
     assert find_scan(out, result, t1.parent) is None
     text = write_page(out, result, t1.parent).read_text()

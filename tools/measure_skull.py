@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from cadiff_cli.io import models
 from cadiff_cli.io.images import load_scan
@@ -25,6 +26,9 @@ from cadiff_cli.stages.brain_mask import find_brain_and_skull
 from cadiff_cli.training.brain_mask.data import paintable
 from cadiff_cli.training.brain_mask.patches import t1_contrast
 from cadiff_cli.training.brain_mask.target import closed, intracranial, is_brain
+
+BLUR_VOXELS = 0.5
+"""Of an image painted from a label map."""
 
 
 def main() -> None:
@@ -84,8 +88,11 @@ def painted(path: Path, images: int) -> Iterator[tuple[Volume, Volume]]:
     labels, t1 = paintable(codes)
     for seed in range(images):
         generator = torch.Generator().manual_seed(seed)
-        image = t1_contrast(torch.from_numpy(labels).long(), torch.from_numpy(t1), generator)
-        yield Volume(image.numpy(), dseg.grid), Volume(held, dseg.grid)
+        contrast = t1_contrast(torch.from_numpy(t1), generator)
+        noise = torch.randn(labels.shape, generator=generator).numpy()
+        image = contrast.mean.numpy()[labels] + contrast.spread.numpy()[labels] * noise
+        smooth = ndimage.gaussian_filter(image, BLUR_VOXELS).clip(0, 1)
+        yield Volume(smooth, dseg.grid), Volume(held, dseg.grid)
 
 
 def at(t1: Volume, spacings: list[float]) -> Iterator[Volume]:

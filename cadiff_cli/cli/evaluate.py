@@ -49,7 +49,7 @@ def command(
     tolerance: float,
     out: Path | None,
     overwrite: bool,
-) -> None:
+) -> int:
     """Score PREDICTION against REFERENCE: two label maps, or two folders of them.
 
     In folders (cadiff's output against a BIDS-like tree), *_dseg images are paired by sub, ses,
@@ -62,7 +62,7 @@ def command(
     """
     import logging
 
-    from cadiff_cli.cli.scores import check_tables, progress, report
+    from cadiff_cli.cli.scores import check_tables, report, scores_of
     from cadiff_cli.errors import first_few
     from cadiff_cli.evaluation.pairing import pair_up
     from cadiff_cli.evaluation.scores import chosen_maps, score_pair, scored_in
@@ -91,9 +91,8 @@ def command(
             text = f"{share} have no label map in {place}: {first_few([*names], 20)}"
             click.echo(warning(text), err=True)
     check_tables(out, "evaluation", overwrite=overwrite)
-    scores = [
-        score
-        for p, r in progress(pairs.files)
-        for score in score_pair(p, r, parcellation, subset, mapping(r), tolerance)
-    ]
+    scores, code = scores_of(
+        pairs.files, lambda p, r: score_pair(p, r, parcellation, subset, mapping(r), tolerance)
+    )
     report(scores, out, "evaluation", COLUMNS, tolerance)
+    return code

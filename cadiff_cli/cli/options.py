@@ -40,10 +40,12 @@ class FilePath(click.Path):
         if not str(value):
             self.fail("the path is empty: a variable of the shell may not be set", param, ctx)
         try:
-            os.lstat(value)
+            os.stat(value)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 self.fail(f"the path {str(value)[:60]!r}... is too long", param, ctx)
+            if error.errno == errno.ELOOP:
+                self.fail(f"the link {str(value)!r} leads to itself", param, ctx)
         return super().convert(value, param, ctx)
 
 

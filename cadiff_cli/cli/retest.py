@@ -34,18 +34,18 @@ COLUMNS = {
 @click.option("--overwrite", is_flag=True, help="Replace these tables if they are there.")
 def command(
     derivatives: Path, labels: str | None, tolerance: float, out: Path | None, overwrite: bool
-) -> None:
+) -> int:
     """Measure test-retest reproducibility in a folder DERIVATIVES that cadiff wrote.
 
-    Uses every subject with two or more scans (sessions or runs): each later T1 image is registered
-    rigidly to the first, and its labels are carried with it.
+    Uses every subject with two or more scans (sessions or runs): each later T1 image, in the order
+    of names and numbers, is registered rigidly to the first, and its labels are carried with it.
 
     The volume difference is unsigned, in per cent of the mean of both volumes on
     the scans' own grids; Dice, NSD and HD95 are measured after registration, and its interpolation
     lowers them a little.  The headline is the mean over structures (without background), then over
     scans.
     """
-    from cadiff_cli.cli.scores import check_tables, progress, report
+    from cadiff_cli.cli.scores import check_tables, report, scores_of
     from cadiff_cli.evaluation.pairing import retest_pairs
     from cadiff_cli.evaluation.scores import chosen_maps, retest_pair, scored_in
 
@@ -53,9 +53,8 @@ def command(
     pairs = retest_pairs(derivatives, finer)
     parcellation, subset = scored_in((path for pair in pairs for path in pair), wanted)
     check_tables(out, "retest", overwrite=overwrite)
-    scores = [
-        score
-        for first, later in progress(pairs)
-        for score in retest_pair(first, later, parcellation, subset, tolerance)
-    ]
+    scores, code = scores_of(
+        pairs, lambda first, later: retest_pair(first, later, parcellation, subset, tolerance)
+    )
     report(scores, out, "retest", COLUMNS, tolerance)
+    return code

@@ -1,6 +1,6 @@
 """Print and write scores, for evaluate, retest and crossval."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +26,33 @@ def check_tables(out: Path | None, name: str, *, overwrite: bool) -> None:
     check_writable(out)
 
 
-def progress(pairs: Sequence[tuple[Path, Path]]) -> Iterable[tuple[Path, Path]]:
-    """Iterate over the pairs, with a progress bar on a terminal."""
+def scores_of(
+    pairs: Sequence[tuple[Path, Path]], score: "Callable[[Path, Path], Iterable[Score]]"
+) -> "tuple[list[Score], int]":
+    """Scores of all pairs, and the exit code: 1 if some pairs cannot be scored.
+
+    Each of these is told, and costs the others nothing.  Raises the first one's error if none can.
+    A terminal shows a progress bar.
+    """
+    import click
     from rich.console import Console
     from rich.progress import track
 
+    from cadiff_cli.errors import CadiffError, DataError, MissingInputError
+    from cadiff_cli.runner.logs import warning
+
     console = Console(stderr=True)
-    return track(pairs, console=console, transient=True, disable=not console.is_terminal)
+    found, failed = list["Score"](), list[CadiffError]()
+    for pair in track(pairs, console=console, transient=True, disable=not console.is_terminal):
+        try:
+            found += score(*pair)
+        except (DataError, MissingInputError) as error:
+            failed.append(error)
+            if len(pairs) > 1:
+                click.echo(warning(f"not scored: {error}"), err=True)
+    if not found and failed:
+        raise failed[0]
+    return found, 1 if failed else 0
 
 
 def report(

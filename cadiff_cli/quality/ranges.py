@@ -110,13 +110,16 @@ def covers_base(parcellation: Parcellation) -> bool:
 
 
 def base_volumes(volumes: Mapping[str, float], parcellation: Parcellation) -> Mapping[str, float]:
-    """Volumes by name, and those of ``BASE``'s structures as the sums of their parts."""
+    """Volumes by name, and those of ``BASE``'s structures as the sums of their parts.
+
+    A structure without a part that is known is absent.
+    """
     names = {s.code: s.name for s in load_parcellation(BASE).structures}
     sums = dict[str, float]()
     for s in parcellation.structures:
-        if s.parent is not None:
+        if s.parent is not None and s.name in volumes:
             name = names[s.parent]
-            sums[name] = sums.get(name, 0.0) + volumes.get(s.name, 0.0)
+            sums[name] = sums.get(name, 0.0) + volumes[s.name]
     return {**volumes, **sums}
 
 

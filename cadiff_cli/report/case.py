@@ -2,6 +2,7 @@
 
 import glob
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -205,20 +206,25 @@ def _carried(registrations: Sequence[Registered], near: Grid) -> dict[str, Any]:
 
 
 def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | None:
-    """Find the scan that ``result`` was made from, by its SHA-256; None if it is not there."""
+    """Find the scan that ``result`` was made from, by its SHA-256; None if it is not there.
+
+    A scan, or a folder, that this user may not read counts as not there.
+    """
     source = result.provenance.source
     inner = source.removeprefix("bids:raw:")
     raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
-    places = [scans] if scans is not None and scans.is_file() else []
+    places = [] if scans is None else [scans]
     if scans is not None:
         name = Path(inner).name
         inside = scans / result.entities.split("_")[0]
-        places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
+        with suppress(OSError):
+            places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
     places.append(out / raw / inner if inner != source else out / inner)
     checksum = result.provenance.source_sha256
     for place in places:
-        if place.is_file() and sha256(place) == checksum:
-            return place
+        with suppress(OSError):
+            if place.is_file() and sha256(place) == checksum:
+                return place
     return None
 
 

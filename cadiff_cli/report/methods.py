@@ -13,6 +13,7 @@ from cadiff_cli.io.files import locked, write_text
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.products import Citation
 from cadiff_cli.report.render import render
+from cadiff_cli.stages.bias import NATURAL
 
 TITLE = "Methods and citations"
 NOTICE = (
@@ -131,6 +132,7 @@ def describe(results: Sequence[Finished]) -> list[str]:
         scans=scans,
         people=len({result.entities.split("_")[0] for result in results}),
         dataset=any(scan.source.startswith("bids:") for scan in scans),
+        evened=sum((scan.bias_ratio or 1.0) >= NATURAL for scan in scans),
         spaces=spaces,
         template_keys=_template_keys(scans, spaces),
         personal=len({t.name for scan in scans for t in scan.in_field if t.condition}) > 1,

@@ -31,7 +31,7 @@ NATURAL = 1.4
 """A smaller ratio is not corrected: it is partly anatomy, and the network was trained with it.  One
 scan of MALC (1018, ratio 1.24) lost 0.006 Dice by the correction, with one denoising step."""
 LEVELS = 2**14
-"""Steps of brightness in the corrected head."""
+"""The most steps of brightness in the corrected head."""
 STRONG = 6.0
 """From this ratio on, a note asks to look at the image: the correction amplifies noise too."""
 
@@ -105,7 +105,8 @@ def evened(t1: Volume, bias: Bias) -> Volume:
 def evened_head(stripped: Stripped) -> Volume | None:
     """The scan on its own grid, divided by the whole field: what other programs expect of N4.
 
-    Rounded to 1/``LEVELS`` of the brightest voxel: the noise is larger, the file smaller.
+    Rounded to a power of 2, of which the brightest voxel has ``LEVELS`` / 2 to ``LEVELS``: the
+    noise is larger, the file smaller.
     """
     head, log_bias = stripped.head, stripped.log_bias
     if head is None or log_bias is None:

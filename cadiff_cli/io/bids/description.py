@@ -123,11 +123,20 @@ def refuse_foreign(out: Path) -> None:
 def people_of(out: Path, scans: Path | None = None) -> People:
     """Ages and sexes that the folder ``scans`` tells, else ``out`` or the dataset it was made of.
 
-    Nobody's where no such folder has a table of them.
+    Where none tells any, the notes of the first that has a table.
     """
     raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
     folders = (scans, out, out / raw if raw and ":" not in raw else None)
-    return next(filter(None, (read_people(x) for x in folders if x and x.is_dir())), NOBODY)
+    found = [read_people(x) for x in folders if x and _is_open_folder(x)]
+    return next(filter(People.known, found), next(filter(None, found), NOBODY))
+
+
+def _is_open_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder that this user may look into."""
+    try:
+        return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+    except OSError:
+        return False
 
 
 def links(description: dict[str, Any]) -> dict[str, str]:

@@ -54,6 +54,10 @@ class People:
     def __bool__(self) -> bool:
         return bool(self.persons or self.notes or self.ages)
 
+    def known(self) -> bool:
+        """Whether the age or the sex of anybody is known."""
+        return bool(self.ages) or any(person != Person() for person in self.persons.values())
+
     def of(self, label: str) -> Person:
         """The person with this label, with or without ``sub-``."""
         return self.persons.get(label.removeprefix("sub-"), Person())

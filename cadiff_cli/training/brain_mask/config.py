@@ -17,8 +17,9 @@ class HeadConfig(Schedule):
     rotations of up to ``rotation_deg``; the others are tilted up to a quarter of that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
     whose face is removed; ``shrunken`` that of brains with up to ``shrink_mm`` of CSF between
-    brain and skull.  In the first ``coarse_steps`` only the network that locates the
-    brain learns.
+    brain and skull; ``moved_skull`` that of label maps whose inner skull lies up to ``moved_mm``
+    farther in or out, another way in each region.  In the first ``coarse_steps`` only the network
+    that locates the brain learns.
 
     More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones have
     a child's size, down to ``smallest`` of their own; ``bright_scalp`` ones have the contrast of a
@@ -43,6 +44,8 @@ class HeadConfig(Schedule):
     deface: float = 0.2
     shrunken: float = 0.25
     shrink_mm: float = 7.0
+    moved_skull: float = 0.0
+    moved_mm: float = 3.0
     empty: float = 0.12
     slice_mm: float = 8.0
     bright_scalp: float = 0.2

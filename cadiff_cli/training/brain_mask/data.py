@@ -16,7 +16,7 @@ from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.spatial.grid import Volume
+from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.stages.masks import filled
@@ -32,18 +32,20 @@ from cadiff_cli.training.paint import FLUID, T1_BRIGHTNESS, tissues
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 """Increase when the preparation of heads changes; older files are then prepared again."""
 T1_FLUID = (0.30, 0.07)
 """Brightness of all fluid in a head, as those of ``T1_HEAD``.  In 11 heads of IXI and NiChart
 ventricles had 0.25 to 0.50 of the brightness of white matter; bone is far darker, and so the skull
 can be seen."""
+T1_BONE = (0.06, 0.02)
+"""The same, of cortical bone."""
 T1_HEAD: Mapping[int, tuple[float, float]] = {
     0: (0.0, 0.0),
     506: (0.12, 0.05),  # eyes
     512: (0.65, 0.08),  # spinal cord
     514: (0.25, 0.15),  # veins and sinuses
-    515: (0.06, 0.02),  # cortical bone
+    515: T1_BONE,
     516: (0.55, 0.20),  # marrow
 }
 """Brightness as in ``paint.T1_BRIGHTNESS``, with spread, of labels around the brain; all others
@@ -55,10 +57,10 @@ class Head:
     """A head on a 2 mm RAS grid.
 
     ``distance`` (X, Y, Z) float16 is the signed distance (mm, inside positive) to the mask's
-    border.  ``image`` (X, Y, Z) uint8 is a real scan; without one ``labels`` (X, Y, Z) uint8 are
-    turned into images; then ``skull`` is like ``distance``, to the inner skull's border, and
-    ``t1`` (labels, 2) float32 the mean and the spread between people of each label's brightness in
-    a T1-weighted image.
+    border.  ``image`` (X, Y, Z) uint8 is a real scan.  Without one ``labels`` (2X, 2Y, 2Z) uint8,
+    eight in each voxel, are turned into images; then ``skull`` is like ``distance``, to the inner
+    skull's border, and ``t1`` (labels, 2) float32 the mean and the spread between people of each
+    label's brightness in a T1-weighted image.
     """
 
     name: str
@@ -76,16 +78,24 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     brain = closed(is_brain(codes), dseg.grid.spacing_mm)
     distance = distance_at_2mm(Volume(brain, dseg.grid))
     labels, t1 = paintable(codes)
-    small = resample_labels(Volume(labels, dseg.grid), distance.grid)
+    labels_1mm = resample_labels(Volume(labels, dseg.grid), halved(distance.grid))
     skull = distance_at_2mm(Volume(intracranial(codes, brain, dseg.grid), dseg.grid))
     return Head(
         name,
         source,
         distance.data.astype(np.float16),
-        labels=small.data.copy(),
+        labels=labels_1mm.data.copy(),
         skull=skull.data.astype(np.float16),
         t1=t1,
     )
+
+
+def halved(grid: Grid) -> Grid:
+    """The grid whose voxels are the eighths of those of ``grid``."""
+    affine = grid.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
+    affine[:3, 3] = grid.affine[:3, :3] @ [-0.25, -0.25, -0.25] + grid.affine[:3, 3]
+    x, y, z = grid.shape
+    return Grid((2 * x, 2 * y, 2 * z), affine)
 
 
 def paintable(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,11 +20,10 @@ from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
-from cadiff_cli.training.brain_mask.data import T1_FLUID, Head
+from cadiff_cli.training.brain_mask.data import T1_BONE, T1_FLUID, Head
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import (
     low_resolution,
-    nearest,
     read,
     rotation,
     smooth_noise,
@@ -79,7 +78,6 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         return float(torch.rand(1, generator=generator)) < p
 
     n = config.patch
-    shape = torch.tensor(head.distance.shape)
     inside = np.argwhere(head.distance > 0)
     centre = torch.from_numpy(inside.mean(axis=0)).float()
     centre = centre + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
@@ -110,23 +108,29 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if head.image is not None:
         image = read(torch.from_numpy(head.image)[None].float() / 255, points)[0]
     else:
-        assert head.labels is not None
-        flat, outside = nearest(points, shape)
-        labels = torch.from_numpy(head.labels).reshape(-1)[flat].long()
-        labels = labels.masked_fill(outside, 0)
-        if rim.any() and (fluid_label := fluid_around(head)) is not None:
-            labels = labels.masked_fill(rim > 0.5, fluid_label)
-            rim = torch.zeros_like(rim)
-        if config.t1 and head.t1 is not None and chance(config.t1):
-            image = t1_contrast(labels, torch.from_numpy(head.t1), generator)
-        else:
-            image = random_contrast(labels, generator)
+        contrast = draw_contrast(head, config.t1, generator)
+        image = painted(head, points, contrast, generator)
+        fluid, bone = (
+            label_around(head, depth, brightness)
+            for depth, brightness in ((head.distance, T1_FLUID[0]), (head.skull, T1_BONE[0]))
+        )
+
+        def fill(image: Tensor, share: Tensor, label: int) -> Tensor:
+            noise = contrast.spread[label] * torch.randn(image.shape, generator=generator)
+            return image + share * (contrast.mean[label] + noise - image)
+
+        if rim.any() and fluid is not None:
+            image, rim = fill(image, rim, fluid), torch.zeros_like(rim)
+        if fluid is not None and bone is not None and chance(config.moved_skull):
+            skull, gained = move_skull(skull, distance, config.moved_mm, generator)
+            image = fill(image, gained.clamp(min=0), fluid)
+            image = fill(image, -gained.clamp(max=0), bone)
     if rim.any():
         # Dark in a real scan, like its own ventricles; of any brightness without labels of fluid.
         share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
-        fluid = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
+        level = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
         speckle = 0.03 * torch.randn(image.shape, generator=generator)
-        image = image + rim * (fluid + speckle - image)
+        image = image + rim * (level + speckle - image)
     if chance(config.bright_scalp):
         image = _spin_echo(image, distance, generator)
     image = _artefacts(image, config, generator)
@@ -176,14 +180,35 @@ def shrink(
     return points, new, old_share - share
 
 
-def fluid_around(head: Head) -> int | None:
-    """The label of the fluid right outside the brain of a head with labels; None without any."""
+def move_skull(
+    skull: Tensor, brain: Tensor, widest_mm: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Move the inner skull out or in by 0 to ``widest_mm`` mm, another way in each region.
+
+    How wide the fluid around a brain is then says nothing of the person: only the image tells.
+    ``skull`` and ``brain`` (N, N, N) are distances in mm; the skull never cuts the brain.  Returns
+    the new distance, and the share (-1 to 1) of each voxel that the skull has gained.
+    """
+    n = skull.shape[-1]
+    whole, part = widest_mm * torch.rand(2, generator=generator)
+    sign = 1 if float(torch.rand(1, generator=generator)) < 0.5 else -1
+    move = sign * whole + smooth_noise(float(part), 30.0, n, n, generator)[0]
+    new = torch.maximum(skull + move.clamp(-widest_mm, widest_mm), torch.minimum(skull, brain))
+    before, after = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (skull, new))
+    return new, after - before
+
+
+def label_around(head: Head, depth: np.ndarray | None, brightness: float) -> int | None:
+    """The most common label right outside of what ``depth`` is the signed distance to.
+
+    Of labels with this mean ``brightness`` in a T1-weighted image; None without any.
+    """
     assert head.labels is not None
-    if head.t1 is None:
+    if head.t1 is None or depth is None:
         return None
-    near = head.labels[(head.distance < 0) & (head.distance > -SPACING_MM)]
+    near = head.labels[::2, ::2, ::2][(depth < 0) & (depth > -SPACING_MM)]
     count = np.bincount(near, minlength=len(head.t1))
-    count[~np.isclose(head.t1[:, 0], T1_FLUID[0])] = 0
+    count[~np.isclose(head.t1[:, 0], brightness)] = 0
     return int(count.argmax()) if count.any() else None
 
 
@@ -219,13 +244,28 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
     return HeadPatch(image[None, None], nowhere, nowhere)
 
 
-def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an image of ``labels`` (X, Y, Z) int64: a random mean and texture for each; 0 is air.
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Of each label (n,): the mean of its brightness, and the standard deviation of its voxels."""
+
+    mean: Tensor
+    spread: Tensor
+
+
+def draw_contrast(head: Head, t1: float, generator: torch.Generator) -> Contrast:
+    """The contrast of a head with labels: a share ``t1`` of them look T1-weighted."""
+    assert head.labels is not None
+    if t1 and head.t1 is not None and float(torch.rand(1, generator=generator)) < t1:
+        return t1_contrast(torch.from_numpy(head.t1), generator)
+    return random_contrast(int(head.labels.max()) + 1, generator)
+
+
+def random_contrast(n: int, generator: torch.Generator) -> Contrast:
+    """Draw a random mean and texture for each of ``n`` labels; 0 is air.
 
     In some images labels share a few tissues, so that borders within the brain vanish as in real
     images.
     """
-    n = int(labels.max()) + 1
     means = torch.rand(n, generator=generator)
     if float(torch.rand(1, generator=generator)) < 0.5:
         tissues = torch.rand(5, generator=generator)
@@ -233,11 +273,11 @@ def random_contrast(labels: Tensor, generator: torch.Generator) -> Tensor:
     spread = 0.08 * torch.rand(n, generator=generator)
     if float(torch.rand(1, generator=generator)) < 0.8:
         means[0], spread[0] = 0.0, 0.02 * spread[0]
-    return _textured(labels, means, spread, generator)
+    return Contrast(means, spread)
 
 
-def t1_contrast(labels: Tensor, t1: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an image of ``labels`` (X, Y, Z) int64 in the usual order of a T1-weighted scan.
+def t1_contrast(t1: Tensor, generator: torch.Generator) -> Contrast:
+    """Draw a contrast with the usual order of a T1-weighted scan.
 
     ``t1`` (n, 2) is the mean and the spread between people of each label's brightness; 0 is air.
     """
@@ -246,14 +286,30 @@ def t1_contrast(labels: Tensor, t1: Tensor, generator: torch.Generator) -> Tenso
     # Fat and muscle share a label, so what varies between people varies within a head, too.
     spread = (0.02 + 0.6 * between) * torch.rand(len(t1), generator=generator)
     spread[0] *= 0.1
-    return _textured(labels, means, spread, generator)
+    return Contrast(means, spread)
 
 
-def _textured(labels: Tensor, means: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
-    """An image with a mean and a noise for each label, a little blurred."""
-    noise = torch.randn(labels.shape, generator=generator)
-    image = means[labels] + spread[labels] * noise
-    width = 0.3 + 0.5 * float(torch.rand(1, generator=generator))
+def painted(head: Head, points: Tensor, contrast: Contrast, generator: torch.Generator) -> Tensor:
+    """An image of a head with labels, read at ``points`` (3, N, N, N), a little blurred.
+
+    A voxel of 2 mm is the mean of its eight labels' brightness, as tissues share voxels in a scan.
+    """
+    assert head.labels is not None
+    # Only a box around the points is painted.
+    box = []
+    for axis, size in zip(points, head.distance.shape, strict=True):
+        low = min(max(int(axis.min()) - 1, 0), size - 2)
+        box.append(slice(low, max(low + 2, min(int(axis.max()) + 3, size))))
+    part = head.labels[tuple(slice(2 * s.start, 2 * s.stop) for s in box)]
+    mean, spread = (
+        F.avg_pool3d(torch.from_numpy(of_label.numpy()[part])[None], 2)
+        for of_label in (contrast.mean, contrast.spread)
+    )
+    at = points - torch.tensor([s.start for s in box])[:, None, None, None]
+    air = contrast.mean[0]
+    noise = torch.randn(points.shape[1:], generator=generator)
+    image = read(mean - air, at)[0] + air + read(spread, at)[0] * noise
+    width = 0.6 * float(torch.rand(1, generator=generator))
     smooth = ndimage.gaussian_filter(image.numpy(), width)
     return torch.from_numpy(smooth).clamp(0, 1)
 

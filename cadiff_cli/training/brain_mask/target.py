@@ -30,6 +30,8 @@ WIDEST_MM = 20.0
 NECK_MM = 2.5
 """Fluid reached only through passages narrower than twice this is outside the cranium: the spinal
 canal's, that around the optic nerves, vessels of the neck."""
+SPUR_MM = 2.0
+"""How far such fluid still counts, as labels of fluid at the bone are rough."""
 FAR_MM = 1.5 * REACH_MM
 """Stored distances end here: beyond the network's reach even after a head has been scaled."""
 
@@ -67,7 +69,7 @@ def intracranial(codes: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray
     height = np.tensordot(grid.affine[2, :3], np.indices(brain.shape, dtype=np.float32), 1)
     held = brain | (np.isin(codes, CRANIAL_FLUID) & (height >= height[brain].min()))
     wide = tidy(ndimage.distance_transform_edt(held, sampling=spacing_mm) > NECK_MM)
-    held &= ndimage.distance_transform_edt(~wide, sampling=spacing_mm) <= NECK_MM
+    held &= ndimage.distance_transform_edt(~wide, sampling=spacing_mm) <= NECK_MM + SPUR_MM
     return _in_box(closed(held | brain, spacing_mm), box, shape)
 
 
