@@ -194,6 +194,15 @@ def test_usage_errors_exit_64(arguments, capsys):
     assert "--help" in line
 
 
+def test_a_link_that_leads_to_itself_is_named(tmp_path, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for words in (["run", loop, tmp_path / "out", "group"], ["retest", loop]):
+        arguments = [*map(str, words)]
+        assert guarded(lambda given=arguments: cadiff.main(given, standalone_mode=False)) == 64
+        assert "leads to itself" in capsys.readouterr().err
+
+
 def test_a_missing_file_exits_66_with_one_line(tmp_path):
     done = call("cadiff-seg", str(tmp_path / "gone.nii.gz"), "-o", str(tmp_path / "out"))
     assert done.returncode == 66
