@@ -12,8 +12,9 @@ from cadiff_cli.training.settings import load_training, overridden
 class HeadConfig(Schedule):
     """How to train the brain-mask network, and how to augment heads.
 
-    ``patch`` is in voxels a side at 2 mm: a head with its neck.  ``off_centre_mm`` is how far
-    a patch's centre may lie from the brain's.  ``tilted`` is the share of heads with
+    ``patch`` is in voxels a side at 2 mm: a head with its neck; ``cube`` are those of its part in
+    which a border is learnt.  ``off_centre_mm`` is how far a patch's centre may lie from the
+    brain's.  ``tilted`` is the share of heads with
     rotations of up to ``rotation_deg``; the others are tilted up to a quarter of that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
     whose face is removed; ``shrunken`` that of brains with up to ``shrink_mm`` of CSF between
@@ -25,12 +26,14 @@ class HeadConfig(Schedule):
     a child's size, down to ``smallest`` of their own; ``bright_scalp`` ones have the contrast of a
     clinical spin echo, ``strong_bias`` ones that of a surface coil; ``stripped`` ones are brains
     alone.  Of the others, some have air of 0 (``zeroed_air``), or air with noise as bright as brain
-    (``noisy_air``, MP2RAGE).  ``t1`` is the share of label maps painted like a T1-weighted image.
+    (``noisy_air``, MP2RAGE).  ``t1`` is the share of label maps painted like a T1-weighted image,
+    and ``t1_spread`` scales how much these differ.
     ``intensity`` scales how often brightness, sharpness and noise of an image change.
     """
 
     coarse_steps: int = 700
     patch: int = 128
+    cube: int = 80
     rotation_deg: float = 45.0
     tilted: float = 0.2
     turned: float = 0.12
@@ -54,6 +57,7 @@ class HeadConfig(Schedule):
     zeroed_air: float = 0.25
     noisy_air: float = 0.1
     t1: float = 0.0
+    t1_spread: float = 1.0
     intensity: float = 1.0
 
 

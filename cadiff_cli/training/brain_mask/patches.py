@@ -108,7 +108,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if head.image is not None:
         image = read(torch.from_numpy(head.image)[None].float() / 255, points)[0]
     else:
-        contrast = draw_contrast(head, config.t1, generator)
+        contrast = draw_contrast(head, config, generator)
         image = painted(head, points, contrast, generator)
         fluid, bone = (
             label_around(head, depth, brightness)
@@ -252,11 +252,12 @@ class Contrast:
     spread: Tensor
 
 
-def draw_contrast(head: Head, t1: float, generator: torch.Generator) -> Contrast:
-    """The contrast of a head with labels: a share ``t1`` of them look T1-weighted."""
+def draw_contrast(head: Head, config: HeadConfig, generator: torch.Generator) -> Contrast:
+    """The contrast of a head with labels, T1-weighted or any."""
     assert head.labels is not None
-    if t1 and head.t1 is not None and float(torch.rand(1, generator=generator)) < t1:
-        return t1_contrast(torch.from_numpy(head.t1), generator)
+    like_t1 = float(torch.rand(1, generator=generator)) < config.t1
+    if like_t1 and head.t1 is not None:
+        return t1_contrast(torch.from_numpy(head.t1), generator, config.t1_spread)
     return random_contrast(int(head.labels.max()) + 1, generator)
 
 
@@ -276,17 +277,18 @@ def random_contrast(n: int, generator: torch.Generator) -> Contrast:
     return Contrast(means, spread)
 
 
-def t1_contrast(t1: Tensor, generator: torch.Generator) -> Contrast:
+def t1_contrast(t1: Tensor, generator: torch.Generator, spread: float = 1.0) -> Contrast:
     """Draw a contrast with the usual order of a T1-weighted scan.
 
     ``t1`` (n, 2) is the mean and the spread between people of each label's brightness; 0 is air.
+    ``spread`` scales the second.
     """
-    mean, between = t1.unbind(dim=1)
+    mean, between = t1[:, 0], spread * t1[:, 1]
     means = (mean + between * torch.randn(len(t1), generator=generator)).clamp(0, 1)
     # Fat and muscle share a label, so what varies between people varies within a head, too.
-    spread = (0.02 + 0.6 * between) * torch.rand(len(t1), generator=generator)
-    spread[0] *= 0.1
-    return Contrast(means, spread)
+    within = (0.02 + 0.6 * between) * torch.rand(len(t1), generator=generator)
+    within[0] *= 0.1
+    return Contrast(means, within)
 
 
 def painted(head: Head, points: Tensor, contrast: Contrast, generator: torch.Generator) -> Tensor:

@@ -68,6 +68,13 @@ def train_mask(
     settings = net_config or BrainConfig()
     if init:
         settings = replace(init.net.config, skull=skull or init.net.config.skull)
+    sizes = (
+        ("patch", config.patch, settings.multiple),
+        ("cube", config.cube, settings.fine_multiple),
+    )
+    for key, size, multiple in sizes:
+        if size < multiple or size % multiple:
+            raise UsageError(f"{key} is {size}", f"use a multiple of {multiple}")
     net = new_net(BrainNet, settings, init, config.seed, device, begin=_begin)
     for name, weight in net.named_parameters():
         weight.requires_grad_(name.startswith("skull.") == skull)
@@ -85,9 +92,9 @@ def train_mask(
     # The first network is trained first: the second one needs its output.
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
     parts: Sequence[tuple[HeadConfig, Objective]] = (
-        ((config, SkullObjective()),)
+        ((config, SkullObjective(config.cube)),)
         if skull
-        else ((locating, MaskObjective(fine=0)), (config, MaskObjective()))
+        else ((locating, MaskObjective(fine=0)), (config, MaskObjective(config.cube)))
     )
     draws = HeadDraws(chosen, config)
     for schedule, objective in parts:
