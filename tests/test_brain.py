@@ -682,7 +682,7 @@ def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
 @pytest.mark.parametrize("sizes", [{"patch": 80}, {"patch": 0}, {"cube": 60}])
 def test_sizes_that_a_network_cannot_halve_are_refused(drawn_head, tmp_path, sizes):
     with pytest.raises(UsageError, match="patch is|cube is"):
-        train_mask({"toys": [drawn_head]}, tmp_path, HeadConfig(steps=1, **sizes))
+        train_mask({"toys": [drawn_head]}, tmp_path, HeadConfig(steps=2, coarse_steps=1, **sizes))
 
 
 def test_what_locates_learns_first(drawn_head, tmp_path, monkeypatch):
