@@ -307,6 +307,7 @@ def test_a_structure_that_many_lack_has_no_curve():
         (people(50, ages=(30, 31)), "years old"),
         (replace(people(50), persons=(Person(),) * 50), "0 people"),
         (replace(people(50), sources=tuple(map(str, range(50)))), "50 sources of 50 people"),
+        (replace(people(50), sources=(*"ab", *(str(k % 24) for k in range(48)))), "26 sources of"),
     ],
 )
 def test_too_few_people_are_refused(cohort, why):

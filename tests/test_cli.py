@@ -199,7 +199,7 @@ def test_a_link_that_leads_to_itself_is_named(tmp_path, capsys):
     loop.symlink_to(loop)
     for words in (["run", loop, tmp_path / "out", "group"], ["retest", loop]):
         arguments = [*map(str, words)]
-        assert guarded(lambda given=arguments: cadiff.main(given, standalone_mode=False)) == 64
+        assert guarded(lambda given=arguments: cadiff.main(given, standalone_mode=False)) == 66
         assert "leads to itself" in capsys.readouterr().err
 
 

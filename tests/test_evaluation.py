@@ -379,6 +379,10 @@ def test_a_pair_that_cannot_be_scored_costs_the_others_nothing(folders, write, t
     (told,) = (line for line in capsys.readouterr().err.splitlines() if "not scored" in line)
     assert "sub-2" in told
     assert {row["scan"] for row in rows(tmp_path / "new" / "evaluation_scans.tsv")} == {"sub-1"}
+    damaged = folders[1] / "sub-2" / "anat" / "sub-2_dseg.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    assert cli("evaluate", *folders) == 1
+    assert "damaged" in capsys.readouterr().err
 
 
 def test_templates_are_no_scans(tree):

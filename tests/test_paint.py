@@ -176,7 +176,7 @@ def test_synthseg_codes_join_the_structures_that_they_lie_in(parcellation):
 
 def test_every_patch_of_synth_gets_a_new_contrast():
     """Unless the share is asked for."""
-    augment = load("synth").train.augment
-    assert augment.synthesis.share == 1
-    assert augment.synthesis.random > AugmentConfig().synthesis.random
+    synthesis, usual = load("synth").train.augment.synthesis, AugmentConfig().synthesis
+    assert synthesis.share == 1
+    assert synthesis.random + synthesis.curve > usual.random + usual.curve
     assert load("synth", synthetic=0.25).train.augment.synthesis.share == 0.25

@@ -48,8 +48,8 @@ def main() -> None:
     for path in sorted(arguments.label_maps.glob("*.nii*")) if arguments.label_maps else []:
         for seed, (image, truth) in enumerate(painted(path, arguments.images)):
             found = held_in(image, model)
-            both = np.count_nonzero(resample_mask(found, truth.grid).data & truth.data)
-            dice = 2 * both / (found.data.sum() + truth.data.sum())
+            inside = resample_mask(found, truth.grid).data
+            dice = 2 * np.count_nonzero(inside & truth.data) / (inside.sum() + truth.data.sum())
             errors.append(100 * (found.litres / truth.litres - 1))
             print(
                 f"{path.name}\timage {seed}\t{truth.litres:.3f} l\tfound {found.litres:.3f} l"

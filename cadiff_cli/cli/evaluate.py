@@ -59,6 +59,8 @@ def command(
     structure missing on one side counts Dice 0 and NSD 0, and is left out of the mean HD95.  Left
     out of all means are structures missing on both sides, and structures without an id in the
     references' scheme.
+
+    Pairs that cannot be scored are named and left out; the exit code is then 1.
     """
     import logging
 

@@ -36,7 +36,10 @@ class FilePath(click.Path):
         super().__init__(exists=exists, path_type=Path)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """The path; an empty one would mean the current folder."""
+        """The path; an empty one would mean the current folder.
+
+        Raises ``MissingInputError`` for a link that leads to itself.
+        """
         if not str(value):
             self.fail("the path is empty: a variable of the shell may not be set", param, ctx)
         try:
@@ -45,7 +48,9 @@ class FilePath(click.Path):
             if error.errno == errno.ENAMETOOLONG:
                 self.fail(f"the path {str(value)[:60]!r}... is too long", param, ctx)
             if error.errno == errno.ELOOP:
-                self.fail(f"the link {str(value)!r} leads to itself", param, ctx)
+                raise MissingInputError(
+                    f"the link {value} leads to itself", "correct it, or give the file"
+                ) from error
         return super().convert(value, param, ctx)
 
 

@@ -43,7 +43,7 @@ def command(
     The volume difference is unsigned, in per cent of the mean of both volumes on
     the scans' own grids; Dice, NSD and HD95 are measured after registration, and its interpolation
     lowers them a little.  The headline is the mean over structures (without background), then over
-    scans.
+    scans.  Pairs that cannot be scored are named and left out; the exit code is then 1.
     """
     from cadiff_cli.cli.scores import check_tables, report, scores_of
     from cadiff_cli.evaluation.pairing import retest_pairs

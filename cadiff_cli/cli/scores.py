@@ -29,10 +29,10 @@ def check_tables(out: Path | None, name: str, *, overwrite: bool) -> None:
 def scores_of(
     pairs: Sequence[tuple[Path, Path]], score: "Callable[[Path, Path], Iterable[Score]]"
 ) -> "tuple[list[Score], int]":
-    """Scores of all pairs, and the exit code: 1 if some pairs cannot be scored.
+    """Score all pairs; return the scores, and the exit code: 1 if some cannot be scored.
 
-    Each of these is told, and costs the others nothing.  Raises the first one's error if none can.
-    A terminal shows a progress bar.
+    A warning names each of these.  Raises the first error if none can be scored.  A terminal shows
+    a progress bar.
     """
     import click
     from rich.console import Console

@@ -161,8 +161,8 @@ def _check(table: _Table, form: Form) -> None:
     if form.of_source and sources > 1 and sources > n / FEWEST_OF_A_SOURCE:
         raise DataError(
             f"{sources} sources of {n} people",
-            f"a source (a scanner, a study) needs {FEWEST_OF_A_SOURCE} people on average: name"
-            " larger ones, or leave the column out",
+            f"a source (a scanner, a study, a folder) needs {FEWEST_OF_A_SOURCE} people on average:"
+            " name larger ones in the column source, or leave the column out and give one table",
         )
     if not table.logs:
         raise DataError("no structure is there in most people", "look at their label maps")

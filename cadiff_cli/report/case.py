@@ -217,8 +217,9 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
     if scans is not None:
         name = Path(inner).name
         inside = scans / result.entities.split("_")[0]
+        places += [scans / inner, scans / name]
         with suppress(OSError):
-            places += [scans / inner, scans / name, *sorted(inside.rglob(glob.escape(name)))]
+            places += sorted(inside.rglob(glob.escape(name)))
     places.append(out / raw / inner if inner != source else out / inner)
     checksum = result.provenance.source_sha256
     for place in places:

@@ -105,8 +105,8 @@ def evened(t1: Volume, bias: Bias) -> Volume:
 def evened_head(stripped: Stripped) -> Volume | None:
     """The scan on its own grid, divided by the whole field: what other programs expect of N4.
 
-    Rounded to a power of 2, of which the brightest voxel has ``LEVELS`` / 2 to ``LEVELS``: the
-    noise is larger, the file smaller.
+    Rounded to a multiple of a power of 2; the brightest voxel has ``LEVELS`` / 2 to ``LEVELS`` of
+    them: the noise is larger, the file smaller.
     """
     head, log_bias = stripped.head, stripped.log_bias
     if head is None or log_bias is None:

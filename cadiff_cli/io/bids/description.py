@@ -123,12 +123,18 @@ def refuse_foreign(out: Path) -> None:
 def people_of(out: Path, scans: Path | None = None) -> People:
     """Ages and sexes that the folder ``scans`` tells, else ``out`` or the dataset it was made of.
 
-    Where none tells any, the notes of the first that has a table.
+    Where none tells any, those of the first that has a table or a note.
     """
     raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
     folders = (scans, out, out / raw if raw and ":" not in raw else None)
-    found = [read_people(x) for x in folders if x and _is_open_folder(x)]
-    return next(filter(People.known, found), next(filter(None, found), NOBODY))
+    first = NOBODY
+    for folder in folders:
+        if folder and _is_open_folder(folder):
+            people = read_people(folder)
+            if people.known():
+                return people
+            first = first or people
+    return first
 
 
 def _is_open_folder(path: Path) -> bool:

@@ -12,9 +12,9 @@ from cadiff_cli.training.settings import load_training, overridden
 class HeadConfig(Schedule):
     """How to train the brain-mask network, and how to augment heads.
 
-    ``patch`` is in voxels a side at 2 mm: a head with its neck; ``cube`` are those of its part in
-    which a border is learnt.  ``off_centre_mm`` is how far a patch's centre may lie from the
-    brain's.  ``tilted`` is the share of heads with
+    ``patch`` is in voxels a side at 2 mm: a head with its neck; ``cube`` is the side of
+    its part in which a border is learnt.  ``off_centre_mm`` is how far a patch's centre may lie
+    from the brain's.  ``tilted`` is the share of heads with
     rotations of up to ``rotation_deg``; the others are tilted up to a quarter of that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
     whose face is removed; ``shrunken`` that of brains with up to ``shrink_mm`` of CSF between
@@ -28,7 +28,8 @@ class HeadConfig(Schedule):
     alone.  Of the others, some have air of 0 (``zeroed_air``), or air with noise as bright as brain
     (``noisy_air``, MP2RAGE).  ``t1`` is the share of label maps painted like a T1-weighted image,
     and ``t1_spread`` scales how much these differ.
-    ``intensity`` scales how often brightness, sharpness and noise of an image change.
+    ``intensity`` scales how often images have thick slices, weak bias, noise, blur and another
+    brightness.
     """
 
     coarse_steps: int = 700

@@ -91,7 +91,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
 
 
 def halved(grid: Grid) -> Grid:
-    """The grid whose voxels are the eighths of those of ``grid``."""
+    """Split each voxel of ``grid`` into eight."""
     affine = grid.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
     affine[:3, 3] = grid.affine[:3, :3] @ [-0.25, -0.25, -0.25] + grid.affine[:3, 3]
     x, y, z = grid.shape
@@ -99,7 +99,7 @@ def halved(grid: Grid) -> Grid:
 
 
 def paintable(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (X, Y, Z) uint8 of FreeSurfer's ``codes``, and the T1 brightness of each (``Head``).
+    """Turn FreeSurfer's ``codes`` into labels (X, Y, Z) uint8 and their ``t1`` (``Head``).
 
     Left and right share their intensities, so they share a label; 0 is air.
     """

@@ -36,7 +36,7 @@ class SkullLoss:
 def distance_loss(estimate: Tensor, truth: Tensor, near_mm: float = torch.inf) -> Tensor:
     """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide).
 
-    The farther from the border, the less a voxel counts: 1 / e of it at ``near_mm``.
+    In the first a voxel counts the less, the farther it is from the border: 1 / e at ``near_mm``.
     """
     # At the end of the reach, any larger distance on the same side is correct.
     far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)

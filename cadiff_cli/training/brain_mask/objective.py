@@ -16,7 +16,7 @@ Cube = Callable[[Tensor, int], Tensor]
 
 
 SKULL_NEAR_MM = 4.0
-"""Most voxels lie far from the inner skull, and its volume does not depend on them."""
+"""``near_mm`` of the inner skull's loss: its volume does not depend on the many voxels far away."""
 
 
 @dataclass(frozen=True)

@@ -199,9 +199,10 @@ def move_skull(
 
 
 def label_around(head: Head, depth: np.ndarray | None, brightness: float) -> int | None:
-    """The most common label right outside of what ``depth`` is the signed distance to.
+    """Find the most common label just outside a surface; None without any.
 
-    Of labels with this mean ``brightness`` in a T1-weighted image; None without any.
+    ``depth`` is the signed distance to the surface.  Only labels of this mean ``brightness`` in a
+    T1-weighted image count.
     """
     assert head.labels is not None
     if head.t1 is None or depth is None:
@@ -253,7 +254,7 @@ class Contrast:
 
 
 def draw_contrast(head: Head, config: HeadConfig, generator: torch.Generator) -> Contrast:
-    """The contrast of a head with labels, T1-weighted or any."""
+    """Draw the contrast of a head with labels: like T1 in a share ``t1`` of them, else random."""
     assert head.labels is not None
     like_t1 = float(torch.rand(1, generator=generator)) < config.t1
     if like_t1 and head.t1 is not None:
@@ -292,7 +293,7 @@ def t1_contrast(t1: Tensor, generator: torch.Generator, spread: float = 1.0) -> 
 
 
 def painted(head: Head, points: Tensor, contrast: Contrast, generator: torch.Generator) -> Tensor:
-    """An image of a head with labels, read at ``points`` (3, N, N, N), a little blurred.
+    """Paint a head with labels at ``points`` (3, N, N, N), a little blurred.
 
     A voxel of 2 mm is the mean of its eight labels' brightness, as tissues share voxels in a scan.
     """
