@@ -49,7 +49,7 @@ class FilePath(click.Path):
                 self.fail(f"the path {str(value)[:60]!r}... is too long", param, ctx)
             if error.errno == errno.ELOOP:
                 raise MissingInputError(
-                    f"the link {value} leads to itself", "correct it, or give the file"
+                    f"the link {value} leads to itself", "correct the link"
                 ) from error
         return super().convert(value, param, ctx)
 

@@ -38,11 +38,11 @@ def scores_of(
     from rich.console import Console
     from rich.progress import track
 
-    from cadiff_cli.errors import CadiffError, DataError, MissingInputError
+    from cadiff_cli.errors import DataError, MissingInputError
     from cadiff_cli.runner.logs import warning
 
     console = Console(stderr=True)
-    found, failed = list["Score"](), list[CadiffError]()
+    found, failed = list["Score"](), list[DataError | MissingInputError]()
     for pair in track(pairs, console=console, transient=True, disable=not console.is_terminal):
         try:
             found += score(*pair)

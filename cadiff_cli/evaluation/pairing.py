@@ -88,20 +88,18 @@ def label_maps(
 ) -> dict[str, Path]:
     """The ``*_dseg`` image of each scan in ``folder``, without those in the folder ``apart_from``.
 
-    Templates (``tpl-*``) are no scans.
-
-    If a scan has several, ``prefer_ours`` takes cadiff's on the scan's own grid: that of the finer
-    parcellation called ``finer`` (a scan without it is left out), or the coarser one.  Raises
-    ``DataError`` if more than one is left.
+    Templates (``tpl-*``) are no scans.  If a scan has several, ``prefer_ours`` takes cadiff's on
+    the scan's own grid: that of the finer parcellation called ``finer`` (a scan without it is left
+    out), or the coarser one.  Raises ``DataError`` if more than one is left.
     """
     skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
     by_scan: dict[str, list[Path]] = {}
     pattern = "[!.]*_dseg.*"
     # ``**`` skips links to folders, but a subject's folder may be a link.
     for path in sorted({*folder.rglob(pattern), *folder.glob(f"*/**/{pattern}")}):
-        within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)
         if path.name.startswith("tpl-"):
             continue
+        within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)
         if path.name.endswith(IMAGE_SUFFIXES) and path.is_file() and not within:
             by_scan.setdefault(scan_of(path), []).append(path)
     for scan, paths in by_scan.items():

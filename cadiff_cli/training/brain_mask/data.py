@@ -16,7 +16,8 @@ from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.nets.brain_mask import SPACING_MM
+from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.stages.masks import filled
@@ -78,7 +79,8 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     brain = closed(is_brain(codes), dseg.grid.spacing_mm)
     distance = distance_at_2mm(Volume(brain, dseg.grid))
     labels, t1 = paintable(codes)
-    labels_1mm = resample_labels(Volume(labels, dseg.grid), halved(distance.grid))
+    eighths = distance.grid.working(SPACING_MM / 2, tolerance=0.0)  # of the same field of view
+    labels_1mm = resample_labels(Volume(labels, dseg.grid), eighths)
     skull = distance_at_2mm(Volume(intracranial(codes, brain, dseg.grid), dseg.grid))
     return Head(
         name,
@@ -88,14 +90,6 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
         skull=skull.data.astype(np.float16),
         t1=t1,
     )
-
-
-def halved(grid: Grid) -> Grid:
-    """Split each voxel of ``grid`` into eight."""
-    affine = grid.affine @ np.diag([0.5, 0.5, 0.5, 1.0])
-    affine[:3, 3] = grid.affine[:3, :3] @ [-0.25, -0.25, -0.25] + grid.affine[:3, 3]
-    x, y, z = grid.shape
-    return Grid((2 * x, 2 * y, 2 * z), affine)
 
 
 def paintable(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ class MaskObjective:
     With ``fine`` 0 only the first one learns: it is faster, and its output is the second's input.
     """
 
-    fine: int = 80
+    fine: int
 
     def __call__(
         self, net: BrainNet, patch: HeadPatch, generator: torch.Generator, _progress: float = 1.0
@@ -45,7 +45,7 @@ class MaskObjective:
 class SkullObjective:
     """Train the network of the inner skull alone, on a random cube of ``fine`` voxels."""
 
-    fine: int = 80
+    fine: int
 
     def __call__(
         self, net: BrainNet, patch: HeadPatch, generator: torch.Generator, _progress: float = 1.0

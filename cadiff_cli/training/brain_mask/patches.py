@@ -176,8 +176,7 @@ def shrink(
     shift = torch.where(distance < SPACING_MM / 2, 0, move)
     points = read(points, index + shift / SPACING_MM * outwards, padding="border")
     new = torch.where(distance < 0, distance - width, distance - move)
-    old_share, share = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (distance, new))
-    return points, new, old_share - share
+    return points, new, _share_within(distance) - _share_within(new)
 
 
 def move_skull(
@@ -194,8 +193,12 @@ def move_skull(
     sign = 1 if float(torch.rand(1, generator=generator)) < 0.5 else -1
     move = sign * whole + smooth_noise(float(part), 30.0, n, n, generator)[0]
     new = torch.maximum(skull + move.clamp(-widest_mm, widest_mm), torch.minimum(skull, brain))
-    before, after = ((0.5 + d / SPACING_MM).clamp(0, 1) for d in (skull, new))
-    return new, after - before
+    return new, _share_within(new) - _share_within(skull)
+
+
+def _share_within(distance: Tensor) -> Tensor:
+    """The share (0 to 1) of each voxel within the border that is so far (mm) from its centre."""
+    return (0.5 + distance / SPACING_MM).clamp(0, 1)
 
 
 def label_around(head: Head, depth: np.ndarray | None, brightness: float) -> int | None:
@@ -311,7 +314,8 @@ def painted(head: Head, points: Tensor, contrast: Contrast, generator: torch.Gen
     at = points - torch.tensor([s.start for s in box])[:, None, None, None]
     air = contrast.mean[0]
     noise = torch.randn(points.shape[1:], generator=generator)
-    image = read(mean - air, at)[0] + air + read(spread, at)[0] * noise
+    mean, spread = read(torch.cat([mean - air, spread]), at)
+    image = mean + air + spread * noise
     width = 0.6 * float(torch.rand(1, generator=generator))
     smooth = ndimage.gaussian_filter(image.numpy(), width)
     return torch.from_numpy(smooth).clamp(0, 1)
