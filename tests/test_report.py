@@ -272,6 +272,9 @@ def test_volumes_are_shares_of_the_intracranial_volume(write_result, parcellatio
         assert rows["sub-02"][f"{column(name)}_percent_intracranial"] is None
     assert rows["sub-02"]["intracranial_volume"] is None
     assert not [*out.rglob("sub-02*icv*")]
+    for name, drawn in (("sub-01", True), ("sub-02", False)):
+        (result,) = (r for r in finished(out) if r.entities == name)
+        assert ("inner skull" in write_page(out, result).read_text()) is drawn
     # In the table of a group of which no skull is known they would be in the way.
     for scans, shares in ((["sub-01", "sub-02"], True), (["sub-02"], False)):
         header = write_group(out, scans).path.read_text().splitlines()[0]

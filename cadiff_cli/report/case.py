@@ -15,7 +15,7 @@ from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.bids.derivatives import read_mask_quality
 from cadiff_cli.io.bids.description import links
 from cadiff_cli.io.bids.layout import Finished
-from cadiff_cli.io.bids.names import HEAD, MASK, UNCERTAINTY, WORKING, xfm_name
+from cadiff_cli.io.bids.names import HEAD, MASK, SKULL_MASK, UNCERTAINTY, WORKING, xfm_name
 from cadiff_cli.io.files import read_json, sha256
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
@@ -56,7 +56,7 @@ class Views:
     template's brain, carried onto the scan (``template``), is on ``near``; the distance field
     (``coordinates``) has a coarser grid.  Where they are None, ``notes`` hold the reason.
     ``uncertainty`` is on ``near``, if the result has such a map.  ``parcels`` are codes of the
-    finer parcellation, if it has one.
+    finer parcellation, if it has one; ``intracranial`` is what the inner skull holds, if known.
     """
 
     t1: Volume
@@ -69,6 +69,7 @@ class Views:
     coordinates: CoordinateField | None = None
     uncertainty: Volume | None = None
     parcels: Volume | None = None
+    intracranial: Volume | None = None
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -112,6 +113,7 @@ def views_of(result: Result) -> Views:
     """Those of a result that this process has made."""
     prepared, segmentation = result.prepared, result.segmentation
     views = _views(prepared.scan.t1, result.mask, segmentation.labels, segmentation.parcellation)
+    views = _with_skull(views, result.intracranial)
     if segmentation.uncertainty is not None:
         map_of = Volume(segmentation.uncertainty, segmentation.labels.grid)
         views = replace(views, uncertainty=resample(map_of, views.near))
@@ -151,6 +153,8 @@ def read_views(out: Path, result: Finished, scans: Path | None = None) -> Views:
         load_codes(result.sidecar.with_suffix(".nii.gz"), parcellation),
         parcellation,
     )
+    skull = _beside(result, f"{SKULL_MASK}.nii.gz")
+    views = _with_skull(views, load_volume(skull) if skull.is_file() else None)
     views = replace(views, whole=scan is not None)
     path = _beside(result, UNCERTAINTY.format(parcellation.segmentation) + ".nii.gz")
     if path.is_file():
@@ -187,6 +191,14 @@ def _views(t1: Volume, mask: Volume, labels: Volume, parcellation: Parcellation)
         codes,
         around(Volume(inside.data | (codes.data > 0), working)),
     )
+
+
+def _with_skull(views: Views, held: Volume | None) -> Views:
+    """``views`` with what the inner skull holds, on the grid of the scan shown."""
+    if held is None:
+        return views
+    inside = resample_mask(Volume(held.data > 0, held.grid), views.t1.grid)
+    return replace(views, intracranial=inside)
 
 
 def _on(grid: Grid, labels: Volume, parcellation: Parcellation) -> Volume:

@@ -179,14 +179,17 @@ def outlined(labels: np.ndarray, parcellation: Parcellation) -> Drawn:
 
 
 def head(views: Views, n: int = 2) -> list[Plane]:
-    """The mask's outline over the whole scan, without the air around it."""
+    """Outlines of brain mask and inner skull over the whole scan, without the air around it."""
     image = grey(views.t1, views.mask.data)
     grid = around(Volume((image > AIR) | views.mask.data, views.mask.grid))
     image = resample(Volume(image, views.t1.grid), grid, order=0).data
     brain = resample(views.mask, grid).data
+    skull = resample(views.intracranial, grid).data if views.intracranial else None
 
     def drawn(axis: int, index: int) -> Iterable[Outline]:
         yield Outline("brain mask", "#ffd43b", outline(cut(brain, axis, index)))
+        if skull is not None:
+            yield Outline("inner skull", "#66d9e8", outline(cut(skull, axis, index)))
 
     return planes(image, grid, brain, n, drawn)
 

@@ -35,10 +35,12 @@ MARK = '<meta name="generator" content="cadiff '
 class Pictures:
     """What a page draws of a result: ``groups`` of slices, and the ``viewer``'s volumes.
 
-    ``template`` and ``registration`` name what the field is from; empty without a registration.
+    ``skull`` says that the inner skull is drawn, too.  ``template`` and ``registration`` name what
+    the field is from; empty without a registration.
     """
 
     whole: bool
+    skull: bool
     groups: tuple[list[figures.Plane], ...]
     viewer: Mapping[str, Any]
     template: str
@@ -51,6 +53,7 @@ def draw(views: Views, parcellation: Parcellation, finer: Parcellation | None) -
     first = views.registered
     return Pictures(
         views.whole,
+        views.intracranial is not None,
         (
             figures.structures(views, parcellation),
             figures.head(views),
