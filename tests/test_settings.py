@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 from importlib import import_module
 
 import pytest
+from click.testing import CliRunner
 from conftest import LOBES, ROOT
 
+from cadiff_cli.cli import cadiff
 from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
 from cadiff_cli.io.releases import weights_folder
 from cadiff_cli.training.brain_mask import config as brain_mask
@@ -153,6 +155,15 @@ def test_a_command_takes_trainings_of_its_kind(tenant, other):
 def test_every_shipped_config_is_of_one_kind():
     names = [name for kind in TENANTS for name in shipped_configs(kind)]
     assert sorted(names) == sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+@pytest.mark.parametrize("kind", sorted(TENANTS))
+def test_help_names_every_shipped_config(kind):
+    command = TENANTS[kind].Training.command.split()[1:]
+    text = CliRunner().invoke(cadiff, [*command, "--help"]).output
+    words = {word.strip(",;.():") for word in text.split()}
+    assert set(shipped_configs(kind)) <= words
+    assert "None" not in text
 
 
 def test_options_override_the_file(write):

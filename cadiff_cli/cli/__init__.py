@@ -81,7 +81,7 @@ def family(name: str, *names: str) -> Callable[[Callable[..., Any]], click.Group
 @click.group(cls=Lazy, names=COMMANDS, context_settings=HELP_OPTIONS)
 @click.version_option(__version__, prog_name="cadiff")
 def cadiff() -> None:
-    """Brain structures and their volumes from T1-weighted MRI."""
+    """Label brain structures of T1-weighted MRI, and measure their volumes."""
 
 
 def main() -> None:

@@ -5,4 +5,4 @@ from cadiff_cli.cli import family
 
 @family("atlas", "make", "train", "evaluate")
 def command() -> None:
-    """Conditional atlases: a template for an age, a sex or a size of the ventricles."""
+    """Make conditional atlases: a template for an age, a sex or a size of the ventricles."""

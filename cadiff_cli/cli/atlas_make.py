@@ -96,7 +96,7 @@ def command(
     and prints their paths. --template takes the folder.
 
     Exit codes: 0 done, 1 failure, 64 usage, 65 bad data, 66 weights missing, 73 output cannot be
-    created, 74 disk error.
+    created, 74 disk error, 130 interrupted, 143 terminated.
     """
     if age is None and sex is None and ventricles is None:
         raise UsageError("no condition is given", "give --age, --sex or --ventricles")

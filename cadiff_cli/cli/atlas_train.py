@@ -26,8 +26,8 @@ def command(
     """Train a conditional atlas on PEOPLE as CONFIG says.
 
     PEOPLE are BIDS-like folders of T1w scans, whole heads or stripped brains, with a
-    participants.tsv (age, sex). CONFIG is a TOML file or atlas, which is shipped; options override
-    it.
+    participants.tsv (age, sex). CONFIG is a TOML file or the name of a shipped one: atlas, or
+    atlas-autoencoder, which the paper compares with. Options override it.
 
     One scan of each person is prepared once by the same code that inference runs. Its structures
     are those of a label map beside it, sub-X_seg-SCHEME_dseg.nii.gz, where SCHEME is a known one

@@ -5,4 +5,4 @@ from cadiff_cli.cli import family
 
 @family("ranges", "train")
 def command() -> None:
-    """Percentiles of structures by age and sex, for --ranges of cadiff-seg and cadiff run."""
+    """Make percentiles of structures by age and sex, for --ranges of cadiff-seg and cadiff run."""

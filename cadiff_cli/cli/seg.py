@@ -48,7 +48,7 @@ def command(
     into OUT as BIDS derivatives, and a page to judge them by.
 
     Exit codes: 0 done, 1 failure, 64 usage, 65 bad data, 66 input, template or weights missing,
-    73 output cannot be created, 74 disk error, 130 interrupted.
+    73 output cannot be created, 74 disk error, 130 interrupted, 143 terminated.
     """
     from cadiff_cli.io.formats import is_folder
 

@@ -24,9 +24,13 @@ RUN_OPTIONS = (
         help="Number of last steps in which the rate falls to 0 [default: the config's; with"
         " --steps, at most the same share].",
     ),
-    click.option("--rate", type=Number(), help="Learning rate, instead of the config's."),
     click.option(
-        "--batch", type=click.IntRange(1), help="Patches a step, instead of the config's."
+        "--rate",
+        type=Number(0, min_open=True),
+        help="Learning rate, instead of the config's.",
+    ),
+    click.option(
+        "--batch", type=click.IntRange(1), help="Examples a step, instead of the config's."
     ),
     click.option("--seed", type=click.IntRange(0), help="Random seed, instead of the config's."),
     click.option(
@@ -40,11 +44,11 @@ RUN_OPTIONS = (
         type=click.IntRange(0),
         default=0,
         show_default=True,
-        help="Processes that prepare patches, beside the main one.",
+        help="Processes that draw examples, beside the main one.",
     ),
     click.option(
         "--max-minutes",
-        type=Number(),
+        type=Number(0),
         default=float("inf"),
         help="Stop after this many minutes; the same command goes on.",
     ),
@@ -193,7 +197,7 @@ def sources_of(
 )
 @click.option(
     "--validate-minutes",
-    type=Number(),
+    type=Number(0),
     default=15.0,
     show_default=True,
     help="How often a held-out scan is segmented.",
@@ -218,9 +222,9 @@ def command(
     """Train as CONFIG says on DATASET, a BIDS-like folder of T1w images with dseg label maps.
 
     CONFIG is a TOML file or the name of a shipped one: cadiff; finish, a last part that begins from
-    --init; synth, for painted scans and any contrast; spad, spad-targets, spad-borders, spad-time;
-    scaled; paper; or a row of the ablation (unet, diffusion, dual, label, collaborative,
-    consistency, consistency-dice, taca).  Options override it.
+    --init; small, for comparisons on a CPU; synth, for painted scans and any contrast; spad,
+    spad-targets, spad-borders, spad-time; scaled; paper; or a row of the ablation (unet, diffusion,
+    dual, label, collaborative, consistency, consistency-dice, taca).  Options override it.
 
     Scans are prepared once by the same code that inference runs.  The same command continues after
     a kill, and goes on further with more --steps.
