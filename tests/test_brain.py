@@ -29,8 +29,6 @@ from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask import patches
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import (
-    T1_BONE,
-    T1_FLUID,
     Head,
     arrays,
     from_labels,
@@ -46,7 +44,6 @@ from cadiff_cli.training.brain_mask.patches import (
     HeadPatch,
     draw_head,
     draw_nothing,
-    label_around,
     move_skull,
     painted,
     random_contrast,
@@ -373,7 +370,7 @@ def test_a_shrunken_brain_swims_in_fluid(real_head):
 
 
 def test_the_gap_of_a_painted_head_is_fluid_like_that_around_the_brain(drawn_head):
-    label = label_around(drawn_head, drawn_head.distance, T1_FLUID[0])
+    label = drawn_head.fluid
     config = HeadConfig(patch=64, shrunken=1.0, cut=0, deface=0, tilted=0, t1=1.0, **ORDINARY)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -390,14 +387,11 @@ def test_the_gap_of_a_painted_head_is_fluid_like_that_around_the_brain(drawn_hea
 
 
 def test_labels_around_a_brain_are_of_one_tissue(drawn_head):
-    def fluid(head):
-        return label_around(head, head.distance, T1_FLUID[0])
-
     dry = replace(drawn_head, labels=np.where(drawn_head.labels == 2, 3, drawn_head.labels))
-    assert fluid(drawn_head) == 2
-    assert fluid(dry) is None
-    assert fluid(replace(drawn_head, t1=None)) is None
-    assert label_around(drawn_head, drawn_head.skull, T1_BONE[0]) is None
+    assert drawn_head.fluid == 2
+    assert dry.fluid is None
+    assert replace(drawn_head, t1=None).fluid is None
+    assert drawn_head.bone is None
 
 
 def test_a_skull_may_move_but_never_into_the_brain():
@@ -424,10 +418,8 @@ def test_where_the_skull_has_moved_the_image_follows(label_map):
     codes = np.asarray(label_map.data).copy()
     codes[(codes == 511) & ball(72, 60, 3.0)] = 515
     head = from_labels("bony", "toys", on_grid(codes, 3.0))
-    layers = ((head.distance, T1_FLUID), (head.skull, T1_BONE))
-    fluid, bone = (label_around(head, depth, t1[0]) for depth, t1 in layers)
     mean = torch.full((len(head.t1),), 0.5)
-    mean[fluid], mean[bone] = 1.0, 0.0
+    mean[head.fluid], mean[head.bone] = 1.0, 0.0
     config = HeadConfig(
         patch=80, cut=0, deface=0, tilted=0, shrunken=0, elastic_mm=0, t1=1.0, **ORDINARY
     )

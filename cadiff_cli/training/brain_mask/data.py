@@ -4,7 +4,8 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,31 @@ class Head:
     labels: np.ndarray | None = None
     skull: np.ndarray | None = None
     t1: np.ndarray | None = None
+
+    @cached_property
+    def centre(self) -> np.ndarray:
+        """(3,) float32: the middle of the brain, in voxels."""
+        middle: np.ndarray = np.argwhere(self.distance > 0).mean(axis=0)
+        return middle.astype(np.float32)
+
+    @cached_property
+    def fluid(self) -> int | None:
+        """The label of the fluid around the brain; None if it is not known."""
+        return self._outside(self.distance, T1_FLUID[0])
+
+    @cached_property
+    def bone(self) -> int | None:
+        """The label of the inner skull's bone; None if it is not known."""
+        return self._outside(self.skull, T1_BONE[0])
+
+    def _outside(self, depth: np.ndarray | None, brightness: float) -> int | None:
+        """The most common label of a mean T1 ``brightness`` just outside the surface of depth 0."""
+        if self.labels is None or self.t1 is None or depth is None:
+            return None
+        near = self.labels[::2, ::2, ::2][(depth < 0) & (depth > -SPACING_MM)]
+        count = np.bincount(near, minlength=len(self.t1))
+        count[~np.isclose(self.t1[:, 0], brightness)] = 0
+        return int(count.argmax()) if count.any() else None
 
 
 def from_labels(name: str, source: str, dseg: Volume) -> Head:
@@ -185,7 +211,8 @@ def build(path: Path, brain: Path, source: str, cache: Path) -> Path:
 
 def arrays(head: Head) -> dict[str, Any]:
     """The parts of a head that are not None, by name."""
-    return {key: value for key, value in vars(head).items() if value is not None}
+    values = ((field.name, getattr(head, field.name)) for field in fields(head))
+    return {name: value for name, value in values if value is not None}
 
 
 def load(path: Path) -> Head:

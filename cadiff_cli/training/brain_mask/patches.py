@@ -20,7 +20,7 @@ from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.stages.brain_mask import normalise
 from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
-from cadiff_cli.training.brain_mask.data import T1_BONE, T1_FLUID, Head
+from cadiff_cli.training.brain_mask.data import Head
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import (
     low_resolution,
@@ -78,9 +78,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         return float(torch.rand(1, generator=generator)) < p
 
     n = config.patch
-    inside = np.argwhere(head.distance > 0)
-    centre = torch.from_numpy(inside.mean(axis=0)).float()
-    centre = centre + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
+    centre = torch.from_numpy(head.centre) + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
     zoom = float(1 + config.scale * uniform(-1, 1, 1))
     if chance(config.small):
         zoom /= float(uniform(config.smallest, 1, 1))
@@ -95,13 +93,11 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(0.5):
         points = points.flip(1)
 
-    def moved(distance: np.ndarray) -> Tensor:
-        stored = torch.from_numpy(distance.astype(np.float32))[None] + FAR_MM
-        return (read(stored, points)[0] - FAR_MM) / zoom
-
-    distance = moved(head.distance)
+    known = [head.distance] if head.skull is None else [head.distance, head.skull]
+    stored = torch.from_numpy(np.stack(known).astype(np.float32)) + FAR_MM
+    distance, *skulls = (read(stored, points) - FAR_MM) / zoom
     # A brain shrinks, its skull does not.
-    skull = torch.full_like(distance, torch.nan) if head.skull is None else moved(head.skull)
+    skull = skulls[0] if skulls else torch.full_like(distance, torch.nan)
     rim = torch.zeros_like(distance)
     if chance(config.shrunken):
         points, distance, rim = shrink(points, distance, config.shrink_mm, generator)
@@ -110,10 +106,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     else:
         contrast = draw_contrast(head, config, generator)
         image = painted(head, points, contrast, generator)
-        fluid, bone = (
-            label_around(head, depth, brightness)
-            for depth, brightness in ((head.distance, T1_FLUID[0]), (head.skull, T1_BONE[0]))
-        )
+        fluid, bone = head.fluid, head.bone
 
         def fill(image: Tensor, share: Tensor, label: int) -> Tensor:
             noise = contrast.spread[label] * torch.randn(image.shape, generator=generator)
@@ -167,7 +160,7 @@ def shrink(
     wave = (1.5 * wave / wave.std().clamp(min=1e-6)).sigmoid()
     width = widest_mm * torch.rand(1, generator=generator) * wave
     outwards = -torch.stack(torch.gradient(F.avg_pool3d(distance[None], 3, 1, 1)[0]))
-    outwards = outwards / outwards.norm(dim=0).clamp(min=1e-3)
+    outwards = outwards / outwards.square().sum(dim=0).sqrt().clamp(min=1e-3)
     move = width * ((FAR_MM - distance) / (FAR_MM - width)).clamp(0, 1)
     move = torch.where(distance < 0, 0, move)
     axis = torch.arange(n, dtype=torch.float32)
@@ -199,21 +192,6 @@ def move_skull(
 def _share_within(distance: Tensor) -> Tensor:
     """The share (0 to 1) of each voxel within the border that is so far (mm) from its centre."""
     return (0.5 + distance / SPACING_MM).clamp(0, 1)
-
-
-def label_around(head: Head, depth: np.ndarray | None, brightness: float) -> int | None:
-    """Find the most common label just outside a surface; None without any.
-
-    ``depth`` is the signed distance to the surface.  Only labels of this mean ``brightness`` in a
-    T1-weighted image count.
-    """
-    assert head.labels is not None
-    if head.t1 is None or depth is None:
-        return None
-    near = head.labels[::2, ::2, ::2][(depth < 0) & (depth > -SPACING_MM)]
-    count = np.bincount(near, minlength=len(head.t1))
-    count[~np.isclose(head.t1[:, 0], brightness)] = 0
-    return int(count.argmax()) if count.any() else None
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
