@@ -24,6 +24,7 @@ class NoteCode(StrEnum):
     MASK_SYMMETRY = "mask-symmetry"
     MASK_AT_EDGE = "mask-at-edge"
     MASK_IN_AIR = "mask-in-air"
+    SKULL_AT_EDGE = "skull-at-edge"
     BIAS = "bias"
     ORIENTATION = "orientation"
     # Templates and registrations

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cadiff_cli.notes import texts
+from cadiff_cli.notes import NoteCode, texts
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.masks import doubts, judge_mask
+from cadiff_cli.stages.masks import doubts, judge_mask, skull_doubts
 
 SIZE = 96
 
@@ -55,6 +55,20 @@ def test_a_missing_piece_of_a_side_is_lopsided():
     bitten = BRAIN.copy()
     bitten[: SIZE // 2, : SIZE // 2] = False
     assert "lopsided" in " ".join(texts(doubts(judged(bitten))))
+
+
+@pytest.mark.parametrize(("axis", "low"), [(0, True), (1, False), (2, False)])
+def test_a_skull_that_the_field_of_view_cuts_is_said(axis, low):
+    """By 10 mm; one that ends just within it is not."""
+    grid = Grid(BRAIN.shape, np.diag([2.0] * 3 + [1.0]))
+    inside = np.flatnonzero(BRAIN.any(axis=tuple({0, 1, 2} - {axis})))
+    for cut, codes in ((-1, []), (5, [NoteCode.SKULL_AT_EDGE])):
+        start, stop = (inside[0] + cut, SIZE) if low else (0, inside[-1] + 1 - cut)
+        shape, corner = list(BRAIN.shape), [0, 0, 0]
+        shape[axis], corner[axis] = stop - start, start
+        part = np.moveaxis(np.moveaxis(BRAIN, axis, 0)[start:stop], 0, axis)
+        held = Volume(part, grid.crop(tuple(corner), tuple(shape)))
+        assert [note.code for note in skull_doubts(held)] == codes
 
 
 def test_pieces_are_said():

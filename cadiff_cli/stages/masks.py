@@ -42,6 +42,19 @@ def doubts(quality: MaskQuality) -> tuple[Note, ...]:
     return tuple(notes)
 
 
+def skull_doubts(held: Volume) -> tuple[Note, ...]:
+    """Notes on what the inner skull holds (bool): it is too small where the scan does not show it.
+
+    The brain may lie within the field of view still.
+    """
+    grid = held.grid.working(SPACING_MM, tolerance=0.0)
+    share = _at_edge(resample_mask(held, grid).data)
+    if share <= MOST_AT_EDGE:
+        return ()
+    text = f"the field of view cuts the skull ({share:.0%} of the inner skull's surface)"
+    return (Note(NoteCode.SKULL_AT_EDGE, f"{text}: the intracranial volume is too small"),)
+
+
 def tidy(mask: np.ndarray, least: float = 1.0) -> np.ndarray:
     """Keep components of at least this share of the largest; fill holes: ventricles are brain."""
     out, box = np.zeros(mask.shape, dtype=bool), bounding_box(mask)
@@ -92,8 +105,6 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
         return MaskQuality(0.0, 0.0, 0.0)
     sizes = np.bincount(parts.ravel())[1:]
     largest = parts == 1 + np.argmax(sizes)
-    border = np.count_nonzero(largest & ~ndimage.binary_erosion(largest, border_value=1))
-    edge = max(int(face.sum()) for face in faces(largest))
     air = None
     if inside_of is not None:
         outer = resample_mask(inside_of, grid).data
@@ -101,9 +112,16 @@ def judge_mask(mask: Volume, inside_of: Volume | None = None) -> MaskQuality:
     return MaskQuality(
         round(float(sizes.max() / sizes.sum()), 4),
         round(_symmetry(largest), 4),
-        round(edge / max(edge + int(border), 1), 4),
+        round(_at_edge(largest), 4),
         air,
     )
+
+
+def _at_edge(mask: np.ndarray) -> float:
+    """Share of a mask's border that lies in the face of the image that cuts it most."""
+    border = np.count_nonzero(mask & ~ndimage.binary_erosion(mask, border_value=1))
+    edge = max(int(face.sum()) for face in faces(mask))
+    return edge / max(edge + int(border), 1)
 
 
 def _symmetry(mask: np.ndarray) -> float:

@@ -20,7 +20,14 @@ from cadiff_cli.spatial.resample import (
     resample_mask,
 )
 from cadiff_cli.stages.bias import evened, find_bias
-from cadiff_cli.stages.masks import doubts, find_brain, find_head, judge_mask, tidy
+from cadiff_cli.stages.masks import (
+    doubts,
+    find_brain,
+    find_head,
+    judge_mask,
+    skull_doubts,
+    tidy,
+)
 
 if TYPE_CHECKING:
     from cadiff_cli.nets.models import BrainModel
@@ -94,6 +101,7 @@ def strip(
                 "use --skull-strip template, or give --mask FILE",
             )
         mask, skull = find_brain_and_skull(full, working, network())
+        notes.extend(skull_doubts(skull) if skull else ())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
         mask, registration = _from_template(head, template, config.register, work_dir)
