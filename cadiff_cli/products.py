@@ -245,7 +245,8 @@ class Stripped:
     the scan on its own grid with the intensities from which ``t1`` was cut (none negative or
     extreme), not corrected; ``log_bias`` is the logarithm of the field that was found.
     ``intracranial`` is what the inner skull holds, the brain included, on the working grid; None
-    where it was not found (``no_intracranial`` says why).
+    where it was not found (``no_intracranial`` says why).  ``bare`` says that the scan was
+    skull-stripped already, whatever found its brain.
     """
 
     t1: Volume
@@ -258,6 +259,7 @@ class Stripped:
     head: Volume | None = None
     log_bias: Volume | None = None
     intracranial: Volume | None = None
+    bare: bool = False
 
     @property
     def summary(self) -> str:
@@ -269,7 +271,7 @@ class Stripped:
         """Why ``intracranial`` is None; empty where it is not."""
         if self.intracranial is not None:
             return ""
-        if self.method is StripMethod.AS_IS:
+        if self.bare:
             return "the scan is skull-stripped: it does not show the skull"
         if self.method is StripMethod.NET:
             return "the network that found the brain does not know the skull"

@@ -44,6 +44,8 @@ NAMES = {
     "sub-_T1w.nii.gz": "sub-subT1w",
     "sub-a b_T1w.nii.gz": "sub-subabT1w",
     "sub-01_extra_T1w.nii.gz": "sub-sub01extraT1w",
+    "sub-01_ses-a_ses-b_T1w.nii.gz": "sub-sub01sesasesbT1w",
+    "sub-01_space-MNIInfant_cohort-2_res-1_desc-brain_T1w.nii.gz": "sub-01",
     "----.nii": "sub-unnamed",
 }
 
@@ -263,6 +265,9 @@ def test_every_t1w_is_found_once(raw):
         ({"participants": ("02",)}, ["sub-02"]),
         ({"participants": ("01", "02"), "sessions": ("a",)}, ["sub-01_ses-a"]),
         ({"filters": {"run": 2}}, ["sub-01_ses-b_acq-mprage_run-2"]),
+        ({"filters": {"run": "02"}}, ["sub-01_ses-b_acq-mprage_run-2"]),
+        ({"filters": {"session": "ses-a"}}, ["sub-01_ses-a"]),
+        ({"filters": {"session": "ses-b", "run": ["run-1"]}}, ["sub-01_ses-b_acq-mprage_run-1"]),
         ({"filters": {"t1w": None}}, None),
     ],
 )
@@ -466,7 +471,8 @@ def test_folders_above_a_dataset_are_no_entities_of_its_images(varied, tmp_path,
         ({"suffix": ["T1w", "UNIT1"], "extension": ".nii", "session": None}, ["sub-03_UNIT1.nii"]),
         ({"extension": "nii"}, ["sub-01_ses-1_ce-gd_run-02_T1w.nii"]),
         ({"ceagent": "gd", "run": 2}, ["sub-01_ses-1_ce-gd_run-02_T1w.nii"]),
-        ({"run": "2"}, []),
+        ({"run": "2"}, ["sub-01_ses-1_ce-gd_run-02_T1w.nii"]),
+        ({"run": "3"}, []),
         ({"part": "mag"}, ["sub-01_ses-1_part-mag_T1w.nii.gz"]),
         (
             {"part": ["mag", None], "ceagent": None, "session": ["1", "2"]},

@@ -106,6 +106,32 @@ def test_no_name_and_no_date_is_in_any_result(folder, tiny_weights, tmp_path, ca
             assert secret.encode() not in content, path.name
 
 
+def test_a_refused_command_leaves_the_scan_of_an_earlier_one(folder, tmp_path, capsys):
+    """And writes none beside results that it may not replace."""
+
+    def call(*options):
+        arguments = ["seg", str(folder), "-o", str(out), "--offline", *options]
+        return guarded(lambda: cadiff.main(arguments, standalone_mode=False))
+
+    out = tmp_path / "out"
+    assert call("--template", "nosuch") == 64
+    assert not (out / "sourcedata").exists()
+    source = out / "sourcedata" / "sub-01" / "anat" / "sub-01_T1w.nii.gz"
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"another scan")
+    assert call("--overwrite", "--template", "nosuch") == 64
+    assert call("--overwrite", "--mask", str(folder / "absent.nii")) == 66
+    mask = out / "sub-01" / "anat" / "sub-01_desc-brain_mask.nii.gz"
+    mask.parent.mkdir(parents=True)
+    mask.touch()
+    assert call("--overwrite", "--template", "conditional") == 64
+    assert source.read_bytes() == b"another scan"
+    source.unlink()
+    assert call("--subject", "sub-01") == 73
+    assert "there already" in capsys.readouterr().err
+    assert not source.exists()
+
+
 @pytest.mark.parametrize(
     "name",
     ["t1_mprage_sag_p2_iso", "MPRAGE", "Sag T1 3D", "AX BRAVO", "3D_TFE", "FSPGR", "WIP T1w"],

@@ -229,6 +229,7 @@ def test_what_references_cannot_hold_is_not_scored(write, parcellation, caplog):
         ("sub-1_ses-2_acq-x_run-3_seg-cadiff_dseg.nii.gz", "sub-1_ses-2_acq-x_run-3"),
         ("sub-1_run-2_seg-cadiff_desc-structures_dseg.nii.gz", "sub-1_run-2"),
         ("sub-1_space-T1w_seg-manual_dseg.nii", "sub-1"),
+        ("sub-1_space-MNIInfant_cohort-2_seg-cadiff_desc-structures_dseg.nii.gz", "sub-1"),
         ("sub-1_dseg.mgz", "sub-1"),
         ("sub-1_run-01_atlas-MUSE_label-GM_dseg.nii", "sub-1_run-1"),
         ("my scan_dseg.nii.gz", "sub-myscan"),

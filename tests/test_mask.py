@@ -91,6 +91,24 @@ def test_auto_uses_the_network_on_a_head(bright, head, orientation, tmp_path):
     assert held.litres > 1.1 * mask.litres
 
 
+def test_whether_a_scan_is_bare_does_not_depend_on_the_method(bright, head, phantom, tmp_path):
+    """Only a whole head shows its skull, and may show a face."""
+    given, bare, whole = tmp_path / "mask.nii.gz", phantom("RAS", 2.0), head()[0]
+    save_volume(given, (bare.codes > 0).astype(np.uint8), bare.t1.grid)
+    for config in (StripConfig("net"), StripConfig("none"), StripConfig(mask=given)):
+        scan = Scan(bare.t1, tmp_path / "sub-01_T1w.nii.gz")
+        stripped = strip_scan(scan, None, Config(config), tmp_path)
+        assert stripped.bare
+        assert stripped.intracranial is None
+        assert "skull-stripped" in stripped.no_intracranial
+    for config in (StripConfig("net"), StripConfig("none")):
+        scan = Scan(whole, tmp_path / "sub-02_T1w.nii.gz")
+        stripped = strip_scan(scan, None, Config(config), tmp_path)
+        assert not stripped.bare
+        assert (stripped.intracranial is None) is (config.method == "none")
+        assert "skull-stripped" not in stripped.no_intracranial
+
+
 def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
     t1, brain = head("LPS")
     path = tmp_path / "sub-01_T1w.nii.gz"

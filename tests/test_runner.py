@@ -38,6 +38,7 @@ from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.runner.executor import SCAN_BYTES, Executor
 from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import Journal, failure
+from cadiff_cli.runner.participants import _line
 from cadiff_cli.runner.plan import make_plan, scan_names
 
 
@@ -567,6 +568,48 @@ def test_a_config_file_with_a_typo_is_refused(tmp_path):
     answer = CliRunner().invoke(command, ["a", "b", "participant", "--config-file", str(path)])
     assert answer.exit_code == 2
     assert "did you mean 'steps'" in answer.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("steps = 0.5", "steps = true", "samples = [1]", "nprocs = 1.9", "flip = 0"),
+        *("ranges = [3]", "work_dir = true", "overwrite = 1", 'participant_label = [["01"]]'),
+        *("version = true", "steps = 2026-01-01"),
+    ],
+)
+def test_a_config_files_values_are_checked_like_options(line, tmp_path):
+    """Not cut, nor taken for true."""
+    path = tmp_path / "x.toml"
+    path.write_text(f"{line}\n")
+    with pytest.raises(click.UsageError) as caught:
+        command.make_context("run", ["a", "b", "participant", "--config-file", str(path)])
+    assert line.split()[0].replace("_", "-") in caught.value.format_message().replace("_", "-")
+
+
+def test_a_config_file_takes_numbers_texts_and_lists(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text(
+        'steps = 3\nmem = 1000\nflip = false\nparticipant_label = ["01", "02"]\nranges = "r.tsv"\n'
+        'session_label = "a"\n'
+    )
+    with command.make_context("run", ["a", "b", "group", "--config-file", str(path)]) as context:
+        taken = context.params
+    assert (taken["steps"], taken["mem"], taken["flip"]) == (3, 1000 * 2**20, False)
+    assert taken["participant_label"] == ("01", "02")
+    assert taken["session_label"] == ("a",)
+    assert taken["ranges"] == Path("r.tsv")
+
+
+@pytest.mark.parametrize("text", ["plain", "a\x7fb", 'quote " and \\', "脑", "tab\t"])
+def test_options_of_any_text_are_kept(text):
+    assert tomllib.loads(_line("ranges", text)) == {"ranges": text}
+
+
+def test_an_option_that_toml_cannot_hold_is_named():
+    line = _line("ranges", "\udcff")
+    assert tomllib.loads(line) == {}
+    assert "ranges" in line
 
 
 def test_a_config_file_may_use_an_options_older_name(tmp_path):

@@ -113,3 +113,37 @@ def test_patterns_find_only_their_own_files(tmp_path):
     assert strange.existing() == [strange.path("desc-brain_mask.nii.gz")]
     strange.clear()
     assert plain.existing() == [plain.path("desc-brain_mask.nii.gz")]
+
+
+def test_only_files_that_a_run_writes_are_ever_removed(tmp_path):
+    """Not what people or other programs keep beside them, under names alike."""
+    place = Derivatives(tmp_path, Path("sub-01_T1w.nii.gz"))
+    place.folder.mkdir(parents=True)
+    ours = {
+        *("desc-preproc_T1w.nii.gz", "desc-icv_mask.json", "dseg.nii.gz", "label-GM_probseg.json"),
+        *("seg-cadiff_desc-structures_dseg.json", "seg-nmm138_desc-structures_dseg.nii.gz"),
+        *("seg-cadiff_desc-freesurfer_dseg.nii.gz", "seg-cadiff_probseg.nii.gz"),
+        *("seg-cadiff_desc-uncertainty_probseg.nii.gz", "desc-totals_morph.tsv"),
+        *("from-T1w_to-MNIInfant+2_mode-image_xfm.h5", "from-MNIColin27_to-T1w_mode-image_xfm.h5"),
+        "space-MNIInfant_cohort-2_seg-cadiff_res-1_desc-structures_dseg.nii.gz",
+        *("space-MNIColin27_res-2_desc-brain_mask.nii.gz", "space-MNIColin27_desc-brain_T1w.json"),
+        *("seg-cadiff_dseg.nii.gz", "space-MNIColin27_desc-preproc_T1w.nii.gz"),  # revision 8
+    }
+    theirs = {
+        *("seg-cadiff_desc-edited_dseg.nii.gz", "label-lesion_probseg.nii.gz", "desc-brain_mask"),
+        *("from-T1w_to-fsnative_mode-image_xfm.txt", "from-a_to-b_mode-image_xfm.h5"),
+        *("seg-cadiff_desc-jlf_dseg.nii.gz", "seg-cadiff_desc-structures_dseg.nii.gz.bak"),
+        *("seg-aparc_dseg.nii.gz", "space-MNIColin27_seg-cadiff_desc-edited_dseg.nii.gz"),
+    }
+    begun = {".sub-01_desc-brain_mask.nii.gz.a1b2c3.nii.gz"}
+    for name in ours | theirs:
+        place.path(name).touch()
+    for name in begun:
+        (place.folder / name).touch()
+    assert {path.name.removeprefix("sub-01_") for path in place.existing()} == ours
+    kept = place.path("desc-icv_mask.json")
+    place.clear(keep=[kept])
+    assert {path.name.removeprefix("sub-01_") for path in place.folder.iterdir()} == {
+        *theirs,
+        "desc-icv_mask.json",
+    }

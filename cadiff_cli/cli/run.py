@@ -42,9 +42,9 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path} is not readable TOML ({error})") from error
     names = {
-        text.lstrip("-").replace("-", "_"): option.name
+        text.lstrip("-").replace("-", "_"): option
         for option in ctx.command.params
-        if isinstance(option, click.Option)
+        if isinstance(option, click.Option) and option.expose_value
         for text in (*option.opts, option.name or "")
     }
     for key in values:
@@ -52,12 +52,25 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
             near = get_close_matches(key, names, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             raise click.BadParameter(f"{path} has an unknown key {key!r}{hint}")
-    # A bare number of --mem is MB, in a file as on the command line.
     ctx.default_map = {
-        names[key]: str(value) if names[key] == "mem" and isinstance(value, int) else value
+        names[key].name or "": _as_typed(names[key], value, f"{path}: {key}")
         for key, value in values.items()
     }
     return path
+
+
+def _as_typed(option: click.Option, value: Any, key: str) -> Any:
+    """A value of TOML as somebody types it on the command line: it is checked in the same way."""
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise click.BadParameter(f"{key} is {value!r}, neither true nor false")
+        return value
+    several = option.multiple and isinstance(value, list)
+    words = value if several else [value]
+    if any(isinstance(x, bool) or not isinstance(x, str | int | float) for x in words):
+        allowed = "a text, a number, or a list of them" if option.multiple else "a text or a number"
+        raise click.BadParameter(f"{key} is {value!r}, not {allowed}")
+    return [*map(str, words)] if option.multiple else str(value)
 
 
 @click.command(name="run")

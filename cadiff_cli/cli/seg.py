@@ -11,7 +11,7 @@ from cadiff_cli.cli.options import PATH, Age, SexOption, check, filled, made, op
 from cadiff_cli.config import Request
 
 if TYPE_CHECKING:
-    from cadiff_cli.products import Sex
+    from cadiff_cli.products import Person, Sex
 
 
 @click.command(name="seg", context_settings=HELP_OPTIONS)
@@ -51,36 +51,52 @@ def command(
     73 output cannot be created, 74 disk error, 130 interrupted, 143 terminated.
     """
     from cadiff_cli.io.formats import is_folder
+    from cadiff_cli.products import Person
 
-    request = made(Request, options)
+    request, person = made(Request, options), Person(age, sex)
     check(request.config)
     if is_folder(t1):
-        t1 = _from_dicom(t1, out, series, subject or "01", request, quiet=quiet)
+        label = (subject or "01").removeprefix("sub-")
+        t1 = _from_dicom(t1, out, series, label, request, person, quiet=quiet)
     elif series is not None or subject is not None:
         raise click.UsageError("--series and --subject are for a folder of DICOM files")
     from cadiff_cli.cli.console import ScanConsole
-    from cadiff_cli.products import Person
     from cadiff_cli.runner.execute import segment_file
 
     console = ScanConsole(t1, out, verbosity=-1 if quiet else verbose)
-    console.done(segment_file(t1, out, request, console, Person(age, sex)))
+    console.done(segment_file(t1, out, request, console, person))
 
 
 def _from_dicom(
-    folder: Path, out: Path, series: int | None, subject: str, request: Request, *, quiet: bool
+    folder: Path,
+    out: Path,
+    series: int | None,
+    subject: str,
+    request: Request,
+    person: "Person",
+    *,
+    quiet: bool,
 ) -> Path:
-    """The scan of a DICOM folder as a file in OUT, without the names and dates of the files."""
+    """The scan of a DICOM folder as a file in OUT, without the names and dates of the files.
+
+    It is written once it is known that it can be segmented.
+    """
     from cadiff_cli.io.bids.description import refuse_foreign
+    from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.bids.names import is_label
     from cadiff_cli.io.dicom import convert
-    from cadiff_cli.io.files import check_writable
+    from cadiff_cli.runner.execute import checked
 
     if not is_label(subject):
         raise click.BadParameter(f"{subject!r}: use letters and digits", param_hint="--subject")
     refuse_foreign(out)
     path = out / "sourcedata" / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz"
-    check_writable(path.parent)
-    title = convert(folder, series, path, overwrite=request.overwrite)
+    place = Derivatives(out, path)
+    title = convert(
+        *(folder, series, path),
+        overwrite=request.overwrite,
+        check=lambda image: checked(image, place, request, person),
+    )
     if not quiet:
         click.echo(f"cadiff: {title} is {path}", err=True)
     return path

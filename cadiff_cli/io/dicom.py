@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,8 +84,17 @@ class Series:
         return "DERIVED" in self.about.get("ImageType", ())
 
 
-def convert(folder: Path, wanted: int | None, path: Path, *, overwrite: bool) -> str:
+def convert(
+    folder: Path,
+    wanted: int | None,
+    path: Path,
+    *,
+    overwrite: bool,
+    check: Callable[[Path], object] = lambda _image: None,
+) -> str:
     """Write the T1-weighted scan of a folder of DICOM files, or the series ``wanted``, to ``path``.
+
+    ``check`` is given the image first, and may raise: then ``path`` stays as it is.
 
     Returns the title of the series and the number of others.  Raises ``MissingInputError`` without
     dcm2niix, ``DataError`` for a folder without images, ``UsageError`` where no series or several
@@ -107,6 +116,7 @@ def convert(folder: Path, wanted: int | None, path: Path, *, overwrite: bool) ->
                 f"{path} is another scan, or damaged",
                 "use another --subject or another output folder, or --overwrite",
             )
+        check(series.image)
         save_volume(path, scan.data, scan.grid)  # with a new header: no times, no names
     others = len({one.number for one in every} - {series.number})
     return f"series {series.title}" + (f" of {others + 1}" if others else "")

@@ -105,21 +105,11 @@ def segment_file(
 ) -> Result:
     """Segment one file outside of a dataset, and write its derivatives.  Errors rise.
 
-    Input and output are checked before anything costly begins.  Results that stand are refused
-    unless ``request.overwrite`` is set; remains of a killed run are replaced.
+    Input and output are checked before anything costly begins (``checked``).
     """
     capture_warnings()
-    scan = replace(load_scan(t1), person=person)
-    if mask := request.config.strip.mask:
-        given_mask(mask, scan)
-    specs, conditional = split(request.template)
-    parse_specs(specs)
-    if conditional and person.age_years is None:
-        raise UsageError("--template conditional needs the person's age", "give --age, and --sex")
-    place, journal = Derivatives(out, t1), Journal(out)
-    journal.make_room(place, t1, mask, overwrite=request.overwrite)
-    if request.work_dir:
-        check_writable(request.work_dir)
+    place = Derivatives(out, t1)
+    scan = checked(t1, place, request, person)
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     with alone(out, place.stem), logged(log_path, watcher.screen):
         watcher.stage("load")
@@ -135,6 +125,25 @@ def segment_file(
         if trouble := cite(out):
             LOGGER.warning(trouble)
     return result
+
+
+def checked(t1: Path, place: Derivatives, request: Request, person: Person = Person()) -> Scan:
+    """Load a scan, whose results will lie at ``place``, and check whatever a run needs.
+
+    Results that stand are refused unless ``request.overwrite`` is set; remains of a killed run are
+    not.  Nothing is written or removed.
+    """
+    scan = replace(load_scan(t1), person=person)
+    if mask := request.config.strip.mask:
+        given_mask(mask, scan)
+    specs, conditional = split(request.template)
+    parse_specs(specs)
+    if conditional and person.age_years is None:
+        raise UsageError("--template conditional needs the person's age", "give --age, and --sex")
+    Journal(place.out).make_room(place, t1, mask, overwrite=request.overwrite)
+    if request.work_dir:
+        check_writable(request.work_dir)
+    return scan
 
 
 def make_result(

@@ -144,7 +144,7 @@ def group_level(request: DatasetRequest, listener: Listener) -> int:
     and sessions are ignored: a table of one task's scans would replace that of all.
     """
     check_folders(request)
-    request.dataset.require(request.selection.participants)
+    request.dataset.require(request.selection.participants, request.selection.sessions)
     expected = _everybody(request)
     if request.dry_run:
         listener.line("\n".join(expected))
@@ -250,7 +250,7 @@ def _validate(dataset: Dataset, listener: Listener, shown: int = 5) -> None:
 
 
 def _keep_options(request: DatasetRequest, job: Job) -> None:
-    """The run's options as TOML (JSON's plain values are TOML's), fit for ``--config-file``."""
+    """The run's options as TOML, fit for ``--config-file``."""
     values = {**request.options, "template": job.specs, "model": job.weights}
     if job.conditional:
         values["atlas_model"] = job.conditional.model
@@ -258,15 +258,22 @@ def _keep_options(request: DatasetRequest, job: Job) -> None:
     values |= {"participant_label": chosen.participants, "session_label": chosen.sessions}
     if values.get("mem"):  # bytes by now; a bare number would be MB
         values["mem"] = f"{values['mem']}B"
-    lines = [
-        f"{name} = {json.dumps(_anywhere(value), ensure_ascii=False)}"
-        for name, value in values.items()
-        if value is not None
-    ]
+    lines = [_line(name, _anywhere(x)) for name, x in values.items() if x is not None]
     write_text(
         request.out / "logs" / f"cadiff_{job.run_id}.toml",
         f"# cadiff {cadiff_cli.__version__}\n" + "\n".join(lines) + "\n",
     )
+
+
+def _line(name: str, value: object) -> str:
+    """A line of TOML; a comment where TOML cannot hold the value."""
+    # JSON's plain values are TOML's, but for a control character.
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name that is not UTF-8
+        return f"# {name} is not UTF-8: give it again"
+    return f"{name} = {text}"
 
 
 def _anywhere(value: object) -> object:

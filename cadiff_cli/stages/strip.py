@@ -101,6 +101,7 @@ def strip(
                 "use --skull-strip template, or give --mask FILE",
             )
         mask, skull = find_brain_and_skull(full, working, network())
+        skull = None if brain else skull  # a bare brain does not show it
         notes.extend(skull_doubts(skull) if skull else ())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
@@ -145,7 +146,8 @@ def strip(
         own = Volume(tidy(own.data, SPECK), own.grid)
     t1 = evened(inside, bias)
     return Stripped(
-        t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log, skull
+        *(t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log, skull),
+        bare=brain is not None,
     )
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli import machine
-from cadiff_cli.config import StripMethod
 from cadiff_cli.io.bids.description import save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import (
@@ -202,8 +200,8 @@ class _Writer:
 
         Raises ``ValueError`` for one that ``--overwrite`` would not find again.
         """
-        if not any(fnmatchcase(name, pattern) for pattern in OURS):
-            raise ValueError(f"{name} matches no pattern of io/bids/names.OURS: add one")
+        if not OURS.fullmatch(name):
+            raise ValueError(f"{name} is not in io/bids/names.OURS: add it")
         path = self.place.path(name)
         self.written.add(path)
         return path
@@ -252,7 +250,7 @@ class _Writer:
                 HEAD,
                 sources,
                 Description="The scan with even brightness: the field that N4 found in the brain",
-                SkullStripped=stripped.method is StripMethod.AS_IS,
+                SkullStripped=stripped.bare,
             )
 
     def mask(self, result: Result) -> None:

@@ -16,6 +16,8 @@ VERSION = re.compile(r"\.v\d+(\.\d+)*$")
 BIDS_VERSION = "1.10.0"
 BIDSIGNORE = (
     "*.html\nlog\nluts\nexport\n*_xfm.*\n*_morph.*\n*_field.*\ngroup_*\ntemplates\nage_ranges_*\n"
+    # Cohorts are named as fMRIPrep names them; BIDS wants "space-" before "chunk-".
+    "*_cohort-*\n*_chunk-*_space-*\n"
 )
 TEMPLATEFLOW_URL = "https://github.com/templateflow/templateflow"
 README = """# cadiff derivatives

@@ -3,7 +3,6 @@
 The label map's sidecar is written last: where it exists, everything else does.
 """
 
-import glob
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -52,12 +51,13 @@ class Derivatives:
     @property
     def sidecars(self) -> list[Path]:
         """Sidecars of label maps, each written last of its result: everything else is there."""
-        found = self._found("seg-*_dseg.json")
-        return sorted(path for path in found if LABEL_MAP.search(path.name))
+        begun = f"{self.stem}_seg-"
+        named = (path for path in self.existing() if path.name.startswith(begun))
+        return [path for path in named if path.suffix == ".json" and LABEL_MAP.search(path.name)]
 
     def existing(self) -> list[Path]:
         """Files that are there already under names that a run may write."""
-        return sorted({path for name in OURS for path in self._found(name)})
+        return [path for path, rest in self._found() if OURS.fullmatch(rest)]
 
     def check_free(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
@@ -102,14 +102,17 @@ class Derivatives:
         for path in (*self.sidecars, *self.existing()):
             if path not in keep:
                 path.unlink(missing_ok=True)
-        for name in OURS:
-            for path in self._found(name, begun="."):
+        for path, rest in self._found(begun="."):
+            if OURS.match(rest):
                 path.unlink(missing_ok=True)
 
-    def _found(self, name: str, begun: str = "") -> Iterator[Path]:
-        """Files of ours whose names match the pattern ``name`` after the scan's entities."""
-        paths = self.folder.glob(f"{begun}{glob.escape(self.stem)}_{name}")
-        return (path for path in paths if is_ours(self.out, path))
+    def _found(self, begun: str = "") -> Iterator[tuple[Path, str]]:
+        """Files of this scan, sorted, with what follows the scan's entities in their names."""
+        begun += f"{self.stem}_"
+        for name in names_in(self.folder):
+            path = self.folder / name
+            if name.startswith(begun) and is_ours(self.out, path):
+                yield path, name.removeprefix(begun)
 
 
 @dataclass(frozen=True)

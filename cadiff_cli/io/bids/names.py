@@ -21,30 +21,35 @@ TISSUES, TISSUE = "dseg", "label-{}_probseg"
 """Tissue classes and their probabilities.  sMRIPrep takes a ``dseg`` without ``desc-`` for such."""
 LABEL_MAP = re.compile(r"_seg-[A-Za-z0-9]+(_desc-structures)?_dseg(?=\.)")
 """How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
-OURS = (
-    *(f"{name}.*" for name in (HEAD, BRAIN, WORKING, MASK, SKULL_MASK, FIELD)),
-    *(f"{name}.*" for name in (MORPH, TOTALS_MORPH, TISSUES)),
-    *(f"{name}.*".format("*") for name in (DSEG, PROBSEG, UNCERTAINTY, TISSUE)),
-    *(f"{name}.*".format("*") for name in (FINER_MORPH, CONFIDENCE)),
-    *(f"space-*_{name}.*" for name in (BRAIN, MASK)),
-    "space-*_seg-*_dseg.*",
-    "from-*_mode-image_xfm.*",
+_LABEL = r"[A-Za-z0-9+]+"
+_SPACE = rf"space-{_LABEL}(_cohort-{_LABEL})?"
+_NAMES = (
+    *(HEAD, BRAIN, WORKING, MASK, SKULL_MASK, FIELD, MORPH, TOTALS_MORPH, TISSUES),
+    *(x.format(_LABEL) for x in (DSEG, FREESURFER, PROBSEG, UNCERTAINTY, FINER_MORPH, CONFIDENCE)),
+    TISSUE.format("(GM|WM|CSF)"),
+    rf"{_SPACE}(_res-{_LABEL})?_({BRAIN}|{MASK})",
+    rf"{_SPACE}_seg-{_LABEL}(_res-{_LABEL})?(_desc-structures)?_dseg",
+    rf"from-({_LABEL}_to-T1w|T1w_to-{_LABEL})_mode-image_xfm",
     # Up to revision 8.
-    "seg-*_dseg.*",
-    f"space-*_{HEAD}.*",
+    rf"seg-{_LABEL}_dseg",
+    rf"{_SPACE}(_res-{_LABEL})?_{HEAD}",
 )
-"""Patterns of output names, after the source's entities.
+OURS = re.compile(rf"({'|'.join(_NAMES)})\.(nii\.gz|json|tsv|h5)")
+"""Output names, after the source's entities: no others are ever replaced or removed.
 
 ``seg-`` must name one of the dataset's parcellations (``tables.is_ours``).
 """
 
 
+DERIVED = ("desc", "space", "cohort", "res")
+"""Entities of derivatives, which no raw image has."""
+
+
 def source_entities(path: Path) -> str:
     """A name's entities, without suffix: ``sub-01_ses-a_desc-brain_T1w`` -> ``sub-01_ses-a``.
 
-    Derivative entities (``desc``, ``space``, ``res``) are dropped: cadiff's replace them.  A name
-    that is not BIDS becomes a subject label of letters and digits: ``my scan.nii`` becomes
-    ``sub-myscan``.
+    Entities of derivatives alone (``DERIVED``) are dropped: cadiff's replace them.  A name that is
+    not BIDS becomes a subject label of letters and digits: ``my scan.nii`` becomes ``sub-myscan``.
     """
     return _entities(stem(path))
 
@@ -54,8 +59,9 @@ def _entities(name: str) -> str:
     parts = name.split("_")
     if parts[0].startswith("sub-") and all("-" in p for p in parts[:-1]):
         entities = parts if "-" in parts[-1] else parts[:-1]
-        kept = [p for p in entities if p.split("-", 1)[0] not in ("desc", "space", "res")]
-        if all(is_label(p.split("-", 1)[1]) for p in kept):
+        keys = [p.split("-", 1)[0] for p in entities]
+        kept = [p for p in entities if p.split("-", 1)[0] not in DERIVED]
+        if len({*keys}) == len(keys) and all(is_label(p.split("-", 1)[1]) for p in kept):
             return "_".join(kept)
     label = "".join(c for c in name if c.isalnum() and c.isascii())
     return f"sub-{label or 'unnamed'}"

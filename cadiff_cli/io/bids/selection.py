@@ -34,12 +34,17 @@ TAKEN: Mapping[str, tuple[str | None, ...]] = {
 """The allowed values of a filter for these entities."""
 
 
+INDICES = ("run", "echo", "inv", "chunk")
+"""Entities whose values are numbers, with or without leading zeros."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Criteria for images of a dataset; an empty selection means all T1w images.
 
     ``filters`` maps entities, as pybids calls them, to a value or a list of values; None asks for
-    the entity's absence, ``"*"`` for any value of it.
+    the entity's absence, ``"*"`` for any value of it.  ``"ses-a"`` is the session ``"a"``, and
+    ``"1"`` the run ``"01"``.
     """
 
     participants: tuple[str, ...] = ()
@@ -89,12 +94,7 @@ class Selection:
     @property
     def _wanted(self) -> dict[str, Any]:
         wanted = {"suffix": T1W, **(self.filters or {})}
-        if "extension" in wanted:  # with or without its dot
-            wanted["extension"] = [
-                f".{x.lstrip('.')}" if isinstance(x, str) and x != "*" else x
-                for x in _values(wanted["extension"])
-            ]
-        return wanted
+        return {name: [_meant(name, x) for x in _values(wanted[name])] for name in wanted}
 
 
 EVERYTHING = Selection()
@@ -226,6 +226,16 @@ def _several(images: Mapping[Path, Mapping[str, Any]], suffix: str) -> list[str]
         if len(names) > 1
     ]
     return _at_most(notes, f"{{}} more sessions have several {suffix} images")
+
+
+def _meant(name: str, value: Any) -> Any:
+    """The value of the entity ``name`` that a person means by ``value``."""
+    if not isinstance(value, str) or value == "*":
+        return value
+    if name == "extension":  # with or without its dot
+        return f".{value.lstrip('.')}"
+    label = value.rpartition("-")[2]  # no label has a hyphen
+    return int(label) if name in INDICES and label.isdecimal() else label
 
 
 def _values(wanted: Any) -> Sequence[Any]:
