@@ -426,7 +426,7 @@ def stripped_of():
     def make(head):
         working = head.t1.grid.working()
         t1 = resample(head.t1, working)
-        return Stripped(t1, Volume(t1.data > 0, working), StripMethod.AS_IS)
+        return Stripped(t1, Volume(t1.data > 0, working), StripMethod.AS_IS, bare=True)
 
     return make
 

@@ -125,6 +125,8 @@ def test_a_refused_command_leaves_the_scan_of_an_earlier_one(folder, tmp_path, c
     mask.parent.mkdir(parents=True)
     mask.touch()
     assert call("--overwrite", "--template", "conditional") == 64
+    assert call("--overwrite", "--model", "nosuch") == 66
+    assert call("--overwrite", "--ranges", str(tmp_path / "absent.json")) == 66
     assert source.read_bytes() == b"another scan"
     source.unlink()
     assert call("--subject", "sub-01") == 73

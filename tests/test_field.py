@@ -116,7 +116,7 @@ def moved_template(toy_template, tmp_path_factory):
     affine = template.brain.grid.affine.copy()
     affine[0, 3] += 10
     t1 = Volume(template.brain.data, Grid(template.brain.grid.shape, affine))
-    stripped = Stripped(t1, Volume(t1.data > 0, t1.grid), StripMethod.AS_IS)
+    stripped = Stripped(t1, Volume(t1.data > 0, t1.grid), StripMethod.AS_IS, bare=True)
     work = tmp_path_factory.mktemp("moved")
     return stripped, register_template(stripped, template, RegisterConfig("affine"), work)
 

@@ -154,7 +154,8 @@ def test_wrong_atlases_are_errors_with_a_remedy(dataset, tmp_path):
 def target(dataset):
     """The first person as a scan and as what is registered to."""
     scan = load_scan(image_of(dataset, "sub-1_ses-1", "T1w"))
-    return scan, Stripped(scan.t1, Volume(scan.t1.data > 0, scan.t1.grid), StripMethod.AS_IS)
+    mask = Volume(scan.t1.data > 0, scan.t1.grid)
+    return scan, Stripped(scan.t1, mask, StripMethod.AS_IS, bare=True)
 
 
 def test_labels_must_be_known_and_on_the_image(dataset, target, parcellation, tmp_path):

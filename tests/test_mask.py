@@ -265,9 +265,12 @@ def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_thr
     found = stripped_brain(scan.t1)
     assert found
     assert found.litres > 1.7
-    stripped = strip_scan(scan, None, Config(StripConfig()), tmp_path)
-    assert stripped.method is StripMethod.NET
-    assert overlap(on_scan(stripped, scan).data, brain.data) > 0.88
+    given = tmp_path / "mask.nii.gz"
+    save_volume(given, brain.data.astype(np.uint8), scan.t1.grid)
+    for config in (StripConfig(), StripConfig("net"), StripConfig(mask=given)):
+        stripped = strip_scan(scan, None, Config(config), tmp_path)
+        assert not stripped.bare
+        assert overlap(on_scan(stripped, scan).data, brain.data) > 0.88
 
 
 def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):

@@ -93,11 +93,12 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
         person=Person(),
         ranges="",
         skull=False,
+        bare=None,
         **found,
     ):
         head, stripped, conditions = head_of(orientation)
         held = Volume(ndimage.binary_dilation(head.codes > 0), head.t1.grid) if skull else None
-        stripped = replace(stripped, intracranial=held)
+        stripped = replace(stripped, intracranial=held, bare=not skull if bare is None else bare)
         path = out.parent / "scans" / name
         save_volume(path, head.t1.data, head.t1.grid)
         template = load_template(EMBEDDED, offline=True)
@@ -126,6 +127,7 @@ def write_result(phantom, stripped_of, conditions_of, parcellation, tiny_model, 
             *(prepared, mask, segmentation, volumes, model, config, seconds, (), calibration),
             ranges=ranges,
             intracranial=held,
+            head=None if bare is None else head.t1,
         )
         save_result(result, out, prepared.conditions.field)
         write.result = result
@@ -284,6 +286,15 @@ def test_volumes_are_shares_of_the_intracranial_volume(write_result, parcellatio
         sidecar = json.loads((out / name / "anat" / f"{name}_desc-totals_morph.json").read_text())
         assert ("skull-stripped" in sidecar["name"]["Levels"]["Intracranial-Volume"]) is reason
         assert ("n/a" in sidecar["percent_intracranial"]["Description"]) is reason
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_evened_scan_tells_whether_it_shows_the_face(write_result, bare, tmp_path):
+    """Whatever method found the brain: the phantom's is that of stripped scans."""
+    out = tmp_path / "out"
+    write_result(out, bare=bare)
+    sidecar = out / "sub-01" / "anat" / "sub-01_desc-preproc_T1w.json"
+    assert json.loads(sidecar.read_text())["SkullStripped"] is bare
 
 
 @pytest.mark.parametrize("layout", ["enigma", "synthseg"])

@@ -133,17 +133,20 @@ def test_only_files_that_a_run_writes_are_ever_removed(tmp_path):
         *("seg-cadiff_desc-edited_dseg.nii.gz", "label-lesion_probseg.nii.gz", "desc-brain_mask"),
         *("from-T1w_to-fsnative_mode-image_xfm.txt", "from-a_to-b_mode-image_xfm.h5"),
         *("seg-cadiff_desc-jlf_dseg.nii.gz", "seg-cadiff_desc-structures_dseg.nii.gz.bak"),
+        *("seg-DKT+aseg_dseg.nii.gz", "seg-a+b_desc-structures_dseg.json"),
         *("seg-aparc_dseg.nii.gz", "space-MNIColin27_seg-cadiff_desc-edited_dseg.nii.gz"),
     }
-    begun = {".sub-01_desc-brain_mask.nii.gz.a1b2c3.nii.gz"}
+    begun = {".sub-01_desc-brain_mask.nii.gz.a1b2c3d_.nii.gz"}
     for name in ours | theirs:
         place.path(name).touch()
-    for name in begun:
+    foreign = {".sub-01_dseg.nii.gz", ".sub-01_dseg.nii.gz.swp"}
+    for name in begun | foreign:
         (place.folder / name).touch()
     assert {path.name.removeprefix("sub-01_") for path in place.existing()} == ours
     kept = place.path("desc-icv_mask.json")
     place.clear(keep=[kept])
     assert {path.name.removeprefix("sub-01_") for path in place.folder.iterdir()} == {
         *theirs,
+        *foreign,
         "desc-icv_mask.json",
     }

@@ -63,13 +63,14 @@ def _as_typed(option: click.Option, value: Any, key: str) -> Any:
     """A value of TOML as somebody types it on the command line: it is checked in the same way."""
     if option.is_flag:
         if not isinstance(value, bool):
-            raise click.BadParameter(f"{key} is {value!r}, neither true nor false")
+            raise click.BadParameter(f"{key} is {value!r}: write true or false")
         return value
     several = option.multiple and isinstance(value, list)
     words = value if several else [value]
     if any(isinstance(x, bool) or not isinstance(x, str | int | float) for x in words):
-        allowed = "a text, a number, or a list of them" if option.multiple else "a text or a number"
-        raise click.BadParameter(f"{key} is {value!r}, not {allowed}")
+        allowed = "a text, a number, or a list of them" if option.multiple else "one text or number"
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        raise click.BadParameter(f"{key} is {shown}: write {allowed}")
     return [*map(str, words)] if option.multiple else str(value)
 
 

@@ -79,24 +79,27 @@ def _from_dicom(
 ) -> Path:
     """The scan of a DICOM folder as a file in OUT, without the names and dates of the files.
 
-    It is written once it is known that it can be segmented.
+    It is written once it is known that all is there to segment it.
     """
     from cadiff_cli.io.bids.description import refuse_foreign
     from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.bids.names import is_label
     from cadiff_cli.io.dicom import convert
-    from cadiff_cli.runner.execute import checked
+    from cadiff_cli.runner.execute import checked, prepare_torch
+    from cadiff_cli.runner.job import job_of
+
+    def check(image: Path) -> None:
+        checked(image, Derivatives(out, path), request, person)
+        prepare_torch(request.machine)
+        job, _ = job_of(request, out)
+        if job.conditional:
+            job.conditional.of(person)
 
     if not is_label(subject):
         raise click.BadParameter(f"{subject!r}: use letters and digits", param_hint="--subject")
     refuse_foreign(out)
     path = out / "sourcedata" / f"sub-{subject}" / "anat" / f"sub-{subject}_T1w.nii.gz"
-    place = Derivatives(out, path)
-    title = convert(
-        *(folder, series, path),
-        overwrite=request.overwrite,
-        check=lambda image: checked(image, place, request, person),
-    )
+    title = convert(folder, series, path, overwrite=request.overwrite, check=check)
     if not quiet:
         click.echo(f"cadiff: {title} is {path}", err=True)
     return path

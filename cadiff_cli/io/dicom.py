@@ -116,7 +116,7 @@ def convert(
                 f"{path} is another scan, or damaged",
                 "use another --subject or another output folder, or --overwrite",
             )
-        check(series.image)
+        check(series.image.rename(series.image.with_name(path.name.removesuffix(".gz"))))
         save_volume(path, scan.data, scan.grid)  # with a new header: no times, no names
     others = len({one.number for one in every} - {series.number})
     return f"series {series.title}" + (f" of {others + 1}" if others else "")

@@ -128,10 +128,10 @@ def segment_file(
 
 
 def checked(t1: Path, place: Derivatives, request: Request, person: Person = Person()) -> Scan:
-    """Load a scan, whose results will lie at ``place``, and check whatever a run needs.
+    """Load a scan, whose results will lie at ``place``; check input, mask, age and output folders.
 
     Results that stand are refused unless ``request.overwrite`` is set; remains of a killed run are
-    not.  Nothing is written or removed.
+    not.  Folders are made, no file is written or removed.
     """
     scan = replace(load_scan(t1), person=person)
     if mask := request.config.strip.mask:

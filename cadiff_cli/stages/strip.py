@@ -82,9 +82,12 @@ def strip(
     """
     full = winsorized(scan.t1)
     working = full.grid.working()
-    brain = stripped_brain(full, network if config.strip.method == "auto" else None)
+    asked = config.strip.method in ("auto", "net")
+    brain = stripped_brain(full, network if asked else None)
     lifted = _lifted(full, brain)
     method, notes = _method(config.strip, given, network, stripped_already=brain is not None)
+    # A large object may be a head in air of 0; only those who did not ask for a method were told.
+    bare = brain is not None and (config.strip.method == "auto" or brain.litres <= LARGE_LITRES)
     own, skull = given, None
     if method is StripMethod.AS_IS:
         if brain:
@@ -101,7 +104,7 @@ def strip(
                 "use --skull-strip template, or give --mask FILE",
             )
         mask, skull = find_brain_and_skull(full, working, network())
-        skull = None if brain else skull  # a bare brain does not show it
+        skull = None if bare else skull
         notes.extend(skull_doubts(skull) if skull else ())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
@@ -147,7 +150,7 @@ def strip(
     t1 = evened(inside, bias)
     return Stripped(
         *(t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log, skull),
-        bare=brain is not None,
+        bare=bare,
     )
 
 

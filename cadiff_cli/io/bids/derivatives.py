@@ -201,7 +201,7 @@ class _Writer:
         Raises ``ValueError`` for one that ``--overwrite`` would not find again.
         """
         if not OURS.fullmatch(name):
-            raise ValueError(f"{name} is not in io/bids/names.OURS: add it")
+            raise ValueError(f"{name} is not in io/bids/names.OURS: add it to _NAMES")
         path = self.place.path(name)
         self.written.add(path)
         return path

@@ -4,6 +4,7 @@ The label map's sidecar is written last: where it exists, everything else does.
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,10 @@ from cadiff_cli.products import Person
 
 MAX_STEM_BYTES = 160
 """Longest name of a scan: file systems allow 255, results and temporary files add to it."""
+
+
+BEGUN = re.compile(rf"{OURS.pattern}\.[a-z0-9_]{{8}}\..+")
+"""Temporary files of output names (``files.replacing``)."""
 
 
 class Derivatives:
@@ -103,7 +108,7 @@ class Derivatives:
             if path not in keep:
                 path.unlink(missing_ok=True)
         for path, rest in self._found(begun="."):
-            if OURS.match(rest):
+            if BEGUN.fullmatch(rest):
                 path.unlink(missing_ok=True)
 
     def _found(self, begun: str = "") -> Iterator[tuple[Path, str]]:

@@ -21,7 +21,8 @@ TISSUES, TISSUE = "dseg", "label-{}_probseg"
 """Tissue classes and their probabilities.  sMRIPrep takes a ``dseg`` without ``desc-`` for such."""
 LABEL_MAP = re.compile(r"_seg-[A-Za-z0-9]+(_desc-structures)?_dseg(?=\.)")
 """How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
-_LABEL = r"[A-Za-z0-9+]+"
+_LABEL = "[A-Za-z0-9]+"
+_TEMPLATE = r"[A-Za-z0-9+]+"  # MNIInfant+2
 _SPACE = rf"space-{_LABEL}(_cohort-{_LABEL})?"
 _NAMES = (
     *(HEAD, BRAIN, WORKING, MASK, SKULL_MASK, FIELD, MORPH, TOTALS_MORPH, TISSUES),
@@ -29,7 +30,7 @@ _NAMES = (
     TISSUE.format("(GM|WM|CSF)"),
     rf"{_SPACE}(_res-{_LABEL})?_({BRAIN}|{MASK})",
     rf"{_SPACE}_seg-{_LABEL}(_res-{_LABEL})?(_desc-structures)?_dseg",
-    rf"from-({_LABEL}_to-T1w|T1w_to-{_LABEL})_mode-image_xfm",
+    rf"from-({_TEMPLATE}_to-T1w|T1w_to-{_TEMPLATE})_mode-image_xfm",
     # Up to revision 8.
     rf"seg-{_LABEL}_dseg",
     rf"{_SPACE}(_res-{_LABEL})?_{HEAD}",
@@ -37,7 +38,8 @@ _NAMES = (
 OURS = re.compile(rf"({'|'.join(_NAMES)})\.(nii\.gz|json|tsv|h5)")
 """Output names, after the source's entities: no others are ever replaced or removed.
 
-``seg-`` must name one of the dataset's parcellations (``tables.is_ours``).
+Add new ones to ``_NAMES``.  ``seg-`` must name one of the dataset's parcellations
+(``tables.is_ours``).
 """
 
 
@@ -60,7 +62,7 @@ def _entities(name: str) -> str:
     if parts[0].startswith("sub-") and all("-" in p for p in parts[:-1]):
         entities = parts if "-" in parts[-1] else parts[:-1]
         keys = [p.split("-", 1)[0] for p in entities]
-        kept = [p for p in entities if p.split("-", 1)[0] not in DERIVED]
+        kept = [p for key, p in zip(keys, entities, strict=True) if key not in DERIVED]
         if len({*keys}) == len(keys) and all(is_label(p.split("-", 1)[1]) for p in kept):
             return "_".join(kept)
     label = "".join(c for c in name if c.isalnum() and c.isascii())

@@ -34,6 +34,14 @@ TAKEN: Mapping[str, tuple[str | None, ...]] = {
 """The allowed values of a filter for these entities."""
 
 
+SHORT = {
+    "subject": "sub",
+    "session": "ses",
+    "acquisition": "acq",
+    "reconstruction": "rec",
+    "ceagent": "ce",
+}
+"""How entities are written in file names, where pybids calls them otherwise."""
 INDICES = ("run", "echo", "inv", "chunk")
 """Entities whose values are numbers, with or without leading zeros."""
 
@@ -234,7 +242,7 @@ def _meant(name: str, value: Any) -> Any:
         return value
     if name == "extension":  # with or without its dot
         return f".{value.lstrip('.')}"
-    label = value.rpartition("-")[2]  # no label has a hyphen
+    label = value.removeprefix(f"{SHORT.get(name, name)}-")
     return int(label) if name in INDICES and label.isdecimal() else label
 
 
