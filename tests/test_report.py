@@ -538,7 +538,7 @@ def test_uncertainty_glows_where_it_is():
 
 def test_no_file_is_written_that_overwriting_would_forget(write_result, tmp_path, monkeypatch):
     monkeypatch.setattr(derivatives, "FIELD", "desc-new_field")
-    with pytest.raises(ValueError, match=r"desc-new_field\.nii\.gz matches no pattern"):
+    with pytest.raises(ValueError, match=r"desc-new_field\.nii\.gz is not in io/bids/names\.OURS"):
         write_result(tmp_path / "out")
     assert not [*tmp_path.rglob("*desc-new*")]
 

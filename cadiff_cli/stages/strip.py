@@ -86,8 +86,9 @@ def strip(
     brain = stripped_brain(full, network if asked else None)
     lifted = _lifted(full, brain)
     method, notes = _method(config.strip, given, network, stripped_already=brain is not None)
-    # A large object may be a head in air of 0; only those who did not ask for a method were told.
-    bare = brain is not None and (config.strip.method == "auto" or brain.litres <= LARGE_LITRES)
+    # A large object may be a head in air of 0: only the network can tell.
+    told = config.strip.method == "auto" and network is not None
+    bare = brain is not None and (told or brain.litres <= LARGE_LITRES)
     own, skull = given, None
     if method is StripMethod.AS_IS:
         if brain:
