@@ -65,8 +65,7 @@ def _as_typed(option: click.Option, value: Any, key: str) -> Any:
         if not isinstance(value, bool):
             raise click.BadParameter(f"{key} is {value!r}: write true or false")
         return value
-    several = option.multiple and isinstance(value, list)
-    words = value if several else [value]
+    words = value if option.multiple and isinstance(value, list) else [value]
     if any(isinstance(x, bool) or not isinstance(x, str | int | float) for x in words):
         allowed = "a text, a number, or a list of them" if option.multiple else "one text or number"
         shown = str(value).lower() if isinstance(value, bool) else str(value)

@@ -112,8 +112,8 @@ def read_case(result: Finished) -> Case:
 def views_of(result: Result) -> Views:
     """Those of a result that this process has made."""
     prepared, segmentation = result.prepared, result.segmentation
-    views = _views(prepared.scan.t1, result.mask, segmentation.labels, segmentation.parcellation)
-    views = _with_skull(views, result.intracranial)
+    masks = result.mask, result.intracranial
+    views = _views(prepared.scan.t1, *masks, segmentation.labels, segmentation.parcellation)
     if segmentation.uncertainty is not None:
         map_of = Volume(segmentation.uncertainty, segmentation.labels.grid)
         views = replace(views, uncertainty=resample(map_of, views.near))
@@ -146,15 +146,14 @@ def read_views(out: Path, result: Finished, scans: Path | None = None) -> Views:
         notes.append("the scan itself was not found: only its brain is shown")
     # Up to revision 8 the brain had the head's name.
     t1 = load_volume(scan or (brain if brain.is_file() else head))
-    parcellation = result.parcellation
+    parcellation, skull = result.parcellation, _beside(result, f"{SKULL_MASK}.nii.gz")
     views = _views(
         t1,
         load_volume(_beside(result, f"{MASK}.nii.gz")),
+        load_volume(skull) if skull.is_file() else None,
         load_codes(result.sidecar.with_suffix(".nii.gz"), parcellation),
         parcellation,
     )
-    skull = _beside(result, f"{SKULL_MASK}.nii.gz")
-    views = _with_skull(views, load_volume(skull) if skull.is_file() else None)
     views = replace(views, whole=scan is not None)
     path = _beside(result, UNCERTAINTY.format(parcellation.segmentation) + ".nii.gz")
     if path.is_file():
@@ -180,25 +179,25 @@ def load_codes(path: Path, parcellation: Parcellation) -> Volume:
     return Volume(parcellation.codes[classes.data], classes.grid)
 
 
-def _views(t1: Volume, mask: Volume, labels: Volume, parcellation: Parcellation) -> Views:
-    """Scan, brain mask and label codes, which share a grid."""
+def _views(
+    t1: Volume, mask: Volume, held: Volume | None, labels: Volume, parcellation: Parcellation
+) -> Views:
+    """Scan, brain mask, what the inner skull holds, and label codes, which share a grid."""
     working = labels.grid.working()
     codes = _on(working, labels, parcellation)
-    inside = resample_mask(Volume(mask.data > 0, mask.grid), working)
+    inside = _inside(mask, working)
     return Views(
         resample(Volume(finite(t1.data), t1.grid), working),
         inside,
         codes,
         around(Volume(inside.data | (codes.data > 0), working)),
+        intracranial=_inside(held, working) if held else None,
     )
 
 
-def _with_skull(views: Views, held: Volume | None) -> Views:
-    """``views`` with what the inner skull holds, on the grid of the scan shown."""
-    if held is None:
-        return views
-    inside = resample_mask(Volume(held.data > 0, held.grid), views.t1.grid)
-    return replace(views, intracranial=inside)
+def _inside(mask: Volume, grid: Grid) -> Volume:
+    """A mask of any type on another grid, as bool."""
+    return resample_mask(Volume(mask.data > 0, mask.grid), grid)
 
 
 def _on(grid: Grid, labels: Volume, parcellation: Parcellation) -> Volume:

@@ -86,7 +86,8 @@ def strip(
     brain = stripped_brain(full, network if asked else None)
     lifted = _lifted(full, brain)
     method, notes = _method(config.strip, given, network, stripped_already=brain is not None)
-    # A large object may be a head in air of 0: only the network can tell.
+    # A large object may be a head in air of 0.  The network tells; who then asks for "net" may know
+    # better, and a face must not pass for a bare brain.
     told = config.strip.method == "auto" and network is not None
     bare = brain is not None and (told or brain.litres <= LARGE_LITRES)
     own, skull = given, None

@@ -62,7 +62,7 @@ class Derivatives:
 
     def existing(self) -> list[Path]:
         """Files that are there already under names that a run may write."""
-        return [path for path, rest in self._found() if OURS.fullmatch(rest)]
+        return [*self._found(OURS)]
 
     def check_free(self, *inputs: Path | None, overwrite: bool) -> None:
         """Make sure that results can be written, and that nothing is lost by it.
@@ -107,17 +107,17 @@ class Derivatives:
         for path in (*self.sidecars, *self.existing()):
             if path not in keep:
                 path.unlink(missing_ok=True)
-        for path, rest in self._found(begun="."):
-            if BEGUN.fullmatch(rest):
-                path.unlink(missing_ok=True)
+        for path in self._found(BEGUN, "."):
+            path.unlink(missing_ok=True)
 
-    def _found(self, begun: str = "") -> Iterator[tuple[Path, str]]:
-        """Files of this scan, sorted, with what follows the scan's entities in their names."""
+    def _found(self, names: re.Pattern[str], begun: str = "") -> Iterator[Path]:
+        """Files of ours, sorted, of which ``names`` matches what follows the scan's entities."""
         begun += f"{self.stem}_"
         for name in names_in(self.folder):
             path = self.folder / name
-            if name.startswith(begun) and is_ours(self.out, path):
-                yield path, name.removeprefix(begun)
+            fits = name.startswith(begun) and names.fullmatch(name, len(begun))
+            if fits and is_ours(self.out, path):
+                yield path
 
 
 @dataclass(frozen=True)

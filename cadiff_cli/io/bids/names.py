@@ -19,10 +19,10 @@ FINER_MORPH, CONFIDENCE = "seg-{}_desc-volumetric_morph", "seg-{}_desc-confidenc
 """To be formatted with ``Parcellation.segmentation``."""
 TISSUES, TISSUE = "dseg", "label-{}_probseg"
 """Tissue classes and their probabilities.  sMRIPrep takes a ``dseg`` without ``desc-`` for such."""
-LABEL_MAP = re.compile(r"_seg-[A-Za-z0-9]+(_desc-structures)?_dseg(?=\.)")
-"""How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
 _LABEL = "[A-Za-z0-9]+"
-_TEMPLATE = r"[A-Za-z0-9+]+"  # MNIInfant+2
+LABEL_MAP = re.compile(rf"_seg-{_LABEL}(_desc-structures)?_dseg(?=\.)")
+"""How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
+_TEMPLATE = "[A-Za-z0-9+]+"  # MNIInfant+2
 _SPACE = rf"space-{_LABEL}(_cohort-{_LABEL})?"
 _NAMES = (
     *(HEAD, BRAIN, WORKING, MASK, SKULL_MASK, FIELD, MORPH, TOTALS_MORPH, TISSUES),
