@@ -16,17 +16,26 @@ from cadiff_cli.cli.train_mask import command
 from cadiff_cli.errors import DataError, UsageError
 from cadiff_cli.io import models
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.nets.brain_mask import REACH_MM, BrainConfig, BrainNet
+from cadiff_cli.nets.brain_mask import (
+    BRAIN,
+    FLUID,
+    REACH_MM,
+    SLAB,
+    TISSUES,
+    BrainConfig,
+    BrainNet,
+    TissueNet,
+)
 from cadiff_cli.nets.models import BrainModel, Model
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.brain_mask import (
     find_brain_and_skull,
     network_image,
     normalise,
-    predict_distances,
+    predict_distance,
 )
 from cadiff_cli.training import store
-from cadiff_cli.training.brain_mask import patches
+from cadiff_cli.training.brain_mask import patches, skull
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import (
     Head,
@@ -35,6 +44,7 @@ from cadiff_cli.training.brain_mask.data import (
     from_scan,
     load,
     prepare_heads,
+    tissue_of,
 )
 from cadiff_cli.training.brain_mask.losses import distance_loss
 from cadiff_cli.training.brain_mask.objective import MaskObjective
@@ -44,13 +54,18 @@ from cadiff_cli.training.brain_mask.patches import (
     HeadPatch,
     draw_head,
     draw_nothing,
-    move_skull,
     painted,
     random_contrast,
     shrink,
     t1_contrast,
 )
 from cadiff_cli.training.brain_mask.run import held_out_dice, train_mask
+from cadiff_cli.training.brain_mask.skull import (
+    SkullDraws,
+    draw_cube,
+    move_skull,
+    skull_losses,
+)
 from cadiff_cli.training.brain_mask.target import (
     FAR_MM,
     closed,
@@ -160,9 +175,7 @@ def test_outer_csf_and_scalp_are_not_brain(drawn_head):
 
 
 def held_in(label_map):
-    codes = np.asarray(label_map.data)
-    brain = closed(is_brain(codes), label_map.grid.spacing_mm)
-    return intracranial(codes, brain, label_map.grid)
+    return intracranial(np.asarray(label_map.data), label_map.grid)
 
 
 def test_the_skull_holds_fluid_down_to_the_end_of_the_brain(label_map):
@@ -180,19 +193,6 @@ def test_fluid_outside_the_cranium_is_not_held(label_map):
     before, after = held_in(label_map), held_in(on_grid(codes, 3.0))
     assert not after[30, 54:, 30].any()
     assert np.count_nonzero(after ^ before) < 30
-
-
-def test_a_shrunken_brain_leaves_its_skull(drawn_head):
-    config = HeadConfig(patch=64, shrunken=1.0, tilted=0.0, elastic_mm=0.0, cut=0.0, **ORDINARY)
-    shrunken = draw_head(drawn_head, config, seeded(1))
-    whole = draw_head(drawn_head, replace(config, shrink_mm=0.0), seeded(1))
-    assert torch.equal(shrunken.skull, whole.skull)
-    assert (shrunken.distance > 0).sum() < (whole.distance > 0).sum()
-    assert (shrunken.skull > 0).sum() > (shrunken.distance > 0).sum()
-
-
-def test_a_real_head_does_not_tell_the_skull(real_head):
-    assert draw_head(real_head, HeadConfig(patch=32), seeded()).skull.isnan().any()
 
 
 def test_t1_contrast_keeps_the_order_of_tissues(drawn_head):
@@ -234,7 +234,7 @@ def test_heads_are_read_back(drawn_head, real_head, tmp_path):
         again = load(store.once(tmp_path / head.name, head.name, lambda head=head: arrays(head)))
         assert (again.name, again.source) == (head.name, head.source)
         assert np.array_equal(again.distance, head.distance)
-        parts = ("image", "labels", "skull", "t1")
+        parts = ("image", "labels", "t1", "tissue", "held", "skull")
         for mine, theirs in ((getattr(x, part) for x in (again, head)) for part in parts):
             assert (mine is None) == (theirs is None)
             assert mine is None or np.array_equal(mine, theirs)
@@ -360,7 +360,7 @@ def test_a_shrunken_brain_swims_in_fluid(real_head):
     # Ventricles, the darkest part of a brain, are what the fluid's brightness is taken from.
     bare.image[real_head.distance > 0.7 * float(real_head.distance.max())] = 20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "_artefacts", lambda image, *_: image)
+        patch.setattr(patches, "artefacts", lambda image, *_: image)
         for index in range(5):
             shrunken = draw_head(bare, config, seeded(index))
             whole = draw_head(bare, replace(config, shrunken=0.0), seeded(index))
@@ -374,7 +374,7 @@ def test_the_gap_of_a_painted_head_is_fluid_like_that_around_the_brain(drawn_hea
     config = HeadConfig(patch=64, shrunken=1.0, cut=0, deface=0, tilted=0, t1=1.0, **ORDINARY)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "_artefacts", lambda image, *_: image)
+        patch.setattr(patches, "artefacts", lambda image, *_: image)
         lit = torch.eye(len(drawn_head.t1))[label]
         patch.setattr(patches, "t1_contrast", lambda *_: Contrast(lit, 0 * lit))
         for index in range(3):
@@ -392,51 +392,6 @@ def test_labels_around_a_brain_are_of_one_tissue(drawn_head):
     assert dry.fluid is None
     assert replace(drawn_head, t1=None).fluid is None
     assert drawn_head.bone is None
-
-
-def test_a_skull_may_move_but_never_into_the_brain():
-    _, skull = sphere(36)
-    _, brain = sphere(33)
-    wider = []
-    for index in range(8):
-        new, gained = move_skull(skull, brain, 5.0, seeded(index))
-        assert (new - skull).abs().max() <= 5.0
-        assert (new >= brain).all()
-        before, after = ((0.5 + d / 2).clamp(0, 1).sum() for d in (skull, new))
-        assert float(gained.sum()) == pytest.approx(float(after - before), rel=1e-3)
-        assert not gained[skull.abs() > 6.0].any()
-        wider.append(bool(after > before))
-    assert any(wider)
-    assert not all(wider)
-    still, nothing = move_skull(skull, brain, 0.0, seeded(1))
-    assert torch.equal(still, skull)
-    assert not nothing.any()
-
-
-def test_where_the_skull_has_moved_the_image_follows(label_map):
-    """Between the old and the new border all is fluid, or bone."""
-    codes = np.asarray(label_map.data).copy()
-    codes[(codes == 511) & ball(72, 60, 3.0)] = 515
-    head = from_labels("bony", "toys", on_grid(codes, 3.0))
-    mean = torch.full((len(head.t1),), 0.5)
-    mean[head.fluid], mean[head.bone] = 1.0, 0.0
-    config = HeadConfig(
-        patch=80, cut=0, deface=0, tilted=0, shrunken=0, elastic_mm=0, t1=1.0, **ORDINARY
-    )
-    moved, seen = replace(config, moved_skull=1.0, moved_mm=5.0), [0, 0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "_artefacts", lambda image, *_: image)
-        patch.setattr(patches, "t1_contrast", lambda *_: Contrast(mean, 0 * mean))
-        for index in range(8):
-            new = draw_head(head, moved, seeded(index))
-            old = draw_head(head, config, seeded(index))
-            assert torch.equal(new.distance, old.distance)
-            gained = (new.skull > 1) & (old.skull < -1)
-            lost = (new.skull < -1) & (old.skull > 1) & (new.distance < -2)
-            assert (new.image[gained] > 0.99).all()
-            assert (new.image[lost] < 0.01).all()
-            seen = [seen[0] + int(gained.sum()), seen[1] + int(lost.sum())]
-    assert min(seen) > 0
 
 
 def test_a_brain_that_shrinks_by_nothing_stays():
@@ -488,13 +443,13 @@ def test_a_small_source_is_drawn_by_the_root_of_its_size(real_head, monkeypatch)
 def test_any_size_is_padded_and_given_back():
     net = BrainNet(TINY).requires_grad_(False)
     head = np.random.default_rng(0).random((17, 22, 9), dtype=np.float32)
-    distance = predict_distances(net, head)[0]
+    distance = predict_distance(net, head)
     assert distance.shape == head.shape
     assert abs(distance).max() <= REACH_MM
 
 
 def test_only_the_box_around_the_brain_is_refined():
-    """Far from it the first network's word stands, in it the second one's; the skull lies wider."""
+    """Far from it the first network's word stands, in it the second one's."""
     boxes = []
 
     class Watched(Oracle):
@@ -505,17 +460,13 @@ def test_only_the_box_around_the_brain_is_refined():
             return super().refine(head, located)
 
     inside = ball(20, 64, centre=(40, 60, 80))
-    distance, skull = predict_distances(Watched(beyond_mm=8.0), inside.astype(np.float32))
+    distance = predict_distance(Watched(), inside.astype(np.float32))
     wanted = np.clip(signed_distance(inside, SPACING), -REACH_MM, REACH_MM)
     assert np.array_equal(distance > 0, inside)
     assert abs(distance - wanted).max() < 3
-    brain_box, skull_box = boxes
-    assert max(brain_box) <= 36
-    assert all(a < b <= 64 for a, b in zip(brain_box, skull_box, strict=True))
-    held = ball(28, 64, centre=(40, 60, 80))
-    assert 2 * (held & (skull > 0)).sum() / (held.sum() + (skull > 0).sum()) > 0.95
-    nothing = predict_distances(Watched(beyond_mm=8.0), np.zeros((16, 16, 16), np.float32))
-    assert (nothing[0] <= 0).all()
+    (box,) = boxes
+    assert max(box) <= 36
+    assert (predict_distance(Watched(), np.zeros((16, 16, 16), np.float32)) <= 0).all()
 
 
 def test_intensities_do_not_depend_on_units():
@@ -524,6 +475,7 @@ def test_intensities_do_not_depend_on_units():
     for unit in (1e-8, 1000):
         assert np.allclose(normalise(image), normalise(unit * image), atol=1e-5)
     assert np.allclose(normalise(image), normalise(image - 50), atol=1e-4)
+    assert np.array_equal(normalise(image)[3:9], normalise(image[3:9], like=image))
 
 
 class Oracle(BrainNet):
@@ -545,8 +497,9 @@ class Oracle(BrainNet):
             return torch.full(head.shape, -FAR_MM)
         return torch.from_numpy(signed_distance(mask, SPACING))[None, None]
 
-    def enclose(self, head, located):
-        return self.refine(head, located) + self.beyond_mm
+    def enclose(self, head, distance):
+        assert head.shape == distance.shape
+        return (distance + self.beyond_mm > 0)[:, 0].float()
 
 
 @pytest.fixture
@@ -618,23 +571,10 @@ def test_the_loss_is_zero_at_the_truth():
     assert float(distance_loss(estimate + 2, truth)) > 0.1
 
 
-def test_errors_near_the_border_count_most():
-    """A constant error counts as much with weights as without; one far away hardly at all."""
-    truth = torch.linspace(-9, 9, 37).reshape(1, 1, 37, 1, 1)
-    away = truth + 2 * (truth < -7)
-    best = float(distance_loss(truth, truth))
-    plain, near = (float(distance_loss(away, truth, mm)) - best for mm in (torch.inf, 2.0))
-    assert 0 < near < 0.2 * plain
-    everywhere = truth + 0.2
-    assert float(distance_loss(everywhere, truth, 2.0)) == pytest.approx(
-        float(distance_loss(everywhere, truth)), abs=1e-5
-    )
-
-
 def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
     """Whatever cube is drawn, a network that is right everywhere has no loss."""
     patch = draw_head(drawn_head, HeadConfig(patch=64, off_centre_mm=20.0), seeded(3))
-    coded = HeadPatch(patch.distance, patch.distance, patch.skull)
+    coded = HeadPatch(patch.distance, patch.distance)
 
     class Truth(torch.nn.Module):
         def locate(self, head):
@@ -793,20 +733,24 @@ def test_what_is_no_label_map_or_no_brain_is_refused(label_map, tmp_path):
 
 
 def test_the_skull_is_learnt_and_the_brain_kept_to_the_bit(drawn_head, tmp_path):
-    """Only the third network moves, from where the second one is."""
+    """Only the third network moves; a later training goes on where it is, and needs its sizes."""
     init = BrainModel(BrainNet(TINY), "begun")
-    settings = replace(TINY, skull=True)
-    config = HeadConfig(steps=2, warmup=1, decay=1, patch=64, rate=0.01, ema=0.1)
+    settings = replace(TINY, skull=True, tissue=(4, 8))
+    config = HeadConfig(steps=2, warmup=1, decay=1, patch=64, cube=32, rate=0.01, ema=0.1)
     with pytest.raises(UsageError, match=r"stripped = 0 in \[train\]"):
         train_mask({"toys": [drawn_head]}, tmp_path, config, init=init, net_config=settings)
     config = replace(config, stripped=0.0)
-    path = train_mask({"toys": [drawn_head]}, tmp_path, config, init=init, net_config=settings)
-    learnt = models.load(BrainModel, str(path)).net
-    for name, before in init.net.state_dict().items():
-        assert torch.equal(learnt.state_dict()[name], before.half().float())
-    first, second = learnt.fine.out.weight, learnt.skull.out.weight
-    assert not torch.equal(first, second)
-    assert float((first - second).abs().max()) < 0.05
+    heads, learnt = {"toys": [drawn_head]}, init
+    for run in (tmp_path / "first", tmp_path / "second"):
+        path = train_mask(heads, run, config, init=learnt, net_config=settings)
+        before, learnt = learnt.net.state_dict(), models.load(BrainModel, str(path))
+        for name, weight in learnt.net.state_dict().items():
+            moves = name.startswith("skull.")
+            if name in before:
+                assert torch.equal(weight, before[name].half().float()) is not moves, name
+                assert torch.allclose(weight, before[name], atol=0.1)
+    with pytest.raises(UsageError, match=r"give \[net\] its sizes"):
+        train_mask(heads, tmp_path, config, init=learnt, net_config=replace(TINY, skull=True))
 
 
 def test_the_skull_needs_a_network_and_label_maps(drawn_head, real_head, tmp_path):
@@ -908,3 +852,157 @@ def test_a_repaired_brain_is_prepared_again(label_map, tmp_path):
     brain = np.isin(label_map.data, (2, 41)).astype(np.uint8)
     half = brain * (np.arange(60) < 30)[:, None, None].astype(np.uint8)
     assert litres(half) < 0.6 * litres(brain)
+
+
+# --- the inner skull ------------------------------------------------------------------------------
+
+CUBE = HeadConfig(
+    cube=48, tilted=0.0, scale=0.0, elastic_mm=0.0, shrunken=0.0, t1=1.0, zeroed_air=0
+)
+STILL = replace(CUBE, moved_skull=0.0)
+
+
+@pytest.fixture
+def bony_head(label_map):
+    """As ``drawn_head``, with 6 mm of bone around the fluid."""
+    codes = np.asarray(label_map.data).copy()
+    codes[(codes == 511) & ball(72, 60, 3.0)] = 515
+    return from_labels("bony", "toys", on_grid(codes, 3.0))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """No artefacts and no noise, and each tissue of one brightness."""
+    monkeypatch.setattr(skull, "artefacts", lambda image, *_, **__: image)
+    monkeypatch.setattr(skull.ndimage, "gaussian_filter", lambda image, _: image)
+
+    def even(head, *_):
+        mean = torch.from_numpy(head.t1[:, 0])
+        return Contrast(mean, 0 * mean)
+
+    monkeypatch.setattr(skull, "draw_contrast", even)
+
+
+def held(patch):
+    return (patch.tissue == BRAIN) | (patch.tissue == FLUID)
+
+
+def test_codes_are_tissues():
+    named = {
+        0: "air",
+        3: "brain",
+        515: "bone",
+        516: "marrow",
+        24: "soft tissue",
+        507: "soft tissue",
+    }
+    assert {code: tissue_of(code) for code in named} == named
+    assert set(named.values()) | {"fluid"} == set(TISSUES)
+
+
+def test_a_cube_is_a_function_of_its_seed(bony_head):
+    draws = SkullDraws([bony_head], replace(CUBE, seed=3, moved_skull=0.5))
+    one, same, other = draws[5], draws[5], draws[6]
+    for name in ("image", "distance", "tissue"):
+        assert torch.equal(getattr(one, name), getattr(same, name))
+        assert not torch.equal(getattr(one, name), getattr(other, name))
+    assert one.image.shape == one.distance.shape == (1, 1, 48, 48, 48)
+    assert one.tissue.shape == (1, 48, 48, 48)
+    assert float(one.image.min()) >= 0
+    assert float(one.image.max()) <= 1
+
+
+def test_what_the_skull_holds_is_brain_and_fluid(bony_head, plain):
+    """In a cube as it is, bone is outside, fluid inside, and the hint tells the brain's border."""
+    seen = set()
+    for index in range(6):
+        patch = draw_cube(bony_head, replace(STILL, large_voxels=0.0), seeded(index))
+        depth = patch.distance[:, 0]
+        assert (patch.tissue[depth > 6] == BRAIN).all()
+        assert not (patch.tissue[depth < -8] == BRAIN).any()
+        seen |= set(patch.tissue.unique().tolist())
+        # The image is darker in bone than in fluid, and brightest in white matter.
+        means = {t: float(patch.image[:, 0][patch.tissue == t].mean()) for t in (BRAIN, FLUID, 3)}
+        if not any(np.isnan(list(means.values()))):
+            assert means[3] < means[FLUID] < means[BRAIN]
+    assert seen >= {BRAIN, FLUID, TISSUES.index("bone")}
+
+
+def test_a_skull_may_move_but_never_into_the_brain():
+    n = 64
+    index = torch.from_numpy(np.indices((n, n, n))).float()
+    radius = (index - (n - 1) / 2).square().sum(dim=0).sqrt()
+    outer, brain = 22 - radius, 20 - radius
+    wider = []
+    for seed in range(8):
+        points, new = move_skull(index, outer, brain, 5.0, seeded(seed))
+        assert (new - outer).abs().max() <= 5.0
+        assert (new >= brain - 1e-4).all()
+        # Inside nothing moves; outside each voxel is read as far from the old border as the new.
+        torch.testing.assert_close(points[:, new > 0], index[:, new > 0], atol=1e-3, rtol=0)
+        near = (new < -1) & (outer > -6)
+        read_at = 22 - (points - (n - 1) / 2).square().sum(dim=0).sqrt()
+        wanted = outer + (new - outer) * (FAR_MM + outer) / FAR_MM
+        assert float((read_at - wanted)[near].abs().mean()) < 0.5
+        wider.append(bool((new > 0).sum() > (outer > 0).sum()))
+    assert any(wider)
+    assert not all(wider)
+    still, same = move_skull(index, outer, brain, 0.0, seeded(1))
+    assert torch.equal(same, outer)
+    torch.testing.assert_close(still, index, atol=1e-3, rtol=0)
+
+
+def test_where_the_skull_has_moved_the_image_follows(bony_head, plain):
+    """What it gains is fluid and what it loses is bone, in the image as in the target."""
+    moved = replace(STILL, moved_skull=1.0, moved_mm=5.0, large_voxels=0.0)
+    gained = lost = 0
+    fluid, bone = (bony_head.t1[k, 0] for k in (bony_head.fluid, bony_head.bone))
+    for index in range(8):
+        new, old = (draw_cube(bony_head, config, seeded(index)) for config in (moved, STILL))
+        grown, shrunk = held(new) & ~held(old), held(old) & ~held(new)
+        gained, lost = gained + int(grown.sum()), lost + int(shrunk.sum())
+        assert (new.tissue[grown] == FLUID).all()
+        assert (
+            new.tissue[shrunk] == TISSUES.index("bone")
+        ).float().mean() > 0.9 or not shrunk.any()
+        if held(new).any() and grown.any():
+            ratio = new.image[:, 0][grown].mean() / new.image[:, 0][new.tissue == FLUID].mean()
+            assert float(ratio) == pytest.approx(1, abs=0.1)
+    assert min(gained, lost) > 100
+    assert bone < fluid
+
+
+def test_a_shrunken_brain_leaves_its_skull(bony_head, plain):
+    less = 0
+    for index in range(4):
+        whole = draw_cube(bony_head, STILL, seeded(index))
+        small = draw_cube(bony_head, replace(STILL, shrunken=1.0, shrink_mm=8.0), seeded(index))
+        assert torch.equal(held(small), held(whole))
+        less += int((whole.tissue == BRAIN).sum() - (small.tissue == BRAIN).sum())
+    assert less > 100
+
+
+def test_slabs_are_the_whole(monkeypatch):
+    """What the skull holds is computed slab by slab: the same as at once."""
+    torch.manual_seed(0)
+    net = TissueNet((4, 8)).requires_grad_(False)
+    image, hint = torch.rand(2, 1, 1, 2 * SLAB + 8, 12, 8)
+    p = net(image, hint).softmax(dim=1)
+    wanted = p[:, BRAIN] + p[:, FLUID]
+    torch.testing.assert_close(net.within(image, hint), wanted)
+    monkeypatch.setattr("cadiff_cli.nets.brain_mask.SLAB", 5)
+    torch.testing.assert_close(net.within(image, hint), wanted)
+
+
+def test_the_truth_has_no_loss_and_borders_count_most():
+    tissue = torch.zeros(1, 24, 24, 24, dtype=torch.int64)
+    tissue[:, 4:20, 4:20, 4:20] = FLUID
+    tissue[:, 8:16, 8:16, 8:16] = BRAIN
+    logits = 40.0 * torch.nn.functional.one_hot(tissue, len(TISSUES)).movedim(-1, 1)
+    right = skull_losses(logits, tissue)
+    assert float(right.total) < 1e-3
+    at_border, far = tissue.clone(), tissue.clone()
+    at_border[:, 4, 10:12, 10:12] = 5
+    far[:, 0, 0:2, 0:2] = 5
+    wrong = [float(skull_losses(logits, other).tissue) for other in (at_border, far)]
+    assert wrong[0] > 2 * wrong[1] > 0

@@ -43,8 +43,8 @@ class Bright(BrainNet):
         mask = head[0, 0].numpy() > 0.45
         return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
 
-    def enclose(self, head, located):
-        return self.refine(head, located) + 5
+    def enclose(self, _head, distance):
+        return (distance[:, 0] > -5).float()
 
 
 BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")

@@ -23,9 +23,9 @@ from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain_mask import find_brain_and_skull
-from cadiff_cli.training.brain_mask.data import paintable
+from cadiff_cli.training.brain_mask.data import paintable, t1_brightness
 from cadiff_cli.training.brain_mask.patches import t1_contrast
-from cadiff_cli.training.brain_mask.target import closed, intracranial, is_brain
+from cadiff_cli.training.brain_mask.target import intracranial
 
 BLUR_VOXELS = 0.5
 """Of an image painted from a label map."""
@@ -84,11 +84,12 @@ def painted(path: Path, images: int) -> Iterator[tuple[Volume, Volume]]:
     """Images of a label map on its own grid, and what its inner skull holds."""
     dseg, _ = load_ids(path)
     codes = np.rint(dseg.data).astype(np.int32)
-    held = intracranial(codes, closed(is_brain(codes), dseg.grid.spacing_mm), dseg.grid)
-    labels, t1 = paintable(codes)
+    held = intracranial(codes, dseg.grid)
+    labels, of_label = paintable(codes)
+    t1 = torch.tensor([t1_brightness(code) for code in of_label])
     for seed in range(images):
         generator = torch.Generator().manual_seed(seed)
-        contrast = t1_contrast(torch.from_numpy(t1), generator)
+        contrast = t1_contrast(t1, generator)
         noise = torch.randn(labels.shape, generator=generator).numpy()
         image = contrast.mean.numpy()[labels] + contrast.spread.numpy()[labels] * noise
         smooth = ndimage.gaussian_filter(image, BLUR_VOXELS).clip(0, 1)

@@ -1,10 +1,12 @@
 """The brain-mask network: a head at 2 mm -> signed distance to the brain's border, in mm.
 
-It may know a second border, the inner skull: the intracranial volume ends there.
+U-Nets in a cascade.  The first looks at the whole head at 4 mm and finds the brain; the second sees
+the head at 2 mm and the first one's answer, and finds the border.  A distance is smooth, so it can
+be read between voxels: the border at 1 mm has no 2 mm steps.
 
-U-Nets in a cascade.  The first looks at the whole head at 4 mm and finds the brain; the others see
-the head at 2 mm and the first one's answer, and find a border each.  A distance is smooth, so it
-can be read between voxels: the border at 1 mm has no 2 mm steps.
+A third network may tell what the inner skull holds: the intracranial volume.  Its border lies
+between fluid and bone, a millimetre or two from the cortex, so this network sees the head at 1 mm
+and names the tissue of each voxel.
 """
 
 from dataclasses import dataclass
@@ -19,18 +21,25 @@ from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, shuffle, unshuffle
 SPACING_MM = 2.0
 REACH_MM = 10.0
 """Distances beyond this are all the same to the network."""
+TISSUES = ("air", "brain", "fluid", "bone", "marrow", "soft tissue")
+"""What the network of the inner skull tells apart; fluid is all that the skull holds besides the
+brain, and soft tissue all that is outside it and has no name of its own."""
+BRAIN, FLUID = TISSUES.index("brain"), TISSUES.index("fluid")
+SLAB, RIM = 32, 3
+"""Voxels of 1 mm that are finished at a time, and how many more around them decide on them."""
 
 
 @dataclass(frozen=True)
 class BrainConfig:
     """Channels of the levels: of ``coarse`` from 8 mm down, of ``fine`` from 4 mm down.
 
-    With ``skull`` the network also finds the inner skull.
+    With ``skull`` the network also finds the inner skull, with ``tissue`` channels from 2 mm down.
     """
 
     coarse: tuple[int, ...] = (32, 64, 96, 96)
     fine: tuple[int, ...] = (32, 64, 96)
     skull: bool = False
+    tissue: tuple[int, ...] = (24, 48, 96)
 
     @property
     def multiple(self) -> int:
@@ -41,6 +50,11 @@ class BrainConfig:
     def fine_multiple(self) -> int:
         """Sizes of what is refined must be multiples of this many voxels."""
         return int(2 ** len(self.fine))
+
+    @property
+    def tissue_multiple(self) -> int:
+        """Sizes of the part at 1 mm in which the inner skull is found must be multiples of this."""
+        return int(2 ** len(self.tissue))
 
 
 class Block(nn.Module):
@@ -60,10 +74,10 @@ class Block(nn.Module):
         return out
 
 
-class DistanceNet(nn.Module):
+class BlockNet(nn.Module):
     """A U-Net over blocks of 2^3 voxels: the input loses nothing, and costs an eighth."""
 
-    def __init__(self, c_in: int, channels: tuple[int, ...]) -> None:
+    def __init__(self, c_in: int, channels: tuple[int, ...], c_out: int = 1) -> None:
         super().__init__()
         c = channels
         self.stem = Conv3d(8 * c_in, c[0], 3, padding=1)
@@ -73,10 +87,10 @@ class DistanceNet(nn.Module):
         self.up = nn.ModuleList(Conv3d(b, a, 1) for a, b in pairwise(c))
         self.decoder = nn.ModuleList(Block(2 * n, n) for n in c[:-1])
         self.norm = ChannelNorm(c[0])
-        self.out = Conv3d(c[0], 8, 3, padding=1)
+        self.out = Conv3d(c[0], 8 * c_out, 3, padding=1)
 
     def forward(self, *images: Tensor) -> Tensor:
-        """Images (B, 1, X, Y, Z) -> (B, 1, X, Y, Z) float32, in units of the reach."""
+        """Images (B, 1, X, Y, Z) -> (B, c_out, X, Y, Z) float32."""
         x = self.stem(last(torch.cat([unshuffle(image) for image in images], dim=1)))
         skips = []
         for level, block in enumerate(self.encoder):
@@ -91,19 +105,59 @@ class DistanceNet(nn.Module):
         return shuffle(self.out(F.silu(self.norm(x))).float())
 
 
+class TissueNet(nn.Module):
+    """The tissues of a head: a U-Net over blocks of 2^3 voxels, then convolutions at 1 mm.
+
+    The blocks know where in a head they are; a border as thin as the inner skull's needs the voxels
+    themselves.
+    """
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        n = len(TISSUES)
+        self.blocks = BlockNet(2, channels, n)
+        self.first = Conv3d(2, 8, 3, padding=1)
+        self.second = Conv3d(8 + n, 16, 3, padding=1)
+        self.third = Conv3d(16, 16, 3, padding=1)
+        self.out = Conv3d(16, n, 1)
+
+    def forward(self, image: Tensor, hint: Tensor) -> Tensor:
+        """Two images (B, 1, X, Y, Z) -> logits (B, tissues, X, Y, Z) float32."""
+        return self._finished(image, hint, self.blocks(image, hint))
+
+    def within(self, image: Tensor, hint: Tensor) -> Tensor:
+        """(B, X, Y, Z) float32: the probability that the inner skull holds a voxel.
+
+        It is that of ``forward``, slab by slab: all tissues of a whole head would take gigabytes.
+        """
+        rough, size, parts = self.blocks(image, hint), image.shape[2], []
+        for start in range(0, size, SLAB):
+            low, high = max(0, start - RIM), min(size, start + SLAB + RIM)
+            slabs = (x[:, :, low:high] for x in (image, hint, rough))
+            p = self._finished(*slabs).softmax(dim=1)[:, :, start - low :][:, :, :SLAB]
+            parts.append(p[:, BRAIN] + p[:, FLUID])
+        return torch.cat(parts, dim=1)
+
+    def _finished(self, image: Tensor, hint: Tensor, rough: Tensor) -> Tensor:
+        x = self.first(last(torch.cat([image, hint], dim=1)))
+        x = self.second(F.silu(torch.cat([x, rough.to(x.dtype)], dim=1)))
+        x = self.third(F.silu(x))
+        logits: Tensor = rough + self.out(F.silu(x)).float()
+        return logits
+
+
 class BrainNet(nn.Module):
     """Where the brain is, at 4 mm, then where it ends, at 2 mm.
 
-    ``skull`` is a third network, like the second, for the inner skull: the brain's border does not
-    depend on it.
+    ``skull`` is a third network, for the inner skull: the brain's border does not depend on it.
     """
 
     def __init__(self, config: BrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.coarse = DistanceNet(1, config.coarse)
-        self.fine = DistanceNet(2, config.fine)
-        self.skull = DistanceNet(2, config.fine) if config.skull else None
+        self.coarse = BlockNet(1, config.coarse)
+        self.fine = BlockNet(2, config.fine)
+        self.skull = TissueNet(config.tissue) if config.skull else None
 
     def locate(self, head: Tensor) -> Tensor:
         """(B, 1, 2x, 2y, 2z) intensities in [0, 1] at 2 mm -> (B, 1, x, y, z) mm at 4 mm."""
@@ -112,19 +166,26 @@ class BrainNet(nn.Module):
 
     def refine(self, head: Tensor, located: Tensor) -> Tensor:
         """``head`` and what ``locate`` says of it, or the same part of both -> mm at 2 mm."""
-        return _border(self.fine, head, located)
+        hint = F.interpolate(located, scale_factor=2, mode="trilinear") / REACH_MM
+        correction: Tensor = self.fine(2 * head - 1, hint.clamp(-1, 1))
+        return REACH_MM * (hint + correction)
 
-    def enclose(self, head: Tensor, located: Tensor) -> Tensor:
-        """As ``refine``, the distance to the inner skull; the network must know it.
+    def tell_tissues(self, head: Tensor, distance: Tensor) -> Tensor:
+        """A part of a head at 1 mm and the distance (mm) to the brain's border there -> logits.
 
-        It sees the square root of the brightness: fluid and bone are the darkest of a T1-weighted
-        head, and the border lies between them.
+        The arguments are (B, 1, X, Y, Z), intensities in [0, 1]; the logits are of ``TISSUES``,
+        (B, 6, X, Y, Z).  The network must know the skull.
         """
         assert self.skull is not None
-        return _border(self.skull, head.sqrt(), located)
+        logits: Tensor = self.skull(*_tissue_input(head, distance))
+        return logits
+
+    def enclose(self, head: Tensor, distance: Tensor) -> Tensor:
+        """As ``tell_tissues``: the probability (B, X, Y, Z) that the inner skull holds a voxel."""
+        assert self.skull is not None
+        return self.skull.within(*_tissue_input(head, distance))
 
 
-def _border(net: DistanceNet, head: Tensor, located: Tensor) -> Tensor:
-    hint = F.interpolate(located, scale_factor=2, mode="trilinear") / REACH_MM
-    correction: Tensor = net(2 * head - 1, hint.clamp(-1, 1))
-    return REACH_MM * (hint + correction)
+def _tissue_input(head: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Square roots: fluid and bone, between which the border lies, are the darkest of a head."""
+    return 2 * head.sqrt() - 1, (distance / REACH_MM).clamp(-1, 1)

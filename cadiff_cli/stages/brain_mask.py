@@ -1,6 +1,6 @@
 """The learned brain mask: a head on any grid -> signed distance to the brain's border -> mask.
 
-The network may know the inner skull, too: then there are two distances and two masks.
+The network may know the inner skull, too: then there are two masks.
 """
 
 import numpy as np
@@ -23,9 +23,8 @@ from cadiff_cli.stages.masks import tidy
 
 BOX_MARGIN_MM = 9.0
 """Margin around the first network's brain within which the second network refines it."""
-SKULL_MARGIN_VOXELS = 3
-"""The box in which the inner skull is looked for is wider by so many voxels of 4 mm, as a shrunken
-brain lies far from it."""
+SKULL_MARGIN_MM = 24.0
+"""The inner skull is looked for so far from the brain: a shrunken one lies far from it."""
 DEEP_MM = 6.0
 """Voxels farther inside the brain than this are deep inside."""
 NO_BRAIN_LITRES = 0.12
@@ -43,13 +42,15 @@ def network_image(t1: Volume) -> Volume:
     return Volume(normalise(resample(t1, grid, fill=float(t1.data.min())).data), grid)
 
 
-def normalise(image: np.ndarray) -> np.ndarray:
+def normalise(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """Scale intensities to [0, 1]: air becomes 0, the 99.5th percentile of brighter voxels 1.
 
-    Air is the median of the darkest twentieth of the image.
+    Air is the median of the darkest twentieth of the image.  A part of a head is scaled ``like``
+    the whole.
     """
-    low = float(np.median(image[image <= np.percentile(image, 5)]))
-    above = image[image > low]
+    whole = image if like is None else like
+    low = float(np.median(whole[whole <= np.percentile(whole, 5)]))
+    above = whole[whole > low]
     high = float(np.percentile(above, 99.5)) if len(above) else low
     scaled = (image - low) / ((high - low) or 1.0)
     return np.asarray(np.clip(scaled, 0, 1), dtype=np.float32)
@@ -69,33 +70,49 @@ def share_of_brain(t1: Volume, candidate: Volume, model: BrainModel) -> float:
 
 
 @torch.no_grad()
-def predict_distances(net: BrainNet, head: np.ndarray) -> list[np.ndarray]:
-    """(X, Y, Z) intensities in [0, 1] at 2 mm -> signed distances to the brain's border.
+def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
+    """(X, Y, Z) intensities in [0, 1] at 2 mm -> signed distance to the brain's border.
 
-    Each (X, Y, Z) float32 in mm, inside positive, within the network's reach; a second one is that
-    to the inner skull, if the network knows it.  The image is padded with air to the sizes that the
-    network takes.  Only a box around the brain of the first network is looked at more closely.
+    (X, Y, Z) float32 in mm, inside positive, within the network's reach.  The image is padded with
+    air to the sizes that the network takes.  Only a box around the brain of the first network is
+    looked at more closely.
     """
     x = _padded(head, net)
-    borders = [(net.refine, 0)]
-    if net.config.skull:
-        borders.append((net.enclose, SKULL_MARGIN_VOXELS))
-    distances = []
     with autocast(x.device):
         located = net.locate(x)
-        near = located[0, 0] > -BOX_MARGIN_MM
-        for border, margin in borders:
-            distance = F.interpolate(located, scale_factor=2, mode="trilinear")
-            if box := _around(near, margin, net.config.fine_multiple // 2):
-                a, b, c = box
-                i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
-                distance[..., i, j, k] = border(x[..., i, j, k], located[..., a, b, c])
-            distances.append(distance)
+        distance = F.interpolate(located, scale_factor=2, mode="trilinear")
+        if box := _around(located[0, 0] > -BOX_MARGIN_MM, net.config.fine_multiple // 2):
+            a, b, c = box
+            i, j, k = (slice(2 * s.start, 2 * s.stop) for s in box)
+            distance[..., i, j, k] = net.refine(x[..., i, j, k], located[..., a, b, c])
     i, j, k = (slice(0, n) for n in head.shape)
-    return [
-        np.asarray(d[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM).float().cpu().numpy())
-        for d in distances
-    ]
+    near = distance[0, 0, i, j, k].clamp(-REACH_MM, REACH_MM)
+    return np.asarray(near.float().cpu().numpy())
+
+
+@torch.no_grad()
+def _held_by_skull(t1: Volume, distance: Volume, working: Grid, net: BrainNet) -> np.ndarray:
+    """What the inner skull holds (bool) on the ``working`` grid, by the ``distance`` to a brain."""
+    margin = np.ceil(SKULL_MARGIN_MM / distance.grid.spacing_mm).astype(int)
+    wide = tuple(
+        slice(s.start - n, s.stop + n)
+        for s, n in zip(bounding_box(distance.data > 0), margin, strict=True)
+    )
+    box = mapped_box(wide, working.voxel_map(distance.grid), working.shape)
+    part = working.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+    air, device = float(t1.data.min()), next(net.parameters()).device
+    whole = resample(t1, distance.grid, fill=air).data
+    head = normalise(resample(t1, part, fill=air).data, whole)
+    pad = [(0, -n % net.config.tissue_multiple) for n in part.shape]
+    inputs = (
+        torch.from_numpy(np.pad(data, pad, mode="edge"))[None, None].to(device)
+        for data in (head, resample(distance, part, fill=-REACH_MM).data)
+    )
+    with autocast(device):
+        p = net.enclose(*inputs)[0].cpu().numpy()
+    held = np.zeros(working.shape, dtype=bool)
+    held[box] = p[tuple(slice(n) for n in part.shape)] > 0.5
+    return held
 
 
 def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
@@ -104,19 +121,19 @@ def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
     return torch.from_numpy(np.pad(head, pad))[None, None].to(next(net.parameters()).device)
 
 
-def _around(inside: torch.Tensor, margin: int, multiple: int) -> tuple[slice, ...]:
-    """The box around (X, Y, Z) bool and a ``margin``, in multiples of ``multiple`` voxels.
+def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
+    """The box around (X, Y, Z) bool, in multiples of ``multiple`` voxels; () if all are False.
 
-    () if all are False.  Sizes of ``inside`` must be such multiples.
+    Sizes of ``inside`` must be such multiples.
     """
     box = []
-    for axis, size in enumerate(inside.shape):
+    for axis in range(3):
         indices = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
         if not len(indices):
             return ()
-        low = max(0, int(indices[0]) - margin) // multiple * multiple
-        high = -(-(int(indices[-1]) + 1 + margin) // multiple) * multiple
-        box.append(slice(low, min(size, high)))
+        low = int(indices[0]) // multiple * multiple
+        high = -(-(int(indices[-1]) + 1) // multiple) * multiple
+        box.append(slice(low, high))
     return tuple(box)
 
 
@@ -131,8 +148,7 @@ def find_brain_and_skull(
     found.
     """
     head = network_image(t1)
-    found = (Volume(data, head.grid) for data in predict_distances(model.net, head.data))
-    distance, *skull = found
+    distance = Volume(predict_distance(model.net, head.data), head.grid)
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
     if deep.litres < LEAST_DEEP_LITRES:
         problem = "no brain found" if deep.litres < NO_BRAIN_LITRES else "the brain is too small"
@@ -143,9 +159,10 @@ def find_brain_and_skull(
             " axes, or give --mask FILE",
         )
     brain = _inside(distance, working)
-    if not skull:
+    if not model.net.config.skull:
         return brain, None
-    return brain, Volume(tidy(_inside(skull[0], working).data | brain.data), working)
+    held = _held_by_skull(t1, distance, working, model.net)
+    return brain, Volume(tidy(held | brain.data), working)
 
 
 def _inside(distance: Volume, working: Grid) -> Volume:

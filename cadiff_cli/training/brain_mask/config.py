@@ -12,14 +12,16 @@ from cadiff_cli.training.settings import load_training, overridden
 class HeadConfig(Schedule):
     """How to train the brain-mask network, and how to augment heads.
 
-    ``patch`` is in voxels a side at 2 mm: a head with its neck; ``cube`` is the side of
-    its part in which a border is learnt.  ``off_centre_mm`` is how far a patch's centre may lie
-    from the brain's.  ``tilted`` is the share of heads with
-    rotations of up to ``rotation_deg``; the others are tilted up to a quarter of that.
+    ``patch`` is in voxels a side at 2 mm: a head with its neck; ``cube`` is the side of its part in
+    which the border is learnt, or of that in which the inner skull is, then at 1 mm.
+    ``off_centre_mm`` is how far a patch's centre may lie from the brain's.  ``tilted`` is the share
+    of heads with rotations of up to ``rotation_deg``; the others are tilted up to a quarter of
+    that.
     ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
     whose face is removed; ``shrunken`` that of brains with up to ``shrink_mm`` of CSF between
     brain and skull; ``moved_skull`` that of label maps whose inner skull lies up to ``moved_mm``
-    farther in or out, another way in each region.  In the first ``coarse_steps`` only the network
+    farther in or out, another way in each region; ``large_voxels`` that of such maps painted with
+    voxels of up to 2 mm.  In the first ``coarse_steps`` only the network
     that locates the brain learns.
 
     More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones have
@@ -50,6 +52,7 @@ class HeadConfig(Schedule):
     shrink_mm: float = 7.0
     moved_skull: float = 0.0
     moved_mm: float = 3.0
+    large_voxels: float = 0.2
     empty: float = 0.12
     slice_mm: float = 8.0
     bright_scalp: float = 0.2

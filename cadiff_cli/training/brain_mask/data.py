@@ -17,7 +17,7 @@ from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.nets.brain_mask import SPACING_MM
+from cadiff_cli.nets.brain_mask import SPACING_MM, TISSUES
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise
@@ -34,20 +34,18 @@ from cadiff_cli.training.paint import FLUID, T1_BRIGHTNESS, tissues
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 """Increase when the preparation of heads changes; older files are then prepared again."""
 T1_FLUID = (0.30, 0.07)
 """Brightness of all fluid in a head, as those of ``T1_HEAD``.  In 11 heads of IXI and NiChart
 ventricles had 0.25 to 0.50 of the brightness of white matter; bone is far darker, and so the skull
 can be seen."""
-T1_BONE = (0.06, 0.02)
-"""The same, of cortical bone."""
 T1_HEAD: Mapping[int, tuple[float, float]] = {
     0: (0.0, 0.0),
     506: (0.12, 0.05),  # eyes
     512: (0.65, 0.08),  # spinal cord
     514: (0.25, 0.15),  # veins and sinuses
-    515: T1_BONE,
+    515: (0.06, 0.02),  # cortical bone
     516: (0.55, 0.20),  # marrow
 }
 """Brightness as in ``paint.T1_BRIGHTNESS``, with spread, of labels around the brain; all others
@@ -60,9 +58,10 @@ class Head:
 
     ``distance`` (X, Y, Z) float16 is the signed distance (mm, inside positive) to the mask's
     border.  ``image`` (X, Y, Z) uint8 is a real scan.  Without one ``labels`` (2X, 2Y, 2Z) uint8,
-    eight in each voxel, are turned into images; then ``skull`` is like ``distance``, to the inner
-    skull's border, and ``t1`` (labels, 2) float32 the mean and the spread between people of each
-    label's brightness in a T1-weighted image.
+    eight in each voxel, are turned into images; then ``t1`` (labels, 2) float32 is the mean and the
+    spread between people of each label's brightness in a T1-weighted image, and ``tissue`` (labels)
+    uint8 its index in ``TISSUES``.  ``held`` is like ``labels``, 1 within the inner skull, and
+    ``skull`` like ``distance``, to its border.
     """
 
     name: str
@@ -70,8 +69,10 @@ class Head:
     distance: np.ndarray
     image: np.ndarray | None = None
     labels: np.ndarray | None = None
-    skull: np.ndarray | None = None
     t1: np.ndarray | None = None
+    tissue: np.ndarray | None = None
+    held: np.ndarray | None = None
+    skull: np.ndarray | None = None
 
     @cached_property
     def centre(self) -> np.ndarray:
@@ -82,21 +83,20 @@ class Head:
     @cached_property
     def fluid(self) -> int | None:
         """The label of the fluid around the brain; None if it is not known."""
-        return self._outside(self.distance, T1_FLUID[0])
+        if self.labels is None or self.t1 is None:
+            return None
+        around = (self.distance < 0) & (self.distance > -SPACING_MM)
+        count = np.bincount(self.labels[::2, ::2, ::2][around], minlength=len(self.t1))
+        count[~np.isclose(self.t1[:, 0], T1_FLUID[0])] = 0
+        return int(count.argmax()) if count.any() else None
 
     @cached_property
     def bone(self) -> int | None:
-        """The label of the inner skull's bone; None if it is not known."""
-        return self._outside(self.skull, T1_BONE[0])
-
-    def _outside(self, depth: np.ndarray | None, brightness: float) -> int | None:
-        """The most common label of a mean T1 ``brightness`` just outside the surface of depth 0."""
-        if self.labels is None or self.t1 is None or depth is None:
+        """The label of cortical bone; None if there is none."""
+        if self.tissue is None:
             return None
-        near = self.labels[::2, ::2, ::2][(depth < 0) & (depth > -SPACING_MM)]
-        count = np.bincount(near, minlength=len(self.t1))
-        count[~np.isclose(self.t1[:, 0], brightness)] = 0
-        return int(count.argmax()) if count.any() else None
+        bones = np.flatnonzero(self.tissue == TISSUES.index("bone"))
+        return int(bones[0]) if len(bones) else None
 
 
 def from_labels(name: str, source: str, dseg: Volume) -> Head:
@@ -104,22 +104,27 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     codes = np.rint(dseg.data).astype(np.int32)
     brain = closed(is_brain(codes), dseg.grid.spacing_mm)
     distance = distance_at_2mm(Volume(brain, dseg.grid))
-    labels, t1 = paintable(codes)
+    labels, of_label = paintable(codes)
+    held = intracranial(codes, dseg.grid)
     eighths = distance.grid.working(SPACING_MM / 2, tolerance=0.0)  # of the same field of view
-    labels_1mm = resample_labels(Volume(labels, dseg.grid), eighths)
-    skull = distance_at_2mm(Volume(intracranial(codes, brain, dseg.grid), dseg.grid))
+    labels_1mm, held_1mm = (
+        resample_labels(Volume(data, dseg.grid), eighths).data.copy()
+        for data in (labels, held.astype(np.uint8))
+    )
     return Head(
         name,
         source,
         distance.data.astype(np.float16),
-        labels=labels_1mm.data.copy(),
-        skull=skull.data.astype(np.float16),
-        t1=t1,
+        labels=labels_1mm,
+        t1=np.array([t1_brightness(code) for code in of_label], dtype=np.float32),
+        tissue=np.array([TISSUES.index(tissue_of(code)) for code in of_label], dtype=np.uint8),
+        held=held_1mm,
+        skull=distance_at_2mm(Volume(held, dseg.grid)).data.astype(np.float16),
     )
 
 
-def paintable(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn FreeSurfer's ``codes`` into labels (X, Y, Z) uint8 and their ``t1`` (``Head``).
+def paintable(codes: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Turn FreeSurfer's ``codes`` into labels (X, Y, Z) uint8, and the code of each label.
 
     Left and right share their intensities, so they share a label; 0 is air.
     """
@@ -132,8 +137,17 @@ def paintable(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{paired.max()} different labels", "give a label map of at most 255")
     of_code = np.zeros(present[-1] - present[0] + 1, dtype=np.uint8)
     of_code[present - present[0]] = paired
-    t1 = np.array([t1_brightness(int(code)) for code in of_pair], dtype=np.float32)
-    return of_code[codes - present[0]], t1
+    return of_code[codes - present[0]], [int(code) for code in of_pair]
+
+
+def tissue_of(code: int) -> str:
+    """The one of ``TISSUES`` that FreeSurfer's ``code`` is, outside the inner skull or the brain's.
+
+    Fluid is what the inner skull holds besides the brain: that is for ``intracranial`` to say.
+    """
+    if is_brain(np.array(code)):
+        return "brain"
+    return {0: "air", 515: "bone", 516: "marrow"}.get(code, "soft tissue")
 
 
 def t1_brightness(code: int) -> tuple[float, float]:
@@ -222,10 +236,7 @@ def load(path: Path) -> Head:
         str(stored["name"]),
         str(stored["source"]),
         stored["distance"],
-        stored.get("image"),
-        stored.get("labels"),
-        stored.get("skull"),
-        stored.get("t1"),
+        **{name: stored.get(name) for name in ("image", "labels", "t1", "tissue", "held", "skull")},
     )
 
 

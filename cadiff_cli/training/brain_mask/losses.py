@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cadiff_cli.nets.brain_mask import REACH_MM
@@ -21,27 +20,11 @@ class MaskLosses:
         return self.coarse + self.fine
 
 
-@dataclass(frozen=True, eq=False)
-class SkullLoss:
-    """Loss of the inner skull's border."""
-
-    skull: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The minimised sum."""
-        return self.skull
-
-
-def distance_loss(estimate: Tensor, truth: Tensor, near_mm: float = torch.inf) -> Tensor:
-    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide).
-
-    In the first a voxel counts the less, the farther it is from the border: 1 / e at ``near_mm``.
-    """
+def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:
+    """L1 of a distance (in units of the reach) and soft Dice of its sigmoid (1 mm wide)."""
     # At the end of the reach, any larger distance on the same side is correct.
     far = (truth.abs() >= REACH_MM) & (estimate * truth.sign() > REACH_MM)
     error = (estimate - truth).abs().masked_fill(far, 0)
-    weight = (-truth.abs() / near_mm).exp()
     p, q = estimate.sigmoid(), (truth > 0).float()
     dice = (2 * (p * q).sum() + 1) / (p.sum() + q.sum() + 1)
-    return (weight * error).sum() / weight.sum() / REACH_MM + 0.5 * (1 - dice)
+    return error.mean() / REACH_MM + 0.5 * (1 - dice)

@@ -1,4 +1,4 @@
-"""The objectives of the brain mask's training: the brain's border, then the inner skull's."""
+"""The objective of the brain mask's training: the brain's border, in a cascade."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,15 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.nets.brain_mask import BrainNet
-from cadiff_cli.training.brain_mask.losses import MaskLosses, SkullLoss, distance_loss
+from cadiff_cli.training.brain_mask.losses import MaskLosses, distance_loss
 from cadiff_cli.training.brain_mask.patches import HeadPatch
 
 Cube = Callable[[Tensor, int], Tensor]
 """Cuts the same cube from volumes of either resolution: the scale is 1 at 4 mm, 2 at 2 mm."""
-
-
-SKULL_NEAR_MM = 4.0
-"""``near_mm`` of the inner skull's loss: its volume does not depend on the many voxels far away."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +35,6 @@ class MaskObjective:
         cube = _cube(patch, self.fine, generator)
         estimate = net.refine(cube(patch.image, 2), cube(located.detach(), 1))
         return MaskLosses(coarse, distance_loss(estimate, cube(patch.distance, 2)))
-
-
-@dataclass(frozen=True)
-class SkullObjective:
-    """Train the network of the inner skull alone, on a random cube of ``fine`` voxels."""
-
-    fine: int
-
-    def __call__(
-        self, net: BrainNet, patch: HeadPatch, generator: torch.Generator, _progress: float = 1.0
-    ) -> SkullLoss:
-        """Loss of one batch of heads whose inner skull is known."""
-        with torch.no_grad():
-            located = net.locate(patch.image)
-        cube = _cube(patch, self.fine, generator)
-        skull = net.enclose(cube(patch.image, 2), cube(located, 1))
-        return SkullLoss(distance_loss(skull, cube(patch.skull, 2), SKULL_NEAR_MM))
 
 
 def _cube(patch: HeadPatch, voxels: int, generator: torch.Generator) -> Cube:

@@ -33,14 +33,10 @@ from cadiff_cli.training.transforms import (
 
 @dataclass(frozen=True, eq=False)
 class HeadPatch(Batch):
-    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach.
-
-    ``skull`` is the distance to the inner skull, NaN where it is not known.
-    """
+    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach."""
 
     image: Tensor
     distance: Tensor
-    skull: Tensor
 
 
 class HeadDraws(Dataset[HeadPatch]):
@@ -93,11 +89,8 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(0.5):
         points = points.flip(1)
 
-    known = [head.distance] if head.skull is None else [head.distance, head.skull]
-    stored = torch.from_numpy(np.stack(known).astype(np.float32)) + FAR_MM
-    distance, *skulls = (read(stored, points) - FAR_MM) / zoom
-    # A brain shrinks, its skull does not.
-    skull = skulls[0] if skulls else torch.full_like(distance, torch.nan)
+    stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
+    distance = (read(stored, points)[0] - FAR_MM) / zoom
     rim = torch.zeros_like(distance)
     if chance(config.shrunken):
         points, distance, rim = shrink(points, distance, config.shrink_mm, generator)
@@ -106,18 +99,10 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     else:
         contrast = draw_contrast(head, config, generator)
         image = painted(head, points, contrast, generator)
-        fluid, bone = head.fluid, head.bone
-
-        def fill(image: Tensor, share: Tensor, label: int) -> Tensor:
-            noise = contrast.spread[label] * torch.randn(image.shape, generator=generator)
-            return image + share * (contrast.mean[label] + noise - image)
-
-        if rim.any() and fluid is not None:
-            image, rim = fill(image, rim, fluid), torch.zeros_like(rim)
-        if fluid is not None and bone is not None and chance(config.moved_skull):
-            skull, gained = move_skull(skull, distance, config.moved_mm, generator)
-            image = fill(image, gained.clamp(min=0), fluid)
-            image = fill(image, -gained.clamp(max=0), bone)
+        if rim.any() and head.fluid is not None:
+            noise = contrast.spread[head.fluid] * torch.randn(image.shape, generator=generator)
+            image = image + rim * (contrast.mean[head.fluid] + noise - image)
+            rim = torch.zeros_like(rim)
     if rim.any():
         # Dark in a real scan, like its own ventricles; of any brightness without labels of fluid.
         share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
@@ -126,11 +111,10 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         image = image + rim * (level + speckle - image)
     if chance(config.bright_scalp):
         image = _spin_echo(image, distance, generator)
-    image = _artefacts(image, config, generator)
+    image = artefacts(image, config, generator)
     if chance(config.stripped):
         # Programs strip more or less widely: the mask follows their border.
         distance = distance - float(uniform(-6, 1, 1))
-        skull = torch.full_like(skull, torch.nan)
         image = image * (distance > 0)
     elif chance(config.zeroed_air):
         image = image * (image > float(uniform(0.02, 0.12, 1)))
@@ -140,13 +124,16 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.deface):
         image = _deface(image, distance, generator)
     if chance(config.cut):
-        image, (distance, skull) = _cut(image, (distance, skull), generator)
-    brain, skull = (d.clamp(-REACH_MM, REACH_MM)[None, None] for d in (distance, skull))
-    return HeadPatch(image[None, None], brain, skull)
+        image, distance = _cut(image, distance, generator)
+    return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
 
 
 def shrink(
-    points: Tensor, distance: Tensor, widest_mm: float, generator: torch.Generator
+    points: Tensor,
+    distance: Tensor,
+    widest_mm: float,
+    generator: torch.Generator,
+    spacing_mm: float = SPACING_MM,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shrink a brain at its border by 0 to ``widest_mm`` mm, different in each region (atrophy).
 
@@ -156,7 +143,7 @@ def shrink(
     by the whole width, deep inside not at all.
     """
     n = distance.shape[-1]
-    wave = smooth_noise(1.0, 20.0, n, n, generator)[0]
+    wave = smooth_noise(1.0, 40.0 / spacing_mm, n, n, generator)[0]
     wave = (1.5 * wave / wave.std().clamp(min=1e-6)).sigmoid()
     width = widest_mm * torch.rand(1, generator=generator) * wave
     outwards = -torch.stack(torch.gradient(F.avg_pool3d(distance[None], 3, 1, 1)[0]))
@@ -166,32 +153,11 @@ def shrink(
     axis = torch.arange(n, dtype=torch.float32)
     index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     # A voxel that the old border cuts stays: otherwise a shell of skull would mark the border.
-    shift = torch.where(distance < SPACING_MM / 2, 0, move)
-    points = read(points, index + shift / SPACING_MM * outwards, padding="border")
+    shift = torch.where(distance < spacing_mm / 2, 0, move)
+    points = read(points, index + shift / spacing_mm * outwards, padding="border")
     new = torch.where(distance < 0, distance - width, distance - move)
-    return points, new, _share_within(distance) - _share_within(new)
-
-
-def move_skull(
-    skull: Tensor, brain: Tensor, widest_mm: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Move the inner skull out or in by 0 to ``widest_mm`` mm, another way in each region.
-
-    How wide the fluid around a brain is then says nothing of the person: only the image tells.
-    ``skull`` and ``brain`` (N, N, N) are distances in mm; the skull never cuts the brain.  Returns
-    the new distance, and the share (-1 to 1) of each voxel that the skull has gained.
-    """
-    n = skull.shape[-1]
-    whole, part = widest_mm * torch.rand(2, generator=generator)
-    sign = 1 if float(torch.rand(1, generator=generator)) < 0.5 else -1
-    move = sign * whole + smooth_noise(float(part), 30.0, n, n, generator)[0]
-    new = torch.maximum(skull + move.clamp(-widest_mm, widest_mm), torch.minimum(skull, brain))
-    return new, _share_within(new) - _share_within(skull)
-
-
-def _share_within(distance: Tensor) -> Tensor:
-    """The share (0 to 1) of each voxel within the border that is so far (mm) from its centre."""
-    return (0.5 + distance / SPACING_MM).clamp(0, 1)
+    before, after = ((0.5 + d / spacing_mm).clamp(0, 1) for d in (distance, new))
+    return points, new, before - after
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
@@ -221,9 +187,9 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
         image = torch.where(inside, image, 0.05 * torch.rand(n, n, n, generator=generator))
     elif kind < 0.8:
         image = image * (1 + (points * uniform(-1, 1, 3).view(view)).sum(dim=0))
-    image = _artefacts((image / image.max()).clamp(0, 1), config, generator)
+    image = artefacts((image / image.max()).clamp(0, 1), config, generator)
     nowhere = torch.full((1, 1, n, n, n), -REACH_MM)
-    return HeadPatch(image[None, None], nowhere, nowhere)
+    return HeadPatch(image[None, None], nowhere)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,8 +276,13 @@ def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> T
     return image / max(1.0, float(image.max()))
 
 
-def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
-    """Add a bias field, noise, thick slices or large voxels; change contrast and brightness."""
+def artefacts(
+    image: Tensor, config: HeadConfig, generator: torch.Generator, *, whole: bool = True
+) -> Tensor:
+    """Add a bias field, noise, thick slices or large voxels; change contrast and brightness.
+
+    A ``whole`` head is normalised as at inference; a part of one has not the same percentiles.
+    """
     often = config.intensity
     if float(torch.rand(1, generator=generator)) < 0.3 * often:
         thickest = config.slice_mm / SPACING_MM
@@ -321,7 +292,9 @@ def _artefacts(image: Tensor, config: HeadConfig, generator: torch.Generator) ->
         [
             mt.RandBiasField(prob=0.6 * often, coeff_range=(-0.25, 0.25)),
             mt.RandBiasField(prob=config.strong_bias, degree=2, coeff_range=(-0.8, 0.8)),
-            mt.Lambda(lambda biased: torch.from_numpy(normalise(biased.numpy()))),
+            mt.Lambda(
+                lambda biased: torch.from_numpy(normalise(biased.numpy())) if whole else biased
+            ),
             mt.RandAdjustContrast(prob=0.6 * often, gamma=(0.5, 2.0)),
             mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2 * often),
             low_resolution(0.15 * often),
@@ -353,14 +326,11 @@ def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tens
     return torch.where(along > float(along[brain].max()) + margin, 0.0, image)
 
 
-def _cut(
-    image: Tensor, distances: Sequence[Tensor], generator: torch.Generator
-) -> tuple[Tensor, list[Tensor]]:
+def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cut the field of view within the head: up to a quarter is missing at one or two sides.
 
-    Masks end at the cut, so their distances are at most that to the plane of the cut.
+    The mask ends at the cut, so its distance is at most that to the plane of the cut.
     """
-    distances = list(distances)
     for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
         axis = int(torch.randint(3, (1,), generator=generator))
         size = image.shape[axis]
@@ -372,5 +342,5 @@ def _cut(
         view[axis] = -1
         inside_mm = inside_mm.reshape(view)
         image = image * (inside_mm > 0)
-        distances = [torch.minimum(distance, inside_mm) for distance in distances]
-    return image, distances
+        distance = torch.minimum(distance, inside_mm)
+    return image, distance

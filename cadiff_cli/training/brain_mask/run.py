@@ -5,19 +5,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.errors import UsageError, first_few
 from cadiff_cli.io.files import write_tsv
 from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.models import BrainModel
-from cadiff_cli.stages.brain_mask import predict_distances
+from cadiff_cli.stages.brain_mask import predict_distance
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, content
-from cadiff_cli.training.brain_mask.objective import MaskObjective, SkullObjective
+from cadiff_cli.training.brain_mask.objective import MaskObjective
 from cadiff_cli.training.brain_mask.patches import HeadDraws
+from cadiff_cli.training.brain_mask.skull import SkullDraws, SkullObjective
 from cadiff_cli.training.loop import Objective
 from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
 
@@ -67,10 +70,10 @@ def train_mask(
         raise UsageError("real heads do not tell the inner skull", "train it on --label-maps alone")
     settings = net_config or BrainConfig()
     if init:
-        settings = replace(init.net.config, skull=skull or init.net.config.skull)
+        settings = net_config if net_config and skull else init.net.config
     sizes = (
         ("patch", config.patch, settings.multiple),
-        ("cube", config.cube, settings.fine_multiple),
+        ("cube", config.cube, settings.tissue_multiple if skull else settings.fine_multiple),
     )
     for key, size, multiple in sizes:
         if size < multiple or size % multiple:
@@ -91,14 +94,17 @@ def train_mask(
     session = Session.open(run, net, config, identity, facts, max_minutes)
     # The first network is trained first: the second one needs its output.
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
-    parts: Sequence[tuple[HeadConfig, Objective]] = (
-        ((config, SkullObjective(config.cube)),)
-        if skull
-        else ((locating, MaskObjective(fine=0)), (config, MaskObjective(config.cube)))
-    )
-    draws = HeadDraws(chosen, config)
-    for schedule, objective in parts:
-        if not session.fit(draws, objective, schedule=schedule, workers=workers):
+    parts: Sequence[tuple[HeadConfig, Dataset[Any], Objective]]
+    if skull:
+        parts = ((config, SkullDraws(chosen, config), SkullObjective()),)
+    else:
+        draws = HeadDraws(chosen, config)
+        parts = (
+            (locating, draws, MaskObjective(fine=0)),
+            (config, draws, MaskObjective(config.cube)),
+        )
+    for schedule, dataset, objective in parts:
+        if not session.fit(dataset, objective, schedule=schedule, workers=workers):
             break  # out of time, or asked to stop
     path = session.export(BrainModel)
     rows = []
@@ -112,11 +118,8 @@ def train_mask(
 
 
 def _begin(net: BrainNet, other: BrainNet) -> None:
-    """Copy weights; a new network of the inner skull begins as that of the brain's border."""
-    weights = other.state_dict()
-    if net.skull is not None and other.skull is None:
-        weights |= {f"skull.{name}": weight for name, weight in other.fine.state_dict().items()}
-    net.load_state_dict(weights)
+    """Copy weights; a network of the inner skull that ``other`` has not begins anew."""
+    net.load_state_dict(net.state_dict() | other.state_dict())
 
 
 def check_settings(
@@ -131,14 +134,15 @@ def check_settings(
             f"stripped is {config.stripped}: a brain alone tells nothing of its skull",
             "set stripped = 0 in [train]",
         )
-    if (
-        init
-        and net_config
-        and replace(net_config, skull=False) != replace(init.net.config, skull=False)
-    ):
-        raise UsageError(
-            f"--init {init.name} is another network than the config's", "give [net] its sizes"
-        )
+    if init and net_config:
+        known = init.net.config
+        wanted = replace(net_config, skull=known.skull)
+        if not known.skull:
+            wanted = replace(wanted, tissue=known.tissue)
+        if wanted != known:
+            raise UsageError(
+                f"--init {init.name} is another network than the config's", "give [net] its sizes"
+            )
     if init is None and config.steps <= config.coarse_steps:
         raise UsageError(
             f"steps is {config.steps}, and in the first {config.coarse_steps} (coarse_steps) only"
@@ -166,6 +170,6 @@ def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainMo
 def held_out_dice(net: BrainNet, head: Head) -> float:
     """Dice of the predicted and the reference mask of a real head, at 2 mm."""
     assert head.image is not None
-    distance = predict_distances(net, head.image.astype(np.float32) / 255)[0]
+    distance = predict_distance(net, head.image.astype(np.float32) / 255)
     p, q = distance > 0, head.distance > 0
     return float(2 * (p & q).sum() / max(float(p.sum() + q.sum()), 1.0))
