@@ -10,6 +10,7 @@ and names the tissue of each voxel.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import pairwise
 
 import torch
@@ -21,25 +22,36 @@ from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, shuffle, unshuffle
 SPACING_MM = 2.0
 REACH_MM = 10.0
 """Distances beyond this are all the same to the network."""
-TISSUES = ("air", "brain", "fluid", "bone", "marrow", "soft tissue")
-"""What the network of the inner skull tells apart; fluid is all that the skull holds besides the
-brain, and soft tissue all that is outside it and has no name of its own."""
-BRAIN, FLUID = TISSUES.index("brain"), TISSUES.index("fluid")
 SLAB, RIM = 32, 3
 """Voxels of 1 mm that are finished at a time, and how many more around them decide on them."""
+
+
+class Tissue(IntEnum):
+    """What the network of the inner skull tells apart.
+
+    ``FLUID`` is all that the skull holds besides the brain, ``SOFT`` all that is outside it and has
+    no name of its own.
+    """
+
+    AIR = 0
+    BRAIN = 1
+    FLUID = 2
+    BONE = 3
+    MARROW = 4
+    SOFT = 5
 
 
 @dataclass(frozen=True)
 class BrainConfig:
     """Channels of the levels: of ``coarse`` from 8 mm down, of ``fine`` from 4 mm down.
 
-    With ``skull`` the network also finds the inner skull, with ``tissue`` channels from 2 mm down.
+    With ``skull`` the network also finds the inner skull: ``skull_channels`` from 2 mm down.
     """
 
     coarse: tuple[int, ...] = (32, 64, 96, 96)
     fine: tuple[int, ...] = (32, 64, 96)
     skull: bool = False
-    tissue: tuple[int, ...] = (24, 48, 96)
+    skull_channels: tuple[int, ...] = (24, 48, 96)
 
     @property
     def multiple(self) -> int:
@@ -52,9 +64,9 @@ class BrainConfig:
         return int(2 ** len(self.fine))
 
     @property
-    def tissue_multiple(self) -> int:
+    def skull_multiple(self) -> int:
         """Sizes of the part at 1 mm in which the inner skull is found must be multiples of this."""
-        return int(2 ** len(self.tissue))
+        return int(2 ** len(self.skull_channels))
 
 
 class Block(nn.Module):
@@ -114,7 +126,7 @@ class TissueNet(nn.Module):
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
-        n = len(TISSUES)
+        n = len(Tissue)
         self.blocks = BlockNet(2, channels, n)
         self.first = Conv3d(2, 8, 3, padding=1)
         self.second = Conv3d(8 + n, 16, 3, padding=1)
@@ -135,7 +147,7 @@ class TissueNet(nn.Module):
             low, high = max(0, start - RIM), min(size, start + SLAB + RIM)
             slabs = (x[:, :, low:high] for x in (image, hint, rough))
             p = self._finished(*slabs).softmax(dim=1)[:, :, start - low :][:, :, :SLAB]
-            parts.append(p[:, BRAIN] + p[:, FLUID])
+            parts.append(p[:, Tissue.BRAIN] + p[:, Tissue.FLUID])
         return torch.cat(parts, dim=1)
 
     def _finished(self, image: Tensor, hint: Tensor, rough: Tensor) -> Tensor:
@@ -157,7 +169,7 @@ class BrainNet(nn.Module):
         self.config = config
         self.coarse = BlockNet(1, config.coarse)
         self.fine = BlockNet(2, config.fine)
-        self.skull = TissueNet(config.tissue) if config.skull else None
+        self.skull = TissueNet(config.skull_channels) if config.skull else None
 
     def locate(self, head: Tensor) -> Tensor:
         """(B, 1, 2x, 2y, 2z) intensities in [0, 1] at 2 mm -> (B, 1, x, y, z) mm at 4 mm."""
@@ -173,8 +185,8 @@ class BrainNet(nn.Module):
     def tell_tissues(self, head: Tensor, distance: Tensor) -> Tensor:
         """A part of a head at 1 mm and the distance (mm) to the brain's border there -> logits.
 
-        The arguments are (B, 1, X, Y, Z), intensities in [0, 1]; the logits are of ``TISSUES``,
-        (B, 6, X, Y, Z).  The network must know the skull.
+        The arguments are (B, 1, X, Y, Z), intensities in [0, 1]; logits are (B, tissues, X, Y, Z),
+        in the order of ``Tissue``.  The network must know the skull.
         """
         assert self.skull is not None
         logits: Tensor = self.skull(*_tissue_input(head, distance))

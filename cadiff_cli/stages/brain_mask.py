@@ -90,31 +90,6 @@ def predict_distance(net: BrainNet, head: np.ndarray) -> np.ndarray:
     return np.asarray(near.float().cpu().numpy())
 
 
-@torch.no_grad()
-def _held_by_skull(t1: Volume, distance: Volume, working: Grid, net: BrainNet) -> np.ndarray:
-    """What the inner skull holds (bool) on the ``working`` grid, by the ``distance`` to a brain."""
-    margin = np.ceil(SKULL_MARGIN_MM / distance.grid.spacing_mm).astype(int)
-    wide = tuple(
-        slice(s.start - n, s.stop + n)
-        for s, n in zip(bounding_box(distance.data > 0), margin, strict=True)
-    )
-    box = mapped_box(wide, working.voxel_map(distance.grid), working.shape)
-    part = working.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
-    air, device = float(t1.data.min()), next(net.parameters()).device
-    whole = resample(t1, distance.grid, fill=air).data
-    head = normalise(resample(t1, part, fill=air).data, whole)
-    pad = [(0, -n % net.config.tissue_multiple) for n in part.shape]
-    inputs = (
-        torch.from_numpy(np.pad(data, pad, mode="edge"))[None, None].to(device)
-        for data in (head, resample(distance, part, fill=-REACH_MM).data)
-    )
-    with autocast(device):
-        p = net.enclose(*inputs)[0].cpu().numpy()
-    held = np.zeros(working.shape, dtype=bool)
-    held[box] = p[tuple(slice(n) for n in part.shape)] > 0.5
-    return held
-
-
 def _padded(head: np.ndarray, net: BrainNet) -> torch.Tensor:
     """(1, 1, X, Y, Z): the image, padded with air to the sizes that the network takes."""
     pad = [(0, -n % net.config.multiple) for n in head.shape]
@@ -137,15 +112,12 @@ def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def find_brain_and_skull(
-    t1: Volume, working: Grid, model: BrainModel
-) -> tuple[Volume, Volume | None]:
-    """Masks (bool) on the ``working`` grid: the brain's, and what the inner skull holds.
+def find_brain_in_head(t1: Volume, working: Grid, model: BrainModel) -> tuple[Volume, Volume]:
+    """The brain's mask (bool) on the ``working`` grid, and the distance to its border at 2 mm.
 
-    The first is as the network draws it: ``strip`` judges and tidies it.  The second is one piece
-    without holes and contains the first; None if the network does not know the skull.  The head may
-    have any size and orientation, with or without a neck.  Raises ``DataError`` if no brain is
-    found.
+    The mask is as the network draws it: ``strip`` judges and tidies it.  The distance is in mm,
+    inside positive.  The head may have any size and orientation, with or without a neck.  Raises
+    ``DataError`` if no brain is found.
     """
     head = network_image(t1)
     distance = Volume(predict_distance(model.net, head.data), head.grid)
@@ -158,11 +130,41 @@ def find_brain_and_skull(
             "is this a T1-weighted head, and not a newborn's? Check the header's voxel sizes and"
             " axes, or give --mask FILE",
         )
-    brain = _inside(distance, working)
-    if not model.net.config.skull:
-        return brain, None
-    held = _held_by_skull(t1, distance, working, model.net)
-    return brain, Volume(tidy(held | brain.data), working)
+    return _inside(distance, working), distance
+
+
+@torch.no_grad()
+def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -> Volume | None:
+    """What the inner skull of a head holds (bool) on the ``working`` grid: one piece, no holes.
+
+    ``distance`` is that to the brain's border (``find_brain_in_head``); voxels deep inside a brain
+    are always held.  None if the network does not know the skull.
+    """
+    net = model.net
+    if not net.config.skull:
+        return None
+    brain = tidy(distance.data > 0)
+    margin = np.ceil(SKULL_MARGIN_MM / distance.grid.spacing_mm).astype(int)
+    wide = tuple(
+        slice(s.start - n, s.stop + n) for s, n in zip(bounding_box(brain), margin, strict=True)
+    )
+    box = mapped_box(wide, working.voxel_map(distance.grid), working.shape)
+    part = working.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+    air, device = float(t1.data.min()), next(net.parameters()).device
+    whole = resample(t1, distance.grid, fill=air).data
+    head = normalise(resample(t1, part, fill=air).data, like=whole)
+    near = resample(distance, part, fill=-REACH_MM).data
+    # What lies beyond the field of view is not known: air there would be an end of the head.
+    pad = [(0, -n % net.config.skull_multiple) for n in part.shape]
+    x, depth = (
+        torch.from_numpy(np.pad(data, pad, mode="edge"))[None, None].to(device)
+        for data in (head, near)
+    )
+    with autocast(device):
+        p = net.enclose(x, depth)[0].cpu().numpy()
+    held = np.zeros(working.shape, dtype=bool)
+    held[box] = (p[tuple(slice(n) for n in part.shape)] > 0.5) | (near > DEEP_MM)
+    return Volume(tidy(held), working)
 
 
 def _inside(distance: Volume, working: Grid) -> Volume:

@@ -98,15 +98,16 @@ def strip(
     if own:
         mask = resample_mask(own, working)
     elif method is StripMethod.NET:
-        from cadiff_cli.stages.brain_mask import find_brain_and_skull
+        from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull
 
         if network is None:
             raise MissingInputError(
                 "this version carries no network that finds the brain",
                 "use --skull-strip template, or give --mask FILE",
             )
-        mask, skull = find_brain_and_skull(full, working, network())
-        skull = None if bare else skull
+        model = network()
+        mask, distance = find_brain_in_head(full, working, model)
+        skull = None if bare else find_skull(full, distance, working, model)
         notes.extend(skull_doubts(skull) if skull else ())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))

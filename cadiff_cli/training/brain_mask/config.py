@@ -13,15 +13,11 @@ class HeadConfig(Schedule):
     """How to train the brain-mask network, and how to augment heads.
 
     ``patch`` is in voxels a side at 2 mm: a head with its neck; ``cube`` is the side of its part in
-    which the border is learnt, or of that in which the inner skull is, then at 1 mm.
-    ``off_centre_mm`` is how far a patch's centre may lie from the brain's.  ``tilted`` is the share
-    of heads with rotations of up to ``rotation_deg``; the others are tilted up to a quarter of
-    that.
-    ``cut`` and ``deface`` are the shares of heads whose field of view ends within the head, and
-    whose face is removed; ``shrunken`` that of brains with up to ``shrink_mm`` of CSF between
-    brain and skull; ``moved_skull`` that of label maps whose inner skull lies up to ``moved_mm``
-    farther in or out, another way in each region; ``large_voxels`` that of such maps painted with
-    voxels of up to 2 mm.  In the first ``coarse_steps`` only the network
+    which the border is learnt.  ``off_centre_mm`` is how far a patch's centre may lie from the
+    brain's.  ``tilted`` is the share of heads with rotations of up to ``rotation_deg``; the others
+    are tilted up to a quarter of that.  ``cut`` and ``deface`` are the shares of heads whose field
+    of view ends within the head, and whose face is removed; ``shrunken`` that of brains with up to
+    ``shrink_mm`` of CSF between brain and skull.  In the first ``coarse_steps`` only the network
     that locates the brain learns.
 
     More shares: ``turned`` heads lie along other axes, as under a wrong header; ``small`` ones have
@@ -29,9 +25,15 @@ class HeadConfig(Schedule):
     clinical spin echo, ``strong_bias`` ones that of a surface coil; ``stripped`` ones are brains
     alone.  Of the others, some have air of 0 (``zeroed_air``), or air with noise as bright as brain
     (``noisy_air``, MP2RAGE).  ``t1`` is the share of label maps painted like a T1-weighted image,
-    and ``t1_spread`` scales how much these differ.
-    ``intensity`` scales how often images have thick slices, weak bias, noise, blur and another
-    brightness.
+    and ``t1_spread`` scales how much these differ.  ``intensity`` scales how often images have
+    thick slices, weak bias, noise, blur and another brightness.
+
+    The inner skull is learnt in cubes of label maps alone, of ``cube`` voxels a side at 1 mm.
+    ``moved_skull`` is the share of those whose inner skull lies up to ``moved_mm`` farther in or
+    out, another way in each region, ``large_voxels`` that of those painted with voxels of up to
+    2.2 mm, and ``cut`` that of those at an end of the field of view.  ``tilted``, ``scale``,
+    ``elastic_mm``, ``shrunken``, ``zeroed_air``, ``strong_bias``, ``t1`` and ``intensity`` with
+    their amounts are as above; no other key is used.
     """
 
     coarse_steps: int = 700

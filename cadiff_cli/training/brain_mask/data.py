@@ -17,7 +17,7 @@ from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.nets.brain_mask import SPACING_MM, TISSUES
+from cadiff_cli.nets.brain_mask import SPACING_MM, Tissue
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise
@@ -60,7 +60,7 @@ class Head:
     border.  ``image`` (X, Y, Z) uint8 is a real scan.  Without one ``labels`` (2X, 2Y, 2Z) uint8,
     eight in each voxel, are turned into images; then ``t1`` (labels, 2) float32 is the mean and the
     spread between people of each label's brightness in a T1-weighted image, and ``tissue`` (labels)
-    uint8 its index in ``TISSUES``.  ``held`` is like ``labels``, 1 within the inner skull, and
+    uint8 its ``Tissue``.  ``held`` is like ``labels``, 1 within the inner skull, and
     ``skull`` like ``distance``, to its border.
     """
 
@@ -95,7 +95,7 @@ class Head:
         """The label of cortical bone; None if there is none."""
         if self.tissue is None:
             return None
-        bones = np.flatnonzero(self.tissue == TISSUES.index("bone"))
+        bones = np.flatnonzero(self.tissue == Tissue.BONE)
         return int(bones[0]) if len(bones) else None
 
 
@@ -117,7 +117,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
         distance.data.astype(np.float16),
         labels=labels_1mm,
         t1=np.array([t1_brightness(code) for code in of_label], dtype=np.float32),
-        tissue=np.array([TISSUES.index(tissue_of(code)) for code in of_label], dtype=np.uint8),
+        tissue=np.array([tissue_of(code) for code in of_label], dtype=np.uint8),
         held=held_1mm,
         skull=distance_at_2mm(Volume(held, dseg.grid)).data.astype(np.float16),
     )
@@ -140,14 +140,14 @@ def paintable(codes: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return of_code[codes - present[0]], [int(code) for code in of_pair]
 
 
-def tissue_of(code: int) -> str:
-    """The one of ``TISSUES`` that FreeSurfer's ``code`` is, outside the inner skull or the brain's.
+def tissue_of(code: int) -> Tissue:
+    """The tissue that FreeSurfer's ``code`` is, where it lies outside the inner skull.
 
-    Fluid is what the inner skull holds besides the brain: that is for ``intracranial`` to say.
+    Inside, all is brain or fluid.
     """
     if is_brain(np.array(code)):
-        return "brain"
-    return {0: "air", 515: "bone", 516: "marrow"}.get(code, "soft tissue")
+        return Tissue.BRAIN
+    return {0: Tissue.AIR, 515: Tissue.BONE, 516: Tissue.MARROW}.get(code, Tissue.SOFT)
 
 
 def t1_brightness(code: int) -> tuple[float, float]:
@@ -272,8 +272,8 @@ def _real_head(t1: Path, brain: Path, source: str) -> Head:
 
 
 def content(head: Head) -> str:
-    """A text that identifies a head together with its brain."""
-    pixels = head.labels if head.image is None else head.image
-    parts = (head.distance, pixels)
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts if part is not None))
+    """A text that identifies a head with all that is learnt from it."""
+    digest = hashlib.sha256()
+    for name, part in arrays(head).items():
+        digest.update(name.encode() + np.asarray(part).tobytes())
     return f"{head.source} {head.name} {digest.hexdigest()}"

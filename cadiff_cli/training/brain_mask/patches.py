@@ -146,7 +146,7 @@ def shrink(
     wave = smooth_noise(1.0, 40.0 / spacing_mm, n, n, generator)[0]
     wave = (1.5 * wave / wave.std().clamp(min=1e-6)).sigmoid()
     width = widest_mm * torch.rand(1, generator=generator) * wave
-    outwards = -torch.stack(torch.gradient(F.avg_pool3d(distance[None], 3, 1, 1)[0]))
+    outwards = -torch.stack(torch.gradient(smoothed(distance)))
     outwards = outwards / outwards.square().sum(dim=0).sqrt().clamp(min=1e-3)
     move = width * ((FAR_MM - distance) / (FAR_MM - width)).clamp(0, 1)
     move = torch.where(distance < 0, 0, move)
@@ -158,6 +158,11 @@ def shrink(
     new = torch.where(distance < 0, distance - width, distance - move)
     before, after = ((0.5 + d / spacing_mm).clamp(0, 1) for d in (distance, new))
     return points, new, before - after
+
+
+def smoothed(distance: Tensor) -> Tensor:
+    """The mean over 3^3 voxels (N, N, N), of those that there are at a face."""
+    return F.avg_pool3d(distance[None], 3, 1, 1, count_include_pad=False)[0]
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
@@ -277,15 +282,21 @@ def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> T
 
 
 def artefacts(
-    image: Tensor, config: HeadConfig, generator: torch.Generator, *, whole: bool = True
+    image: Tensor,
+    config: HeadConfig,
+    generator: torch.Generator,
+    *,
+    spacing_mm: float = SPACING_MM,
+    whole: bool = True,
 ) -> Tensor:
     """Add a bias field, noise, thick slices or large voxels; change contrast and brightness.
 
     A ``whole`` head is normalised as at inference; a part of one has not the same percentiles.
     """
+    widths = 0.6 / spacing_mm, 2.0 / spacing_mm
     often = config.intensity
     if float(torch.rand(1, generator=generator)) < 0.3 * often:
-        thickest = config.slice_mm / SPACING_MM
+        thickest = config.slice_mm / spacing_mm
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
         image = thicken(image, voxels, generator)
     chain = mt.Compose(
@@ -299,10 +310,7 @@ def artefacts(
             mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2 * often),
             low_resolution(0.15 * often),
             mt.RandGaussianSmooth(
-                prob=0.15 * often,
-                sigma_x=(0.3, 1.0),
-                sigma_y=(0.3, 1.0),
-                sigma_z=(0.3, 1.0),
+                prob=0.15 * often, sigma_x=widths, sigma_y=widths, sigma_z=widths
             ),
             mt.RandGaussianNoise(prob=0.5 * often, std=0.06),
             mt.RandScaleIntensity(factors=0.3, prob=0.6 * often),

@@ -71,10 +71,9 @@ def train_mask(
     settings = net_config or BrainConfig()
     if init:
         settings = net_config if net_config and skull else init.net.config
-    sizes = (
-        ("patch", config.patch, settings.multiple),
-        ("cube", config.cube, settings.tissue_multiple if skull else settings.fine_multiple),
-    )
+    sizes = [("cube", config.cube, settings.skull_multiple if skull else settings.fine_multiple)]
+    if not skull:
+        sizes.append(("patch", config.patch, settings.multiple))
     for key, size, multiple in sizes:
         if size < multiple or size % multiple:
             raise UsageError(f"{key} is {size}", f"use a multiple of {multiple}")
@@ -129,16 +128,11 @@ def check_settings(
     skull = bool(net_config and net_config.skull)
     if skull and init is None:
         raise UsageError("the inner skull is learnt after the brain", "give --init brain-mask")
-    if skull and config.stripped:
-        raise UsageError(
-            f"stripped is {config.stripped}: a brain alone tells nothing of its skull",
-            "set stripped = 0 in [train]",
-        )
     if init and net_config:
         known = init.net.config
         wanted = replace(net_config, skull=known.skull)
-        if not known.skull:
-            wanted = replace(wanted, tissue=known.tissue)
+        if not (skull and known.skull):
+            wanted = replace(wanted, skull_channels=known.skull_channels)
         if wanted != known:
             raise UsageError(
                 f"--init {init.name} is another network than the config's", "give [net] its sizes"

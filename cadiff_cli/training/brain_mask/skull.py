@@ -15,27 +15,27 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.nets.brain_mask import BRAIN, FLUID, REACH_MM, SPACING_MM, TISSUES, BrainNet
+from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM, BrainNet, Tissue
 from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head
-from cadiff_cli.training.brain_mask.patches import artefacts, draw_contrast, shrink
+from cadiff_cli.training.brain_mask.patches import artefacts, draw_contrast, shrink, smoothed
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import nearest, read, rotation, smooth_noise
 
-MARROW = TISSUES.index("marrow")
 NEAR_MM = (-12.0, 10.0)
 """Cubes lie around a voxel so near to the brain's border, inside positive."""
 HINT_MM = 1.5
 """How far the brain mask that guides the network is off from place to place; as a whole, half."""
 LARGEST_MM = 2.2
+"""Largest voxels of a cube (``HeadConfig.large_voxels``)."""
 BORDER_VOXELS = 5
 """Side of the cube around a voxel in which the border makes it count more."""
 
 
 @dataclass(frozen=True, eq=False)
 class SkullPatch(Batch):
-    """``image`` (B, 1, N, N, N) in [0, 1], ``tissue`` (B, N, N, N) int64, indices into ``TISSUES``.
+    """``image`` (B, 1, N, N, N) in [0, 1], ``tissue`` (B, N, N, N) int64, as ``Tissue``.
 
     ``distance`` (B, 1, N, N, N) is that to the brain's border (mm, inside positive), as a brain
     mask tells it.
@@ -67,12 +67,6 @@ def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
     assert head.held is not None
     assert head.skull is not None
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
-    def chance(p: float) -> bool:
-        return float(torch.rand(1, generator=generator)) < p
-
     points, zoom = _place(head, config, generator)
     at_2mm = (points - 0.5) / SPACING_MM
     stored = np.stack([head.distance, head.skull]).astype(np.float32)
@@ -80,27 +74,47 @@ def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
     # A brain shrinks, its skull does not.
     within = _at(points, head.held)[0] > 0
     gap = torch.zeros_like(brain)
-    if chance(config.shrunken):
+    fluid, bone = head.fluid, head.bone
+    known = fluid is not None and bone is not None
+    if known and _uniform(generator) < config.shrunken:
         points, brain, gap = shrink(points, brain, config.shrink_mm, generator, spacing_mm=1.0)
-    if chance(config.moved_skull):
+    if known and _uniform(generator) < config.moved_skull:
         points, skull = move_skull(points, skull, brain, config.moved_mm, generator)
         within = skull > 0
 
     label, was_within = _at(points, head.labels, head.held)
-    if head.fluid is not None:
-        label[(gap > 0.5) | (within & (was_within == 0))] = head.fluid
-    if head.bone is not None:
-        label[~within & (was_within > 0)] = head.bone
+    if fluid is not None and bone is not None:
+        label[within & ((gap > 0.5) | (was_within == 0))] = fluid
+        label[~within & (was_within > 0)] = bone
     tissue = torch.from_numpy(head.tissue).long()[label]
-    tissue[within & (tissue != BRAIN)] = FLUID
+    tissue[within & (tissue != Tissue.BRAIN)] = Tissue.FLUID
 
     image = _painted(label, tissue, head, config, generator)
-    if chance(config.zeroed_air):
-        image = image * (image > float(uniform(0.01, 0.06, 1)))
-    n = config.cube
+    if _uniform(generator) < config.zeroed_air:
+        image = image * (image > _uniform(generator, 0.01, 0.06))
+    hint = _hint(brain, config, generator).clamp(-REACH_MM, REACH_MM)
+    return SkullPatch(image[None, None], hint[None, None], tissue[None])
+
+
+def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    return low + (high - low) * float(torch.rand(1, generator=generator))
+
+
+def _hint(brain: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
+    """The distance to the brain's border (N, N, N) as the brain mask's network tells it.
+
+    It is a little wrong, and falls to 0 at an end of the field of view, as that network has learnt.
+    """
+    n = len(brain)
     hint = brain + smooth_noise(HINT_MM, 24.0, n, n, generator)[0]
     hint = hint + HINT_MM / 2 * torch.randn(1, generator=generator)
-    return SkullPatch(image[None, None], hint.clamp(-REACH_MM, REACH_MM)[None, None], tissue[None])
+    if _uniform(generator) < config.cut:
+        axis = int(torch.randint(3, (1,), generator=generator))
+        view = [1, 1, 1]
+        view[axis] = n
+        inside_mm = (torch.arange(n) + 0.5).reshape(view)
+        hint = torch.minimum(hint, inside_mm if _uniform(generator) < 0.5 else inside_mm.flip(axis))
+    return hint
 
 
 def _at(points: Tensor, *volumes: np.ndarray) -> list[Tensor]:
@@ -112,22 +126,19 @@ def _at(points: Tensor, *volumes: np.ndarray) -> list[Tensor]:
 
 def _place(head: Head, config: HeadConfig, generator: torch.Generator) -> tuple[Tensor, float]:
     """The voxels of 1 mm at which a cube is read (3, N, N, N), and how large its voxels are."""
-
-    def uniform(*shape: int) -> Tensor:
-        return 2 * torch.rand(*shape, generator=generator) - 1
-
     n = config.cube
     near = np.argwhere((head.distance > NEAR_MM[0]) & (head.distance < NEAR_MM[1]))
     chosen = near[int(torch.randint(len(near), (1,), generator=generator))]
     centre = torch.from_numpy(chosen).float() * SPACING_MM + 0.5
-    zoom = float(1 + config.scale * uniform(1))
-    widest = config.rotation_deg * (1 if float(uniform(1)) < 2 * config.tilted - 1 else 0.25)
-    matrix = rotation(uniform(3) * math.radians(widest)) * zoom
+    zoom = 1 + config.scale * _uniform(generator, -1, 1)
+    widest = config.rotation_deg * (1 if _uniform(generator) < config.tilted else 0.25)
+    angles = torch.tensor([_uniform(generator, -1, 1) for _ in range(3)])
+    matrix = rotation(angles * math.radians(widest)) * zoom
     axis = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
     offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     bend = smooth_noise(config.elastic_mm, 40.0, n, n, generator)
     points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
-    return (points.flip(1) if float(uniform(1)) < 0 else points), zoom
+    return (points.flip(1) if _uniform(generator) < 0.5 else points), zoom
 
 
 def move_skull(
@@ -145,7 +156,7 @@ def move_skull(
     sign = 1 if float(torch.rand(1, generator=generator)) < 0.5 else -1
     move = sign * whole + smooth_noise(float(part), 50.0, n, n, generator)[0]
     new = torch.maximum(skull + move.clamp(-widest_mm, widest_mm), torch.minimum(skull, brain))
-    inwards = torch.stack(torch.gradient(F.avg_pool3d(skull[None], 3, 1, 1)[0]))
+    inwards = torch.stack(torch.gradient(smoothed(skull)))
     inwards = inwards / inwards.square().sum(dim=0).sqrt().clamp(min=0.3)
     shift = torch.where(new > 0, 0, (new - skull) * ((FAR_MM + skull) / FAR_MM).clamp(0, 1))
     axis = torch.arange(n, dtype=torch.float32)
@@ -157,28 +168,25 @@ def _painted(
     label: Tensor, tissue: Tensor, head: Head, config: HeadConfig, generator: torch.Generator
 ) -> Tensor:
     """An image (N, N, N) of labels: contrast, mixed soft tissue, blur, noise and artefacts."""
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand(1, generator=generator))
-
     n = config.cube
     contrast = draw_contrast(head, config, generator)
     image = contrast.mean[label]
-    if uniform(0, 1) < 0.7:
+    if _uniform(generator) < 0.7:
         # Fat and muscle share a label, and so do fat and red marrow.
-        wave = smooth_noise(0.25, uniform(6, 20), n, n, generator)[0]
-        image = image + wave * (tissue >= MARROW) * image.clamp(0, 1).sqrt()
-    image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), uniform(0.35, 0.8)))
+        wave = smooth_noise(0.25, _uniform(generator, 6, 20), n, n, generator)[0]
+        mixed = (tissue == Tissue.SOFT) | (tissue == Tissue.MARROW)
+        image = image + wave * mixed * image.clamp(0, 1).sqrt()
+    image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), _uniform(generator, 0.35, 0.8)))
     # In the border's blur, voxels of the image are less noisy than the labels' own.
     image = image + 0.6 * contrast.spread[label] * torch.randn(image.shape, generator=generator)
     image = image.clamp(0, 1)
-    if uniform(0, 1) < config.large_voxels:
-        size = max(1, round(n / uniform(1, LARGEST_MM)))
+    if _uniform(generator) < config.large_voxels:
+        size = max(1, round(n / _uniform(generator, 1, LARGEST_MM)))
         small = F.interpolate(image[None, None], size=(size,) * 3, mode="area")
         image = F.interpolate(small, size=(n,) * 3, mode="trilinear", align_corners=False)[0, 0]
     # The brightest of a head, by which it is normalised, may be brighter or darker than 1.
-    image = (uniform(0.9, 1.15) * image).clamp(0, 1)
-    return artefacts(image, config, generator, whole=False)
+    image = (_uniform(generator, 0.9, 1.15) * image).clamp(0, 1)
+    return artefacts(image, config, generator, spacing_mm=1.0, whole=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,11 +209,13 @@ def skull_losses(logits: Tensor, tissue: Tensor) -> SkullLosses:
     border count more.
     """
     log_p = F.log_softmax(logits, dim=1)
-    p = log_p[:, BRAIN].exp() + log_p[:, FLUID].exp()
-    held = ((tissue == BRAIN) | (tissue == FLUID)).float()
-    around = F.avg_pool3d(held[:, None], BORDER_VOXELS, 1, BORDER_VOXELS // 2)[:, 0]
+    p = log_p[:, Tissue.BRAIN].exp() + log_p[:, Tissue.FLUID].exp()
+    held = ((tissue == Tissue.BRAIN) | (tissue == Tissue.FLUID)).float()
+    around = F.avg_pool3d(
+        held[:, None], BORDER_VOXELS, 1, BORDER_VOXELS // 2, count_include_pad=False
+    )[:, 0]
     weight = 1 + 3 * ((around > 0.02) & (around < 0.98)).float()
-    weight = weight + (tissue == FLUID) + (tissue == TISSUES.index("bone"))
+    weight = weight + (tissue == Tissue.FLUID) + (tissue == Tissue.BONE)
     entropy = weight * F.nll_loss(log_p, tissue, reduction="none")
     overlap = (2 * (p * held).sum() + 1) / (p.square().sum() + held.sum() + 1)
     return SkullLosses(entropy.sum() / weight.sum(), 1 - overlap)
