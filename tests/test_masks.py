@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from cadiff_cli.notes import NoteCode, texts
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.masks import doubts, judge_mask, skull_doubts
+from cadiff_cli.stages.masks import doubts, judge_mask, skull_doubts, without_threads
 
 SIZE = 96
 
@@ -97,3 +97,23 @@ def test_orientation_and_spacing_do_not_matter():
 
 def test_nothing_is_judged_as_nothing():
     assert judged(np.zeros((8, 8, 8), dtype=bool)).largest_share == 0
+
+
+@pytest.mark.parametrize("spacing_mm", [1.0, 0.8])
+def test_what_hangs_by_a_thread_is_cut(spacing_mm):
+    """A ball stays as it is, so does one at a face; what lies behind a narrow passage goes."""
+    ijk = np.indices((80, 60, 60))
+    ball = ((ijk - np.array((20, 30, 30))[:, None, None, None]) ** 2).sum(axis=0) < 20**2
+    spacing = np.full(3, spacing_mm)
+    assert np.array_equal(without_threads(ball, spacing), ball)
+    face = ball[10:]
+    assert np.array_equal(without_threads(face, spacing), face)
+    beyond = ball.copy()
+    beyond[38:60, 29:32, 29:32] = True  # a passage of 3 voxels to a bulb of 12
+    beyond[60:72, 24:36, 24:36] = True
+    cut = without_threads(beyond, spacing)
+    assert not cut[60:].any()
+    assert np.count_nonzero(cut ^ ball) < 9 * 8
+    wide = ball.copy()
+    wide[30:70, 22:38, 22:38] = True
+    assert np.count_nonzero(wide & ~without_threads(wide, spacing)) < 0.01 * wide.sum()

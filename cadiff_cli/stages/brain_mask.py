@@ -19,7 +19,7 @@ from cadiff_cli.spatial.resample import (
     resample_in,
     resample_mask,
 )
-from cadiff_cli.stages.masks import tidy
+from cadiff_cli.stages.masks import tidy, without_threads
 
 BOX_MARGIN_MM = 9.0
 """Margin around the first network's brain within which the second network refines it."""
@@ -164,7 +164,7 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
         p = net.enclose(x, depth)[0].cpu().numpy()
     held = np.zeros(working.shape, dtype=bool)
     held[box] = (p[tuple(slice(n) for n in part.shape)] > 0.5) | (near > DEEP_MM)
-    return Volume(tidy(held), working)
+    return Volume(without_threads(held, working.spacing_mm), working)
 
 
 def _inside(distance: Volume, working: Grid) -> Volume:

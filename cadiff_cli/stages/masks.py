@@ -22,6 +22,10 @@ MOST_IN_AIR = 0.01
 AIR = 0.1
 """Threshold of a head: this share of the way from the 2nd to the 98th percentile of intensities
 (Smith 2002, BET)."""
+NECK_MM = 2.5
+"""Half the width of a passage out of the cranium that is too narrow to belong to it."""
+SPUR_MM = 2.0
+"""How far what lies behind such a passage still counts, as borders at the bone are rough."""
 TILT_DEG = 45.0
 """Largest angle between a head and the axes that its header names."""
 
@@ -74,6 +78,21 @@ def filled(mask: np.ndarray) -> np.ndarray:
     """Fill holes: what is not connected to the faces of the image."""
     outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
     return np.asarray(outside[(slice(1, -1),) * 3] != outside[0, 0, 0])
+
+
+def without_threads(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """The largest piece of a mask (X, Y, Z) bool, without what hangs on it by a narrow passage.
+
+    A passage is narrow below twice ``NECK_MM``; the first ``SPUR_MM`` behind it stay.  So end the
+    fluid of the cranium, and leaks of a mask of it: at the spinal canal, the optic nerves, vessels.
+    """
+    out, box = np.zeros(mask.shape, dtype=bool), bounding_box(mask)
+    # Beyond the image the mask goes on: its face is no border.
+    padded = np.pad(mask[box], 1, mode="edge")
+    wide = tidy(ndimage.distance_transform_edt(padded, sampling=spacing_mm) > NECK_MM)
+    near = ndimage.distance_transform_edt(~wide, sampling=spacing_mm) <= NECK_MM + SPUR_MM
+    out[box] = tidy(padded & near)[1:-1, 1:-1, 1:-1]
+    return out
 
 
 def find_brain(stripped: Volume, least: float) -> Volume:

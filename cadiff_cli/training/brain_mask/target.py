@@ -13,7 +13,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
-from cadiff_cli.stages.masks import filled, tidy
+from cadiff_cli.stages.masks import filled, without_threads
 
 CLOSING_MM = 5.0
 NOT_BRAIN = (500, 1000)
@@ -27,14 +27,9 @@ CRANIAL_FLUID = (24, 502, 514)
 """Codes of CSF, arteries and veins: what lies between brain and skull, and also beyond."""
 WIDEST_MM = 20.0
 """Fluid farther than this from the box around the brain is not within its skull."""
-NECK_MM = 2.5
-"""Fluid reached only through passages narrower than twice this is outside the cranium: the spinal
-canal's, that around the optic nerves, vessels of the neck."""
 DURA_MM = 2.0
 """Radius of the ball that closes the inner skull's content.  One of 5 mm held 0.8 to 2.1 % more,
 and most of that was bone."""
-SPUR_MM = 2.0
-"""How far such fluid still counts, as labels of fluid at the bone are rough."""
 FAR_MM = 1.5 * REACH_MM
 """Stored distances end here: beyond the network's reach even after a head has been scaled."""
 
@@ -72,8 +67,7 @@ def intracranial(codes: np.ndarray, grid: Grid) -> np.ndarray:
     codes, brain = codes[box], brain[box]
     height = np.tensordot(grid.affine[2, :3], np.indices(brain.shape, dtype=np.float32), 1)
     held = brain | (np.isin(codes, CRANIAL_FLUID) & (height >= height[brain].min()))
-    wide = tidy(ndimage.distance_transform_edt(held, sampling=spacing_mm) > NECK_MM)
-    held &= ndimage.distance_transform_edt(~wide, sampling=spacing_mm) <= NECK_MM + SPUR_MM
+    held = without_threads(held, spacing_mm)
     return _in_box(closed(held | brain, spacing_mm, DURA_MM), box, shape)
 
 
