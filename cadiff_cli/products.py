@@ -244,9 +244,9 @@ class Stripped:
     bias; ``bias_ratio`` is that of the field's 95th and 5th percentiles in the brain.  ``head`` is
     the scan on its own grid with the intensities from which ``t1`` was cut (none negative or
     extreme), not corrected; ``log_bias`` is the logarithm of the field that was found.
-    ``intracranial`` is what the inner skull holds, on the working grid; None
-    where it was not found (``no_intracranial`` says why).  ``bare`` says that the scan was
-    skull-stripped already, whatever found its brain.
+    ``intracranial`` is what the inner skull holds, on the working grid; None where it was not found
+    (``no_intracranial`` says why).  ``bare`` says that the scan was skull-stripped already,
+    whatever found its brain.
     """
 
     t1: Volume

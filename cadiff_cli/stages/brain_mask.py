@@ -143,12 +143,8 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
     net = model.net
     if not net.config.skull:
         return None
-    brain = tidy(distance.data > 0)
-    margin = np.ceil(SKULL_MARGIN_MM / distance.grid.spacing_mm).astype(int)
-    wide = tuple(
-        slice(s.start - n, s.stop + n) for s, n in zip(bounding_box(brain), margin, strict=True)
-    )
-    box = mapped_box(wide, working.voxel_map(distance.grid), working.shape)
+    brain = Volume(tidy(distance.data > 0), distance.grid)
+    box = _box(brain, int(SKULL_MARGIN_MM / SPACING_MM), working)
     part = working.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
     air, device = float(t1.data.min()), next(net.parameters()).device
     whole = resample(t1, distance.grid, fill=air).data
@@ -170,7 +166,12 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
 def _inside(distance: Volume, working: Grid) -> Volume:
     """Where the distance is positive (bool), on the working grid."""
     # Linear interpolation reaches one voxel beyond the border.
-    near = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))
-    box = mapped_box(near, working.voxel_map(distance.grid), working.shape)
+    box = _box(Volume(distance.data > 0, distance.grid), 1, working)
     fine = resample_in(box, distance, working, fill=-REACH_MM)
     return Volume(fine.data > 0, working)
+
+
+def _box(mask: Volume, margin: int, working: Grid) -> tuple[slice, ...]:
+    """The box of the working grid that holds a mask and ``margin`` of the mask's voxels around."""
+    wide = tuple(slice(s.start - margin, s.stop + margin) for s in bounding_box(mask.data))
+    return mapped_box(wide, working.voxel_map(mask.grid), working.shape)

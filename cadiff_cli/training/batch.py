@@ -1,4 +1,4 @@
-"""Tensors that travel together through training, and the randomness that makes them."""
+"""Tensors that travel together through training, their losses, and the randomness behind them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,6 +26,18 @@ class Batch:
         return type(self)(
             **{f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)}
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """Weighted scalar losses of a step, and their sum."""
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all parts: what is minimised."""
+        first, *others = (getattr(self, part.name) for part in dataclasses.fields(self))
+        total: Tensor = sum(others, start=first)
+        return total
 
 
 def stack(draws: Sequence[B]) -> B:

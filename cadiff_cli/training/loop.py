@@ -20,14 +20,14 @@ from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from cadiff_cli.config import as_dict
 from cadiff_cli.device import autocast, enough_memory
 from cadiff_cli.errors import CadiffError, DataError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
-from cadiff_cli.training.batch import B, Batch, generator_of, stack
+from cadiff_cli.training.batch import B, Batch, Parts, generator_of, stack
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,6 @@ class Schedule:
             raise UsageError(f"batch is {self.batch}", "use 1 or more")
         if not 0 < self.rate < math.inf:
             raise UsageError(f"the learning rate is {self.rate}", "use one above 0, as 1e-3")
-
-
-class Parts(Protocol):
-    """A dataclass of weighted scalar losses, and their sum."""
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised."""
 
 
 class Objective(Protocol):
@@ -222,7 +214,7 @@ def fit(
             waited += time.monotonic() - asked
             losses = train_step(state, batch, objective, config)
             state.seconds = before + time.monotonic() - begun
-            for name in ("total", *(f.name for f in dataclasses.fields(losses))):  # type: ignore[arg-type]
+            for name in ("total", *(f.name for f in dataclasses.fields(losses))):
                 sums[name] = sums.get(name, 0.0) + float(getattr(losses, name).detach())
             since += 1
             now = time.monotonic()

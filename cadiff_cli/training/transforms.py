@@ -26,6 +26,12 @@ def smooth_noise(
     return F.interpolate(coarse, size=(size,) * 3, mode="trilinear", align_corners=True)[0]
 
 
+def lattice(size: int) -> Tensor:
+    """(3, size, size, size) float32: the voxel coordinates of a cube."""
+    axis = torch.arange(size, dtype=torch.float32)
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+
+
 def nearest(points: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices of the voxels nearest to ``points`` (3, ...), and which lie outside."""
     index = points.round().long()

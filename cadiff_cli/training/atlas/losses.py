@@ -7,9 +7,11 @@ import torch
 from monai.losses import BendingEnergyLoss
 from torch import Tensor
 
+from cadiff_cli.training.batch import Parts
+
 
 @dataclass(frozen=True, eq=False)
-class AtlasLosses:
+class AtlasLosses(Parts):
     """Weighted losses: of denoising, of morphology, of structures' volumes and of roughness."""
 
     denoising: Tensor
@@ -17,23 +19,13 @@ class AtlasLosses:
     volumes: Tensor
     smoothness: Tensor
 
-    @property
-    def total(self) -> Tensor:
-        """The minimised sum."""
-        return self.denoising + self.morphology + self.volumes + self.smoothness
-
 
 @dataclass(frozen=True, eq=False)
-class AutoencoderLosses:
+class AutoencoderLosses(Parts):
     """Error of the velocity, and distance of the latents from a standard normal distribution."""
 
     reconstruction: Tensor
     kl: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The minimised sum."""
-        return self.reconstruction + self.kl
 
 
 def mean_square(vectors: Tensor, brain: Tensor) -> Tensor:

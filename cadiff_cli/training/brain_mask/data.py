@@ -60,8 +60,8 @@ class Head:
     border.  ``image`` (X, Y, Z) uint8 is a real scan.  Without one ``labels`` (2X, 2Y, 2Z) uint8,
     eight in each voxel, are turned into images; then ``t1`` (labels, 2) float32 is the mean and the
     spread between people of each label's brightness in a T1-weighted image, and ``tissue`` (labels)
-    uint8 its ``Tissue``.  ``held`` is like ``labels``, 1 within the inner skull, and
-    ``skull`` like ``distance``, to its border.
+    uint8 its ``Tissue``.  ``held`` is like ``labels``, 1 within the inner skull, and ``skull`` like
+    ``distance``, to its border.
     """
 
     name: str
@@ -236,7 +236,7 @@ def load(path: Path) -> Head:
         str(stored["name"]),
         str(stored["source"]),
         stored["distance"],
-        **{name: stored.get(name) for name in ("image", "labels", "t1", "tissue", "held", "skull")},
+        **{field.name: stored.get(field.name) for field in fields(Head) if field.default is None},
     )
 
 

@@ -5,19 +5,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cadiff_cli.nets.brain_mask import REACH_MM
+from cadiff_cli.training.batch import Parts
 
 
 @dataclass(frozen=True, eq=False)
-class MaskLosses:
+class MaskLosses(Parts):
     """Losses of the two parts of the cascade."""
 
     coarse: Tensor
     fine: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The minimised sum."""
-        return self.coarse + self.fine
 
 
 def distance_loss(estimate: Tensor, truth: Tensor) -> Tensor:

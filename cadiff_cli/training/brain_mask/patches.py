@@ -23,6 +23,7 @@ from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import (
+    lattice,
     low_resolution,
     read,
     rotation,
@@ -82,8 +83,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     matrix = rotation(uniform(-1, 1, 3) * math.radians(widest)) * zoom
     if chance(config.turned):
         matrix = matrix @ rotation(torch.randint(4, (3,), generator=generator) * math.pi / 2)
-    axis = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
-    offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    offsets = lattice(n) - (n - 1) / 2
     bend = smooth_noise(config.elastic_mm / SPACING_MM, 20.0, n, n, generator)
     points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
     if chance(0.5):
@@ -146,23 +146,37 @@ def shrink(
     wave = smooth_noise(1.0, 40.0 / spacing_mm, n, n, generator)[0]
     wave = (1.5 * wave / wave.std().clamp(min=1e-6)).sigmoid()
     width = widest_mm * torch.rand(1, generator=generator) * wave
-    outwards = -torch.stack(torch.gradient(smoothed(distance)))
-    outwards = outwards / outwards.square().sum(dim=0).sqrt().clamp(min=1e-3)
     move = width * ((FAR_MM - distance) / (FAR_MM - width)).clamp(0, 1)
     move = torch.where(distance < 0, 0, move)
-    axis = torch.arange(n, dtype=torch.float32)
-    index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     # A voxel that the old border cuts stays: otherwise a shell of skull would mark the border.
     shift = torch.where(distance < spacing_mm / 2, 0, move)
-    points = read(points, index + shift / spacing_mm * outwards, padding="border")
+    points = moved_inwards(points, distance, -shift / spacing_mm, least=1e-3)
     new = torch.where(distance < 0, distance - width, distance - move)
     before, after = ((0.5 + d / spacing_mm).clamp(0, 1) for d in (distance, new))
     return points, new, before - after
 
 
-def smoothed(distance: Tensor) -> Tensor:
-    """The mean over 3^3 voxels (N, N, N), of those that there are at a face."""
-    return F.avg_pool3d(distance[None], 3, 1, 1, count_include_pad=False)[0]
+def moved_inwards(points: Tensor, distance: Tensor, voxels: Tensor, least: float) -> Tensor:
+    """``points`` (3, N, N, N) of a cube, each read so many ``voxels`` farther inside a border.
+
+    ``voxels`` and the signed ``distance`` to the border are (N, N, N).  The way is shorter where
+    the distance rises by less than ``least`` a voxel.
+    """
+    smooth = F.avg_pool3d(distance[None], 3, 1, 1, count_include_pad=False)[0]
+    inwards = torch.stack(torch.gradient(smooth))
+    inwards = inwards / inwards.square().sum(dim=0).sqrt().clamp(min=least)
+    return read(points, lattice(distance.shape[-1]) + voxels * inwards, padding="border")
+
+
+def behind_end(size: int, axis: int, spacing_mm: float, missing: int, *, last: bool) -> Tensor:
+    """How far (mm) voxels lie behind an end of the field of view, to broadcast over (N, N, N).
+
+    ``missing`` voxels are cut off at the first end of an ``axis``, or at the ``last``.
+    """
+    inside_mm = spacing_mm * (torch.arange(size) - missing + 0.5)
+    view = [1, 1, 1]
+    view[axis] = -1
+    return (inside_mm.flip(0) if last else inside_mm).reshape(view)
 
 
 def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
@@ -343,12 +357,8 @@ def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[T
         axis = int(torch.randint(3, (1,), generator=generator))
         size = image.shape[axis]
         amount = int(size * 0.25 * float(torch.rand(1, generator=generator)))
-        inside_mm = SPACING_MM * (torch.arange(size) - amount + 0.5)
-        if float(torch.rand(1, generator=generator)) < 0.5:
-            inside_mm = inside_mm.flip(0)
-        view = [1, 1, 1]
-        view[axis] = -1
-        inside_mm = inside_mm.reshape(view)
+        last = float(torch.rand(1, generator=generator)) < 0.5
+        inside_mm = behind_end(size, axis, SPACING_MM, amount, last=last)
         image = image * (inside_mm > 0)
         distance = torch.minimum(distance, inside_mm)
     return image, distance

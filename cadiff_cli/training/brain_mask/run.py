@@ -20,7 +20,7 @@ from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, content
 from cadiff_cli.training.brain_mask.objective import MaskObjective
 from cadiff_cli.training.brain_mask.patches import HeadDraws
-from cadiff_cli.training.brain_mask.skull import SkullDraws, SkullObjective
+from cadiff_cli.training.brain_mask.skull import SkullDraws, skull_objective
 from cadiff_cli.training.loop import Objective
 from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
 
@@ -95,7 +95,7 @@ def train_mask(
     locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
     parts: Sequence[tuple[HeadConfig, Dataset[Any], Objective]]
     if skull:
-        parts = ((config, SkullDraws(chosen, config), SkullObjective()),)
+        parts = ((config, SkullDraws(chosen, config), skull_objective),)
     else:
         draws = HeadDraws(chosen, config)
         parts = (

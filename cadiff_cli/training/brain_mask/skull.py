@@ -16,12 +16,18 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM, BrainNet, Tissue
-from cadiff_cli.training.batch import Batch, generator_of
+from cadiff_cli.training.batch import Batch, Parts, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head
-from cadiff_cli.training.brain_mask.patches import artefacts, draw_contrast, shrink, smoothed
+from cadiff_cli.training.brain_mask.patches import (
+    artefacts,
+    behind_end,
+    draw_contrast,
+    moved_inwards,
+    shrink,
+)
 from cadiff_cli.training.brain_mask.target import FAR_MM
-from cadiff_cli.training.transforms import nearest, read, rotation, smooth_noise
+from cadiff_cli.training.transforms import lattice, nearest, read, rotation, smooth_noise
 
 NEAR_MM = (-12.0, 10.0)
 """Cubes lie around a voxel so near to the brain's border, inside positive."""
@@ -110,10 +116,8 @@ def _hint(brain: Tensor, config: HeadConfig, generator: torch.Generator) -> Tens
     hint = hint + HINT_MM / 2 * torch.randn(1, generator=generator)
     if _uniform(generator) < config.cut:
         axis = int(torch.randint(3, (1,), generator=generator))
-        view = [1, 1, 1]
-        view[axis] = n
-        inside_mm = (torch.arange(n) + 0.5).reshape(view)
-        hint = torch.minimum(hint, inside_mm if _uniform(generator) < 0.5 else inside_mm.flip(axis))
+        last = _uniform(generator) >= 0.5
+        hint = torch.minimum(hint, behind_end(n, axis, 1.0, 0, last=last))
     return hint
 
 
@@ -134,8 +138,7 @@ def _place(head: Head, config: HeadConfig, generator: torch.Generator) -> tuple[
     widest = config.rotation_deg * (1 if _uniform(generator) < config.tilted else 0.25)
     angles = torch.tensor([_uniform(generator, -1, 1) for _ in range(3)])
     matrix = rotation(angles * math.radians(widest)) * zoom
-    axis = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
-    offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    offsets = lattice(n) - (n - 1) / 2
     bend = smooth_noise(config.elastic_mm, 40.0, n, n, generator)
     points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
     return (points.flip(1) if _uniform(generator) < 0.5 else points), zoom
@@ -156,12 +159,8 @@ def move_skull(
     sign = 1 if float(torch.rand(1, generator=generator)) < 0.5 else -1
     move = sign * whole + smooth_noise(float(part), 50.0, n, n, generator)[0]
     new = torch.maximum(skull + move.clamp(-widest_mm, widest_mm), torch.minimum(skull, brain))
-    inwards = torch.stack(torch.gradient(smoothed(skull)))
-    inwards = inwards / inwards.square().sum(dim=0).sqrt().clamp(min=0.3)
     shift = torch.where(new > 0, 0, (new - skull) * ((FAR_MM + skull) / FAR_MM).clamp(0, 1))
-    axis = torch.arange(n, dtype=torch.float32)
-    index = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    return read(points, index + shift * inwards, padding="border"), new
+    return moved_inwards(points, skull, shift, least=0.3), new
 
 
 def _painted(
@@ -190,16 +189,11 @@ def _painted(
 
 
 @dataclass(frozen=True, eq=False)
-class SkullLosses:
+class SkullLosses(Parts):
     """Losses of the tissues, and of what the inner skull holds."""
 
     tissue: Tensor
     held: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The minimised sum."""
-        return self.tissue + self.held
 
 
 def skull_losses(logits: Tensor, tissue: Tensor) -> SkullLosses:
@@ -221,16 +215,8 @@ def skull_losses(logits: Tensor, tissue: Tensor) -> SkullLosses:
     return SkullLosses(entropy.sum() / weight.sum(), 1 - overlap)
 
 
-@dataclass(frozen=True)
-class SkullObjective:
-    """Train the network of the inner skull alone."""
-
-    def __call__(
-        self,
-        net: BrainNet,
-        patch: SkullPatch,
-        _generator: torch.Generator,
-        _progress: float = 1.0,
-    ) -> SkullLosses:
-        """Losses of one batch of cubes."""
-        return skull_losses(net.tell_tissues(patch.image, patch.distance), patch.tissue)
+def skull_objective(
+    net: BrainNet, patch: SkullPatch, _generator: torch.Generator, _progress: float = 1.0, /
+) -> SkullLosses:
+    """Losses of one batch of cubes: the network of the inner skull learns alone."""
+    return skull_losses(net.tell_tissues(patch.image, patch.distance), patch.tissue)

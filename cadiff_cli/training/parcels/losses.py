@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.training.batch import Parts
+
 
 @dataclass(frozen=True, eq=False)
-class ParcelLosses:
+class ParcelLosses(Parts):
     """Cross-entropy, and soft Dice with its weight."""
 
     entropy: Tensor
     dice: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The minimised sum."""
-        return self.entropy + self.dice
 
 
 def parcel_losses(logits: Tensor, truth: Tensor, dice_weight: float) -> ParcelLosses:

@@ -9,21 +9,17 @@ from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.segmenter import FIELD_STD, STRIDE, Coarse
+from cadiff_cli.training.batch import Parts
 
 
 @dataclass(frozen=True, eq=False)
-class Losses:
+class Losses(Parts):
     """The parts of a step's loss (scalars), weighted; ``total`` is what is minimised (eq. 8)."""
 
     label: Tensor
     coarse: Tensor
     field: Tensor
     consistency: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The sum of all parts."""
-        return self.label + self.coarse + self.field + self.consistency
 
 
 def dice_ce(logits: Tensor, target: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.segmenter.data import STORED_STRIDE, Sample, sample_field
 from cadiff_cli.training.segmenter.synthesis import SynthesisConfig, resynthesise
 from cadiff_cli.training.transforms import (
+    lattice,
     low_resolution,
     nearest,
     read,
@@ -116,8 +117,7 @@ def draw_patch(
     centre = torch.minimum(torch.maximum(centre, torch.tensor(margin)), shape - 1.0 - margin)
     centre = centre - 0.5  # the middle of an even number of voxels lies between two
 
-    axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-    offsets = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    offsets = lattice(size) - (size - 1) / 2
     if float(uniform(0, 1, 1)) < config.deform:
         matrix = rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
             1 + config.scale * uniform(-1, 1, 1)
