@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import seeded
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy.ndimage import gaussian_filter
 from synthetic_head import stored
 
 from cadiff_cli.cli.train_mask import command
@@ -210,7 +211,7 @@ def test_a_painted_voxel_is_the_mean_of_its_labels(drawn_head):
     wanted = torch.from_numpy(eighths.mean(axis=(1, 3, 5)))
     part = (slice(None), slice(9, 29), slice(30, 48), slice(-3, None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches.ndimage, "gaussian_filter", lambda image, _: image)
+        patch.setattr(patches.ndimage, "gaussian_filter", lambda image, *_, **__: image)
         for points, at in ((index, wanted), (index[part], wanted[part[1:]])):
             torch.testing.assert_close(
                 painted(drawn_head, points, contrast, seeded()), at, atol=1e-4, rtol=0
@@ -496,7 +497,7 @@ class Oracle(BrainNet):
             return torch.full(head.shape, -FAR_MM)
         return torch.from_numpy(signed_distance(mask, SPACING))[None, None]
 
-    def enclose(self, head, distance):
+    def enclose(self, head, distance, _zooms):
         assert head.shape == distance.shape
         return (distance + self.beyond_mm > 0)[:, 0].float()
 
@@ -526,7 +527,7 @@ def ellipsoid(radii_mm, centre_mm, grid):
 class Seer(Oracle):
     """Takes the brain for what is brighter than a half, the skull's content for what is not air."""
 
-    def enclose(self, head, distance):
+    def enclose(self, head, distance, _zooms):
         assert head.shape == distance.shape
         assert all(n % self.config.skull_multiple == 0 for n in head.shape[2:])
         return (head[:, 0] > 0.1).float()
@@ -905,7 +906,7 @@ def bony_head(label_map):
 def plain(monkeypatch):
     """No artefacts and no noise, and each tissue of one brightness."""
     monkeypatch.setattr(skull, "artefacts", lambda image, *_, **__: image)
-    monkeypatch.setattr(skull.ndimage, "gaussian_filter", lambda image, _: image)
+    monkeypatch.setattr(skull.ndimage, "gaussian_filter", lambda image, *_, **__: image)
 
     def even(head, *_):
         mean = torch.from_numpy(head.t1[:, 0])
@@ -933,7 +934,7 @@ def test_codes_are_tissues():
 def test_a_cube_is_a_function_of_its_seed(bony_head):
     draws = SkullDraws([bony_head], replace(CUBE, seed=3, moved_skull=0.5))
     one, same, other = draws[5], draws[5], draws[6]
-    for name in ("image", "distance", "tissue"):
+    for name in ("image", "distance", "tissue", "zooms"):
         assert torch.equal(getattr(one, name), getattr(same, name))
         assert not torch.equal(getattr(one, name), getattr(other, name))
     assert one.image.shape == one.distance.shape == (1, 1, 48, 48, 48)
@@ -1038,12 +1039,131 @@ def test_slabs_are_the_whole(monkeypatch):
     """What the skull holds is computed slab by slab: the same as at once."""
     torch.manual_seed(0)
     net = TissueNet((4, 8)).requires_grad_(False)
-    image, hint = torch.rand(2, 1, 1, 2 * SLAB + 8, 12, 8)
-    p = net(image, hint).softmax(dim=1)
+    images = torch.rand(5, 1, 1, 2 * SLAB + 8, 12, 8)
+    p = net(*images).softmax(dim=1)
     wanted = p[:, Tissue.BRAIN] + p[:, Tissue.FLUID]
-    torch.testing.assert_close(net.within(image, hint), wanted)
+    torch.testing.assert_close(net.within(*images), wanted)
     monkeypatch.setattr("cadiff_cli.nets.brain_mask.SLAB", 5)
-    torch.testing.assert_close(net.within(image, hint), wanted)
+    torch.testing.assert_close(net.within(*images), wanted)
+
+
+def test_the_network_is_told_the_scans_voxel_sizes_in_ras_order(head_of_zooms, monkeypatch):
+    """In whatever order a scan's axes lie, it is told the same."""
+    told = []
+
+    def enclose(_net, _head, distance, zooms):
+        told.append(zooms)
+        return (distance[:, 0] > -3).float()
+
+    monkeypatch.setattr(BrainNet, "enclose", enclose)
+    model = BrainModel(BrainNet(replace(TINY, skull=True)), "skull")
+    for axes in ("RAS", "LPI", "SRA", "PIL"):
+        t1 = head_of_zooms(axes)
+        working = t1.grid.working()
+        depth = Volume(np.full(t1.grid.shape, 9.0, np.float32), t1.grid)
+        assert find_skull(t1, depth, working, model) is not None
+    for zooms in told:
+        torch.testing.assert_close(zooms, torch.tensor([[1.0, 2.0, 4.0]]))
+
+
+@pytest.fixture
+def head_of_zooms():
+    def make(axes):
+        turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
+        affine = np.diag([1.0, 2.0, 4.0, 1.0]) @ inv_ornt_aff(turn, (40, 20, 10))
+        shape = np.array((40, 20, 10))[np.argsort(turn[:, 0])]
+        return Volume(np.ones(shape, np.float32), Grid(tuple(shape), affine))
+
+    return make
+
+
+def test_larger_voxels_of_a_scan_blur_it_and_shift_nothing():
+    """Told are the sizes that were made; without larger voxels the image is the same."""
+    n = 48
+    sharp = ball(14, n, 1.0).astype(np.float32)
+    ball_1mm = torch.from_numpy(gaussian_filter(sharp, 1.0))
+    still = skull.scanned(ball_1mm, replace(CUBE, large_voxels=0.0), seeded(0))
+    assert torch.equal(still[0], ball_1mm)
+    assert torch.equal(still[1], torch.ones(3))
+    slices, sizes = 0, []
+    for seed in range(24):
+        image, zooms = skull.scanned(ball_1mm, replace(CUBE, large_voxels=1.0), seeded(seed))
+        assert image.shape == ball_1mm.shape
+        assert float(image.sum()) == pytest.approx(float(ball_1mm.sum()), rel=0.02)
+        centre = (torch.nonzero(image + 1).float() * image.reshape(-1, 1)).sum(0) / image.sum()
+        torch.testing.assert_close(centre, torch.full((3,), (n - 1) / 2), atol=0.15, rtol=0)
+        torch.testing.assert_close(n / zooms, (n / zooms).round())
+        slices += len(set(zooms.tolist())) > 1
+        sizes.append(float(zooms.min()))
+    assert 0 < slices < 12
+    assert min(sizes) < 1
+    assert max(sizes) > 1.9
+
+
+@pytest.fixture
+def teacher(monkeypatch):
+    """Finds the brain of ``label_map``, and its inner skull 6 mm around it."""
+    monkeypatch.setattr(
+        "cadiff_cli.training.brain_mask.data.find_brain_in_head",
+        lambda t1, *_: (None, Volume(ball_distance(t1.grid), t1.grid)),
+    )
+    monkeypatch.setattr(BrainNet, "enclose", lambda _net, _head, d, _zooms: (d[:, 0] > -6).float())
+    return BrainModel(BrainNet(replace(TINY, skull=True, skull_channels=(4, 8))), "teacher")
+
+
+def ball_distance(grid):
+    """To the border of the ball of 60 mm in ``label_map``."""
+    return np.clip(60 - np.linalg.norm(np.indices(grid.shape) * 3.0 - 88.5, axis=0), -10, 10)
+
+
+@pytest.fixture
+def taught_head(label_map, teacher):
+    codes = np.asarray(label_map.data)
+    image = np.select([np.isin(codes, (2, 41)), codes == 24, codes > 0], [100.0, 20.0, 60.0], 0.0)
+    brain = on_grid(np.isin(codes, (2, 41)).astype(np.uint8), 3.0)
+    t1 = on_grid(image.astype(np.float32), 3.0)
+    return from_scan("real", "scanner", t1, brain, close=True, teacher=teacher)
+
+
+def test_a_network_draws_the_inner_skull_in_real_heads(taught_head, plain):
+    """What it holds lies in the image where the network saw it, in every cube."""
+    assert taught_head.scan.shape == taught_head.held.shape
+    np.testing.assert_allclose(taught_head.zooms, 3.0)
+    litres = taught_head.held.sum() / 1e6
+    assert litres == pytest.approx(4 / 3 * np.pi * 0.66**3, rel=0.02)
+    for index in range(8):
+        patch = skull.draw_scan(taught_head, replace(STILL, cut=0.0), seeded(index))
+        assert not patch.named.any()
+        assert (patch.zooms >= 3).all()
+        assert (held(patch)[patch.distance[:, 0] > -2]).all()
+        assert not (held(patch)[patch.distance[:, 0] < -9.5]).any()
+
+
+def test_tissues_without_a_name_count_as_held_or_not():
+    """How much of what is held is brain, and how much of the rest is bone, changes no loss."""
+    tissue = torch.full((1, 12, 12, 12), int(Tissue.BONE))
+    tissue[:, :6] = Tissue.FLUID
+    p = torch.rand(1, len(Tissue), 12, 12, 12, generator=seeded(0)) + 0.1
+    other = p.clone()
+    other[:, [Tissue.BRAIN, Tissue.FLUID]] = p[:, [Tissue.FLUID, Tissue.BRAIN]]
+    other[:, [Tissue.AIR, Tissue.BONE]] = p[:, [Tissue.BONE, Tissue.AIR]]
+    for named in (False, True):
+        one, two = (skull_losses(q.log(), tissue, torch.tensor([named])) for q in (p, other))
+        assert torch.isclose(one.held, two.held)
+        assert bool(torch.isclose(one.tissue, two.tissue)) is not named
+
+
+def test_real_heads_join_once_a_network_knows_the_skull(taught_head, bony_head, tmp_path):
+    draws = SkullDraws([taught_head, bony_head], replace(CUBE, real=0.5, elastic_mm=1.0))
+    named = [bool(draws[index].named) for index in range(16)]
+    assert 3 < sum(named) < 13
+    assert not any(SkullDraws([taught_head], CUBE)[index].named for index in range(3))
+    assert all(SkullDraws([bony_head], CUBE)[index].named for index in range(3))
+    settings = replace(TINY, skull=True, skull_channels=(4, 8))
+    config = HeadConfig(steps=2, warmup=1, decay=1, cube=32)
+    heads = {"mri": [taught_head], "toys": [bony_head]}
+    init = BrainModel(BrainNet(settings), "knows")
+    assert train_mask(heads, tmp_path, config, init=init, net_config=settings).is_file()
 
 
 def test_the_truth_has_no_loss_and_borders_count_most():
@@ -1052,14 +1172,15 @@ def test_the_truth_has_no_loss_and_borders_count_most():
     tissue[:, :20, 4:20, 4:20] = Tissue.FLUID
     tissue[:, :16, 8:16, 8:16] = Tissue.BRAIN
     logits = 40.0 * torch.nn.functional.one_hot(tissue, len(Tissue)).movedim(-1, 1)
-    assert float(skull_losses(logits, tissue).total) < 1e-3
+    known = torch.tensor([True])
+    assert float(skull_losses(logits, tissue, known).total) < 1e-3
     losses = []
     for x in (10, 0):  # at the border of fluid and air, and inside the brain at a face of the cube
         y = 4 if x else 11
         wrong = logits.clone()
         wrong[:, :, x, y, 11] = 0
         wrong[:, Tissue.SOFT, x, y, 11] = 40
-        losses.append(float(skull_losses(wrong, tissue).tissue))
+        losses.append(float(skull_losses(wrong, tissue, known).tissue))
     at_border, at_face = losses
     # Weights: 1, 1 for fluid, and 3 at the border.
     assert at_border == pytest.approx(5 * at_face, rel=0.01)

@@ -43,7 +43,7 @@ class Bright(BrainNet):
         mask = head[0, 0].numpy() > 0.45
         return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
 
-    def enclose(self, _head, distance):
+    def enclose(self, _head, distance, _zooms):
         return (distance[:, 0] > -5).float()
 
 

@@ -6,7 +6,8 @@ be read between voxels: the border at 1 mm has no 2 mm steps.
 
 A third network may tell what the inner skull holds: the intracranial volume.  Its border lies
 between fluid and bone, a millimetre or two from the cortex, so this network sees the head at 1 mm
-and names the tissue of each voxel.
+and names the tissue of each voxel.  It is told how large the voxels of the scan were: in larger
+ones fluid and bone are one grey.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, shuffle, unshuffle
 SPACING_MM = 2.0
 REACH_MM = 10.0
 """Distances beyond this are all the same to the network."""
+LARGEST_ZOOM_MM = 8.0
+"""Larger voxels of a scan are all the same to the network of the inner skull."""
 SLAB, RIM = 32, 3
 """Voxels of 1 mm that are finished at a time, and how many more around them decide on them."""
 
@@ -126,32 +129,35 @@ class TissueNet(nn.Module):
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
-        n = len(Tissue)
-        self.blocks = BlockNet(2, channels, n)
-        self.first = Conv3d(2, 8, 3, padding=1)
+        n, images = len(Tissue), 2 + 3
+        self.blocks = BlockNet(images, channels, n)
+        self.first = Conv3d(images, 8, 3, padding=1)
         self.second = Conv3d(8 + n, 16, 3, padding=1)
         self.third = Conv3d(16, 16, 3, padding=1)
         self.out = Conv3d(16, n, 1)
 
-    def forward(self, image: Tensor, hint: Tensor) -> Tensor:
-        """Two images (B, 1, X, Y, Z) -> logits (B, tissues, X, Y, Z) float32."""
-        return self._finished(image, hint, self.blocks(image, hint))
+    def forward(self, *images: Tensor) -> Tensor:
+        """Five images (B, 1, X, Y, Z) -> logits (B, tissues, X, Y, Z) float32.
 
-    def within(self, image: Tensor, hint: Tensor) -> Tensor:
+        They are the head, the brain's distance, and the voxel sizes of the scan along three axes.
+        """
+        return self._finished(self.blocks(*images), *images)
+
+    def within(self, *images: Tensor) -> Tensor:
         """(B, X, Y, Z) float32: the probability that the inner skull holds a voxel.
 
         It is that of ``forward``, slab by slab: all tissues of a whole head would take gigabytes.
         """
-        rough, size, parts = self.blocks(image, hint), image.shape[2], []
+        rough, size, parts = self.blocks(*images), images[0].shape[2], []
         for start in range(0, size, SLAB):
             low, high = max(0, start - RIM), min(size, start + SLAB + RIM)
-            slabs = (x[:, :, low:high] for x in (image, hint, rough))
+            slabs = (x[:, :, low:high] for x in (rough, *images))
             p = self._finished(*slabs).softmax(dim=1)[:, :, start - low :][:, :, :SLAB]
             parts.append(p[:, Tissue.BRAIN] + p[:, Tissue.FLUID])
         return torch.cat(parts, dim=1)
 
-    def _finished(self, image: Tensor, hint: Tensor, rough: Tensor) -> Tensor:
-        x = self.first(last(torch.cat([image, hint], dim=1)))
+    def _finished(self, rough: Tensor, *images: Tensor) -> Tensor:
+        x = self.first(last(torch.cat(images, dim=1)))
         x = self.second(F.silu(torch.cat([x, rough.to(x.dtype)], dim=1)))
         x = self.third(F.silu(x))
         logits: Tensor = rough + self.out(F.silu(x)).float()
@@ -182,22 +188,25 @@ class BrainNet(nn.Module):
         correction: Tensor = self.fine(2 * head - 1, hint.clamp(-1, 1))
         return REACH_MM * (hint + correction)
 
-    def tell_tissues(self, head: Tensor, distance: Tensor) -> Tensor:
+    def tell_tissues(self, head: Tensor, distance: Tensor, zooms: Tensor) -> Tensor:
         """A part of a head at 1 mm and the distance (mm) to the brain's border there -> logits.
 
-        The arguments are (B, 1, X, Y, Z), intensities in [0, 1]; logits are (B, tissues, X, Y, Z),
-        in the order of ``Tissue``.  The network must know the skull.
+        Both are (B, 1, X, Y, Z), intensities in [0, 1]; logits are (B, tissues, X, Y, Z), in the
+        order of ``Tissue``.  ``zooms`` (B, 3) are the scan's own voxel sizes (mm) along the axes.
+        The network must know the skull.
         """
         assert self.skull is not None
-        logits: Tensor = self.skull(*_tissue_input(head, distance))
+        logits: Tensor = self.skull(*_tissue_input(head, distance, zooms))
         return logits
 
-    def enclose(self, head: Tensor, distance: Tensor) -> Tensor:
+    def enclose(self, head: Tensor, distance: Tensor, zooms: Tensor) -> Tensor:
         """As ``tell_tissues``: the probability (B, X, Y, Z) that the inner skull holds a voxel."""
         assert self.skull is not None
-        return self.skull.within(*_tissue_input(head, distance))
+        return self.skull.within(*_tissue_input(head, distance, zooms))
 
 
-def _tissue_input(head: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+def _tissue_input(head: Tensor, distance: Tensor, zooms: Tensor) -> tuple[Tensor, ...]:
     """Square roots: fluid and bone, between which the border lies, are the darkest of a head."""
-    return 2 * head.sqrt() - 1, (distance / REACH_MM).clamp(-1, 1)
+    sizes = zooms.clamp(1, LARGEST_ZOOM_MM).log2() - 1
+    told = (size.reshape(-1, 1, 1, 1, 1).expand_as(head) for size in sizes.unbind(dim=1))
+    return 2 * head.sqrt() - 1, (distance / REACH_MM).clamp(-1, 1), *told

@@ -156,8 +156,9 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
         torch.from_numpy(np.pad(data, pad, mode="edge"))[None, None].to(device)
         for data in (head, near)
     )
+    zooms = torch.from_numpy(t1.grid.ras_zooms_mm).float()[None].to(device)
     with autocast(device):
-        p = net.enclose(x, depth)[0].cpu().numpy()
+        p = net.enclose(x, depth, zooms)[0].cpu().numpy()
     held = np.zeros(working.shape, dtype=bool)
     held[box] = (p[tuple(slice(n) for n in part.shape)] > 0.5) | (near > DEEP_MM)
     return Volume(without_threads(held, working.spacing_mm), working)

@@ -52,8 +52,8 @@ def train_mask(
 
     ``init`` is a model to start from, which can locate brains already; no source that it was
     trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm.
-    If ``net_config`` wants the inner skull, its network alone learns, on label maps: what ``init``
-    says of the brain stays the same to the bit.
+    If ``net_config`` wants the inner skull, its network alone learns, on label maps and on heads in
+    which ``init`` drew it: what ``init`` says of the brain stays the same to the bit.
     """
     check_sources(heads, hold_out, init)
     check_settings(config, net_config, init)
@@ -66,8 +66,11 @@ def train_mask(
         )
     # The order of folders must not decide which heads a resumed run draws.
     chosen = [h for source in sorted(heads) if source not in hold_out for h in heads[source]]
-    if skull and any(h.skull is None for h in chosen):
-        raise UsageError("real heads do not tell the inner skull", "train it on --label-maps alone")
+    if skull and any(h.held is None for h in chosen):
+        raise UsageError(
+            "real heads do not tell the inner skull",
+            "train it on --label-maps alone, or give --init weights that know it",
+        )
     settings = net_config or BrainConfig()
     if init:
         settings = net_config if net_config and skull else init.net.config
