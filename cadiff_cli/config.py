@@ -71,7 +71,10 @@ STRIP_METHODS = ("auto", "net", "template", "none")
 
 @dataclass(frozen=True)
 class StripConfig:
-    """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides."""
+    """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides.
+
+    ``model`` names the network.
+    """
 
     method: str = option(
         "auto",
@@ -81,6 +84,11 @@ class StripConfig:
         choices=STRIP_METHODS,
     )
     mask: Path | None = option(None, "Your own brain mask (T1's grid).")
+    model: str = option(
+        "brain-mask",
+        "The network that finds the brain: a released name, or a file of cadiff train-mask.",
+        "--strip-model",
+    )
 
     def __post_init__(self) -> None:
         """Take a mask's name for its path."""
@@ -293,6 +301,9 @@ class Recipe:
         plain = as_dict(self.config)
         if self.config.strip.mask is not None:
             plain["strip"]["mask"] = self.config.strip.mask.name
+        # Absent for the released one, so that results from before it was told are still known.
+        if (network := plain["strip"].pop("model")) != StripConfig.model:
+            plain["strip"]["model"] = Path(network).name
         sample, output = plain["sample"], plain.pop("output")
         sample |= {
             "posteriors": output["posteriors"],

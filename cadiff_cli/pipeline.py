@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,17 +53,17 @@ def strip_scan(scan: Scan, template: Template | None, config: Config, work_dir: 
         config,
         work_dir,
         given_mask(mask, scan) if mask else None,
-        brain_model if strip_weights_sha256(config.strip) else None,
+        partial(brain_model, config.strip.model) if strip_weights_sha256(config.strip) else None,
     )
 
 
 @cache
-def brain_model() -> "BrainModel":
-    """The released network that finds the brain, loaded once per process."""
+def brain_model(name: str) -> "BrainModel":
+    """The network ``name`` that finds the brain, loaded once per process."""
     from cadiff_cli.io import models
     from cadiff_cli.nets.models import BrainModel
 
-    return models.load(BrainModel)
+    return models.load(BrainModel, name)
 
 
 @cache

@@ -1,6 +1,8 @@
 """``cadiff mask`` and the learned method within ``strip``; the released network on real heads."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,9 +14,9 @@ from synthetic_head import stored, synthetic_head
 
 from cadiff_cli import pipeline
 from cadiff_cli.cli.mask import command
-from cadiff_cli.config import Config, StripConfig, StripMethod
+from cadiff_cli.config import Config, Recipe, StripConfig, StripMethod
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError
-from cadiff_cli.io import releases, templates
+from cadiff_cli.io import models, releases, templates
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import load_scan, load_volume, save_volume
 from cadiff_cli.io.templates import EMBEDDED, load_template
@@ -52,7 +54,7 @@ BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")
 
 @pytest.fixture
 def bright(monkeypatch):
-    monkeypatch.setattr(pipeline, "brain_model", lambda: BRIGHT)
+    monkeypatch.setattr(pipeline, "brain_model", lambda _name: BRIGHT)
     for module in (pipeline, runner_mask):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)
 
@@ -197,9 +199,53 @@ def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monke
         run(head()[0], "sub-head")
     assert asked == [templates.PREFERRED]
     weights = "0" * 64
-    monkeypatch.setattr(pipeline, "brain_model", lambda: BRIGHT)
+    monkeypatch.setattr(pipeline, "brain_model", lambda _name: BRIGHT)
     run(head()[0], "sub-net")
     assert len(asked) == 1
+
+
+def test_another_network_may_find_the_brain(head, tmp_path, monkeypatch):
+    """A file of one's own, whose checksum is told; a name that is not there is refused."""
+    t1, _ = head()
+    path, own = tmp_path / "sub-01_T1w.nii.gz", tmp_path / "own.safetensors"
+    save_volume(path, t1.data, t1.grid)
+    models.save(own, BrainModel(BrainNet(BrainConfig((8, 8), (8, 8))), "own"))
+    asked = []
+    monkeypatch.setattr(pipeline, "brain_model", lambda name: asked.append(name) or BRIGHT)
+
+    def run(name):
+        options = [
+            "-o",
+            str(tmp_path / Path(name).stem),
+            "--skull-strip",
+            "net",
+            "--strip-model",
+            name,
+        ]
+        return CliRunner().invoke(command, [str(path), *options], catch_exceptions=False)
+
+    assert run(str(own)).exit_code == 0
+    assert asked == [str(own)]
+    sidecar = tmp_path / "own" / "sub-01" / "anat" / "sub-01_desc-brain_mask.json"
+    assert json.loads(sidecar.read_text())["WeightsSHA256"] == sha256(own)
+    with pytest.raises(MissingInputError, match=r"(?s)no model at .*nobody.*use .*brain-mask"):
+        run("nobody")
+
+
+def test_a_network_of_another_kind_is_refused(head, tmp_path):
+    scan = Scan(head()[0], tmp_path / "x.nii.gz")
+    with pytest.raises(DataError, match="cadiff-brain-1"):
+        strip_scan(scan, None, Config(StripConfig("net", model="cadiff-malc")), tmp_path)
+
+
+def test_the_default_network_is_as_results_from_before_tell_it():
+    """A result from before other networks could be named must still count as made so."""
+
+    def settings(**strip):
+        return Recipe(Config(strip=StripConfig(**strip)), "x", "m", "0" * 64).settings()["strip"]
+
+    assert settings() == settings(model="brain-mask") == {"method": "auto", "mask": None}
+    assert settings(model="/home/somebody/own.safetensors")["model"] == "own.safetensors"
 
 
 # --- the released network -------------------------------------------------------------------------
@@ -275,7 +321,8 @@ def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_thr
 
 def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):
     """MNI152's brain holds 1.9 l, as many a child's whole head."""
-    found = stripped_brain(load_template(EMBEDDED).brain, pipeline.brain_model)
+    network = partial(pipeline.brain_model, releases.DEFAULT_BRAIN)
+    found = stripped_brain(load_template(EMBEDDED).brain, network)
     assert found
     assert found.litres > LARGE_LITRES
 

@@ -1,11 +1,11 @@
 """Score the intracranial volume of the brain-mask network, where its truth is known and where not.
 
-python tools/measure_skull.py --label-maps LABEL_MAPS --images 2   # against label maps of heads
-python tools/measure_skull.py HEADS/mass --spacings 1 1.5 2        # how far it moves with voxels
+python tools/measure_skull.py --label-maps LABEL_MAPS --images 2 --spacings 1 1.2 1.5 2
+python tools/measure_skull.py HEADS/mass --spacings 1 1.2 1.5 2
 
 Label maps (FreeSurfer codes, 5xx around the brain) are painted like T1-weighted images, each from
-seeds of its own.  Folders are BIDS-like; the volume of a head is compared with that at its first
-spacing.
+seeds of its own; each volume is compared with the true one.  Folders are BIDS-like; the volume of a
+head is compared with that at its first spacing.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import resample, resample_mask
+from cadiff_cli.spatial.resample import resample
 from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull
 from cadiff_cli.training.brain_mask.data import paintable, t1_brightness
 from cadiff_cli.training.brain_mask.patches import t1_contrast
@@ -37,39 +37,39 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--label-maps", type=Path)
     parser.add_argument("--images", type=int, default=1, help="so many of each label map")
-    parser.add_argument("--spacings", nargs="+", type=float, default=[], help="mm")
+    parser.add_argument("--spacings", nargs="+", type=float, default=[1.0], help="mm")
     parser.add_argument("--model", default="brain-mask")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = models.load(BrainModel, arguments.model)
+    maps = sorted(arguments.label_maps.glob("*.nii*")) if arguments.label_maps else []
     errors = []
-    for path in sorted(arguments.label_maps.glob("*.nii*")) if arguments.label_maps else []:
+    for path in maps:
         for seed, (image, truth) in enumerate(painted(path, arguments.images)):
-            found = held_in(image, model)
-            inside = resample_mask(found, truth.grid).data
-            dice = 2 * np.count_nonzero(inside & truth.data) / (inside.sum() + truth.data.sum())
-            errors.append(100 * (found.litres / truth.litres - 1))
-            print(
-                f"{path.name}\timage {seed}\t{truth.litres:.3f} l\tfound {found.litres:.3f} l"
-                f"\t{errors[-1]:+.2f} %\tDice {dice:.4f}",
-                flush=True,
-            )
-    moved = []
+            name = f"{path.name} image {seed}, {truth.litres:.3f} l"
+            found = [held_in(scan, model).litres for scan in at(image, arguments.spacings)]
+            errors.append(compared(name, found, truth.litres))
+    moves = []
     for path in sorted(p for f in arguments.folders for p in f.glob("sub-*/**/*_T1w.nii.gz")):
-        t1 = load_scan(path).t1
-        litres = [held_in(image, model).litres for image in at(t1, arguments.spacings)]
-        moved.append([100 * (x / litres[0] - 1) for x in litres])
-        cells = (f"{x:.3f} l ({d:+.2f} %)" for x, d in zip(litres, moved[-1], strict=True))
-        print(path.name, *cells, sep="\t", flush=True)
-    for name, found in (("against the truth", errors), ("moves by", [x[1:] for x in moved])):
-        if np.size(found):
-            size = np.abs(found)
+        found = [held_in(scan, model).litres for scan in at(load_scan(path).t1, arguments.spacings)]
+        moves.append(compared(path.name, found, found[0]))
+    for name, rows in (("against the truth", errors), ("moves by", moves)):
+        for spacing, column in zip(arguments.spacings, np.transpose(rows), strict=False):
+            size = abs(column)
             print(
-                f"{name}: mean {np.mean(found):+.2f} %, mean size {size.mean():.2f} %, most"
-                f" {size.max():.2f} %"
+                f"{name} at {spacing:g} mm: mean {column.mean():+.2f} %, mean size"
+                f" {size.mean():.2f} %, most {size.max():.2f} %"
             )
+
+
+def compared(name: str, litres: list[float], wanted: float) -> list[float]:
+    """Print volumes, and by how many per cent they differ from the wanted one; return these."""
+    errors = [100 * (x / wanted - 1) for x in litres]
+    cells = (f"{x:.3f} l ({e:+.2f} %)" for x, e in zip(litres, errors, strict=True))
+    print(name, *cells, sep="\t", flush=True)
+    return errors
 
 
 def held_in(t1: Volume, model: BrainModel) -> Volume:
@@ -98,11 +98,9 @@ def painted(path: Path, images: int) -> Iterator[tuple[Volume, Volume]]:
 
 
 def at(t1: Volume, spacings: list[float]) -> Iterator[Volume]:
-    """The head with cubic voxels of each spacing; as it is without any."""
+    """The head with cubic voxels of each spacing."""
     for spacing in spacings:
         yield resample(t1, t1.grid.working(spacing, tolerance=0.0), fill=float(t1.data.min()))
-    if not spacings:
-        yield t1
 
 
 if __name__ == "__main__":

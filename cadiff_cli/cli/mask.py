@@ -1,10 +1,11 @@
 """``cadiff mask``: the brain mask alone, and the stripped image."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, options_of
+from cadiff_cli.cli.options import PATH, made, options_of
 from cadiff_cli.config import StripConfig
 
 
@@ -14,7 +15,7 @@ from cadiff_cli.config import StripConfig
 @options_of(StripConfig, without=("mask",))
 @click.option("--offline", is_flag=True, help="Never try to download a template.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier mask.")
-def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: bool) -> None:
+def command(t1: Path, out: Path, offline: bool, overwrite: bool, **settings: Any) -> None:
     """Find the brain in a T1-weighted head.
 
     Writes the mask and the stripped image on the scan's own grid, with a sidecar on the quality of
@@ -30,7 +31,7 @@ def command(t1: Path, out: Path, skull_strip: str, offline: bool, overwrite: boo
     scan = load_scan(t1)
     for note in scan.notes:
         click.echo(warning(note.text), err=True)
-    config = StripConfig(skull_strip)
+    config = made(StripConfig, settings)
     path, stripped = mask_file(scan, out, config, offline=offline, overwrite=overwrite)
     click.echo(f"cadiff: {stripped.summary}", err=True)
     click.echo(path)

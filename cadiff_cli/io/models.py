@@ -21,6 +21,7 @@ from cadiff_cli.config import PARCELS, as_dict
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import (
+    BRAIN_FINDER,
     DEFAULT,
     DEFAULT_ATLAS,
     DEFAULT_BRAIN,
@@ -164,7 +165,7 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
         restore=_segmented,
     ),
     BrainModel: Kind(
-        "cadiff-brain-1",
+        BRAIN_FINDER,
         DEFAULT_BRAIN,
         lambda settings: BrainNet(settings_of(BrainConfig, settings)),
     ),

@@ -443,14 +443,14 @@ def _apart(*texts: str, longest: int = 24) -> list[str]:
     return [f"{before}{text[start:end]}{'...' if text[end:] else ''}" for text in texts]
 
 
-def mask_provenance(scan: Scan, stripped: Stripped) -> dict[str, Any]:
-    """What made a brain mask that stands alone."""
+def mask_provenance(scan: Scan, stripped: Stripped, config: StripConfig) -> dict[str, Any]:
+    """What made a brain mask that stands alone, with the settings of ``config``."""
     learned = stripped.method is StripMethod.NET
     return {
         "GeneratedBy": [generated_by()],
         "Packages": software(),
         "BiasRatio": stripped.bias_ratio,
-        **({"WeightsSHA256": strip_weights_sha256(StripConfig("net"))} if learned else {}),
+        **({"WeightsSHA256": strip_weights_sha256(config)} if learned else {}),
         "SourceSHA256": scan.sha256 or sha256(scan.path),
     }
 

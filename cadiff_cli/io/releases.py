@@ -16,7 +16,9 @@ METADATA_KEY = "cadiff"
 SEGMENTER = "cadiff-1"
 """The format of networks that ``--model`` takes."""
 DEFAULT: str = Request.model
-DEFAULT_BRAIN = "brain-mask"
+BRAIN_FINDER = "cadiff-brain-1"
+"""The format of networks that ``--strip-model`` takes."""
+DEFAULT_BRAIN: str = StripConfig.model
 DEFAULT_ATLAS: str = Request.atlas_model
 
 
@@ -77,10 +79,15 @@ def parcels_sha256(output: OutputConfig) -> str:
 
 
 def strip_weights_sha256(strip: StripConfig) -> str:
-    """Checksum of the network that may find the brain; empty if none may, or none is installed."""
+    """Checksum of the network that may find the brain; empty if none may, or none is installed.
+
+    Raises ``MissingInputError`` if the user named one that is not there.
+    """
     if strip.mask is not None or strip.method not in ("auto", "net"):
         return ""
     try:
-        return find_weights(DEFAULT_BRAIN)[2]
+        return find_weights(strip.model, BRAIN_FINDER)[2]
     except MissingInputError:
+        if strip.model != DEFAULT_BRAIN:
+            raise
         return ""

@@ -44,7 +44,7 @@ def mask_file(
         if journal.interrupted(place.stem):
             place.clear()
         with journal.writing(place.stem):
-            return save_mask(scan, stripped, mask, out, held), stripped
+            return save_mask(scan, stripped, mask, out, config, held), stripped
 
 
 def _template(scan: Scan, config: StripConfig, offline: bool) -> Template | None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli import machine
+from cadiff_cli.config import StripConfig
 from cadiff_cli.io.bids.description import save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives, Finished
 from cadiff_cli.io.bids.names import (
@@ -144,11 +145,17 @@ def place_from(out: Path, scan: Path) -> str:
 
 
 def save_mask(
-    scan: Scan, stripped: Stripped, mask: Volume, out: Path, intracranial: Volume | None = None
+    scan: Scan,
+    stripped: Stripped,
+    mask: Volume,
+    out: Path,
+    config: StripConfig,
+    intracranial: Volume | None = None,
 ) -> Path:
     """Write a brain mask and the stripped image on the scan's own grid; returns the mask's path.
 
-    ``intracranial`` is the mask of what the inner skull holds, if it is known.
+    ``config`` are the settings that it was made with.  ``intracranial`` is the mask of what the
+    inner skull holds, if it is known.
     """
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
     notes = [
@@ -162,7 +169,7 @@ def save_mask(
     write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)
     write.image(MASK, mask.data, mask.grid, like=scan.path)
     about = about_mask(stripped) | (told(notes) if notes else {})
-    write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped))
+    write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped, config))
     write.skull(intracranial, like=scan.path)
     return write.place.path(f"{MASK}.nii.gz")
 
