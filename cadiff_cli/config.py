@@ -114,6 +114,11 @@ class RegisterConfig:
         """Whether the brain is registered to templates; if not, the network finds the field."""
         return self.name != "none"
 
+    @property
+    def elsewhere(self) -> "RegisterConfig":
+        """How to register for another purpose than the field: the usual way if none is wanted."""
+        return self if self.wanted else RegisterConfig(seed=self.seed)
+
 
 @dataclass(frozen=True)
 class SampleConfig:

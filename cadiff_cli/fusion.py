@@ -32,7 +32,8 @@ from cadiff_cli.stages.strip import foreground, stripped_brain, winsorized
 
 log = logging.getLogger(__name__)
 
-VOTES = ("joint", "majority")
+VOTES = {"joint": "jlf", "majority": "majority"}
+"""Ways to vote, and their names in file names."""
 RADIUS, SEARCH, BETA = 2, 2, 2.0
 """Joint label fusion: voxels of a patch and of the search for its best match, sharpness."""
 HALO = RADIUS + SEARCH + RADIUS
@@ -108,8 +109,6 @@ def fuse(
     ``mapping`` turns the ids of their label maps into classes.  Work is done in ``jobs`` processes;
     the result does not depend on their number.
     """
-    if vote not in VOTES:
-        raise UsageError(f"unknown --vote {vote!r}", f"choose from {', '.join(VOTES)}")
     if vote == "joint" and len(atlases) < 2:
         raise UsageError(
             "joint label fusion needs at least two people, one is left", "use --vote majority"

@@ -139,9 +139,9 @@ class Template:
     skull have ``head=None``.  ``labels`` are cadiff's codes (int16) on the brain's grid, where
     somebody drew them.  ``source`` is the folder that it was read from, or the library.
     ``citation`` is its makers' own; the shipped templates are cited from ``data/references.bib``.
-    ``condition`` is that of an atlas, ``from_base``
-    what it was deformed from.  ``cause`` is set where a run makes the template by itself: a
-    checksum of everything that decides its content, which settings hold in place of ``sha256``.
+    ``condition`` is that of an atlas, ``from_base`` what it was deformed from.  ``cause`` is set
+    where a run makes the template by itself: a checksum of everything that decides its content,
+    which settings hold in place of ``sha256``.
     """
 
     name: str

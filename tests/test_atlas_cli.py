@@ -1,7 +1,10 @@
 """``cadiff atlas make`` as a person meets it: folders, and errors of one line."""
 
 import json
+import os
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +12,14 @@ from atlas_model import make_base
 from test_atlas import write_base
 
 from cadiff_cli.cli import cadiff, guarded
-from cadiff_cli.config import Request
+from cadiff_cli.config import Config, Request, StripConfig
 from cadiff_cli.io import models
+from cadiff_cli.io.files import sha256
 from cadiff_cli.io.templates import load_template
 from cadiff_cli.nets.atlas import AtlasConfig, AtlasNet
+from cadiff_cli.nets.brain_mask import BrainConfig, BrainNet
 from cadiff_cli.nets.condition import ConditionSpace
-from cadiff_cli.nets.models import AtlasModel
+from cadiff_cli.nets.models import AtlasModel, BrainModel
 from cadiff_cli.products import Person
 from cadiff_cli.runner.job import job_of
 
@@ -122,3 +127,27 @@ def test_jobs_of_people_travel_to_workers(weights, tiny_weights, tmp_path):
     assert job.templates == str(tmp_path / "templates" / "tpl-untrained" / "cohort-age72M")
     job.atlas.provide(tmp_path)
     assert load_template(job.templates).name == job.recipe.template == "untrained:cohort-age72M"
+
+
+def test_files_of_networks_are_found_from_anywhere(weights, tiny_weights, tmp_path, monkeypatch):
+    """A worker may have another working folder than who planned its job."""
+    brain = tmp_path / "brain.safetensors"
+    models.save(brain, BrainModel(BrainNet(BrainConfig((8, 8), (8, 8))), "brain"))
+    monkeypatch.chdir(tmp_path)
+    files = [Path(os.path.relpath(file, tmp_path)) for file in (tiny_weights, weights, brain)]
+    model, atlas_model, strip_model = map(str, files)
+    request = Request(
+        config=Config(StripConfig(model=strip_model)),
+        template="conditional",
+        model=model,
+        atlas_model=atlas_model,
+        offline=True,
+    )
+    job = job_of(request, tmp_path)[0]
+    told = (job.weights, job.conditional.model, job.recipe.config.strip.model)
+    assert [Path(name).is_absolute() for name in told] == [True] * 3
+    assert [Path(name).resolve() for name in told] == [file.resolve() for file in files]
+    other = replace(request, config=Config())
+    assert (
+        job.recipe.strip_sha256 == sha256(brain) != job_of(other, tmp_path)[0].recipe.strip_sha256
+    )

@@ -140,6 +140,11 @@ def test_mask_writes_both_images_on_the_scans_grid(bright, head, tmp_path):
         CliRunner().invoke(command, [str(path), "-o", str(out)], catch_exceptions=False)
     again = [str(path), "-o", str(out), "--overwrite"]
     assert CliRunner().invoke(command, again, catch_exceptions=False).exit_code == 0
+    # What an earlier method knew does not stay beside the mask of another one.
+    assert (anat / "sub-01_desc-icv_mask.nii.gz").is_file()
+    again += ["--skull-strip", "none"]
+    assert CliRunner().invoke(command, again, catch_exceptions=False).exit_code == 0
+    assert not list(anat.glob("*icv*"))
 
 
 def test_what_a_killed_run_left_does_not_block_a_mask(bright, head, tmp_path):

@@ -13,7 +13,7 @@ from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io import models
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.models import PRIOR_STEP
-from cadiff_cli.io.releases import find_weights, weights_folder
+from cadiff_cli.io.releases import BRAIN_FINDER, SEGMENTER, find_weights, weights_folder
 from cadiff_cli.nets.models import AtlasModel, BrainModel, Model, ParcelModel, Trained
 from cadiff_cli.nets.segmenter import CADiffNet
 
@@ -183,6 +183,15 @@ def test_a_new_kind_of_network_needs_one_entry(monkeypatch, tmp_path, tiny_weigh
     for other, file in ((Model, path), (ScaleModel, tiny_weights)):
         with pytest.raises(DataError, match="has format"):
             models.load(other, str(file))
+
+
+def test_a_network_of_another_kind_is_refused_before_it_is_read(tiny_weights):
+    """A dataset fails once, not once a scan."""
+    assert find_weights(str(tiny_weights), SEGMENTER)[0] == tiny_weights
+    with pytest.raises(DataError, match=f"'{SEGMENTER}', not '{BRAIN_FINDER}'") as caught:
+        find_weights(str(tiny_weights), BRAIN_FINDER)
+    assert "brain-mask" in caught.value.remedy
+    assert "cadiff-malc" not in caught.value.remedy
 
 
 RELEASES = (

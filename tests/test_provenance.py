@@ -1,12 +1,13 @@
 """Provenance is read back as it was written, and out of sidecars that somebody has edited."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from cadiff_cli.config import Config, OutputConfig, Recipe
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.provenance import Provenance, UsedTemplate
+from cadiff_cli.io.provenance import Provenance, UsedTemplate, told
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Person
 
@@ -56,6 +57,11 @@ def test_what_is_written_is_read():
     assert read.registration_score == 1.2
     assert read.is_registered
     assert not read.has_own_mask
+
+
+def test_nobodys_home_is_told():
+    note = Note(NoteCode.COARSE_VOXELS, f"no {Path.home()}/work/found_Composite.h5")
+    assert told([note])["Warnings"] == ["no ~/work/found_Composite.h5"]
 
 
 @pytest.mark.parametrize("key", sorted(stored()))

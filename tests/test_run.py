@@ -305,7 +305,9 @@ def test_a_config_file_repeats_a_run(batch):
     assert done.returncode == 0, done.stderr
     assert [line.split("\t")[1] for line in done.stdout.splitlines()] == ["done"] * 4 + ["todo"]
     assert here(*arguments, "--steps", "3").returncode == 73  # flags win
-    assert 'mem = "8589934592B"' in config.read_text()
+    text = config.read_text()
+    assert 'mem = "8589934592B"' in text
+    assert 'strip_model = "brain-mask"' in text
 
 
 def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_path):

@@ -105,6 +105,9 @@ def test_absent_keys_keep_the_default_of_their_place(write):
         ("[net]\nprior_shape = [1, 2]\n", r"net.prior_shape is \[1, 2\]"),
         ("[net]\nchannels = [8, 8.5]\n", r"net.channels\[1\] is 8.5.*int"),
         ("[train]\nbatch = 0\n", r"config\.toml: train: batch is 0"),
+        ("[train]\nsteps = -5\n", r"train: steps is -5"),
+        ("[train]\nseed = -1\n", r"train: seed is -1"),
+        ("[train]\nseed = 10000000000000\n", r"train: seed is 10000000000000"),
         (
             '[net]\nprocess = "drift"\n',
             "net: the noise process is 'drift', not.*gaussian",

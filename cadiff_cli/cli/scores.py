@@ -1,5 +1,6 @@
 """Print and write scores, for evaluate, retest and crossval."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,8 +89,10 @@ def report(
         shown.add_column(title, justify="right")
     for rows in ([headline], structures, scans):
         for row in rows:
-            numbers = (f"{row.mean[m]:{form}}" for m, (_, form) in columns.items())
-            cells = ("n/a" if number == "nan" else number for number in numbers)
+            cells = (
+                "n/a" if math.isnan(row.mean[m]) else f"{row.mean[m]:{form}}"
+                for m, (_, form) in columns.items()
+            )
             shown.add_row(row.name, *cells, str(row.n), str(row.missed))
         shown.add_section()
     Console().print(shown)

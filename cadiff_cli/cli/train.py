@@ -32,7 +32,9 @@ RUN_OPTIONS = (
     click.option(
         "--batch", type=click.IntRange(1), help="Examples a step, instead of the config's."
     ),
-    click.option("--seed", type=click.IntRange(0), help="Random seed, instead of the config's."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**31 - 2), help="Random seed, instead of the config's."
+    ),
     click.option(
         "--device",
         default="auto",

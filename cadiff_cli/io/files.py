@@ -203,7 +203,10 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         path.unlink(missing_ok=True)
     try:
         stream = path.open("a", encoding="ascii")
-    except PermissionError:  # a colleague's file in a shared folder
+    except PermissionError as error:
+        if not path.exists():
+            raise _unwritable(path.parent, error) from error
+        # A colleague's file in a shared folder.
         stream = path.open(encoding="ascii")
     with stream:
         try:

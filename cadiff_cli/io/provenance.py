@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -212,7 +212,7 @@ class Provenance:
             source_sha256=prepared.scan.sha256 or sha256(prepared.scan.path),
             seconds=dict(result.seconds),
             expected_dice=about_expected_dice(result),
-            notes=tuple(replace(n, text=machine.without_home(n.text)) for n in result.notes),
+            notes=result.notes,
             run_id=run_id,
         )
 
@@ -372,9 +372,15 @@ class Provenance:
 
 
 def told(notes: Iterable[Note]) -> dict[str, Any]:
-    """Entries of a sidecar: ``Warnings`` for people, ``WarningCodes`` in the same order."""
+    """Entries of a sidecar: ``Warnings`` for people, ``WarningCodes`` in the same order.
+
+    Nobody's home is told.
+    """
     notes = list(notes)
-    return {"Warnings": texts(notes), "WarningCodes": [note.code.value for note in notes]}
+    return {
+        "Warnings": [machine.without_home(text) for text in texts(notes)],
+        "WarningCodes": [note.code.value for note in notes],
+    }
 
 
 def read_notes(sidecar: Mapping[str, Any]) -> tuple[Note, ...]:

@@ -32,20 +32,21 @@ def weights_folder() -> Path:
 def find_weights(name: str = DEFAULT, format_: str = "") -> tuple[Path, str, str]:
     """A released model by name, or a ``.safetensors`` file by path: (path, label, SHA-256).
 
-    ``format_`` is that of the wanted kind of network, as its files name it: an error offers no
-    others.  Raises ``MissingInputError`` if it is not there, ``DataError`` if its checksum is not
-    the one on record, or the record is empty.
+    ``format_`` is that of the wanted kind of network, as its files name it.  Raises
+    ``MissingInputError`` if it is not there, ``DataError`` if it is of another kind, its checksum
+    is not the one on record, or the record is empty.
     """
+
+    def known() -> str:
+        released = sorted(weights_folder().glob("*/model.safetensors"))
+        fitting = (p.parent.name for p in released if format_ in ("", _format(p)))
+        return f"use {', '.join(fitting) or 'a released name'}, or a .safetensors file"
+
     given = Path(name)
     is_file = given.suffix == ".safetensors"
     path = given if is_file else weights_folder() / name / "model.safetensors"
     if not path.is_file():
-        released = sorted(weights_folder().glob("*/model.safetensors"))
-        known = [p.parent.name for p in released if format_ in ("", _format(p))]
-        raise MissingInputError(
-            f"no model at {path}",
-            f"use {', '.join(known) or 'a released name'}, or a .safetensors file",
-        )
+        raise MissingInputError(f"no model at {path}", known())
     got = sha256(path)
     record = path.with_suffix(".sha256")
     if record.is_file():
@@ -59,6 +60,8 @@ def find_weights(name: str = DEFAULT, format_: str = "") -> tuple[Path, str, str
             )
     elif not is_file:
         raise DataError(f"{record} is missing", "reinstall cadiff")
+    if format_ and (kind := _format(path)) and kind != format_:
+        raise DataError(f"{path} has format {kind!r}, not {format_!r}", known())
     return path, path.name if is_file else path.parent.name, got
 
 

@@ -22,11 +22,12 @@ SUMS: Mapping[str, tuple[int, ...]] = {
     "Cerebral-White": CEREBRAL_WHITE,
 }
 """Sums that papers of volumes give: their codes of ``BASE``."""
-INTRACRANIAL = "Intracranial-Volume"
+BRAIN, NOT_CSF = "Brain-Segmentation", "Brain-Segmentation-Not-CSF"
+BRAIN_MASK, INTRACRANIAL = "Brain-Mask", "Intracranial-Volume"
 TOTALS = {
-    "Brain-Segmentation": "All structures but vessels (the brain stem too, unlike BrainSegVol)",
-    "Brain-Segmentation-Not-CSF": "The same without ventricles and CSF",
-    "Brain-Mask": "The brain mask, with fluid in sulci (MaskVol)",
+    BRAIN: "All structures but vessels (the brain stem too, unlike BrainSegVol)",
+    NOT_CSF: "The same without ventricles and CSF",
+    BRAIN_MASK: "The brain mask, with fluid in sulci (MaskVol)",
     INTRACRANIAL: "What the inner skull holds: brain, fluid, vessels and dura, down to the lower"
     " end of the brain stem (FreeSurfer estimates it: EstimatedTotalIntraCranialVol)",
     "Total-Grey": "Cortex, deep grey matter, cortex of the cerebellum with vermis (TotalGrayVol)",
@@ -114,9 +115,9 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
     held = intracranial_mm3(result)
     csf = sum(volumes[s.code] for s in parcellation.structures if s.is_csf)
     totals: dict[str, float | None] = {
-        "Brain-Segmentation": brain,
-        "Brain-Segmentation-Not-CSF": brain - csf,
-        "Brain-Mask": np.count_nonzero(mask.data) * mask.grid.voxel_volume_mm3,
+        BRAIN: brain,
+        NOT_CSF: brain - csf,
+        BRAIN_MASK: np.count_nonzero(mask.data) * mask.grid.voxel_volume_mm3,
         INTRACRANIAL: held,
     }
     own = parcellation.name == BASE

@@ -21,13 +21,14 @@ from cadiff_cli.config import fingerprint
 from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import read_text, write_json
+from cadiff_cli.io.volumes import BRAIN, NOT_CSF
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
 from cadiff_cli.products import Percentile, Person, Sex
 from cadiff_cli.quality.ranges import Range, base_volumes, brain_mm3, covers_base
 
 SIDED = 1.96
 """Standard errors on either side of a percentile: 95 % confidence."""
-BRAIN, NOT_CSF, VENTRICLES = "Brain-Segmentation", "Brain-Segmentation-Not-CSF", "Ventricles"
+VENTRICLES = "Ventricles"
 KEPT = "age_ranges_{}.json"
 """Name of a file in an output folder, by the ranges' fingerprint."""
 HALVINGS = 50

@@ -8,7 +8,7 @@ from typing import Any
 
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance
-from cadiff_cli.io.volumes import Row
+from cadiff_cli.io.volumes import BRAIN_MASK, Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.notes import NoteCode
 from cadiff_cli.products import MaskQuality, Percentile, Person
@@ -172,7 +172,7 @@ def judge(
     of_tissue = [row for row in rows if row.name in tissue]
     brain = brain_mm3(volumes, parcellation)
     found = Judgement(
-        mask_litres=volumes.get("Brain-Mask", 0.0) / 1e6,
+        mask_litres=volumes.get(BRAIN_MASK, 0.0) / 1e6,
         mask_quality=mask_quality,
         registration_score=made.registration_score,
         missing=tuple(name for name in tissue if not volumes.get(name)),

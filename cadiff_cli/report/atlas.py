@@ -38,8 +38,8 @@ LINES_MM = 10.0
 MOST_CHANGE = 2.0
 """Factor by which a place is larger, or smaller, in the full colour."""
 SMALLER, LARGER = np.array((40.0, 120.0, 255.0)), np.array((255.0, 70.0, 40.0))
-CHART = ("Lateral-Ventricle", "Hippocampus", "Cerebral-Cortex", "Cerebral-White-Matter")
-"""Structures of the curves over age: parts of their names, left and right together."""
+CHART = ("Lateral Ventricle", "Hippocampus", "Cerebral Cortex", "Cerebral White Matter")
+"""Structures of the curves over age, left and right together."""
 WIDTH, HEIGHT = 560, 200
 """Of a curve's drawing area."""
 
@@ -233,12 +233,7 @@ def volume_charts(panels: Sequence[Panel]) -> list[VolumeChart]:
         return []
     found = []
     for wanted in CHART:
-        lines = [
-            line
-            for panel in panels
-            for line in panel.volumes
-            if line.name == wanted.replace("-", " ")
-        ]
+        lines = [line for panel in panels for line in panel.volumes if line.name == wanted]
         if len(lines) != len(ages):
             continue
         values = np.array([line.ml for line in lines])

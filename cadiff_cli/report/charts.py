@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cadiff_cli.io.volumes import Row
+from cadiff_cli.io.volumes import BRAIN, Row
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import Percentile
-from cadiff_cli.quality.age_ranges import BRAIN, VENTRICLES, AgeRanges, sizes_in
+from cadiff_cli.quality.age_ranges import VENTRICLES, AgeRanges, sizes_in
 from cadiff_cli.quality.judgement import Judgement
 
 SHOWN = (

@@ -13,13 +13,12 @@ from pathlib import Path
 from cadiff_cli.errors import MissingInputError
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.volumes import INTRACRANIAL
+from cadiff_cli.io.volumes import BRAIN_MASK, INTRACRANIAL
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.ranges import base_volumes
 
 Measure = str | Sequence[str]
 """A volume by its name in our tables, or several to be added; an empty sequence: we have none."""
-MASK = "Brain-Mask"
 HEAD = "Head-Size"
 """Not in our tables: the intracranial volume where every result knows it, else the mask's."""
 ENIGMA: Mapping[str, Measure] = {
@@ -58,7 +57,7 @@ FREESURFER: Mapping[str, Measure] = {
     "CerebralWhiteMatterVol": "Cerebral-White",
     "SubCortGrayVol": "Subcortical-Grey",
     "TotalGrayVol": "Total-Grey",
-    "MaskVol": MASK,
+    "MaskVol": BRAIN_MASK,
     "EstimatedTotalIntraCranialVol": INTRACRANIAL,
 }
 LEFT = {
@@ -138,7 +137,7 @@ def export(out: Path, layout: Layout, path: Path) -> Exported:
         )
         for result in results
     ]
-    head = INTRACRANIAL if all(INTRACRANIAL in known for known in volumes) else MASK
+    head = INTRACRANIAL if all(INTRACRANIAL in known for known in volumes) else BRAIN_MASK
     lines = [(layout.first, *layout.columns)]
     for result, known in zip(results, volumes, strict=True):
         known = {**known, HEAD: known[head]} if head in known else known

@@ -14,7 +14,9 @@ from cadiff_cli.io.cohorts import GROUP_TABLE
 from cadiff_cli.io.files import read_tsv, write_json, write_tsv
 from cadiff_cli.io.formats import stem
 from cadiff_cli.io.volumes import (
+    BRAIN,
     INTRACRANIAL,
+    NOT_CSF,
     PERCENTILE,
     SUMS,
     TOTALS,
@@ -24,7 +26,7 @@ from cadiff_cli.io.volumes import (
     read_rows,
 )
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
-from cadiff_cli.quality.age_ranges import BRAIN, NOT_CSF, ranges_of
+from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.group import Group, outliers
 from cadiff_cli.quality.judgement import COLUMNS, Judgement, columns, judge
 from cadiff_cli.quality.ranges import load_ranges

@@ -167,11 +167,13 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
     Raises ``MissingInputError`` or ``DataError`` for weights, templates and age ranges that cannot
     be had.
     """
+    strip = replace(request.config.strip, model=_anywhere(request.config.strip.model))
+    config = replace(request.config, strip=strip)
     ranges = read_age_ranges(request.ranges) if request.ranges else None
     _, label, checksum = find_weights(request.model, SEGMENTER)
     specs, conditional = split(request.template)
     templates = load_templates(specs, offline=request.offline)
-    spaces = {parse_space(text, templates)[0] for text in request.config.output.spaces}
+    spaces = {parse_space(text, templates)[0] for text in config.output.spaces}
     for name in spaces - {template.name for template in templates}:
         load_template(name, offline=request.offline)
     wish = Conditional(_anywhere(request.atlas_model), request.template == WORD)
@@ -180,11 +182,11 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
         out=out,
         source="",
         recipe=make_recipe(
-            request.config,
+            config,
             templates,
             label,
             checksum,
-            calibration(request.config, checksum),
+            calibration(config, checksum),
             ranges.fingerprint if ranges else "",
         ),
         templates=joint_spec(templates),

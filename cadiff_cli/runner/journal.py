@@ -71,10 +71,6 @@ class Journal:
         unfinished = ours and finished_result(place) is None
         place.check_free(*inputs, overwrite=overwrite or unfinished)
 
-    def interrupted(self, entities: str) -> bool:
-        """Whether a run was killed while it wrote results."""
-        return self._mark(entities).exists()
-
     def forget(self, entities: str) -> None:
         """Remove the mark of unfinished results."""
         self._mark(entities).unlink(missing_ok=True)

@@ -41,8 +41,6 @@ def mask_file(
         check_free()  # again: another process may have finished meanwhile
         stripped = strip_scan(scan, template, Config(strip=config), Path(work))
         mask, held = on_scan(stripped, scan), intracranial_on_scan(stripped, scan)
-        if journal.interrupted(place.stem):
-            place.clear()
         with journal.writing(place.stem):
             return save_mask(scan, stripped, mask, out, config, held), stripped
 

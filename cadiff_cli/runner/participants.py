@@ -251,14 +251,19 @@ def _validate(dataset: Dataset, listener: Listener, shown: int = 5) -> None:
 
 def _keep_options(request: DatasetRequest, job: Job) -> None:
     """The run's options as TOML, fit for ``--config-file``."""
-    values = {**request.options, "template": job.specs, "model": job.weights}
+    values = {
+        **request.options,
+        "template": job.specs,
+        "model": job.weights,
+        "strip_model": job.recipe.config.strip.model,
+    }
     if job.conditional:
         values["atlas_model"] = job.conditional.model
     chosen = request.selection  # labels may have come from a file with a relative path
     values |= {"participant_label": chosen.participants, "session_label": chosen.sessions}
     if values.get("mem"):  # bytes by now; a bare number would be MB
         values["mem"] = f"{values['mem']}B"
-    lines = [_line(name, _anywhere(x)) for name, x in values.items() if x is not None]
+    lines = [_line(name, _plain(x)) for name, x in values.items() if x is not None]
     write_text(
         request.out / "logs" / f"cadiff_{job.run_id}.toml",
         f"# cadiff {cadiff_cli.__version__}\n" + "\n".join(lines) + "\n",
@@ -276,8 +281,8 @@ def _line(name: str, value: object) -> str:
     return f"{name} = {text}"
 
 
-def _anywhere(value: object) -> object:
-    """An option's value that stays valid in another working directory."""
+def _plain(value: object) -> object:
+    """An option's value; a path becomes one that stays valid in another working directory."""
     return str(value.absolute()) if isinstance(value, Path) else value
 
 

@@ -79,6 +79,10 @@ class Grid:
         affine[:3, 3] = self.to_world(np.asarray(start))
         return Grid(shape, affine)  # type: ignore[arg-type]
 
+    def within(self, box: tuple[slice, ...]) -> "Grid":
+        """The sub-grid of a box of voxels."""
+        return self.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+
     def coarsen(self, factor: int) -> "Grid":
         """The grid of blocks of ``factor``^3 voxels; each new voxel is at its block's centre."""
         affine = self.affine.copy()

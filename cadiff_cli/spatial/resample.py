@@ -159,9 +159,7 @@ def resample_in(
     box: tuple[slice, ...], volume: Volume, grid: Grid, order: int = 1, fill: float = 0.0
 ) -> Volume:
     """``resample`` within a box of ``grid``'s voxels; the rest is ``fill``, without computation."""
-    start = tuple(s.start for s in box)
-    part = grid.crop(start, tuple(s.stop - s.start for s in box))
-    inside = resample(volume, part, order, fill).data
+    inside = resample(volume, grid.within(box), order, fill).data
     out = np.full(grid.shape, fill, dtype=inside.dtype)
     out[box] = inside
     return Volume(out, grid)

@@ -95,7 +95,7 @@ def evened(t1: Volume, bias: Bias) -> Volume:
     if bias.ratio < NATURAL:
         return t1
     box = bounding_box(t1.data != 0)
-    part = t1.grid.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+    part = t1.grid.within(box)
     data = t1.data.copy()
     data[box] = data[box] / factor(bias.log, part)
     data *= t1.data.sum(dtype=np.float64) / data.sum(dtype=np.float64)

@@ -145,7 +145,7 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
         return None
     brain = Volume(tidy(distance.data > 0), distance.grid)
     box = _box(brain, int(SKULL_MARGIN_MM / SPACING_MM), working)
-    part = working.crop(tuple(s.start for s in box), tuple(s.stop - s.start for s in box))
+    part = working.within(box)
     air, device = float(t1.data.min()), next(net.parameters()).device
     whole = resample(t1, distance.grid, fill=air).data
     head = normalise(resample(t1, part, fill=air).data, like=whole)

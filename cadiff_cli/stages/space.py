@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from cadiff_cli.config import RegisterConfig
 from cadiff_cli.products import InSpace, Result, Template
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import register_template, warp
@@ -22,9 +21,7 @@ def to_space(result: Result, template: Template, resolution: str, work_dir: Path
     by_name = {r.template.name: r for r in earlier}
     registered = by_name.get(template.name)
     if registered is None:
-        config = result.config.register
-        if not config.wanted:  # not for the labels, but for this space
-            config = RegisterConfig(seed=config.seed)
+        config = result.config.register.elsewhere
         registered = register_template(stripped, template, config, work_dir)
     grid = standard_grid(template.brain.grid, int(resolution or 1))
     labels = result.segmentation.labels

@@ -314,9 +314,9 @@ def _from_template(
             " MNIColin27 ('cadiff fetch MNIColin27' on a machine with internet), or give --mask"
             " FILE",
         )
-    if not config.wanted:  # not of the brain, but of the head
-        config = RegisterConfig(seed=config.seed)
-    transform = register(t1, template.head, config, work_dir / template.label, template.name)
+    transform = register(
+        t1, template.head, config.elsewhere, work_dir / template.label, template.name
+    )
     inside = Volume(template.mask.data.astype(np.float32), template.mask.grid)
     mask = Volume(warp(inside, transform, t1.grid).data > 0.5, t1.grid)
     return mask, transform.notes

@@ -268,10 +268,11 @@ def refuse_other_budget(folder: Path, training: Training) -> None:
 
     A training by itself may go on with more steps, or at another rate.
     """
-    begun, now = read_json(folder / "config.json"), as_dict(training.train)
+    begun, now = read_json(folder / "config.json") or {}, as_dict(training.train)
+    was = begun.get("train", {})
     for key in MAY_CHANGE:
-        if begun and begun["train"][key] != now[key]:
+        if key in was and was[key] != now[key]:
             raise UsageError(
-                f"{folder} was begun with {key} {begun['train'][key]}, not {now[key]}",
+                f"{folder} was begun with {key} {was[key]}, not {now[key]}",
                 "use another --run folder, or the options of before",
             )

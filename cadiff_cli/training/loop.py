@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 
 N = TypeVar("N", bound=nn.Module)
+MOST_SEED = 2**31 - 2
+"""The largest seed that every generator of random numbers takes."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"steps is {self.steps}", "use 1 or more")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UsageError(f"seed is {self.seed}", f"use 0 to {MOST_SEED}")
         if self.batch < 1:
             raise UsageError(f"batch is {self.batch}", "use 1 or more")
         if not 0 < self.rate < math.inf:

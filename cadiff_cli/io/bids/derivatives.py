@@ -7,14 +7,12 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cadiff_cli import machine
 from cadiff_cli.config import StripConfig
 from cadiff_cli.io.bids.description import save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives, Finished
@@ -158,10 +156,7 @@ def save_mask(
     inner skull holds, if it is known.
     """
     write = _Writer(Derivatives(out, scan.path), scan.path.name)
-    notes = [
-        replace(note, text=machine.without_home(note.text))
-        for note in (*scan.notes, *stripped.notes)
-    ]
+    notes = (*scan.notes, *stripped.notes)
     save_dataset_files(out)
     save_table(out, load_parcellation(BASE))  # as in every dataset of ours
     brain = np.where(mask.data, scan.t1.data, 0).astype(np.float32)
@@ -171,6 +166,7 @@ def save_mask(
     about = about_mask(stripped) | (told(notes) if notes else {})
     write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped, config))
     write.skull(intracranial, like=scan.path)
+    write.place.clear(keep=write.written)
     return write.place.path(f"{MASK}.nii.gz")
 
 

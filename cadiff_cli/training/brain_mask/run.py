@@ -51,7 +51,8 @@ def train_mask(
     """Fit on all sources but those in ``hold_out``; returns the exported weights.
 
     ``init`` is a model to start from, which can locate brains already; no source that it was
-    trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm.
+    trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm,
+    once all steps are done.
     If ``net_config`` wants the inner skull, its network alone learns, on label maps and on heads in
     which ``init`` drew it: what ``init`` says of the brain stays the same to the bit.
     """
@@ -94,21 +95,23 @@ def train_mask(
     )
     facts = {"seen_by_init": sorted(init.seen if init else ())}
     session = Session.open(run, net, config, identity, facts, max_minutes)
-    # The first network is trained first: the second one needs its output.
-    locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
-    parts: Sequence[tuple[HeadConfig, Dataset[Any], Objective]]
+    parts: list[tuple[HeadConfig, Dataset[Any], Objective]] = []
     if skull:
-        parts = ((config, SkullDraws(chosen, config), skull_objective),)
+        parts.append((config, SkullDraws(chosen, config), skull_objective))
     else:
         draws = HeadDraws(chosen, config)
-        parts = (
-            (locating, draws, MaskObjective(fine=0)),
-            (config, draws, MaskObjective(config.cube)),
-        )
-    for schedule, dataset, objective in parts:
-        if not session.fit(dataset, objective, schedule=schedule, workers=workers):
-            break  # out of time, or asked to stop
+        if config.coarse_steps:
+            # The first network is trained first: the second one needs its output.
+            locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
+            parts.append((locating, draws, MaskObjective(fine=0)))
+        parts.append((config, draws, MaskObjective(config.cube)))
+    done = all(
+        session.fit(dataset, objective, schedule=schedule, workers=workers)
+        for schedule, dataset, objective in parts
+    )
     path = session.export(BrainModel)
+    if not done:  # out of time, or asked to stop
+        return path
     rows = []
     for source in hold_out:
         for head in heads[source]:
