@@ -252,7 +252,7 @@ def scanned(image: Tensor, config: HeadConfig, generator: torch.Generator) -> tu
     size = [round(n / zoom) for zoom in wanted]
     zooms = [n / count for count in size]
     # Means of whole voxels (mode "area") would lie up to half a voxel off.
-    width = _uniform(generator, 0.6, 1.1)  # full width at half maximum, in voxels
+    width = _uniform(generator, 0, 1.1)  # full width at half maximum, in voxels
     sigma = [width * math.sqrt(max(zoom**2 - 1, 0)) / 2.355 for zoom in zooms]
     smooth = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), sigma, mode="nearest"))
     scan = F.interpolate(smooth[None, None], size=size, mode="trilinear")
