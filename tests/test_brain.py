@@ -22,7 +22,7 @@ from cadiff_cli.nets.brain_mask import (
     SLAB,
     BrainConfig,
     BrainNet,
-    Tissue,
+    HeadTissue,
     TissueNet,
 )
 from cadiff_cli.nets.models import BrainModel, Model
@@ -31,7 +31,7 @@ from cadiff_cli.stages.brain_mask import (
     find_brain_in_head,
     find_skull,
     network_image,
-    normalise,
+    normalise_head,
     predict_distance,
 )
 from cadiff_cli.training import store
@@ -473,9 +473,9 @@ def test_intensities_do_not_depend_on_units():
     image = np.random.default_rng(0).gamma(1.0, size=(20, 20, 20)).astype(np.float32)
     image[:5] = 0
     for unit in (1e-8, 1000):
-        assert np.allclose(normalise(image), normalise(unit * image), atol=1e-5)
-    assert np.allclose(normalise(image), normalise(image - 50), atol=1e-4)
-    assert np.array_equal(normalise(image)[3:9], normalise(image[3:9], like=image))
+        assert np.allclose(normalise_head(image), normalise_head(unit * image), atol=1e-5)
+    assert np.allclose(normalise_head(image), normalise_head(image - 50), atol=1e-4)
+    assert np.array_equal(normalise_head(image)[3:9], normalise_head(image[3:9], like=image))
 
 
 class Oracle(BrainNet):
@@ -707,7 +707,7 @@ def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
     assert not torch.equal(before["fine.out.weight"], learnt["fine.out.weight"])
     with pytest.raises(UsageError, match="init"):
         train_mask(heads, tmp_path / "c", replace(config, coarse_steps=0))
-    with pytest.raises(UsageError, match="trained on some"):
+    with pytest.raises(UsageError, match="trained on toys, and --hold-out-source"):
         train_mask(
             {**heads, "more": [drawn_head]}, tmp_path, config, init=further, hold_out=["toys"]
         )
@@ -916,18 +916,18 @@ def plain(monkeypatch):
 
 
 def held(patch):
-    return (patch.tissue == Tissue.BRAIN) | (patch.tissue == Tissue.FLUID)
+    return (patch.tissue == HeadTissue.BRAIN) | (patch.tissue == HeadTissue.FLUID)
 
 
 def brightness(patch, where):
     """Mean of the image, in units of the mean of the brain's."""
-    brain = patch.image[:, 0][patch.tissue == Tissue.BRAIN].mean()
+    brain = patch.image[:, 0][patch.tissue == HeadTissue.BRAIN].mean()
     return float(patch.image[:, 0][where].mean() / brain)
 
 
 def test_codes_are_tissues():
-    named = {0: Tissue.AIR, 3: Tissue.BRAIN, 515: Tissue.BONE, 516: Tissue.MARROW}
-    named |= dict.fromkeys((24, 507), Tissue.SOFT)
+    named = {0: HeadTissue.AIR, 3: HeadTissue.BRAIN, 515: HeadTissue.BONE, 516: HeadTissue.MARROW}
+    named |= dict.fromkeys((24, 507), HeadTissue.SOFT)
     assert {code: tissue_of(code) for code in named} == named
 
 
@@ -950,10 +950,13 @@ def test_what_the_skull_holds_is_brain_and_fluid(bony_head, plain):
     for index in range(6):
         patch = draw_cube(bony_head, replace(STILL, large_voxels=0.0, cut=0.0), seeded(index))
         depth = patch.distance[:, 0]
-        assert (patch.tissue[depth > 6] == Tissue.BRAIN).all()
-        assert not (patch.tissue[depth < -8] == Tissue.BRAIN).any()
-        for tissue, label in ((Tissue.FLUID, bony_head.fluid), (Tissue.BONE, bony_head.bone)):
-            if (patch.tissue == tissue).any() and (patch.tissue == Tissue.BRAIN).any():
+        assert (patch.tissue[depth > 6] == HeadTissue.BRAIN).all()
+        assert not (patch.tissue[depth < -8] == HeadTissue.BRAIN).any()
+        for tissue, label in (
+            (HeadTissue.FLUID, bony_head.fluid),
+            (HeadTissue.BONE, bony_head.bone),
+        ):
+            if (patch.tissue == tissue).any() and (patch.tissue == HeadTissue.BRAIN).any():
                 wanted = bony_head.t1[label, 0] / white
                 assert brightness(patch, patch.tissue == tissue) == pytest.approx(wanted, rel=0.02)
                 compared += 1
@@ -1005,12 +1008,15 @@ def test_where_the_skull_has_moved_the_image_follows(bony_head, plain):
     moved = replace(still, moved_skull=1.0, moved_mm=5.0)
     white = bony_head.t1[1:, 0].max()
     fluid, bone = (bony_head.t1[k, 0] / white for k in (bony_head.fluid, bony_head.bone))
-    seen = {Tissue.FLUID: 0, Tissue.BONE: 0}
+    seen = {HeadTissue.FLUID: 0, HeadTissue.BONE: 0}
     for index in range(8):
         new, old = (draw_cube(bony_head, config, seeded(index)) for config in (moved, still))
         gained, lost = held(new) & ~held(old), held(old) & ~held(new)
-        for where, tissue, wanted in ((gained, Tissue.FLUID, fluid), (lost, Tissue.BONE, bone)):
-            if where.sum() > 50 and (new.tissue == Tissue.BRAIN).any():
+        for where, tissue, wanted in (
+            (gained, HeadTissue.FLUID, fluid),
+            (lost, HeadTissue.BONE, bone),
+        ):
+            if where.sum() > 50 and (new.tissue == HeadTissue.BRAIN).any():
                 assert (new.tissue[where] == tissue).float().mean() > 0.95
                 assert brightness(new, where) == pytest.approx(wanted, abs=0.05)
                 seen[tissue] += 1
@@ -1031,7 +1037,9 @@ def test_a_shrunken_brain_leaves_its_skull(bony_head, plain):
         whole = draw_cube(bony_head, STILL, seeded(index))
         small = draw_cube(bony_head, replace(STILL, shrunken=1.0, shrink_mm=8.0), seeded(index))
         assert torch.equal(held(small), held(whole))
-        less += int((whole.tissue == Tissue.BRAIN).sum() - (small.tissue == Tissue.BRAIN).sum())
+        less += int(
+            (whole.tissue == HeadTissue.BRAIN).sum() - (small.tissue == HeadTissue.BRAIN).sum()
+        )
     assert less > 100
 
 
@@ -1041,7 +1049,7 @@ def test_slabs_are_the_whole(monkeypatch):
     net = TissueNet((4, 8)).requires_grad_(False)
     images = torch.rand(5, 1, 1, 2 * SLAB + 8, 12, 8)
     p = net(*images).softmax(dim=1)
-    wanted = p[:, Tissue.BRAIN] + p[:, Tissue.FLUID]
+    wanted = p[:, HeadTissue.BRAIN] + p[:, HeadTissue.FLUID]
     torch.testing.assert_close(net.within(*images), wanted)
     monkeypatch.setattr("cadiff_cli.nets.brain_mask.SLAB", 5)
     torch.testing.assert_close(net.within(*images), wanted)
@@ -1141,12 +1149,12 @@ def test_a_network_draws_the_inner_skull_in_real_heads(taught_head, plain):
 
 def test_tissues_without_a_name_count_as_held_or_not():
     """How much of what is held is brain, and how much of the rest is bone, changes no loss."""
-    tissue = torch.full((1, 12, 12, 12), int(Tissue.BONE))
-    tissue[:, :6] = Tissue.FLUID
-    p = torch.rand(1, len(Tissue), 12, 12, 12, generator=seeded(0)) + 0.1
+    tissue = torch.full((1, 12, 12, 12), int(HeadTissue.BONE))
+    tissue[:, :6] = HeadTissue.FLUID
+    p = torch.rand(1, len(HeadTissue), 12, 12, 12, generator=seeded(0)) + 0.1
     other = p.clone()
-    other[:, [Tissue.BRAIN, Tissue.FLUID]] = p[:, [Tissue.FLUID, Tissue.BRAIN]]
-    other[:, [Tissue.AIR, Tissue.BONE]] = p[:, [Tissue.BONE, Tissue.AIR]]
+    other[:, [HeadTissue.BRAIN, HeadTissue.FLUID]] = p[:, [HeadTissue.FLUID, HeadTissue.BRAIN]]
+    other[:, [HeadTissue.AIR, HeadTissue.BONE]] = p[:, [HeadTissue.BONE, HeadTissue.AIR]]
     for named in (False, True):
         one, two = (skull_losses(q.log(), tissue, torch.tensor([named])) for q in (p, other))
         assert torch.isclose(one.held, two.held)
@@ -1169,9 +1177,9 @@ def test_real_heads_join_once_a_network_knows_the_skull(taught_head, bony_head, 
 def test_the_truth_has_no_loss_and_borders_count_most():
     """A face of a cube is no border."""
     tissue = torch.zeros(1, 24, 24, 24, dtype=torch.int64)
-    tissue[:, :20, 4:20, 4:20] = Tissue.FLUID
-    tissue[:, :16, 8:16, 8:16] = Tissue.BRAIN
-    logits = 40.0 * torch.nn.functional.one_hot(tissue, len(Tissue)).movedim(-1, 1)
+    tissue[:, :20, 4:20, 4:20] = HeadTissue.FLUID
+    tissue[:, :16, 8:16, 8:16] = HeadTissue.BRAIN
+    logits = 40.0 * torch.nn.functional.one_hot(tissue, len(HeadTissue)).movedim(-1, 1)
     known = torch.tensor([True])
     assert float(skull_losses(logits, tissue, known).total) < 1e-3
     losses = []
@@ -1179,7 +1187,7 @@ def test_the_truth_has_no_loss_and_borders_count_most():
         y = 4 if x else 11
         wrong = logits.clone()
         wrong[:, :, x, y, 11] = 0
-        wrong[:, Tissue.SOFT, x, y, 11] = 40
+        wrong[:, HeadTissue.SOFT, x, y, 11] = 40
         losses.append(float(skull_losses(wrong, tissue, known).tissue))
     at_border, at_face = losses
     # Weights: 1, 1 for fluid, and 3 at the border.

@@ -29,7 +29,7 @@ SLAB, RIM = 32, 3
 """Voxels of 1 mm that are finished at a time, and how many more around them decide on them."""
 
 
-class Tissue(IntEnum):
+class HeadTissue(IntEnum):
     """What the network of the inner skull tells apart.
 
     ``FLUID`` is all that the skull holds besides the brain, ``SOFT`` all that is outside it and has
@@ -129,7 +129,7 @@ class TissueNet(nn.Module):
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
-        n, images = len(Tissue), 2 + 3
+        n, images = len(HeadTissue), 2 + 3
         self.blocks = BlockNet(images, channels, n)
         self.first = Conv3d(images, 8, 3, padding=1)
         self.second = Conv3d(8 + n, 16, 3, padding=1)
@@ -153,7 +153,7 @@ class TissueNet(nn.Module):
             low, high = max(0, start - RIM), min(size, start + SLAB + RIM)
             slabs = (x[:, :, low:high] for x in (rough, *images))
             p = self._finished(*slabs).softmax(dim=1)[:, :, start - low :][:, :, :SLAB]
-            parts.append(p[:, Tissue.BRAIN] + p[:, Tissue.FLUID])
+            parts.append(p[:, HeadTissue.BRAIN] + p[:, HeadTissue.FLUID])
         return torch.cat(parts, dim=1)
 
     def _finished(self, rough: Tensor, *images: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ class BrainNet(nn.Module):
         """A part of a head at 1 mm and the distance (mm) to the brain's border there -> logits.
 
         Both are (B, 1, X, Y, Z), intensities in [0, 1]; logits are (B, tissues, X, Y, Z), in the
-        order of ``Tissue``.  ``zooms`` (B, 3) are the scan's own voxel sizes (mm) along the axes.
-        The network must know the skull.
+        order of ``HeadTissue``.  ``zooms`` (B, 3) are the scan's own voxel sizes (mm) along the
+        axes.  The network must know the skull.
         """
         assert self.skull is not None
         logits: Tensor = self.skull(*_tissue_input(head, distance, zooms))

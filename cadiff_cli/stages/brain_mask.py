@@ -39,10 +39,10 @@ def network_image(t1: Volume) -> Volume:
     It is the same, up to rounding, for all 48 orders and directions of a scan's axes.
     """
     grid = t1.grid.working(SPACING_MM, tolerance=0.0)
-    return Volume(normalise(resample(t1, grid, fill=float(t1.data.min())).data), grid)
+    return Volume(normalise_head(resample(t1, grid, fill=float(t1.data.min())).data), grid)
 
 
-def normalise(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+def normalise_head(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     """Scale intensities to [0, 1]: air becomes 0, the 99.5th percentile of brighter voxels 1.
 
     Air is the median of the darkest twentieth of the image.  A part of a head is scaled ``like``
@@ -148,7 +148,7 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
     part = working.within(box)
     air, device = float(t1.data.min()), next(net.parameters()).device
     whole = resample(t1, distance.grid, fill=air).data
-    head = normalise(resample(t1, part, fill=air).data, like=whole)
+    head = normalise_head(resample(t1, part, fill=air).data, like=whole)
     near = resample(distance, part, fill=-REACH_MM).data
     # What lies beyond the field of view is not known: air there would be an end of the head.
     pad = [(0, -n % net.config.skull_multiple) for n in part.shape]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, pick_device
+from cadiff_cli.device import autocast, free_bytes, is_short_of_memory, usable_device
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import UsageError
 from cadiff_cli.machine import memory_kept
@@ -61,7 +61,7 @@ def class_probabilities(
 
     They are the mean over the samples; ``each`` is called with every sample.
     """
-    device = pick_device(device_name)
+    device, _ = usable_device(device_name)
     image = torch.from_numpy(conditions.image.data.copy())[None, None]
     known = conditions.field
     field = None if known is None else torch.from_numpy(known.data.copy())[None]

@@ -49,23 +49,26 @@ def check_held_out(
     hold_out: Sequence[str],
     init: Trained[Any] | None,
     others: Set[str] = frozenset(),
+    option: str = "--hold-out",
+    one: str = "subject",
 ) -> None:
-    """Raise ``UsageError`` unless these subjects can be held out, and some are left to train on.
+    """Raise ``UsageError`` unless these people can be held out, and some are left to train on.
 
     ``others`` are those of datasets that are trusted less; nobody that ``init`` was trained on can
-    be held out.
+    be held out.  Errors name the ``option``, and what ``one`` of the people is: a subject, or the
+    source of many.
     """
     held = set(hold_out)
     if missing := sorted(held - people - others):
         known = first_few(sorted(people | others), 20)
-        raise UsageError(f"--hold-out names {first_few(missing)}", f"there are {known}")
+        raise UsageError(f"{option} names {first_few(missing)}", f"there are {known}")
     if init and (seen := sorted(init.seen & held)):
         raise UsageError(
-            f"--init was trained on {first_few(seen)}, whom --hold-out names",
+            f"--init was trained on {first_few(seen)}, and {option} names them",
             "hold out others, or begin anew",
         )
     if not people - held:
-        raise UsageError("every subject is held out", "leave some to train on")
+        raise UsageError(f"every {one} is held out", "leave some to train on")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.nets.brain_mask import SPACING_MM, Tissue
+from cadiff_cli.nets.brain_mask import SPACING_MM, HeadTissue
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
-from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull, normalise
+from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull, normalise_head
 from cadiff_cli.stages.masks import filled
 from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask.target import (
@@ -61,8 +61,8 @@ class Head:
     border.  ``image`` (X, Y, Z) uint8 is a real scan.  Without one ``labels`` (2X, 2Y, 2Z) uint8,
     eight in each voxel, are turned into images; then ``t1`` (labels, 2) float32 is the mean and the
     spread between people of each label's brightness in a T1-weighted image, and ``tissue`` (labels)
-    uint8 its ``Tissue``.  ``held`` is like ``labels``, 1 within the inner skull, and ``skull`` like
-    ``distance``, to its border.
+    uint8 its ``HeadTissue``.  ``held`` is like ``labels``, 1 within the inner skull, and ``skull``
+    like ``distance``, to its border.
 
     A real scan may have ``held``, too, as a network drew it.  Then ``scan`` is the scan on that
     grid, as ``image``, and ``zooms`` (3,) float32 are its own voxel sizes (mm).
@@ -101,7 +101,7 @@ class Head:
         """The label of cortical bone; None if there is none."""
         if self.tissue is None:
             return None
-        bones = np.flatnonzero(self.tissue == Tissue.BONE)
+        bones = np.flatnonzero(self.tissue == HeadTissue.BONE)
         return int(bones[0]) if len(bones) else None
 
 
@@ -151,14 +151,16 @@ def paintable(codes: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return of_code[codes - present[0]], [int(code) for code in of_pair]
 
 
-def tissue_of(code: int) -> Tissue:
+def tissue_of(code: int) -> HeadTissue:
     """The tissue that FreeSurfer's ``code`` is, where it lies outside the inner skull.
 
     Inside, all is brain or fluid.
     """
     if is_brain(np.array(code)):
-        return Tissue.BRAIN
-    return {0: Tissue.AIR, 515: Tissue.BONE, 516: Tissue.MARROW}.get(code, Tissue.SOFT)
+        return HeadTissue.BRAIN
+    return {0: HeadTissue.AIR, 515: HeadTissue.BONE, 516: HeadTissue.MARROW}.get(
+        code, HeadTissue.SOFT
+    )
 
 
 def t1_brightness(code: int) -> tuple[float, float]:
@@ -192,7 +194,7 @@ def from_scan(
         mask = closed(mask, brain.grid.spacing_mm)
     distance = distance_at_2mm(Volume(filled(mask), brain.grid))
     whole = resample(t1, distance.grid).data
-    head = Head(name, source, distance.data.astype(np.float16), _stored(normalise(whole)))
+    head = Head(name, source, distance.data.astype(np.float16), _stored(normalise_head(whole)))
     if teacher is None:
         return head
     eighths = _eighths(distance.grid)
@@ -201,7 +203,7 @@ def from_scan(
     return replace(
         head,
         held=held.data.astype(np.uint8),
-        scan=_stored(normalise(resample(t1, eighths).data, like=whole)),
+        scan=_stored(normalise_head(resample(t1, eighths).data, like=whole)),
         zooms=t1.grid.ras_zooms_mm.astype(np.float32),
     )
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
-from cadiff_cli.stages.brain_mask import normalise
+from cadiff_cli.stages.brain_mask import normalise_head
 from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head
@@ -319,7 +319,7 @@ def artefacts(
             mt.RandBiasField(prob=0.6 * often, coeff_range=(-0.25, 0.25)),
             mt.RandBiasField(prob=config.strong_bias, degree=2, coeff_range=(-0.8, 0.8)),
             mt.Lambda(
-                lambda biased: torch.from_numpy(normalise(biased.numpy())) if whole else biased
+                lambda biased: torch.from_numpy(normalise_head(biased.numpy())) if whole else biased
             ),
             mt.RandAdjustContrast(prob=0.6 * often, gamma=(0.5, 2.0)),
             mt.RandHistogramShift(num_control_points=(5, 10), prob=0.2 * often),

@@ -22,7 +22,7 @@ from cadiff_cli.training.brain_mask.objective import MaskObjective
 from cadiff_cli.training.brain_mask.patches import HeadDraws
 from cadiff_cli.training.brain_mask.skull import SkullDraws, skull_objective
 from cadiff_cli.training.loop import Objective
-from cadiff_cli.training.session import UNTOLD, Identity, Session, new_net
+from cadiff_cli.training.session import UNTOLD, Identity, Session, check_held_out, new_net
 
 log = logging.getLogger(__name__)
 
@@ -153,18 +153,7 @@ def check_settings(
 
 def check_sources(sources: Iterable[str], hold_out: Sequence[str], init: BrainModel | None) -> None:
     """Raise ``UsageError`` if ``hold_out`` names unknown sources, some of ``init``'s, or all."""
-    names, held = set(sources), set(hold_out)
-    if unknown := sorted(held - names):
-        raise UsageError(
-            f"--hold-out-source names {first_few(unknown)}", f"there are {first_few(sorted(names))}"
-        )
-    if init and (seen := sorted(init.seen & held)):
-        raise UsageError(
-            f"--init was trained on some of {first_few(seen)}, which --hold-out-source names",
-            "hold out others, or begin anew",
-        )
-    if not names - held:
-        raise UsageError("every source is held out", "leave one to train on")
+    check_held_out(set(sources), hold_out, init, option="--hold-out-source", one="source")
 
 
 def held_out_dice(net: BrainNet, head: Head) -> float:

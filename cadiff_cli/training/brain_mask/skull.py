@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM, BrainNet, Tissue
+from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM, BrainNet, HeadTissue
 from cadiff_cli.training.batch import Batch, Parts, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head
@@ -46,7 +46,7 @@ BORDER_VOXELS = 5
 
 @dataclass(frozen=True, eq=False)
 class SkullPatch(Batch):
-    """``image`` (B, 1, N, N, N) in [0, 1], ``tissue`` (B, N, N, N) int64, as ``Tissue``.
+    """``image`` (B, 1, N, N, N) in [0, 1], ``tissue`` (B, N, N, N) int64, as ``HeadTissue``.
 
     Where the ``named`` (B,) bool is False, only the inner skull is known: all within is called
     fluid, all outside bone.
@@ -108,7 +108,7 @@ def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
         label[within & ((gap > 0.5) | (was_within == 0))] = fluid
         label[~within & (was_within > 0)] = bone
     tissue = torch.from_numpy(head.tissue).long()[label]
-    tissue[within & (tissue != Tissue.BRAIN)] = Tissue.FLUID
+    tissue[within & (tissue != HeadTissue.BRAIN)] = HeadTissue.FLUID
 
     painted = _painted(label, tissue, head, config, generator)
     return _patch(painted, brain, tissue, config, generator)
@@ -127,7 +127,7 @@ def draw_scan(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
     stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
     brain = (read(stored, (points - 0.5) / SPACING_MM)[0] - FAR_MM) / zoom
     held = _at(points, head.held)[0] > 0
-    tissue = torch.where(held, int(Tissue.FLUID), int(Tissue.BONE))
+    tissue = torch.where(held, int(HeadTissue.FLUID), int(HeadTissue.BONE))
     image = read(torch.from_numpy(head.scan)[None].float() / 255, points)[0]
     return _patch(image, brain, tissue, config, generator, scan=head.zooms)
 
@@ -228,7 +228,7 @@ def _painted(
     if _uniform(generator) < 0.7:
         # Fat and muscle share a label, and so do fat and red marrow.
         wave = smooth_noise(0.25, _uniform(generator, 6, 20), n, n, generator)[0]
-        mixed = (tissue == Tissue.SOFT) | (tissue == Tissue.MARROW)
+        mixed = (tissue == HeadTissue.SOFT) | (tissue == HeadTissue.MARROW)
         image = image + wave * mixed * image.clamp(0, 1).sqrt()
     image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), _uniform(generator, 0.35, 0.8)))
     # In the border's blur, voxels of the image are less noisy than the labels' own.
@@ -276,16 +276,18 @@ def skull_losses(logits: Tensor, tissue: Tensor, named: Tensor) -> SkullLosses:
     held or not.
     """
     log_p = F.log_softmax(logits, dim=1)
-    within = log_p[:, [Tissue.BRAIN, Tissue.FLUID]].logsumexp(dim=1)
+    within = log_p[:, [HeadTissue.BRAIN, HeadTissue.FLUID]].logsumexp(dim=1)
     p = within.exp()
-    held = ((tissue == Tissue.BRAIN) | (tissue == Tissue.FLUID)).float()
+    held = ((tissue == HeadTissue.BRAIN) | (tissue == HeadTissue.FLUID)).float()
     around = F.avg_pool3d(
         held[:, None], BORDER_VOXELS, 1, BORDER_VOXELS // 2, count_include_pad=False
     )[:, 0]
     weight = 1 + 3 * ((around > 0.02) & (around < 0.98)).float()
     known = named.reshape(-1, 1, 1, 1)
-    weight = weight + known * ((tissue == Tissue.FLUID) | (tissue == Tissue.BONE))
-    outside = log_p[:, [Tissue.AIR, Tissue.BONE, Tissue.MARROW, Tissue.SOFT]].logsumexp(dim=1)
+    weight = weight + known * ((tissue == HeadTissue.FLUID) | (tissue == HeadTissue.BONE))
+    outside = log_p[
+        :, [HeadTissue.AIR, HeadTissue.BONE, HeadTissue.MARROW, HeadTissue.SOFT]
+    ].logsumexp(dim=1)
     of_two = -torch.where(held > 0, within, outside)
     entropy = weight * torch.where(known, F.nll_loss(log_p, tissue, reduction="none"), of_two)
     overlap = (2 * (p * held).sum() + 1) / (p.square().sum() + held.sum() + 1)
