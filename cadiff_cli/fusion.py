@@ -94,6 +94,17 @@ def choose_atlases(dataset: Path, t1: Path, exclude: Sequence[str] = ()) -> list
     return chosen
 
 
+def check_vote(vote: str, people: int, config: RegisterConfig) -> None:
+    """Raise ``UsageError`` for what could only fail after the first registrations."""
+    if vote not in VOTES:
+        raise UsageError(f"unknown --vote {vote!r}", f"choose from {', '.join(VOTES)}")
+    if vote == "joint" and people < 2:
+        raise UsageError(
+            "joint label fusion needs at least two people, one is left", "use --vote majority"
+        )
+    settings(config.name)
+
+
 def fuse(
     scan: Scan,
     stripped: Stripped,
@@ -107,13 +118,9 @@ def fuse(
     """Label ``scan`` by the votes of ``atlases``, within the brain mask.
 
     ``mapping`` turns the ids of their label maps into classes.  Work is done in ``jobs`` processes;
-    the result does not depend on their number.
+    the result does not depend on their number.  Raises ``UsageError`` (``check_vote``).
     """
-    if vote == "joint" and len(atlases) < 2:
-        raise UsageError(
-            "joint label fusion needs at least two people, one is left", "use --vote majority"
-        )
-    settings(config.name)  # an unknown name is an error now, not in a worker
+    check_vote(vote, len(atlases), config)
     grid = brain_crop(stripped.mask)
     mask = resample(stripped.mask, grid)
     image = normalise(resample(stripped.t1, grid).data, mask.data, grid.spacing_mm)

@@ -516,7 +516,7 @@ def test_a_column_without_a_name_is_nobody_s_age_or_source(table, tmp_path):
     assert {person.age_years for person in found.persons} == {77.0}
     assert found.mm3 == once.mm3
     assert {*found.sources} == {"bare"}
-    assert found.notes == ("60 people have several scans: their means count",)
+    assert found.notes == ("people with several scans, whose means count: 60",)
     with pytest.raises(DataError, match="120 of 120 scans are left out: no age"):
         read_cohort([bare], TOY)
 

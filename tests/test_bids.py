@@ -409,6 +409,15 @@ def test_an_index_serves_one_dataset(raw, tmp_path):
         select(raw, Selection(), database)
 
 
+def test_links_that_lead_in_circles_cost_no_scan(raw):
+    wanted = select(raw, Selection()).images
+    assert len(wanted) > 1
+    for folder in (raw.root, *raw.root.glob("sub-*"), *raw.root.glob("sub-*/**/anat")):
+        for name in ("sub-a0", "ses-a0", "anat-a0"):
+            (folder / name).symlink_to(name)
+    assert select(Dataset(raw.root), Selection()).images == wanted
+
+
 def test_labels_come_with_or_without_prefix_or_from_a_file(tmp_path, monkeypatch):
     file = tmp_path / "participants.txt"
     file.write_text("sub-03\n04\n")

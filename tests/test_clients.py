@@ -16,6 +16,7 @@ from bids.layout import BIDSLayout
 
 from cadiff_cli import load_scan, segment
 from cadiff_cli.cli import cadiff, guarded
+from cadiff_cli.cli.export import FORMATS
 from cadiff_cli.config import (
     REVISION,
     Config,
@@ -410,6 +411,31 @@ def test_volumes_in_the_layouts_of_others(made, layout, separator, first, names,
         unknown = {"synthseg": ["csf"], "freesurfer": ["EstimatedTotalIntraCranialVol"]}
         assert [name for name in row if row[name] == "NA"] == unknown.get(layout, [])
     assert guarded(lambda: cadiff.main(arguments, standalone_mode=False)) == 73
+
+
+def test_an_export_names_scans_without_a_row(made, tmp_path, capsys):
+    """And links that lead in circles cost nobody a row."""
+    out = shutil.copytree(made[0], tmp_path / "out")
+    (out / "sub-x").symlink_to("sub-x")
+    (out / "sub-01" / "ses-x").symlink_to("ses-x")
+    journal = out / "logs" / "journal"
+    journal.mkdir(parents=True, exist_ok=True)
+    (journal / "sub-04.json").write_text("{}")
+    arguments = ["export", str(out), "--format", "synthseg", "-o", str(tmp_path / "table")]
+    assert guarded(lambda: cadiff.main(arguments, standalone_mode=False)) == 0
+    told = capsys.readouterr()
+    assert "3 rows" in told.out
+    assert "sub-04 has no row" in told.err
+    description = out / "dataset_description.json"
+    description.write_text("{bad")
+    arguments[4:] = []
+    assert guarded(lambda: cadiff.main(arguments, standalone_mode=False)) == 73
+    assert guarded(lambda: cadiff.main(["report", str(out)], standalone_mode=False)) == 73
+    assert not (out / "export").exists()
+
+
+def test_the_command_offers_every_layout():
+    assert set(FORMATS) == set(LAYOUTS)
 
 
 def test_every_export_knows_only_volumes_that_there_are(made):

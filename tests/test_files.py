@@ -12,7 +12,25 @@ from collections import namedtuple
 import pytest
 
 from cadiff_cli.errors import CadiffError, DiskError, OutputError
-from cadiff_cli.io.files import check_writable, locked, read_json, read_text, replacing, write_json
+from cadiff_cli.io.files import (
+    check_writable,
+    locked,
+    read_json,
+    read_text,
+    refuse_existing,
+    replacing,
+    write_json,
+)
+
+
+def test_a_link_to_an_absent_file_is_no_free_place(tmp_path):
+    """So git-annex leaves a file whose content was dropped."""
+    link = tmp_path / "table.csv"
+    refuse_existing(link, overwrite=False)
+    link.symlink_to(".git/annex/gone")
+    with pytest.raises(OutputError, match=r"table\.csv is a link to a file that is absent"):
+        refuse_existing(link, overwrite=False)
+    refuse_existing(link, overwrite=True)
 
 
 def test_replacing_puts_the_new_file_in_place(tmp_path):

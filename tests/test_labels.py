@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -126,6 +127,29 @@ def test_a_callosum_without_sides_is_shared_out(parcellation):
     ) == {load_scheme("dlmuse", parcellation)[45]}
 
 
+def test_the_order_of_axes_decides_nothing_about_a_callosum(parcellation):
+    """Voxels that are as near to both sides go to the same one, however the map is stored."""
+    rng = np.random.default_rng(0)
+    ids = np.zeros((15, 11, 9), dtype=np.int16)
+    ids[:7], ids[8:], ids[7] = 44, 45, 95
+    ids[rng.random(ids.shape) < 0.5] = 0
+    mapping, spacing_mm = load_scheme("dlmuse", parcellation), np.array([1.0, 2.0, 3.0])
+    wanted = parcellation.encode(ids, mapping, spacing_mm)
+    for order in permutations(range(3)):
+        for flips in ((), (0,), (0, 1, 2)):
+            stored = np.flip(ids, flips).transpose(order)
+            found = parcellation.encode(stored, mapping, spacing_mm[list(order)])
+            again = np.flip(found.transpose(np.argsort(order)), flips)
+            np.testing.assert_array_equal(again, wanted)
+
+
+def test_nearer_is_meant_in_mm(parcellation):
+    ids = np.array([44, 0, 95, 45], dtype=np.int16).reshape(2, 2, 1)  # 44 above 95, 45 beside it
+    mapping = load_scheme("dlmuse", parcellation)
+    for spacing_mm, side in (((1, 3, 1), 44), ((3, 1, 1), 45)):
+        assert parcellation.encode(ids, mapping, spacing_mm)[1, 0, 0] == mapping[side]
+
+
 def test_dlmuse_is_neuromorphometrics_with_parcelled_white_matter(parcellation):
     mapping, manual = (
         load_scheme("dlmuse", parcellation),
@@ -194,9 +218,16 @@ def test_a_mapping_may_come_from_a_spreadsheet(parcellation, tmp_path):
     path = tmp_path / "map.tsv"
     path.write_text("source\tindex\n7\t10\n", encoding="utf-8-sig")
     assert load_scheme(str(path), parcellation) == {7: parcellation.class_of[10]}
-    path.write_text("source\tindex\n7\t10\n", encoding="utf-16")
-    with pytest.raises(DataError, match="not a mapping"):
-        load_scheme(str(path), parcellation)
+    for wrong, said in (
+        ("source\tindex\n7\t10\n".encode("utf-16"), "not a mapping"),
+        (b"x" * 200_000, "not a mapping"),
+        (b"source\tlast\tindex\n1\t99999999\t2\n", "maps 99999999 ids"),
+    ):
+        path.write_bytes(wrong)
+        with pytest.raises(DataError, match=said):
+            load_scheme(str(path), parcellation)
+    with pytest.raises(MissingInputError, match="no scheme"):
+        load_scheme("z" * 5000, parcellation)
 
 
 def many(n):

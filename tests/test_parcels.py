@@ -448,6 +448,8 @@ def test_damaged_parcels_cost_a_scan_its_parcels_alone(out, tmp_path):
     table = out / "group_seg-nmm138_morph.tsv"
     table.write_text("an earlier one")
     table.with_suffix(".json").write_text("{}")
+    mine = out / "group_seg-mine_morph.tsv"
+    mine.write_text("somebody's own")
     (morph,) = out.rglob("sub-01_seg-nmm138_desc-volumetric_morph.tsv")
     morph.unlink()
     morph.symlink_to("gone")  # as git-annex leaves it
@@ -456,6 +458,7 @@ def test_damaged_parcels_cost_a_scan_its_parcels_alone(out, tmp_path):
     assert "sub-01 is not among nmm138" in "; ".join(group.notes)
     assert not table.exists()
     assert not table.with_suffix(".json").exists()
+    assert mine.exists()
 
 
 def test_evaluate_takes_the_map_that_is_named(out, tmp_path):

@@ -137,7 +137,7 @@ def guarded(call: Callable[[], object]) -> int:
         where = error.filename or "no file"
         denied = isinstance(error, PermissionError) or error.errno == errno.EROFS
         code = OutputError.exit_code if denied else DiskError.exit_code
-        return _fail(f"{error.strerror or error} ({where})", code)
+        return _fail(f"{error.strerror or error} ({where}). Check this path and its folder", code)
     except Exception as error:
         return _fail(
             f"unexpected {in_a_line(error)}. This is a bug: please report it with {_crash_file()}",

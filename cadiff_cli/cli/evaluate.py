@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_warnings
 
 COLUMNS = {
     "dice": ("Dice", ".4f"),
@@ -62,17 +62,15 @@ def command(
 
     Pairs that cannot be scored are named and left out; the exit code is then 1.
     """
-    import logging
-
     from cadiff_cli.cli.scores import check_tables, report, scores_of
     from cadiff_cli.errors import first_few
     from cadiff_cli.evaluation.pairing import pair_up
     from cadiff_cli.evaluation.scores import chosen_maps, score_pair, scored_in
     from cadiff_cli.io.bids.tables import parcellation_of
     from cadiff_cli.labels.schemes import OWN, load_scheme
-    from cadiff_cli.runner.logs import ON_SCREEN, warning
+    from cadiff_cli.runner.logs import warning
 
-    logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
+    show_warnings()
     finer, wanted = chosen_maps(labels)
     pairs = pair_up(prediction, reference, finer)
     parcellation, subset = scored_in((p for p, _ in pairs.files), wanted)

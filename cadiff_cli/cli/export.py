@@ -34,11 +34,22 @@ def command(out: Path, layout: str, path: Path | None, overwrite: bool) -> None:
     that of the brain mask, which includes fluid in sulci.  The cerebellar cortex is without the
     vermis, which has a column of its own.
     """
+    from cadiff_cli.errors import first_few
+    from cadiff_cli.io.bids.description import refuse_foreign
     from cadiff_cli.io.files import refuse_existing
     from cadiff_cli.runner.export import LAYOUTS, export
+    from cadiff_cli.runner.logs import warning
 
-    path = path or out / "export" / LAYOUTS[layout].file
+    if path is None:
+        refuse_foreign(out)
+        path = out / "export" / LAYOUTS[layout].file
     refuse_existing(path, overwrite=overwrite)
     exported = export(out, LAYOUTS[layout], path)
+    if exported.missing:
+        text = f"{first_few(exported.missing)} {'have' if len(exported.missing) > 1 else 'has'}"
+        click.echo(warning(f"{text} no row: cadiff run says why"), err=True)
+    if exported.ways > 1:
+        text = f"results were made in {exported.ways} different ways (column fingerprint of group)"
+        click.echo(warning(text), err=True)
     size = f"; the size of the head is our {exported.head}" if exported.head else ""
     click.echo(f"{path}: {exported.rows} rows{size}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, made, options_of
+from cadiff_cli.cli.options import PATH, made, options_of, show_warnings
 from cadiff_cli.config import StripConfig
 
 
@@ -21,13 +21,11 @@ def command(t1: Path, out: Path, offline: bool, overwrite: bool, **settings: Any
     Writes the mask and the stripped image on the scan's own grid, with a sidecar on the quality of
     the mask, and prints the mask's path. The method is reported on standard error.
     """
-    import logging
-
     from cadiff_cli.io.images import load_scan
-    from cadiff_cli.runner.logs import ON_SCREEN, warning
+    from cadiff_cli.runner.logs import warning
     from cadiff_cli.runner.mask import mask_file
 
-    logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
+    show_warnings()
     scan = load_scan(t1)
     for note in scan.notes:
         click.echo(warning(note.text), err=True)

@@ -73,6 +73,13 @@ def show_times() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 
 
+def show_warnings() -> None:
+    """Show warnings of the log as those of the command."""
+    from cadiff_cli.runner.logs import ON_SCREEN
+
+    logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
+
+
 def filled(_context: Any, option: click.Parameter, value: str | None) -> str | None:
     """A name that is not empty: a callback of options whose absence means something else."""
     if value == "":

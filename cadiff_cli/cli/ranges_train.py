@@ -51,6 +51,7 @@ def command(
     from cadiff_cli.io.files import check_writable, is_among, refuse_existing
     from cadiff_cli.quality.age_fit import check, fit
     from cadiff_cli.quality.age_ranges import write_age_ranges
+    from cadiff_cli.runner.logs import warning
 
     if is_among(out, (*tables, participants)):
         raise OutputError(f"{out} is an input", "choose another name for --out")
@@ -61,7 +62,7 @@ def command(
     cohort = read_cohort(tables, structures, participants)
     check_writable(out.parent)
     for note in cohort.notes:
-        click.echo(f"WARNING: {note}", err=True)
+        click.echo(warning(note), err=True)
     ranges = fit(cohort, structures, people or cohort.described)
     click.echo(f"{len(ranges.curves)} curves of {ranges.of_ages}: {ranges.people}")
     if not no_check:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_warnings
 
 
 @click.command(name="reorient")
@@ -32,6 +32,8 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     from cadiff_cli.io.templates import EMBEDDED, load_template
     from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.stages.orientation import orientation, reoriented
+
+    show_warnings()
 
     if not (out.name.endswith((".nii", ".nii.gz")) and stem(out)):
         raise UsageError(f"{out.name} is no NIfTI name", "write NAME.nii or NAME.nii.gz")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, show_warnings
 
 COLUMNS = {
     "volume_difference_percent": ("volume difference %", ".2f"),
@@ -48,6 +48,8 @@ def command(
     from cadiff_cli.cli.scores import check_tables, report, scores_of
     from cadiff_cli.evaluation.pairing import retest_pairs
     from cadiff_cli.evaluation.scores import chosen_maps, retest_pair, scored_in
+
+    show_warnings()
 
     finer, wanted = chosen_maps(labels)
     pairs = retest_pairs(derivatives, finer)

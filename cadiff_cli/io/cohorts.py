@@ -275,7 +275,7 @@ def _by_person(scans: Sequence[_Scan], names: Sequence[str], notes: list[str]) -
     for scan in scans:
         found.setdefault((scan.source, scan.subject), []).append(scan)
     if several := sum(len(group) > 1 for group in found.values()):
-        notes.append(f"{several} people have several scans: their means count")
+        notes.append(f"people with several scans, whose means count: {several}")
     rows = [found[key] for key in sorted(found)]
     means = np.array([np.mean([scan.mm3 for scan in group], axis=0) for group in rows])
     return Cohort(

@@ -84,6 +84,19 @@ def remove_partial(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def is_folder(entry: "os.DirEntry[str]", *, follow_symlinks: bool = True) -> bool:
+    """Whether an entry of a folder is one itself; a link that leads in a circle is none."""
+    try:
+        return entry.is_dir(follow_symlinks=follow_symlinks)
+    except OSError:
+        return False
+
+
+def folders_of(entries: "Iterable[os.DirEntry[str]]", prefix: str) -> Iterator[str]:
+    """Names of the folders among a folder's entries that begin with ``prefix``."""
+    return (x.name for x in entries if x.name.startswith(prefix) and is_folder(x))
+
+
 def is_among(path: Path, files: Iterable[Path | None]) -> bool:
     """Whether ``path`` is one of the ``files`` that are there, by any name."""
     there = (file for file in files if file and file.exists())
@@ -91,9 +104,13 @@ def is_among(path: Path, files: Iterable[Path | None]) -> bool:
 
 
 def refuse_existing(*paths: Path, overwrite: bool) -> None:
-    """Raise ``OutputError`` for the first file that is there, unless it may be replaced."""
-    if not overwrite and (there := [path for path in paths if path.exists()]):
-        raise OutputError(f"{there[0]} is there already", "use --overwrite, or another -o")
+    """Raise ``OutputError`` for the first file that is there, unless it may be replaced.
+
+    A link to a file that is absent (git-annex) counts: it is somebody's, too.
+    """
+    if not overwrite and (there := [path for path in paths if os.path.lexists(path)]):
+        what = "there already" if there[0].exists() else "a link to a file that is absent"
+        raise OutputError(f"{there[0]} is {what}", "use --overwrite, or another -o")
 
 
 def check_writable(folder: Path) -> None:

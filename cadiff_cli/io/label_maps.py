@@ -44,7 +44,8 @@ def load_classes(
         )
     if unknown:
         say_once(f"ids {unknown} are in no row of the mapping ({option}): they become background")
-    return Volume(parcellation.encode(np.asarray(volume.data), mapping), volume.grid)
+    classes = parcellation.encode(np.asarray(volume.data), mapping, volume.grid.spacing_mm)
+    return Volume(classes, volume.grid)
 
 
 def load_ids(path: Path) -> tuple[Volume, set[int]]:
@@ -54,7 +55,8 @@ def load_ids(path: Path) -> tuple[Volume, set[int]]:
     """
     volume = load_volume(path)
     values = np.unique(volume.data).astype(np.float64)
-    whole = np.isfinite(values) & (abs(values - np.rint(values)) < ROUNDING)
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        whole = np.isfinite(values) & (abs(values - np.rint(values)) < ROUNDING)
     if (odd := values[~whole | (values < -ROUNDING) | (values > GREATEST_ID)]).size:
         raise DataError(
             f"{path.name} holds {odd[0]:g}, which is no label id (0 to {GREATEST_ID})",

@@ -5,6 +5,7 @@ A release is a folder ``weights/NAME/`` with ``model.safetensors``, ``model.sha2
 """
 
 import json
+import os
 from pathlib import Path
 
 from cadiff_cli.config import OutputConfig, Request, StripConfig
@@ -45,7 +46,9 @@ def find_weights(name: str = DEFAULT, format_: str = "") -> tuple[Path, str, str
     given = Path(name)
     is_file = given.suffix == ".safetensors"
     path = given if is_file else weights_folder() / name / "model.safetensors"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes names that are too long
+        if os.path.exists(given):
+            raise MissingInputError(f"{given} is no .safetensors file", known())
         raise MissingInputError(f"no model at {path}", known())
     got = sha256(path)
     record = path.with_suffix(".sha256")

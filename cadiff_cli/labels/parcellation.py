@@ -6,7 +6,8 @@ forebrain and the vermal lobules).  ``Parcellation`` is the only place where the
 """
 
 import csv
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, cached_property
@@ -54,6 +55,8 @@ TISSUE_OF_CLASS: Mapping[int, Tissue] = {
     CSF_TISSUE: Tissue.CSF,
 }
 """BIDS' standard tissue class -> tissue; others have none."""
+TIE_MM = 1e-4
+"""Distances that differ by less are equal."""
 COLUMNS = ("index", "name", "abbreviation", "color", "mapping", "mirror")
 """Columns that a table must have; ``parent`` and ``subsets`` may follow."""
 LEFT, RIGHT = "Left-", "Right-"
@@ -222,11 +225,17 @@ class Parcellation:
         """Sum of all structures but vessels, of volumes by code; absent ones have none."""
         return sum(volumes_mm3.get(s.code, 0.0) for s in self.structures if s.is_tissue)
 
-    def encode(self, ids: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
+    def encode(
+        self,
+        ids: np.ndarray,
+        mapping: Mapping[int, int],
+        spacing_mm: Sequence[float] | np.ndarray = (1.0, 1.0, 1.0),
+    ) -> np.ndarray:
         """Turn a foreign label map (X, Y, Z) into classes (``dtype``); unmapped ids become 0.
 
-        A negative class stands for itself or its mirror image, whichever is nearer (in voxels): the
-        callosum of FreeSurfer or DLMUSE has no sides, ours is left and right white matter.
+        A negative class stands for itself or its mirror image, whichever is nearer in a map with
+        voxels of ``spacing_mm``, for itself where both are as near: the callosum of FreeSurfer or
+        DLMUSE has no sides, ours is left and right white matter.
         """
         if not np.issubdtype(ids.dtype, np.integer):
             if not np.isfinite(ids).all():
@@ -243,12 +252,12 @@ class Parcellation:
                 lut[source] = target
         classes = lut[ids]
         for either in sorted({k for k in mapping.values() if k < 0}):
+            sides = -either, int(self.mirror_classes[-either])
             unsided = classes == either
-            sided = np.isin(classes, (-either, self.mirror_classes[-either]))
-            classes[unsided] = -either
-            if unsided.any() and sided.any():
-                _, nearest = KDTree(np.argwhere(sided)).query(np.argwhere(unsided))
-                classes[unsided] = classes[sided][nearest]
+            places = np.argwhere(unsided) * spacing_mm
+            far = [_distances(places, np.argwhere(classes == k) * spacing_mm) for k in sides]
+            # The tree rounds: what is as far on both sides must not depend on the axes' order.
+            classes[unsided] = np.where(far[0] <= far[1] + TIE_MM, *sides)
         return np.asarray(classes.astype(self.dtype))
 
     def mapping_to(self, other: "Parcellation") -> dict[int, int]:
@@ -320,7 +329,7 @@ def load_parcellation(name: str | Path) -> Parcellation:
     if name in shipped_names():
         return _shipped(str(name))
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes names that are too long
         raise MissingInputError(
             f"no parcellation {str(name)!r}", f"use {', '.join(shipped_names())}, or a TSV"
         )
@@ -366,7 +375,7 @@ def parse(name: str, text: str) -> Parcellation:
             for line in lines
             if line["index"] != "0"  # background, which BIDS' tables list
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(
             f"the table of {name} cannot be read ({error})",
             f"columns {', '.join(COLUMNS)}; index, mapping and mirror are whole numbers",
@@ -375,6 +384,14 @@ def parse(name: str, text: str) -> Parcellation:
     for trouble in _troubles(parcellation):
         raise DataError(f"parcellation {name}: {trouble}", "correct its table")
     return parcellation
+
+
+def _distances(places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of each place (n, 3) to the nearest of others (m, 3); infinite without others."""
+    if not len(places) or not len(others):
+        return np.full(len(places), np.inf)
+    distances: np.ndarray = KDTree(others).query(places)[0]
+    return distances
 
 
 def _cell(line: Mapping[str, str | None], column: str) -> str:

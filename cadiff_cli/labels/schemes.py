@@ -6,6 +6,7 @@ background, and a negative code stands for the structure or its mirror image, th
 """
 
 import csv
+import os
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from cadiff_cli.labels.parcellation import Parcellation, load_parcellation, ship
 
 OWN = "cadiff"
 """The parcellation's own codes, as cadiff writes them: they need no table."""
+MOST_IDS = 1_000_000
+"""A longer list of ids is a mistake, and would fill the memory."""
 
 
 def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
@@ -32,7 +35,7 @@ def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
         text = _folder(parcellation).joinpath(f"{name}.tsv").read_text(encoding="utf-8")
         return parse(name, text, parcellation)
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes names that are too long
         raise MissingInputError(
             f"no scheme {name!r} of label ids for {parcellation.name}",
             f"use {', '.join(scheme_names(parcellation))}, or a TSV with source and index",
@@ -59,7 +62,7 @@ def parse(name: str, text: str, parcellation: Parcellation) -> dict[int, int]:
             (int(line["source"]), int(line.get("last") or line["source"]), int(line["index"]))
             for line in lines
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise DataError(
             f"{name} is not a mapping ({error})", "columns source and index, whole numbers"
         ) from error
@@ -68,6 +71,8 @@ def parse(name: str, text: str, parcellation: Parcellation) -> dict[int, int]:
             f"{name} has a row of ids {backward[0][0]} to {backward[0][1]}",
             "last is source or greater",
         )
+    if (count := sum(last - first + 1 for first, last, _ in rows)) > MOST_IDS:
+        raise DataError(f"{name} maps {count} ids", f"a mapping holds at most {MOST_IDS}")
     pairs = [(id_, code) for first, last, code in rows for id_ in range(first, last + 1)]
     if negative := sorted({id_ for id_, _ in pairs if id_ < 0}):
         raise DataError(f"{name} maps ids {negative}", "label maps hold no negative ids")

@@ -16,6 +16,7 @@ from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import BRAIN_MASK, INTRACRANIAL
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.ranges import base_volumes
+from cadiff_cli.runner.group import count_ways, known_scans
 
 Measure = str | Sequence[str]
 """A volume by its name in our tables, or several to be added; an empty sequence: we have none."""
@@ -112,10 +113,15 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """How many rows a table has, and which of our volumes is the head's size (none: empty)."""
+    """How many rows a table has, and which of our volumes is the head's size (none: empty).
+
+    ``missing`` are scans that have no row, ``ways`` in how many ways the results were made.
+    """
 
     rows: int
     head: str
+    missing: Sequence[str]
+    ways: int
 
 
 def export(out: Path, layout: Layout, path: Path) -> Exported:
@@ -144,7 +150,13 @@ def export(out: Path, layout: Layout, path: Path) -> Exported:
         cells = (_cell(known, measure) for measure in layout.columns.values())
         lines.append((name(result), *cells))
     write_text(path, "".join(layout.separator.join(line) + "\n" for line in lines))
-    return Exported(len(results), head if HEAD in layout.columns.values() else "")
+    there = {result.entities for result in results}
+    return Exported(
+        len(results),
+        head if HEAD in layout.columns.values() else "",
+        [scan for scan in known_scans(out) if scan not in there],
+        count_ways(results),
+    )
 
 
 def _namer(results: Sequence[Finished]) -> Callable[[Finished], str]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cadiff_cli.config import Config, as_dict
-from cadiff_cli.errors import OutputError, UsageError
-from cadiff_cli.fusion import BETA, RADIUS, SEARCH, VOTES, Fused, choose_atlases, fuse
+from cadiff_cli.errors import OutputError
+from cadiff_cli.fusion import BETA, RADIUS, SEARCH, VOTES, Fused, check_vote, choose_atlases, fuse
 from cadiff_cli.io.bids.description import generated_by, refuse_foreign, save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.bids.tables import save_table, table_name
@@ -39,10 +39,9 @@ def fuse_file(
     processes work at a time.  Everything is checked before the first registration.  Raises
     ``OutputError`` if a file would be lost, and what ``choose_atlases`` and ``fuse`` raise.
     """
-    if vote not in VOTES:
-        raise UsageError(f"unknown --vote {vote!r}", f"choose from {', '.join(VOTES)}")
     scan, mapping = load_scan(t1), load_scheme(labels, parcellation)
     people = choose_atlases(atlases, t1, exclude)
+    check_vote(vote, len(people), config.register)
     # ``seg-`` leads ``parcellation_of`` to the parcellation.
     name = f"seg-{parcellation.segmentation}_desc-{VOTES[vote]}_dseg.nii.gz"
     path = Derivatives(out, t1).path(name)

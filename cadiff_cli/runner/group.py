@@ -25,7 +25,7 @@ from cadiff_cli.io.volumes import (
     percentile_cells,
     read_rows,
 )
-from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
+from cadiff_cli.labels.parcellation import Parcellation, load_parcellation, shipped_names
 from cadiff_cli.quality.age_ranges import ranges_of
 from cadiff_cli.quality.group import Group, outliers
 from cadiff_cli.quality.judgement import COLUMNS, Judgement, columns, judge
@@ -117,13 +117,8 @@ def collect(out: Path, expected: Sequence[str], people: People = NOBODY) -> Grou
                 notes.append(f"{result.entities} is not among {finer.name} ({in_a_line(error)})")
         if why := journal.failed_since(result.entities, result.sidecar):
             notes.append(f"{result.entities} has an earlier result, its last run failed: {why}")
-    recipes = {
-        result.provenance.way
-        for result in sound
-        if not result.provenance.has_own_mask  # a user's mask is no other setting
-    }
-    if len(recipes) > 1:
-        notes.append(f"results were made in {len(recipes)} different ways: see column fingerprint")
+    if (ways := count_ways(sound)) > 1:
+        notes.append(f"results were made in {ways} different ways: see column fingerprint")
     far = outliers(judged, ranges)
     for one in rows:
         one["outlier"] = "; ".join(far.get(one["scan"], ())) or None
@@ -150,13 +145,16 @@ def write_finer(out: Path, group: Group) -> list[Path]:
         write_tsv(paths[-1], header, ([row.get(key) for key in header] for row in rows))
         described = {key: text for key, text in _columns(parcellation).items() if key in header}
         write_json(paths[-1].with_suffix(".json"), described)
-    for path in set(out.glob("group_seg-*_morph.tsv")) - set(paths):
+    ours = {out / f"group_seg-{name}_morph.tsv" for name in shipped_names()}
+    for path in ours - set(paths):
         path.with_suffix(".json").unlink(missing_ok=True)
-        path.unlink()
+        path.unlink(missing_ok=True)
     return paths
 
 
 def _why_missing(last: Outcome | None) -> str:
+    if last is not None and last.status == "done":
+        return "its sidecar is gone, or cannot be read"
     if last is None or not last.message:
         return "not run yet"
     return f"unsuitable: {last.message}" if last.status == "unsuitable" else last.message
@@ -182,6 +180,11 @@ def write_group(out: Path, expected: Sequence[str], people: People = NOBODY) -> 
         missing_path.unlink(missing_ok=True)
     write_finer(out, group)
     return group
+
+
+def count_ways(results: Sequence[Finished]) -> int:
+    """In how many ways results were made; a user's mask is no other setting."""
+    return len({r.provenance.way for r in results if not r.provenance.has_own_mask})
 
 
 def known_scans(out: Path) -> list[str]:

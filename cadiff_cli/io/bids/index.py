@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import DataError
+from cadiff_cli.io.files import is_folder
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -57,7 +58,7 @@ def _walk(folder: str) -> Iterator[str]:
             name = entry.name
             # Links to folders are followed only where BIDS has some: others may lead in circles,
             # and git-annex makes every file a link.
-            if entry.is_dir(follow_symlinks=name == "anat" or name.startswith("ses-")):
+            if is_folder(entry, follow_symlinks=name == "anat" or name.startswith("ses-")):
                 yield from _walk(entry.path)
             elif is_anat and ".nii" in name and not name.startswith("."):
                 yield entry.path

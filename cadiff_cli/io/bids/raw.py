@@ -21,7 +21,7 @@ from cadiff_cli.errors import (
     plural,
 )
 from cadiff_cli.io.bids.people import People, read_people
-from cadiff_cli.io.files import read_text
+from cadiff_cli.io.files import folders_of, read_text
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Dataset:
         if not self.root.is_dir():
             return []
         with os.scandir(self.root) as entries:
-            return sorted(x.name[4:] for x in entries if x.name.startswith("sub-") and x.is_dir())
+            return sorted(name[4:] for name in folders_of(entries, "sub-"))
 
     @cached_property
     def people(self) -> People:
