@@ -45,8 +45,9 @@ class Bright(BrainNet):
         mask = head[0, 0].numpy() > 0.45
         return torch.from_numpy(signed_distance(mask, np.full(3, 2.0)))[None, None]
 
-    def enclose(self, _head, distance, _zooms):
-        return (distance[:, 0] > -5).float()
+    def enclose(self, _head, distance):
+        fine = torch.nn.functional.interpolate(distance, scale_factor=2, mode="trilinear")
+        return (fine[:, 0] > -5).float()
 
 
 BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")

@@ -72,8 +72,7 @@ def command(
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     check_settings(training.train, training.net, model)
     folder = prepared_in(run, cache)
-    teacher = model if model and training.net.skull and model.net.config.skull else None
-    prepared = prepare_heads(label_maps, heads, folder, teacher)
+    prepared = prepare_heads(label_maps, heads, folder)
     path = train_mask(
         prepared,
         run,

@@ -4,10 +4,9 @@ U-Nets in a cascade.  The first looks at the whole head at 4 mm and finds the br
 the head at 2 mm and the first one's answer, and finds the border.  A distance is smooth, so it can
 be read between voxels: the border at 1 mm has no 2 mm steps.
 
-A third network may tell what the inner skull holds: the intracranial volume.  Its border lies
-between fluid and bone, a millimetre or two from the cortex, so this network sees the head at 1 mm
-and names the tissue of each voxel.  It is told how large the voxels of the scan were: in larger
-ones fluid and bone are one grey.
+A third network may tell what the inner skull holds: the intracranial volume.  It names the tissue
+of the eight parts of 1 mm of each voxel.  As it sees every head at 2 mm, whatever its voxels, the
+volume does not depend on them.
 """
 
 from dataclasses import dataclass
@@ -23,10 +22,6 @@ from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, shuffle, unshuffle
 SPACING_MM = 2.0
 REACH_MM = 10.0
 """Distances beyond this are all the same to the network."""
-LARGEST_ZOOM_MM = 8.0
-"""Larger voxels of a scan are all the same to the network of the inner skull."""
-SLAB, RIM = 32, 3
-"""Voxels of 1 mm that are finished at a time, and how many more around them decide on them."""
 
 
 class HeadTissue(IntEnum):
@@ -54,7 +49,7 @@ class BrainConfig:
     coarse: tuple[int, ...] = (32, 64, 96, 96)
     fine: tuple[int, ...] = (32, 64, 96)
     skull: bool = False
-    skull_channels: tuple[int, ...] = (24, 48, 96)
+    skull_channels: tuple[int, ...] = (32, 64, 96)
 
     @property
     def multiple(self) -> int:
@@ -68,8 +63,8 @@ class BrainConfig:
 
     @property
     def skull_multiple(self) -> int:
-        """Sizes of the part at 1 mm in which the inner skull is found must be multiples of this."""
-        return int(2 ** len(self.skull_channels))
+        """Sizes of the part at 2 mm in which the inner skull is found must be multiples of this."""
+        return int(2 ** (len(self.skull_channels) - 1))
 
 
 class Block(nn.Module):
@@ -120,50 +115,6 @@ class BlockNet(nn.Module):
         return shuffle(self.out(F.silu(self.norm(x))).float())
 
 
-class TissueNet(nn.Module):
-    """The tissues of a head: a U-Net over blocks of 2^3 voxels, then convolutions at 1 mm.
-
-    The blocks know where in a head they are; a border as thin as the inner skull's needs the voxels
-    themselves.
-    """
-
-    def __init__(self, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        n, images = len(HeadTissue), 2 + 3
-        self.blocks = BlockNet(images, channels, n)
-        self.first = Conv3d(images, 8, 3, padding=1)
-        self.second = Conv3d(8 + n, 16, 3, padding=1)
-        self.third = Conv3d(16, 16, 3, padding=1)
-        self.out = Conv3d(16, n, 1)
-
-    def forward(self, *images: Tensor) -> Tensor:
-        """Five images (B, 1, X, Y, Z) -> logits (B, tissues, X, Y, Z) float32.
-
-        They are the head, the brain's distance, and the voxel sizes of the scan along three axes.
-        """
-        return self._finished(self.blocks(*images), *images)
-
-    def within(self, *images: Tensor) -> Tensor:
-        """(B, X, Y, Z) float32: the probability that the inner skull holds a voxel.
-
-        It is that of ``forward``, slab by slab: all tissues of a whole head would take gigabytes.
-        """
-        rough, size, parts = self.blocks(*images), images[0].shape[2], []
-        for start in range(0, size, SLAB):
-            low, high = max(0, start - RIM), min(size, start + SLAB + RIM)
-            slabs = (x[:, :, low:high] for x in (rough, *images))
-            p = self._finished(*slabs).softmax(dim=1)[:, :, start - low :][:, :, :SLAB]
-            parts.append(p[:, HeadTissue.BRAIN] + p[:, HeadTissue.FLUID])
-        return torch.cat(parts, dim=1)
-
-    def _finished(self, rough: Tensor, *images: Tensor) -> Tensor:
-        x = self.first(last(torch.cat(images, dim=1)))
-        x = self.second(F.silu(torch.cat([x, rough.to(x.dtype)], dim=1)))
-        x = self.third(F.silu(x))
-        logits: Tensor = rough + self.out(F.silu(x)).float()
-        return logits
-
-
 class BrainNet(nn.Module):
     """Where the brain is, at 4 mm, then where it ends, at 2 mm.
 
@@ -175,7 +126,7 @@ class BrainNet(nn.Module):
         self.config = config
         self.coarse = BlockNet(1, config.coarse)
         self.fine = BlockNet(2, config.fine)
-        self.skull = TissueNet(config.skull_channels) if config.skull else None
+        self.skull = BlockNet(2, config.skull_channels, len(HeadTissue)) if config.skull else None
 
     def locate(self, head: Tensor) -> Tensor:
         """(B, 1, 2x, 2y, 2z) intensities in [0, 1] at 2 mm -> (B, 1, x, y, z) mm at 4 mm."""
@@ -188,25 +139,20 @@ class BrainNet(nn.Module):
         correction: Tensor = self.fine(2 * head - 1, hint.clamp(-1, 1))
         return REACH_MM * (hint + correction)
 
-    def tell_tissues(self, head: Tensor, distance: Tensor, zooms: Tensor) -> Tensor:
-        """A part of a head at 1 mm and the distance (mm) to the brain's border there -> logits.
+    def tell_tissues(self, head: Tensor, distance: Tensor) -> Tensor:
+        """A part of a head at 2 mm and the distance (mm) to the brain's border there -> logits.
 
-        Both are (B, 1, X, Y, Z), intensities in [0, 1]; logits are (B, tissues, X, Y, Z), in the
-        order of ``HeadTissue``.  ``zooms`` (B, 3) are the scan's own voxel sizes (mm) along the
-        axes.  The network must know the skull.
+        Both are (B, 1, x, y, z), intensities in [0, 1]; logits are (B, tissues, 2x, 2y, 2z), in the
+        order of ``HeadTissue``.  The network must know the skull.
         """
         assert self.skull is not None
-        logits: Tensor = self.skull(*_tissue_input(head, distance, zooms))
+        # Square roots: fluid and bone, between which the border lies, are the darkest of a head.
+        images = 2 * head.sqrt() - 1, (distance / REACH_MM).clamp(-1, 1)
+        finer = (F.interpolate(image, scale_factor=2, mode="trilinear") for image in images)
+        logits: Tensor = self.skull(*finer)
         return logits
 
-    def enclose(self, head: Tensor, distance: Tensor, zooms: Tensor) -> Tensor:
-        """As ``tell_tissues``: the probability (B, X, Y, Z) that the inner skull holds a voxel."""
-        assert self.skull is not None
-        return self.skull.within(*_tissue_input(head, distance, zooms))
-
-
-def _tissue_input(head: Tensor, distance: Tensor, zooms: Tensor) -> tuple[Tensor, ...]:
-    """Square roots: fluid and bone, between which the border lies, are the darkest of a head."""
-    sizes = zooms.clamp(1, LARGEST_ZOOM_MM).log2() - 1
-    told = (size.reshape(-1, 1, 1, 1, 1).expand_as(head) for size in sizes.unbind(dim=1))
-    return 2 * head.sqrt() - 1, (distance / REACH_MM).clamp(-1, 1), *told
+    def enclose(self, head: Tensor, distance: Tensor) -> Tensor:
+        """As ``tell_tissues``: the probability (B, 2x, 2y, 2z) that the inner skull holds it."""
+        p = self.tell_tissues(head, distance).softmax(dim=1)
+        return p[:, HeadTissue.BRAIN] + p[:, HeadTissue.FLUID]

@@ -90,14 +90,6 @@ class Grid:
         affine[:3, :3] *= factor
         return Grid(tuple(n // factor for n in self.shape), affine)  # type: ignore[arg-type]
 
-    @property
-    def ras_zooms_mm(self) -> np.ndarray:
-        """(3,) voxel sizes along the axes that are nearest to R, A and S."""
-        axes = orientations.io_orientation(self.affine)[:, 0].astype(int)
-        zooms = np.empty(3)
-        zooms[axes] = self.spacing_mm
-        return zooms
-
     def working(self, spacing_mm: float = 1.0, tolerance: float = 0.01) -> "Grid":
         """The same field of view with axes nearest to RAS and cubic voxels of ``spacing_mm``.
 

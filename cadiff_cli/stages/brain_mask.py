@@ -144,23 +144,22 @@ def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -
     if not net.config.skull:
         return None
     brain = Volume(tidy(distance.data > 0), distance.grid)
-    box = _box(brain, int(SKULL_MARGIN_MM / SPACING_MM), working)
-    part = working.within(box)
-    air, device = float(t1.data.min()), next(net.parameters()).device
-    whole = resample(t1, distance.grid, fill=air).data
-    head = normalise_head(resample(t1, part, fill=air).data, like=whole)
-    near = resample(distance, part, fill=-REACH_MM).data
+    margin = int(SKULL_MARGIN_MM / SPACING_MM)
+    box = _box(brain, margin, distance.grid)
+    part = distance.grid.within(box)
     # What lies beyond the field of view is not known: air there would be an end of the head.
     pad = [(0, -n % net.config.skull_multiple) for n in part.shape]
     x, depth = (
-        torch.from_numpy(np.pad(data, pad, mode="edge"))[None, None].to(device)
-        for data in (head, near)
+        torch.from_numpy(np.pad(data[box], pad, mode="edge"))[None, None]
+        for data in (network_image(t1).data, distance.data)
     )
-    zooms = torch.from_numpy(t1.grid.ras_zooms_mm).float()[None].to(device)
+    device = next(net.parameters()).device
     with autocast(device):
-        p = net.enclose(x, depth, zooms)[0].cpu().numpy()
-    held = np.zeros(working.shape, dtype=bool)
-    held[box] = (p[tuple(slice(n) for n in part.shape)] > 0.5) | (near > DEEP_MM)
+        p = net.enclose(x.to(device), depth.to(device))[0].cpu().numpy()
+    eighths = part.working(SPACING_MM / 2, tolerance=0.0)  # of the same field of view
+    known = Volume(p[tuple(slice(n) for n in eighths.shape)], eighths)
+    held = resample(known, working).data > 0.5
+    held |= resample(distance, working, fill=-REACH_MM).data > DEEP_MM
     return Volume(without_threads(held, working.spacing_mm), working)
 
 

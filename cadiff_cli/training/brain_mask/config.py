@@ -28,13 +28,11 @@ class HeadConfig(Schedule):
     and ``t1_spread`` scales how much these differ.  ``intensity`` scales how often images have
     thick slices, weak bias, noise, blur and another brightness.
 
-    The inner skull is learnt in cubes of ``cube`` voxels a side at 1 mm: of label maps and, in the
-    share ``real``, of heads in which a network drew it.  ``large_voxels`` is the share of those
-    scanned with voxels of 0.8 to 2.2 mm, or slices of up to ``slice_mm``, in place of 1 mm, and
-    ``cut`` that of those at an end of the field of view.  Of label maps, ``moved_skull`` is the
-    share whose inner skull lies up to ``moved_mm`` farther in or out, another way in each region.
-    ``tilted``, ``scale``, ``elastic_mm``, ``shrunken``, ``zeroed_air``, ``strong_bias``, ``t1`` and
-    ``intensity`` with their amounts are as above; no other key is used.
+    The inner skull is learnt in cubes of label maps alone, of ``cube`` voxels a side at 1 mm, which
+    are seen at 2 mm.  ``moved_skull`` is the share of those whose inner skull lies up to
+    ``moved_mm`` farther in or out, another way in each region, ``cut`` that of those at an end of
+    the field of view.  ``tilted``, ``scale``, ``elastic_mm``, ``shrunken``, ``zeroed_air``,
+    ``strong_bias``, ``t1`` and ``intensity`` with their amounts are as above; no other key is used.
     """
 
     coarse_steps: int = 700
@@ -55,7 +53,6 @@ class HeadConfig(Schedule):
     shrink_mm: float = 7.0
     moved_skull: float = 0.0
     moved_mm: float = 3.0
-    large_voxels: float = 0.2
     empty: float = 0.12
     slice_mm: float = 8.0
     bright_scalp: float = 0.2

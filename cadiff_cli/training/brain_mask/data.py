@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.brain_mask import SPACING_MM, HeadTissue
-from cadiff_cli.nets.models import BrainModel
-from cadiff_cli.spatial.grid import Grid, Volume
+from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
-from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull, normalise_head
+from cadiff_cli.stages.brain_mask import normalise_head
 from cadiff_cli.stages.masks import filled
 from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask.target import (
@@ -63,9 +62,6 @@ class Head:
     spread between people of each label's brightness in a T1-weighted image, and ``tissue`` (labels)
     uint8 its ``HeadTissue``.  ``held`` is like ``labels``, 1 within the inner skull, and ``skull``
     like ``distance``, to its border.
-
-    A real scan may have ``held``, too, as a network drew it.  Then ``scan`` is the scan on that
-    grid, as ``image``, and ``zooms`` (3,) float32 are its own voxel sizes (mm).
     """
 
     name: str
@@ -77,8 +73,6 @@ class Head:
     tissue: np.ndarray | None = None
     held: np.ndarray | None = None
     skull: np.ndarray | None = None
-    scan: np.ndarray | None = None
-    zooms: np.ndarray | None = None
 
     @cached_property
     def centre(self) -> np.ndarray:
@@ -112,7 +106,7 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
     distance = distance_at_2mm(Volume(brain, dseg.grid))
     labels, of_label = paintable(codes)
     held = intracranial(codes, dseg.grid)
-    eighths = _eighths(distance.grid)
+    eighths = distance.grid.working(SPACING_MM / 2, tolerance=0.0)  # of the same field of view
     labels_1mm, held_1mm = (
         resample_labels(Volume(data, dseg.grid), eighths).data.copy()
         for data in (labels, held.astype(np.uint8))
@@ -127,11 +121,6 @@ def from_labels(name: str, source: str, dseg: Volume) -> Head:
         held=held_1mm,
         skull=distance_at_2mm(Volume(held, dseg.grid)).data.astype(np.float16),
     )
-
-
-def _eighths(grid: Grid) -> Grid:
-    """The same field of view in voxels of 1 mm: eight in each of 2 mm."""
-    return grid.working(SPACING_MM / 2, tolerance=0.0)
 
 
 def paintable(codes: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -173,19 +162,8 @@ def t1_brightness(code: int) -> tuple[float, float]:
     return T1_HEAD.get(code, (0.45, 0.15))
 
 
-def from_scan(
-    name: str,
-    source: str,
-    t1: Volume,
-    brain: Volume,
-    *,
-    close: bool,
-    teacher: BrainModel | None = None,
-) -> Head:
-    """Make a head of a scan and its brain; ``close`` the brain if it ends at the cortex.
-
-    A ``teacher`` that knows the inner skull draws it.
-    """
+def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool) -> Head:
+    """Make a head of a scan and its brain; ``close`` the brain if it ends at the cortex."""
     mask = np.asarray(brain.data) > 0.5
     litres = Volume(mask, brain.grid).litres
     if litres < LEAST_LITRES:
@@ -193,36 +171,19 @@ def from_scan(
     if close:
         mask = closed(mask, brain.grid.spacing_mm)
     distance = distance_at_2mm(Volume(filled(mask), brain.grid))
-    whole = resample(t1, distance.grid).data
-    head = Head(name, source, distance.data.astype(np.float16), _stored(normalise_head(whole)))
-    if teacher is None:
-        return head
-    eighths = _eighths(distance.grid)
-    held = find_skull(t1, find_brain_in_head(t1, eighths, teacher)[1], eighths, teacher)
-    assert held is not None
-    return replace(
-        head,
-        held=held.data.astype(np.uint8),
-        scan=_stored(normalise_head(resample(t1, eighths).data, like=whole)),
-        zooms=t1.grid.ras_zooms_mm.astype(np.float32),
+    image = normalise_head(resample(t1, distance.grid).data)
+    return Head(
+        name, source, distance.data.astype(np.float16), np.round(image * 255).astype(np.uint8)
     )
 
 
-def _stored(image: np.ndarray) -> np.ndarray:
-    return np.round(image * 255).astype(np.uint8)
-
-
 def prepare_heads(
-    label_maps: Sequence[Path],
-    datasets: Sequence[Path],
-    cache: Path,
-    teacher: BrainModel | None = None,
+    label_maps: Sequence[Path], datasets: Sequence[Path], cache: Path
 ) -> dict[str, list[Head]]:
     """Prepare each head once, keep it in ``cache``, and return heads by source (a folder's name).
 
     ``label_maps`` are folders of whole-head label maps; ``datasets`` are BIDS-like folders of heads
-    with a brain ``mask`` (used unchanged) or a ``dseg`` of the brain (closed).  A ``teacher`` that
-    knows the inner skull draws it in these.
+    with a brain ``mask`` (used unchanged) or a ``dseg`` of the brain (closed).
     """
     sources: dict[str, list[tuple[Path, Path]]] = {}
     for folder in (*label_maps, *datasets):
@@ -241,30 +202,25 @@ def prepare_heads(
     cache.mkdir(parents=True, exist_ok=True)
     heads = {}
     for source, pairs in sources.items():
-        paths = [build(path, brain, source, cache, teacher) for path, brain in pairs]
+        paths = [build(path, brain, source, cache) for path, brain in pairs]
         heads[source] = [load(path) for path in paths]
         log.info("%d heads of %s", len(paths), source)
     return heads
 
 
-def build(
-    path: Path, brain: Path, source: str, cache: Path, teacher: BrainModel | None = None
-) -> Path:
+def build(path: Path, brain: Path, source: str, cache: Path) -> Path:
     """Prepare a T1-weighted head with its ``brain``, or a label map that is both; keep the file."""
-    drawn = path == brain
     for file in (path, brain):
         check_there(file)
 
     def prepare() -> dict[str, Any]:
-        if drawn:
+        if path == brain:
             head = from_labels(stem(path), source, load_ids(path)[0])
         else:
-            head = _real_head(path, brain, source, teacher)
+            head = _real_head(path, brain, source)
         return arrays(head)
 
-    content: tuple[object, ...] = (FORMAT, sha256(path), sha256(brain))
-    if teacher and not drawn:
-        content = (*content, teacher.sha256)
+    content = (FORMAT, sha256(path), sha256(brain))
     kept = store.stored_path(cache, f"{source}_{stem(path)}", content)
     return store.once(kept, path.name, prepare)
 
@@ -307,14 +263,14 @@ def brain_of(t1: Path) -> Path:
     )
 
 
-def _real_head(t1: Path, brain: Path, source: str, teacher: BrainModel | None) -> Head:
+def _real_head(t1: Path, brain: Path, source: str) -> Head:
     ends_at_cortex = "_dseg." in brain.name
     name = t1.name.split("_T1w")[0]
     image, inside = load_scan(t1).t1, load_volume(brain)
     check_same_grid(brain.name, inside.grid, t1.name, image.grid)
     if ends_at_cortex:
         inside = Volume(is_brain(inside.data), inside.grid)
-    return from_scan(name, source, image, inside, close=ends_at_cortex, teacher=teacher)
+    return from_scan(name, source, image, inside, close=ends_at_cortex)
 
 
 def content(head: Head) -> str:

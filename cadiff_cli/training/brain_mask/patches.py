@@ -305,12 +305,11 @@ def artefacts(
 ) -> Tensor:
     """Add a bias field, noise, thick slices or large voxels; change contrast and brightness.
 
-    A ``whole`` head is normalised as at inference; a part of one has not the same percentiles, and
-    its slices are drawn before.
+    A ``whole`` head is normalised as at inference; a part of one has not the same percentiles.
     """
     widths = 0.6 / spacing_mm, 2.0 / spacing_mm
     often = config.intensity
-    if whole and float(torch.rand(1, generator=generator)) < 0.3 * often:
+    if float(torch.rand(1, generator=generator)) < 0.3 * often:
         thickest = config.slice_mm / spacing_mm
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
         image = thicken(image, voxels, generator)

@@ -53,8 +53,8 @@ def train_mask(
     ``init`` is a model to start from, which can locate brains already; no source that it was
     trained on can be held out.  ``run/held_out.tsv`` gets the Dice of every held-out head at 2 mm,
     once all steps are done.
-    If ``net_config`` wants the inner skull, its network alone learns, on label maps and on heads in
-    which ``init`` drew it: what ``init`` says of the brain stays the same to the bit.
+    If ``net_config`` wants the inner skull, its network alone learns, on label maps: what ``init``
+    says of the brain stays the same to the bit.
     """
     check_sources(heads, hold_out, init)
     check_settings(config, net_config, init)
@@ -68,14 +68,13 @@ def train_mask(
     # The order of folders must not decide which heads a resumed run draws.
     chosen = [h for source in sorted(heads) if source not in hold_out for h in heads[source]]
     if skull and any(h.held is None for h in chosen):
-        raise UsageError(
-            "real heads do not tell the inner skull",
-            "train it on --label-maps alone, or give --init weights that know it",
-        )
+        raise UsageError("real heads do not tell the inner skull", "train it on --label-maps alone")
     settings = net_config or BrainConfig()
     if init:
         settings = net_config if net_config and skull else init.net.config
-    sizes = [("cube", config.cube, settings.skull_multiple if skull else settings.fine_multiple)]
+    sizes = [
+        ("cube", config.cube, 2 * settings.skull_multiple if skull else settings.fine_multiple)
+    ]
     if not skull:
         sizes.append(("patch", config.patch, settings.multiple))
     for key, size, multiple in sizes:

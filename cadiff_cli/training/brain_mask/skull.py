@@ -1,15 +1,14 @@
-"""Teach the network of the inner skull: cubes of label maps at 1 mm, painted like heads.
+"""Teach the network of the inner skull: cubes of label maps, painted like heads.
 
-Real heads do not tell where their skull is; label maps with fluid and bone around a brain do.  A
-network that knows the skull can draw it in real heads, and another one learns to draw the same in
-scans of them with larger voxels.
+Labels have 1 mm, the images that the network sees 2 mm, as those of all heads.
+
+Real heads do not tell where their skull is; label maps with fluid and bone around a brain do.
 Everything is drawn from one ``torch.Generator``, so a cube is a function of its seed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,53 +35,42 @@ NEAR_MM = (-12.0, 10.0)
 """Cubes lie around a voxel so near to the brain's border, inside positive."""
 HINT_MM = 1.5
 """How far the brain mask that guides the network is off from place to place; as a whole, half."""
-ZOOMS_MM = (0.8, 2.2)
-"""Voxel sizes of the scans that cubes are parts of (``HeadConfig.large_voxels``)."""
-STILL: Mapping[str, Any] = {"scale": 0.0, "rotation_deg": 0.0, "elastic_mm": 0.0}
-"""Settings with which a part of a head is neither turned nor scaled nor bent."""
+BLUR_MM = 2.0
+"""Largest full width at half maximum of the blur before means of 2 mm are made: a scan with smaller
+voxels is blurred against aliasing, one with voxels of 2 mm is not."""
 BORDER_VOXELS = 5
 """Side of the cube around a voxel in which the border makes it count more."""
 
 
 @dataclass(frozen=True, eq=False)
 class SkullPatch(Batch):
-    """``image`` (B, 1, N, N, N) in [0, 1], ``tissue`` (B, N, N, N) int64, as ``HeadTissue``.
+    """``image`` (B, 1, n, n, n) in [0, 1] at 2 mm, ``tissue`` (B, 2n, 2n, 2n) int64 at 1 mm.
 
-    Where the ``named`` (B,) bool is False, only the inner skull is known: all within is called
-    fluid, all outside bone.
-
-    ``distance`` (B, 1, N, N, N) is that to the brain's border (mm, inside positive), as a brain
-    mask tells it.  ``zooms`` (B, 3) float32 are the voxel sizes of the scan (mm) that was made of
-    the head; the image is what interpolation at 1 mm leaves of it.
+    ``tissue`` is a ``HeadTissue``.  ``distance`` (B, 1, n, n, n) is that to the brain's border (mm,
+    inside positive), as a brain mask tells it.
     """
 
     image: Tensor
     distance: Tensor
-    zooms: Tensor
     tissue: Tensor
-    named: Tensor
 
 
 class SkullDraws(Dataset[SkullPatch]):
     """Cube ``i`` of an endless series: a function of ``seed`` and ``i`` alone."""
 
     def __init__(self, heads: Sequence[Head], config: HeadConfig) -> None:
-        self.real = [head for head in heads if head.scan is not None]
-        self.drawn = [head for head in heads if head.labels is not None]
+        self.heads = heads
         self.config = config
 
     def __getitem__(self, index: int) -> SkullPatch:
         """Draw a head and a cube of it."""
         generator = generator_of(self.config.seed, index)
-        use_real = bool(self.real) and _uniform(generator) < self.config.real
-        pool = self.real if use_real or not self.drawn else self.drawn
-        head = pool[int(torch.randint(len(pool), (1,), generator=generator))]
-        draw = draw_cube if head.scan is None else draw_scan
-        return draw(head, self.config, generator)
+        head = self.heads[int(torch.randint(len(self.heads), (1,), generator=generator))]
+        return draw_cube(head, self.config, generator)
 
 
 def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> SkullPatch:
-    """Turn, scale and bend a part of a label map, move its skull, and paint it at 1 mm."""
+    """Turn, scale and bend a part of a label map, move its skull, and paint it."""
     assert head.labels is not None
     assert head.tissue is not None
     assert head.held is not None
@@ -110,55 +98,20 @@ def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
     tissue = torch.from_numpy(head.tissue).long()[label]
     tissue[within & (tissue != HeadTissue.BRAIN)] = HeadTissue.FLUID
 
-    painted = _painted(label, tissue, head, config, generator)
-    return _patch(painted, brain, tissue, config, generator)
-
-
-def draw_scan(head: Head, config: HeadConfig, generator: torch.Generator) -> SkullPatch:
-    """Turn, scale and bend a part of a real head whose inner skull is drawn, and scan it anew.
-
-    Half of the parts are copied voxel by voxel, as sharp as they were.
-    """
-    assert head.scan is not None
-    assert head.held is not None
-    assert head.zooms is not None
-    still = _uniform(generator) < 0.5
-    points, zoom = _place(head, replace(config, **STILL) if still else config, generator)
-    stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
-    brain = (read(stored, (points - 0.5) / SPACING_MM)[0] - FAR_MM) / zoom
-    held = _at(points, head.held)[0] > 0
-    tissue = torch.where(held, int(HeadTissue.FLUID), int(HeadTissue.BONE))
-    image = read(torch.from_numpy(head.scan)[None].float() / 255, points)[0]
-    return _patch(image, brain, tissue, config, generator, scan=head.zooms)
-
-
-def _patch(
-    image: Tensor,
-    brain: Tensor,
-    tissue: Tensor,
-    config: HeadConfig,
-    generator: torch.Generator,
-    scan: np.ndarray | None = None,
-) -> SkullPatch:
-    """The patch of an image (N, N, N) and of what is known of it: painted, or of a real ``scan``.
-
-    ``scan`` (3,) are the voxel sizes of that (mm).
-    """
-    image, zooms = scanned(image, config, generator)
-    if scan is not None:
-        zooms = torch.maximum(zooms, torch.from_numpy(scan))
-    # The brightest of a head, by which it is normalised, may be brighter or darker than 1.
-    image = (_uniform(generator, 0.9, 1.15) * image).clamp(0, 1)
-    image = artefacts(image, config, generator, spacing_mm=1.0, whole=False)
+    image = _painted(label, tissue, head, config, generator)
     if _uniform(generator) < config.zeroed_air:
         image = image * (image > _uniform(generator, 0.01, 0.06))
-    hint = _hint(brain, config, generator).clamp(-REACH_MM, REACH_MM)
-    named = torch.tensor([scan is None])
-    return SkullPatch(image[None, None], hint[None, None], zooms[None], tissue[None], named)
+    hint = _at_2mm(_hint(brain, config, generator).clamp(-REACH_MM, REACH_MM))
+    return SkullPatch(image[None, None], hint[None, None], tissue[None])
 
 
 def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
     return low + (high - low) * float(torch.rand(1, generator=generator))
+
+
+def _at_2mm(volume: Tensor) -> Tensor:
+    """Means (n, n, n) of eight voxels each."""
+    return F.avg_pool3d(volume[None], 2)[0]
 
 
 def _hint(brain: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
@@ -221,7 +174,7 @@ def move_skull(
 def _painted(
     label: Tensor, tissue: Tensor, head: Head, config: HeadConfig, generator: torch.Generator
 ) -> Tensor:
-    """An image (N, N, N) of labels: contrast, mixed soft tissue, blur and noise."""
+    """An image at 2 mm of labels at 1 mm: contrast, mixed soft tissue, blur, noise, artefacts."""
     n = config.cube
     contrast = draw_contrast(head, config, generator)
     image = contrast.mean[label]
@@ -230,34 +183,12 @@ def _painted(
         wave = smooth_noise(0.25, _uniform(generator, 6, 20), n, n, generator)[0]
         mixed = (tissue == HeadTissue.SOFT) | (tissue == HeadTissue.MARROW)
         image = image + wave * mixed * image.clamp(0, 1).sqrt()
-    image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), _uniform(generator, 0.35, 0.8)))
-    # In the border's blur, voxels of the image are less noisy than the labels' own.
-    image = image + 0.6 * contrast.spread[label] * torch.randn(image.shape, generator=generator)
-    return image.clamp(0, 1)
-
-
-def scanned(image: Tensor, config: HeadConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The image (N, N, N) as a scan with other voxels gives it, and their sizes (3,) in mm.
-
-    Voxels are cubes or, less often, thick slices.
-    """
-    if _uniform(generator) >= config.large_voxels:
-        return image, torch.ones(3)
-    n = len(image)
-    wanted = [_uniform(generator, *ZOOMS_MM)] * 3
-    if _uniform(generator) < 0.15:
-        wanted = [_uniform(generator, 0.9, 1.2)] * 3
-        axis = int(torch.randint(3, (1,), generator=generator))
-        wanted[axis] = _uniform(generator, 1, config.slice_mm)
-    size = [round(n / zoom) for zoom in wanted]
-    zooms = [n / count for count in size]
-    # Means of whole voxels (mode "area") would lie up to half a voxel off.
-    width = _uniform(generator, 0, 1.1)  # full width at half maximum, in voxels
-    sigma = [width * math.sqrt(max(zoom**2 - 1, 0)) / 2.355 for zoom in zooms]
-    smooth = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), sigma, mode="nearest"))
-    scan = F.interpolate(smooth[None, None], size=size, mode="trilinear")
-    back = F.interpolate(scan, size=(n,) * 3, mode="trilinear")[0, 0]
-    return back, torch.tensor(zooms)
+    image = image + contrast.spread[label] * torch.randn(image.shape, generator=generator)
+    sigma = _uniform(generator, 0, BLUR_MM) / 2.355
+    image = _at_2mm(torch.from_numpy(ndimage.gaussian_filter(image.numpy(), sigma)).clamp(0, 1))
+    # The brightest of a head, by which it is normalised, may be brighter or darker than 1.
+    image = (_uniform(generator, 0.9, 1.15) * image).clamp(0, 1)
+    return artefacts(image, config, generator, whole=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,28 +199,21 @@ class SkullLosses(Parts):
     held: Tensor
 
 
-def skull_losses(logits: Tensor, tissue: Tensor, named: Tensor) -> SkullLosses:
+def skull_losses(logits: Tensor, tissue: Tensor) -> SkullLosses:
     """Cross entropy of the tissues, and one less the soft Dice of what the inner skull holds.
 
     ``logits`` are (B, tissues, N, N, N), ``tissue`` (B, N, N, N).  Fluid, bone, and voxels near the
-    border count more.  Where tissues are not ``named`` (B,), the cross entropy is that of two:
-    held or not.
+    border count more.
     """
     log_p = F.log_softmax(logits, dim=1)
-    within = log_p[:, [HeadTissue.BRAIN, HeadTissue.FLUID]].logsumexp(dim=1)
-    p = within.exp()
+    p = log_p[:, HeadTissue.BRAIN].exp() + log_p[:, HeadTissue.FLUID].exp()
     held = ((tissue == HeadTissue.BRAIN) | (tissue == HeadTissue.FLUID)).float()
     around = F.avg_pool3d(
         held[:, None], BORDER_VOXELS, 1, BORDER_VOXELS // 2, count_include_pad=False
     )[:, 0]
     weight = 1 + 3 * ((around > 0.02) & (around < 0.98)).float()
-    known = named.reshape(-1, 1, 1, 1)
-    weight = weight + known * ((tissue == HeadTissue.FLUID) | (tissue == HeadTissue.BONE))
-    outside = log_p[
-        :, [HeadTissue.AIR, HeadTissue.BONE, HeadTissue.MARROW, HeadTissue.SOFT]
-    ].logsumexp(dim=1)
-    of_two = -torch.where(held > 0, within, outside)
-    entropy = weight * torch.where(known, F.nll_loss(log_p, tissue, reduction="none"), of_two)
+    weight = weight + (tissue == HeadTissue.FLUID) + (tissue == HeadTissue.BONE)
+    entropy = weight * F.nll_loss(log_p, tissue, reduction="none")
     overlap = (2 * (p * held).sum() + 1) / (p.square().sum() + held.sum() + 1)
     return SkullLosses(entropy.sum() / weight.sum(), 1 - overlap)
 
@@ -298,5 +222,4 @@ def skull_objective(
     net: BrainNet, patch: SkullPatch, _generator: torch.Generator, _progress: float = 1.0, /
 ) -> SkullLosses:
     """Losses of one batch of cubes: the network of the inner skull learns alone."""
-    logits = net.tell_tissues(patch.image, patch.distance, patch.zooms)
-    return skull_losses(logits, patch.tissue, patch.named)
+    return skull_losses(net.tell_tissues(patch.image, patch.distance), patch.tissue)
