@@ -450,7 +450,7 @@ def test_several_scans_of_a_person_count_once(table):
     path.write_text("\n".join([*lines, *lines[1:]]) + "\n")
     twice = read_cohort([path], TOY)
     assert twice.mm3 == once.mm3
-    assert "60 people have several scans" in twice.notes[0]
+    assert "whose means count: 60" in twice.notes[0]
     assert {*twice.sources} == {"a", "b"}
 
 
