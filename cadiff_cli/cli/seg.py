@@ -85,15 +85,11 @@ def _from_dicom(
     from cadiff_cli.io.bids.layout import Derivatives
     from cadiff_cli.io.bids.names import is_label
     from cadiff_cli.io.dicom import convert
-    from cadiff_cli.runner.execute import checked, prepare_torch
-    from cadiff_cli.runner.job import job_of
+    from cadiff_cli.runner.execute import checked, planned
 
     def check(image: Path) -> None:
         checked(image, Derivatives(out, path), request, person)
-        prepare_torch(request.machine)
-        job, _ = job_of(request, out)
-        if job.conditional:
-            job.conditional.of(person)
+        planned(request, out, person)
 
     if not is_label(subject):
         raise click.BadParameter(f"{subject!r}: use letters and digits", param_hint="--subject")

@@ -113,10 +113,7 @@ def segment_file(
     log_path = out / "logs" / f"{place.stem}_{time.strftime('%Y%m%dT%H%M%S')}.log"
     with alone(out, place.stem), logged(log_path, watcher.screen):
         watcher.stage("load")
-        device = prepare_torch(request.machine)
-        job, templates = job_of(request, out)
-        if job.conditional:  # of one scan, nothing takes the place of an atlas that cannot be made
-            job.conditional.of(person)
+        job, templates, device = planned(request, out, person)
         job = job.of(t1, "").personal(person)
         if job.atlas:
             templates = _templates_of(job)
@@ -125,6 +122,20 @@ def segment_file(
         if trouble := cite(out):
             LOGGER.warning(trouble)
     return result
+
+
+def planned(
+    request: Request, out: Path, person: Person
+) -> tuple[Job, tuple[Template, ...], "torch.device"]:
+    """A job for a scan of ``person``, its templates, and the device.
+
+    All that could fail without the scan fails here.
+    """
+    device = prepare_torch(request.machine)
+    job, templates = job_of(request, out)
+    if job.conditional:  # of one scan, nothing takes the place of an atlas that cannot be made
+        job.conditional.of(person)
+    return job, templates, device
 
 
 def checked(t1: Path, place: Derivatives, request: Request, person: Person = Person()) -> Scan:
