@@ -1,7 +1,7 @@
 """Find the brain: from a given mask, a scan that is stripped already, a network or a template."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -90,7 +90,7 @@ def strip(
     # better, and a face must not pass for a bare brain.
     told = config.strip.method == "auto" and network is not None
     bare = brain is not None and (told or brain.litres <= LARGE_LITRES)
-    own, skull = given, None
+    own, intracranial = given, None
     if method is StripMethod.AS_IS:
         if brain:
             _has_tissues(full, brain)
@@ -98,17 +98,8 @@ def strip(
     if own:
         mask = resample_mask(own, working)
     elif method is StripMethod.NET:
-        from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull
-
-        if network is None:
-            raise MissingInputError(
-                "this version carries no network that finds the brain",
-                "use --skull-strip template, or give --mask FILE",
-            )
-        model = network()
-        mask, distance = find_brain_in_head(full, working, model)
-        skull = None if bare else find_skull(full, distance, working, model)
-        notes.extend(skull_doubts(skull) if skull else ())
+        mask, intracranial = _by_network(full, working, network, bare=bare)
+        notes.extend(skull_doubts(intracranial) if intracranial else ())
     else:
         head = _cubic(lifted, working, all_voxels(working.shape))
         mask, registration = _from_template(head, template, config.register, work_dir)
@@ -122,18 +113,7 @@ def strip(
     if specks := np.count_nonzero(mask.data & ~whole):
         log.info("%d voxels of the mask are specks, left out", specks)
     mask = Volume(whole, working)
-    if mask.litres < LEAST_LITRES:
-        raise DataError(
-            f"no brain found: the mask holds {mask.litres:.3g} l, at least {LEAST_LITRES} l are"
-            " needed",
-            "check the input, or give --mask FILE",
-        )
-    if not PLAUSIBLE_LITRES[0] <= mask.litres <= PLAUSIBLE_LITRES[1]:
-        text = (
-            f"the brain mask ({method}) holds {mask.litres:.2f} l, outside"
-            f" {PLAUSIBLE_LITRES[0]} to {PLAUSIBLE_LITRES[1]} l: look at it"
-        )
-        notes.append(Note(NoteCode.MASK_VOLUME, text))
+    notes.extend(_of_volume(mask, method))
     t1 = _cubic(lifted, working, bounding_box(mask.data))
     inside = Volume(np.where(mask.data, t1.data, 0).astype(np.float32), working)
     if inside.data.max() < DARK * lifted.data.max():
@@ -152,7 +132,7 @@ def strip(
         own = Volume(tidy(own.data, SPECK), own.grid)
     t1 = evened(inside, bias)
     return Stripped(
-        *(t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log, skull),
+        *(t1, mask, method, tuple(notes), quality, own, bias.ratio, lifted, bias.log, intracranial),
         bare=bare,
     )
 
@@ -173,6 +153,41 @@ def winsorized(t1: Volume) -> Volume:
     log.info("%d extreme voxels are clipped to %.4g and %.4g", extreme, low, high)
     air = border_value(t1.data)
     return Volume(np.where(t1.data == air, air, np.clip(t1.data, low, high)), t1.grid)
+
+
+def _by_network(
+    t1: Volume, working: Grid, network: Network | None, *, bare: bool
+) -> tuple[Volume, Volume | None]:
+    """The brain's mask, and what the inner skull holds: None if that is not known.
+
+    A ``bare`` brain does not show its skull.
+    """
+    from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull
+
+    if network is None:
+        raise MissingInputError(
+            "this version carries no network that finds the brain",
+            "use --skull-strip template, or give --mask FILE",
+        )
+    model = network()
+    mask, distance = find_brain_in_head(t1, working, model)
+    return mask, None if bare else find_skull(t1, distance, working, model)
+
+
+def _of_volume(mask: Volume, method: StripMethod) -> Iterator[Note]:
+    """A doubt about a mask's volume; raises ``DataError`` for one that holds no brain."""
+    if mask.litres < LEAST_LITRES:
+        raise DataError(
+            f"no brain found: the mask holds {mask.litres:.3g} l, at least {LEAST_LITRES} l are"
+            " needed",
+            "check the input, or give --mask FILE",
+        )
+    if not PLAUSIBLE_LITRES[0] <= mask.litres <= PLAUSIBLE_LITRES[1]:
+        text = (
+            f"the brain mask ({method}) holds {mask.litres:.2f} l, outside"
+            f" {PLAUSIBLE_LITRES[0]} to {PLAUSIBLE_LITRES[1]} l: look at it"
+        )
+        yield Note(NoteCode.MASK_VOLUME, text)
 
 
 def _method(
