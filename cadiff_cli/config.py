@@ -306,9 +306,7 @@ class Recipe:
         plain = as_dict(self.config)
         if self.config.strip.mask is not None:
             plain["strip"]["mask"] = self.config.strip.mask.name
-        # Absent for the released one, so that results from before it was told are still known.
-        if (network := plain["strip"].pop("model")) != StripConfig.model:
-            plain["strip"]["model"] = Path(network).name
+        del plain["strip"]["model"]  # strip_sha256 tells its content, by whatever name
         sample, output = plain["sample"], plain.pop("output")
         sample |= {
             "posteriors": output["posteriors"],

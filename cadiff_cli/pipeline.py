@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cadiff_cli.config import Config
 from cadiff_cli.io.images import given_mask
-from cadiff_cli.io.releases import strip_weights_sha256
+from cadiff_cli.io.releases import strip_weights_sha256, weights_changed
 from cadiff_cli.products import Prepared, Result, Scan, Segmentation, Stripped, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, load_age_ranges, percentiles
 from cadiff_cli.quality.calibration import calibration
@@ -46,24 +46,30 @@ class Stopwatch:
 
 def strip_scan(scan: Scan, template: Template | None, config: Config, work_dir: Path) -> Stripped:
     """``strip`` with the mask that the user names, or the released network."""
-    mask = config.strip.mask
+    mask, sha256 = config.strip.mask, strip_weights_sha256(config.strip)
     return strip(
         scan,
         template,
         config,
         work_dir,
         given_mask(mask, scan) if mask else None,
-        partial(brain_model, config.strip.model) if strip_weights_sha256(config.strip) else None,
+        partial(brain_model, config.strip.model, sha256) if sha256 else None,
     )
 
 
 @cache
-def brain_model(name: str) -> "BrainModel":
-    """The network ``name`` that finds the brain, loaded once per process."""
+def brain_model(name: str, sha256: str) -> "BrainModel":
+    """The network ``name`` that finds the brain, loaded once per process and content.
+
+    Raises ``DataError`` if it is not that of the checksum.
+    """
     from cadiff_cli.io import models
     from cadiff_cli.nets.models import BrainModel
 
-    return models.load(BrainModel, name)
+    model = models.load(BrainModel, name)
+    if model.sha256 != sha256:
+        raise weights_changed(name)
+    return model
 
 
 @cache

@@ -472,7 +472,6 @@ def test_intensities_do_not_depend_on_units():
     for unit in (1e-8, 1000):
         assert np.allclose(normalise_head(image), normalise_head(unit * image), atol=1e-5)
     assert np.allclose(normalise_head(image), normalise_head(image - 50), atol=1e-4)
-    assert np.array_equal(normalise_head(image)[3:9], normalise_head(image[3:9], like=image))
 
 
 class Oracle(BrainNet):
@@ -514,7 +513,7 @@ def test_the_mask_is_smooth_and_in_its_place(oracle, spacing):
     size = round(132 / spacing)
     inside = ball(50, size, spacing)
     t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32), spacing)
-    mask, _ = find_brain_in_head(t1, t1.grid.working(), oracle)
+    mask, _ = find_brain_in_head(network_image(t1), t1.grid.working(), oracle)
     wanted = ball(50, mask.data.shape[0], 1.0)
     overlap = 2 * (mask.data & wanted).sum() / (mask.data.sum() + wanted.sum())
     assert overlap > 0.96
@@ -552,8 +551,9 @@ def test_the_skull_is_where_the_image_shows_it(spacing, axes):
     image[ellipsoid(inner, centre, grid)] = 100.0
     t1 = Volume(image.astype(np.float32), grid)
     working, model = grid.working(), BrainModel(Seer(beyond_mm=0.0), "seer")
-    brain, distance = find_brain_in_head(t1, working, model)
-    held = find_skull(t1, distance, working, model)
+    head = network_image(t1)
+    brain, distance = find_brain_in_head(head, working, model)
+    held = find_skull(head, distance, working, model)
     for found, radii in ((brain, inner), (held, inner + 6)):
         wanted = ellipsoid(radii, centre, found.grid)
         assert 2 * (found.data & wanted).sum() / (found.data.sum() + wanted.sum()) > 0.96
@@ -562,7 +562,7 @@ def test_the_skull_is_where_the_image_shows_it(spacing, axes):
     assert held.litres == pytest.approx(
         4 / 3e6 * np.pi * np.prod(inner + 6), rel=0.01 if spacing < 3 else 0.03
     )
-    assert find_skull(t1, distance, working, BrainModel(Oracle(), "blind")) is None
+    assert find_skull(head, distance, working, BrainModel(Oracle(), "blind")) is None
 
 
 @pytest.mark.parametrize("beyond_mm", [6.0, -9.0])
@@ -570,7 +570,8 @@ def test_deep_in_the_brain_all_is_held_whatever_the_network_says(beyond_mm):
     inside = ball(50, 66)
     t1 = on_grid(np.where(inside, 100.0, 10.0).astype(np.float32))
     working, model = t1.grid.working(), BrainModel(Oracle(beyond_mm), "oracle")
-    held = find_skull(t1, find_brain_in_head(t1, working, model)[1], working, model)
+    head = network_image(t1)
+    held = find_skull(head, find_brain_in_head(head, working, model)[1], working, model)
     radius = 50 + max(beyond_mm, -6.0)  # deep is 6 mm
     assert held.litres == pytest.approx(4 / 3 * np.pi * radius**3 / 1e6, rel=0.04)
 
@@ -578,7 +579,7 @@ def test_deep_in_the_brain_all_is_held_whatever_the_network_says(beyond_mm):
 def test_orientation_does_not_matter(oracle, phantom, orientation):
     head = phantom(orientation, 3.0)
     t1 = Volume(np.where(head.codes > 0, 100.0, 5.0).astype(np.float32), head.t1.grid)
-    brain, _ = find_brain_in_head(t1, t1.grid.working(), oracle)
+    brain, _ = find_brain_in_head(network_image(t1), t1.grid.working(), oracle)
     assert brain.litres * 1e6 == pytest.approx((head.codes > 0).sum() * 27, rel=0.03)
 
 
@@ -600,7 +601,7 @@ def test_nothing_is_found_in_noise(oracle):
     noise = np.random.default_rng(0).random((40, 40, 40)).astype(np.float32)
     t1 = on_grid(noise)
     with pytest.raises(DataError, match="no brain found"):
-        find_brain_in_head(t1, t1.grid.working(), oracle)
+        find_brain_in_head(network_image(t1), t1.grid.working(), oracle)
 
 
 # --- training -------------------------------------------------------------------------------------

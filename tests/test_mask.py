@@ -55,7 +55,7 @@ BRIGHT = BrainModel(Bright(BrainConfig((8, 8), (8, 8), skull=True)), "bright")
 
 @pytest.fixture
 def bright(monkeypatch):
-    monkeypatch.setattr(pipeline, "brain_model", lambda _name: BRIGHT)
+    monkeypatch.setattr(pipeline, "brain_model", lambda *_: BRIGHT)
     for module in (pipeline, runner_mask):
         monkeypatch.setattr(module, "strip_weights_sha256", lambda _config: "0" * 64)
 
@@ -205,7 +205,7 @@ def test_no_template_is_sought_that_is_not_needed(head, phantom, tmp_path, monke
         run(head()[0], "sub-head")
     assert asked == [templates.PREFERRED]
     weights = "0" * 64
-    monkeypatch.setattr(pipeline, "brain_model", lambda _name: BRIGHT)
+    monkeypatch.setattr(pipeline, "brain_model", lambda *_: BRIGHT)
     run(head()[0], "sub-net")
     assert len(asked) == 1
 
@@ -217,7 +217,7 @@ def test_another_network_may_find_the_brain(head, tmp_path, monkeypatch):
     save_volume(path, t1.data, t1.grid)
     models.save(own, BrainModel(BrainNet(BrainConfig((8, 8), (8, 8))), "own"))
     asked = []
-    monkeypatch.setattr(pipeline, "brain_model", lambda name: asked.append(name) or BRIGHT)
+    monkeypatch.setattr(pipeline, "brain_model", lambda name, _sha256: asked.append(name) or BRIGHT)
 
     def run(name):
         options = [
@@ -238,20 +238,29 @@ def test_another_network_may_find_the_brain(head, tmp_path, monkeypatch):
         run("nobody")
 
 
+def test_a_network_that_was_replaced_meanwhile_is_refused(tmp_path):
+    own = tmp_path / "own.safetensors"
+    digest = models.save(own, BrainModel(BrainNet(BrainConfig((8, 8), (8, 8))), "own"))
+    assert pipeline.brain_model(str(own), digest).sha256 == digest
+    models.save(own, BrainModel(BrainNet(BrainConfig((8, 8), (8, 8))), "another"))
+    with pytest.raises(DataError, match="changed while cadiff was running"):
+        pipeline.brain_model(str(own), digest[::-1])
+
+
 def test_a_network_of_another_kind_is_refused(head, tmp_path):
     scan = Scan(head()[0], tmp_path / "x.nii.gz")
     with pytest.raises(DataError, match="cadiff-brain-1"):
         strip_scan(scan, None, Config(StripConfig("net", model="cadiff-malc")), tmp_path)
 
 
-def test_the_default_network_is_as_results_from_before_tell_it():
-    """A result from before other networks could be named must still count as made so."""
+def test_a_networks_content_counts_not_its_name():
+    """And a result from before other networks could be named still counts as made so."""
 
     def settings(**strip):
         return Recipe(Config(strip=StripConfig(**strip)), "x", "m", "0" * 64).settings()["strip"]
 
-    assert settings() == settings(model="brain-mask") == {"method": "auto", "mask": None}
-    assert settings(model="/home/somebody/own.safetensors")["model"] == "own.safetensors"
+    old = {"method": "auto", "mask": None}
+    assert settings() == settings(model="/home/somebody/own.safetensors") == old
 
 
 # --- the released network -------------------------------------------------------------------------
@@ -327,7 +336,8 @@ def test_a_small_head_in_zeroed_air_is_no_brain(released_mask, tmp_path, all_thr
 
 def test_the_example_is_a_stripped_brain_to_the_released_network(released_mask):
     """MNI152's brain holds 1.9 l, as many a child's whole head."""
-    network = partial(pipeline.brain_model, releases.DEFAULT_BRAIN)
+    digest = releases.strip_weights_sha256(StripConfig())
+    network = partial(pipeline.brain_model, releases.DEFAULT_BRAIN, digest)
     found = stripped_brain(load_template(EMBEDDED).brain, network)
     assert found
     assert found.litres > LARGE_LITRES

@@ -194,6 +194,18 @@ def test_a_network_of_another_kind_is_refused_before_it_is_read(tiny_weights):
     assert "cadiff-malc" not in caught.value.remedy
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"\xff" * 99])
+def test_a_file_of_something_else_is_no_weights_file(content, tmp_path):
+    path = tmp_path / "pointer.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is not a weights file"):
+        models.load(BrainModel, str(path))
+    other = tmp_path / "weights.pt"
+    other.touch()
+    with pytest.raises(MissingInputError, match=r"weights\.pt is no \.safetensors file"):
+        models.load(BrainModel, str(other))
+
+
 RELEASES = (
     (Model, "cadiff-malc"),
     (Model, "cadiff-synth"),

@@ -169,7 +169,7 @@ def truth(t1: Path, close: bool) -> Volume:
 def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
     """What the network finds, with Dice, 95 % Hausdorff distance, and what was suspicious."""
     try:
-        mask, _ = find_brain_in_head(t1, t1.grid.working(), model)
+        mask, _ = find_brain_in_head(network_image(t1), t1.grid.working(), model)
     except CadiffError as error:
         return Case(name, t1, brain, np.zeros(t1.grid.shape, bool), 0.0, np.inf, str(error))
     found = resample_mask(Volume(tidy(mask.data), mask.grid), t1.grid).data

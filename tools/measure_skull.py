@@ -22,7 +22,7 @@ from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import resample
-from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull
+from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull, network_image
 from cadiff_cli.training.brain_mask.data import paintable, t1_brightness
 from cadiff_cli.training.brain_mask.patches import t1_contrast
 from cadiff_cli.training.brain_mask.target import intracranial
@@ -74,8 +74,8 @@ def compared(name: str, litres: list[float], wanted: float) -> list[float]:
 
 def held_in(t1: Volume, model: BrainModel) -> Volume:
     """What the network says that the inner skull holds, at 1 mm."""
-    working = t1.grid.working()
-    held = find_skull(t1, find_brain_in_head(t1, working, model)[1], working, model)
+    working, head = t1.grid.working(), network_image(t1)
+    held = find_skull(head, find_brain_in_head(head, working, model)[1], working, model)
     if held is None:
         raise SystemExit("this network does not know the skull")
     return held

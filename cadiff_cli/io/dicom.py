@@ -5,6 +5,7 @@ header, and messages name a series by number and description.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -111,7 +112,7 @@ def convert(
             )
         series = _chosen(every, wanted)
         scan = load_volume(series.image)
-        if path.exists() and not overwrite and not _is_same(path, scan):
+        if os.path.lexists(path) and not overwrite and not _is_same(path, scan):
             raise OutputError(
                 f"{path} is another scan, or damaged",
                 "use another --subject or another output folder, or --overwrite",

@@ -47,7 +47,7 @@ def find_weights(name: str = DEFAULT, format_: str = "") -> tuple[Path, str, str
     is_file = given.suffix == ".safetensors"
     path = given if is_file else weights_folder() / name / "model.safetensors"
     if not os.path.isfile(path):  # which takes names that are too long
-        if os.path.exists(given):
+        if os.path.isfile(given):
             raise MissingInputError(f"{given} is no .safetensors file", known())
         raise MissingInputError(f"no model at {path}", known())
     got = sha256(path)
@@ -73,6 +73,8 @@ def _format(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
+            if size > path.stat().st_size:  # any text begins with a great number
+                return ""
             told = json.loads(stream.read(size))["__metadata__"][METADATA_KEY]
         return str(json.loads(told)["format"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -82,6 +84,13 @@ def _format(path: Path) -> str:
 def parcels_sha256(output: OutputConfig) -> str:
     """Checksum of the network that names parcels; empty if none are wanted."""
     return find_weights(output.parcellation)[2] if output.parcellation else ""
+
+
+def weights_changed(name: str) -> DataError:
+    """The error for weights that are not those of the plan."""
+    return DataError(
+        f"the weights {name} changed while cadiff was running", "run it again from the start"
+    )
 
 
 def strip_weights_sha256(strip: StripConfig) -> str:

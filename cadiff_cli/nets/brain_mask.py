@@ -153,6 +153,6 @@ class BrainNet(nn.Module):
         return logits
 
     def enclose(self, head: Tensor, distance: Tensor) -> Tensor:
-        """As ``tell_tissues``: the probability (B, 2x, 2y, 2z) that the inner skull holds it."""
+        """As ``tell_tissues``: the probability (B, 2x, 2y, 2z) that the skull holds each part."""
         p = self.tell_tissues(head, distance).softmax(dim=1)
         return p[:, HeadTissue.BRAIN] + p[:, HeadTissue.FLUID]

@@ -21,6 +21,7 @@ from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import check_writable, locked
 from cadiff_cli.io.images import given_mask, load_scan
+from cadiff_cli.io.releases import strip_weights_sha256, weights_changed
 from cadiff_cli.io.templates import (
     load_template,
     load_templates,
@@ -187,6 +188,8 @@ def make_result(
     journal = Journal(job.out)
     journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
     model = _model(job.weights, job.recipe.weights_sha256)
+    if strip_weights_sha256(config.strip) != job.recipe.strip_sha256:
+        raise weights_changed(config.strip.model)
     if config.output.codes == "freesurfer":  # raises now, not when all is computed
         model.parcellation.freesurfer(model.parcellation.codes)
     ranges = _ranges(job, model) if job.ranges else None
@@ -264,9 +267,7 @@ def _model(name: str, sha256: str) -> "Model":
 
     model = models.load(Model, name)
     if model.sha256 != sha256:
-        raise DataError(
-            f"the weights {name} changed while cadiff was running", "run it again from the start"
-        )
+        raise weights_changed(name)
     return model
 
 

@@ -42,15 +42,13 @@ def network_image(t1: Volume) -> Volume:
     return Volume(normalise_head(resample(t1, grid, fill=float(t1.data.min())).data), grid)
 
 
-def normalise_head(image: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+def normalise_head(image: np.ndarray) -> np.ndarray:
     """Scale intensities to [0, 1]: air becomes 0, the 99.5th percentile of brighter voxels 1.
 
-    Air is the median of the darkest twentieth of the image.  A part of a head is scaled ``like``
-    the whole.
+    Air is the median of the darkest twentieth of the image.
     """
-    whole = image if like is None else like
-    low = float(np.median(whole[whole <= np.percentile(whole, 5)]))
-    above = whole[whole > low]
+    low = float(np.median(image[image <= np.percentile(image, 5)]))
+    above = image[image > low]
     high = float(np.percentile(above, 99.5)) if len(above) else low
     scaled = (image - low) / ((high - low) or 1.0)
     return np.asarray(np.clip(scaled, 0, 1), dtype=np.float32)
@@ -112,14 +110,13 @@ def _around(inside: torch.Tensor, multiple: int) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def find_brain_in_head(t1: Volume, working: Grid, model: BrainModel) -> tuple[Volume, Volume]:
+def find_brain_in_head(head: Volume, working: Grid, model: BrainModel) -> tuple[Volume, Volume]:
     """The brain's mask (bool) on the ``working`` grid, and the distance to its border at 2 mm.
 
-    The mask is as the network draws it: ``strip`` judges and tidies it.  The distance is in mm,
-    inside positive.  The head may have any size and orientation, with or without a neck.  Raises
-    ``DataError`` if no brain is found.
+    ``head`` is the ``network_image`` of a scan, of any size and orientation, with or without a
+    neck.  The mask is as the network draws it: ``strip`` judges and tidies it.  The distance is in
+    mm, inside positive.  Raises ``DataError`` if no brain is found.
     """
-    head = network_image(t1)
     distance = Volume(predict_distance(model.net, head.data), head.grid)
     deep = Volume(tidy(distance.data > 0) & (distance.data > DEEP_MM), distance.grid)
     if deep.litres < LEAST_DEEP_LITRES:
@@ -134,24 +131,27 @@ def find_brain_in_head(t1: Volume, working: Grid, model: BrainModel) -> tuple[Vo
 
 
 @torch.no_grad()
-def find_skull(t1: Volume, distance: Volume, working: Grid, model: BrainModel) -> Volume | None:
+def find_skull(head: Volume, distance: Volume, working: Grid, model: BrainModel) -> Volume | None:
     """What the inner skull of a head holds (bool) on the ``working`` grid: one piece, no holes.
 
-    ``distance`` is that to the brain's border (``find_brain_in_head``); voxels deep inside a brain
-    are always held.  None if the network does not know the skull.
+    ``head`` is the ``network_image`` of a scan, ``distance``, on the same grid, that to the brain's
+    border (``find_brain_in_head``); voxels deep inside a brain are always held.  None if the
+    network does not know the skull.
     """
     net = model.net
     if not net.config.skull:
         return None
-    brain = Volume(tidy(distance.data > 0), distance.grid)
-    margin = int(SKULL_MARGIN_MM / SPACING_MM)
-    box = _box(brain, margin, distance.grid)
+    margin, brain = int(SKULL_MARGIN_MM / SPACING_MM), bounding_box(tidy(distance.data > 0))
+    box = tuple(
+        slice(max(0, s.start - margin), min(n, s.stop + margin))
+        for s, n in zip(brain, head.data.shape, strict=True)
+    )
     part = distance.grid.within(box)
     # What lies beyond the field of view is not known: air there would be an end of the head.
     pad = [(0, -n % net.config.skull_multiple) for n in part.shape]
     x, depth = (
         torch.from_numpy(np.pad(data[box], pad, mode="edge"))[None, None]
-        for data in (network_image(t1).data, distance.data)
+        for data in (head.data, distance.data)
     )
     device = next(net.parameters()).device
     with autocast(device):

@@ -162,16 +162,16 @@ def _by_network(
 
     A ``bare`` brain does not show its skull.
     """
-    from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull
+    from cadiff_cli.stages.brain_mask import find_brain_in_head, find_skull, network_image
 
     if network is None:
         raise MissingInputError(
             "this version carries no network that finds the brain",
             "use --skull-strip template, or give --mask FILE",
         )
-    model = network()
-    mask, distance = find_brain_in_head(t1, working, model)
-    return mask, None if bare else find_skull(t1, distance, working, model)
+    model, head = network(), network_image(t1)
+    mask, distance = find_brain_in_head(head, working, model)
+    return mask, None if bare else find_skull(head, distance, working, model)
 
 
 def _of_volume(mask: Volume, method: StripMethod) -> Iterator[Note]:

@@ -110,7 +110,7 @@ def train_atlas(
     volumes = BaseVolumes.of(base, list(STRUCTURES.values()), grid)
     objective = AtlasObjective(config, brain, volumes, zooms)
     goes_on = True
-    if training.net.latent == AUTOENCODER:
+    if training.net.latent == AUTOENCODER and config.autoencoder_steps:
         first = replace(config, steps=min(config.autoencoder_steps, config.steps), decay=1)
         alone = AutoencoderObjective(config, brain)
         goes_on = session.fit(draws, alone, schedule=first, workers=workers)

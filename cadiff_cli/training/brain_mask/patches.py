@@ -300,17 +300,16 @@ def artefacts(
     config: HeadConfig,
     generator: torch.Generator,
     *,
-    spacing_mm: float = SPACING_MM,
     whole: bool = True,
 ) -> Tensor:
     """Add a bias field, noise, thick slices or large voxels; change contrast and brightness.
 
     A ``whole`` head is normalised as at inference; a part of one has not the same percentiles.
     """
-    widths = 0.6 / spacing_mm, 2.0 / spacing_mm
+    widths = 0.6 / SPACING_MM, 2.0 / SPACING_MM
     often = config.intensity
     if float(torch.rand(1, generator=generator)) < 0.3 * often:
-        thickest = config.slice_mm / spacing_mm
+        thickest = config.slice_mm / SPACING_MM
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
         image = thicken(image, voxels, generator)
     chain = mt.Compose(
