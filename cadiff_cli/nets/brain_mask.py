@@ -5,8 +5,8 @@ the head at 2 mm and the first one's answer, and finds the border.  A distance i
 be read between voxels: the border at 1 mm has no 2 mm steps.
 
 A third network may tell what the inner skull holds: the intracranial volume.  It names the tissue
-of the eight parts of 1 mm of each voxel.  As it sees every head at 2 mm, whatever its voxels, the
-volume does not depend on them.
+of the eight parts of 1 mm of each voxel.  It sees every head at 2 mm, so that the volume depends
+little on the voxels of the scan.
 """
 
 from dataclasses import dataclass
