@@ -13,6 +13,7 @@ from cadiff_cli.config import Config, Machine, Recipe, Request
 CHANGED = {
     "strip.method": "none",
     "strip.mask": Path("mask.nii.gz"),
+    "strip.model": "own.safetensors",
     "register.name": "affine",
     "register.seed": 1,
     "sample.steps": 1,
@@ -29,8 +30,8 @@ CHANGED = {
     "output.report": False,
 }
 """Another value for every setting."""
-SEEN_BY_PEOPLE = {"output.report"}
-"""Pages are made from results, and again at any time: they decide none."""
+DECIDE_NOTHING = {"output.report", "strip.model"}
+"""Pages are made from results, and again at any time.  A network's checksum counts, not its name."""
 FINISHED = {
     None: "8762e2f71cef",
     "strip.method": "0fa16b03cdd4",
@@ -68,14 +69,19 @@ def test_every_setting_has_another_value_here():
     assert names == set(CHANGED)
 
 
-@pytest.mark.parametrize("name", sorted(set(CHANGED) - SEEN_BY_PEOPLE))
+@pytest.mark.parametrize("name", sorted(set(CHANGED) - DECIDE_NOTHING))
 def test_a_setting_that_decides_a_result_changes_its_fingerprint(name):
     assert fingerprint(changed(name)) != fingerprint(Config())
 
 
-@pytest.mark.parametrize("name", sorted(SEEN_BY_PEOPLE))
+@pytest.mark.parametrize("name", sorted(DECIDE_NOTHING))
 def test_a_setting_that_decides_no_result_does_not(name):
     assert fingerprint(changed(name)) == fingerprint(Config())
+
+
+def test_the_content_of_the_strip_network_changes_the_fingerprint():
+    recipe = Recipe(Config(), "MNIColin27", "cadiff-malc", "0" * 64, "1" * 64)
+    assert replace(recipe, strip_sha256="2" * 64).fingerprint != recipe.fingerprint
 
 
 def test_the_machine_is_no_part_of_the_settings():
