@@ -31,7 +31,7 @@ CHANGED = {
 }
 """Another value for every setting."""
 DECIDE_NOTHING = {"output.report", "strip.model"}
-"""Pages are made from results, and again at any time.  A network's checksum counts, not its name."""
+"""Pages are made from results, and again at any time; a network's checksum counts, not its name."""
 FINISHED = {
     None: "8762e2f71cef",
     "strip.method": "0fa16b03cdd4",
