@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -413,6 +414,9 @@ def test_volumes_in_the_layouts_of_others(made, layout, separator, first, names,
     assert guarded(lambda: cadiff.main(arguments, standalone_mode=False)) == 73
 
 
+MADE_SO = re.compile('"Fingerprint": "([0-9a-f]{12})"')
+
+
 def test_an_export_names_scans_without_a_row(made, tmp_path, capsys):
     """And links that lead in circles cost nobody a row."""
     out = shutil.copytree(made[0], tmp_path / "out")
@@ -426,6 +430,14 @@ def test_an_export_names_scans_without_a_row(made, tmp_path, capsys):
     told = capsys.readouterr()
     assert "3 rows" in told.out
     assert "sub-04 has no row" in told.err
+    assert "different ways" not in told.err
+    first, second = (result.sidecar for result in list(finished(out))[:2])
+    first.write_text(first.read_text().replace(MADE_SO.search(first.read_text())[1], "f" * 12))
+    second.write_text('{"a')
+    assert guarded(lambda: cadiff.main([*arguments, "--overwrite"], standalone_mode=False)) == 0
+    told = capsys.readouterr()
+    assert "2 rows" in told.out
+    assert "made in 2 different ways" in told.err
     description = out / "dataset_description.json"
     description.write_text("{bad")
     arguments[4:] = []
