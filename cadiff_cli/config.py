@@ -60,10 +60,14 @@ def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
     return field(default=default, metadata={"option": Option(help, names, **limits)})
 
 
+MOST_SEED = 2**31 - 2
+"""The largest seed that every generator of random numbers takes."""
+
+
 def seed_option() -> Any:
     """The seed is one option for registration and noise."""
     names = ("--seed", "--random-seed")
-    return option(0, "Seed of registration and noise.", *names, low=0, high=2**31 - 2)
+    return option(0, "Seed of registration and noise.", *names, low=0, high=MOST_SEED)
 
 
 STRIP_METHODS = ("auto", "net", "template", "none")

@@ -50,6 +50,11 @@ class DataError(CadiffError):
     exit_code = 65
 
 
+def changed_meanwhile(what: str) -> DataError:
+    """The error for a file that is not the one of the plan any more."""
+    return DataError(f"{what} changed while cadiff was running", "run it again from the start")
+
+
 class UnsuitableError(DataError):
     """A readable image that can never be segmented (a slab, 4-D, a CT, constant...)."""
 

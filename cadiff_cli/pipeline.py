@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cadiff_cli.config import Config
 from cadiff_cli.io.images import given_mask
-from cadiff_cli.io.releases import strip_weights_sha256, weights_changed
+from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.products import Prepared, Result, Scan, Segmentation, Stripped, Template
 from cadiff_cli.quality.age_ranges import AgeRanges, load_age_ranges, percentiles
 from cadiff_cli.quality.calibration import calibration
@@ -59,17 +59,11 @@ def strip_scan(scan: Scan, template: Template | None, config: Config, work_dir: 
 
 @cache
 def brain_model(name: str, sha256: str) -> "BrainModel":
-    """The network ``name`` that finds the brain, loaded once per process and content.
-
-    Raises ``DataError`` if it is not that of the checksum.
-    """
+    """The network ``name`` that finds the brain, loaded once per process and content."""
     from cadiff_cli.io import models
     from cadiff_cli.nets.models import BrainModel
 
-    model = models.load(BrainModel, name)
-    if model.sha256 != sha256:
-        raise weights_changed(name)
-    return model
+    return models.load(BrainModel, name, sha256)
 
 
 @cache

@@ -60,8 +60,8 @@ def test_what_is_written_is_read():
 
 
 def test_nobodys_home_is_told():
-    note = Note(NoteCode.COARSE_VOXELS, f"no {Path.home()}/work/found_Composite.h5")
-    assert told([note])["Warnings"] == ["no ~/work/found_Composite.h5"]
+    note = Note(NoteCode.COARSE_VOXELS, f"no {Path.home()}/scratch/found_Composite.h5")
+    assert told([note])["Warnings"] == ["no ~/scratch/found_Composite.h5"]
 
 
 @pytest.mark.parametrize("key", sorted(stored()))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import PATH, Number, SexOption, filled
+from cadiff_cli.cli.options import PATH, SEED, Number, SexOption, filled
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.releases import DEFAULT_ATLAS
 
@@ -65,7 +65,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
 )
 @click.option(
     "--seed",
-    type=click.IntRange(0, 2**31 - 2),
+    type=SEED,
     help="Number of the first sample [default: 0]. Without --samples: the atlas of this possible"
     " person, not of the centre.",
 )

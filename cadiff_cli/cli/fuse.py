@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_times
+from cadiff_cli.cli.options import PATH, SEED, show_times
 
 
 @click.command(name="fuse")
@@ -44,7 +44,7 @@ from cadiff_cli.cli.options import PATH, show_times
     show_default=True,
     help="joint: joint label fusion (slow).  majority: every person counts the same.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Parallel processes."
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
 import click
 
-from cadiff_cli.config import Config, Option
+from cadiff_cli.config import MOST_SEED, Config, Option
 from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.io.files import read_text
 
@@ -55,6 +55,7 @@ class FilePath(click.Path):
 
 
 PATH = FilePath()
+SEED = click.IntRange(0, MOST_SEED)
 
 
 class Number(click.FloatRange):

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH
+from cadiff_cli.cli.options import PATH, SEED
 
 
 @click.command(name="paint")
 @click.argument("label_maps", type=PATH)
 @click.option("-o", "--out", type=PATH, required=True, help="New folder of the scans.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 def command(label_maps: Path, out: Path, seed: int) -> None:
     """Paint a T1-weighted brain for every label map in the folder LABEL_MAPS.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, Number, filled, show_times, without_prefix
+from cadiff_cli.cli.options import PATH, SEED, Number, filled, show_times, without_prefix
 
 if TYPE_CHECKING:
     from cadiff_cli.io.bids.labelled import LabelledScan
@@ -32,9 +32,7 @@ RUN_OPTIONS = (
     click.option(
         "--batch", type=click.IntRange(1), help="Examples a step, instead of the config's."
     ),
-    click.option(
-        "--seed", type=click.IntRange(0, 2**31 - 2), help="Random seed, instead of the config's."
-    ),
+    click.option("--seed", type=SEED, help="Random seed, instead of the config's."),
     click.option(
         "--device",
         default="auto",

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cadiff_cli.config import PARCELS, as_dict
-from cadiff_cli.errors import DataError, MissingInputError
+from cadiff_cli.errors import DataError, MissingInputError, changed_meanwhile
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import (
     BRAIN_FINDER,
@@ -187,12 +187,12 @@ KINDS: Mapping[type[Trained[Any]], Kind] = {
 }
 
 
-def load(model: type[M], name: str = "") -> M:
+def load(model: type[M], name: str = "", planned_sha256: str = "") -> M:
     """Load a released model by name, or a ``.safetensors`` file by path, and verify its checksum.
 
     ``model`` is a class of ``nets/models``; without a ``name`` its default release is loaded.
-    Raises ``MissingInputError`` if there is no such file, ``DataError`` if it is damaged or holds
-    another kind of network.
+    Raises ``MissingInputError`` if there is no such file, ``DataError`` if it is damaged, holds
+    another kind of network, or is not the file of the ``planned_sha256`` any more.
     """
     kind = KINDS[model]
     if not (name := name or kind.release or ""):
@@ -200,6 +200,8 @@ def load(model: type[M], name: str = "") -> M:
             f"no network of format {kind.format!r} is released", "give a .safetensors file"
         )
     path, label, digest = find_weights(name, kind.format)
+    if planned_sha256 not in ("", digest):
+        raise changed_meanwhile(f"the weights {name}")
     try:
         with safe_open(path, framework="pt") as stored:
             header = dict(stored.metadata() or {})

@@ -86,13 +86,6 @@ def parcels_sha256(output: OutputConfig) -> str:
     return find_weights(output.parcellation)[2] if output.parcellation else ""
 
 
-def weights_changed(name: str) -> DataError:
-    """The error for weights that are not those of the plan."""
-    return DataError(
-        f"the weights {name} changed while cadiff was running", "run it again from the start"
-    )
-
-
 def strip_weights_sha256(strip: StripConfig) -> str:
     """Checksum of the network that may find the brain; empty if none may, or none is installed.
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import cadiff_cli
 from cadiff_cli.config import Machine, Request
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import UsageError, changed_meanwhile
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import check_writable, locked
 from cadiff_cli.io.images import given_mask, load_scan
-from cadiff_cli.io.releases import strip_weights_sha256, weights_changed
+from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import (
     load_template,
     load_templates,
@@ -189,7 +189,7 @@ def make_result(
     journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
     model = _model(job.weights, job.recipe.weights_sha256)
     if strip_weights_sha256(config.strip) != job.recipe.strip_sha256:
-        raise weights_changed(config.strip.model)
+        raise changed_meanwhile(f"the weights {config.strip.model}")
     if config.output.codes == "freesurfer":  # raises now, not when all is computed
         model.parcellation.freesurfer(model.parcellation.codes)
     ranges = _ranges(job, model) if job.ranges else None
@@ -265,10 +265,7 @@ def _model(name: str, sha256: str) -> "Model":
     from cadiff_cli.io import models
     from cadiff_cli.nets.models import Model
 
-    model = models.load(Model, name)
-    if model.sha256 != sha256:
-        raise weights_changed(name)
-    return model
+    return models.load(Model, name, sha256)
 
 
 def _templates_of(job: Job) -> tuple[Template, ...]:
@@ -282,9 +279,7 @@ def _ranges(job: Job, model: "Model") -> AgeRanges:
     """The user's own age ranges.  Raises ``UsageError`` for those of other structures."""
     ranges = read_age_ranges(job.ranges or Path())
     if ranges.fingerprint != job.recipe.ranges:
-        raise DataError(
-            f"{job.ranges} changed while cadiff was running", "run it again from the start"
-        )
+        raise changed_meanwhile(f"{job.ranges}")
     if not fits(ranges, model.parcellation):
         raise UsageError(
             f"--ranges {job.ranges} are of {ranges.parcellation}, {model.name} draws"
@@ -306,9 +301,7 @@ def _templates(
     if atlas:
         templates = tuple(map(atlas.mark, templates))
     if own_contents(templates) != contents:
-        raise DataError(
-            f"the templates {specs} changed while cadiff was running", "run it again from the start"
-        )
+        raise changed_meanwhile(f"the templates {specs}")
     first, *others = templates
     return replace(first, notes=notes), *others
 

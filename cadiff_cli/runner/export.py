@@ -16,7 +16,7 @@ from cadiff_cli.io.files import write_text
 from cadiff_cli.io.volumes import BRAIN_MASK, INTRACRANIAL
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.quality.ranges import base_volumes
-from cadiff_cli.runner.group import count_ways, known_scans
+from cadiff_cli.runner.group import count_ways, tried_scans
 
 Measure = str | Sequence[str]
 """A volume by its name in our tables, or several to be added; an empty sequence: we have none."""
@@ -150,11 +150,10 @@ def export(out: Path, layout: Layout, path: Path) -> Exported:
         cells = (_cell(known, measure) for measure in layout.columns.values())
         lines.append((name(result), *cells))
     write_text(path, "".join(layout.separator.join(line) + "\n" for line in lines))
-    there = {result.entities for result in results}
     return Exported(
         len(results),
         head if HEAD in layout.columns.values() else "",
-        [scan for scan in known_scans(out) if scan not in there],
+        sorted(tried_scans(out) - {result.entities for result in results}),
         count_ways(results),
     )
 

@@ -189,8 +189,12 @@ def count_ways(results: Sequence[Finished]) -> int:
 
 def known_scans(out: Path) -> list[str]:
     """All scans of an output folder: finished, tried, or missing from the last group table."""
-    tried = {path.stem for path in (out / "logs" / "journal").glob("*.json")}
-    return sorted(tried | _lacking(out) | {result.entities for result in finished(out)})
+    return sorted(tried_scans(out) | {result.entities for result in finished(out)})
+
+
+def tried_scans(out: Path) -> set[str]:
+    """Scans of an output folder that were tried, or were missing from the last group table."""
+    return _lacking(out) | {path.stem for path in (out / "logs" / "journal").glob("*.json")}
 
 
 def _lacking(out: Path) -> set[str]:

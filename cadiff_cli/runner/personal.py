@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cadiff_cli.errors import DataError, UsageError
+from cadiff_cli.errors import UsageError, changed_meanwhile
 from cadiff_cli.io.atlases import holds, place_of, save_atlas
 from cadiff_cli.io.files import locked
 from cadiff_cli.io.templates import load_template
@@ -51,10 +51,7 @@ class PersonalAtlas:
             model = _network(self.model)
             atlas = make_atlas(model, load_template(model.base), self.condition)
             if atlas.template.cause != self.cause:
-                raise DataError(
-                    f"the weights {self.model} changed while cadiff was running",
-                    "run it again from the start",
-                )
+                raise changed_meanwhile(f"the weights {self.model}")
             save_atlas(out / FOLDER, atlas, load_parcellation(BASE))
 
     def mark(self, template: Template) -> Template:

@@ -166,12 +166,7 @@ def find_skull(head: Volume, distance: Volume, working: Grid, model: BrainModel)
 def _inside(distance: Volume, working: Grid) -> Volume:
     """Where the distance is positive (bool), on the working grid."""
     # Linear interpolation reaches one voxel beyond the border.
-    box = _box(Volume(distance.data > 0, distance.grid), 1, working)
+    wide = tuple(slice(s.start - 1, s.stop + 1) for s in bounding_box(distance.data > 0))
+    box = mapped_box(wide, working.voxel_map(distance.grid), working.shape)
     fine = resample_in(box, distance, working, fill=-REACH_MM)
     return Volume(fine.data > 0, working)
-
-
-def _box(mask: Volume, margin: int, working: Grid) -> tuple[slice, ...]:
-    """The box of the working grid that holds a mask and ``margin`` of the mask's voxels around."""
-    wide = tuple(slice(s.start - margin, s.stop + margin) for s in bounding_box(mask.data))
-    return mapped_box(wide, working.voxel_map(mask.grid), working.shape)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from cadiff_cli.config import as_dict
+from cadiff_cli.config import MOST_SEED, as_dict
 from cadiff_cli.device import autocast, enough_memory
 from cadiff_cli.errors import CadiffError, DataError, DiskError, UsageError
 from cadiff_cli.nets.blocks import channels_last
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 
 N = TypeVar("N", bound=nn.Module)
-MOST_SEED = 2**31 - 2
-"""The largest seed that every generator of random numbers takes."""
 
 
 @dataclass(frozen=True)
