@@ -635,7 +635,8 @@ def test_the_commands_train_and_compare(people, base, tmp_path, monkeypatch):
         "[net]\ncomponents = 2\nwidth = 16\ndepth = 1\nheads = 2\n"
         "[train]\nsteps = 3\nbatch = 2\nneighbours = 4\n"
     )
-    monkeypatch.setattr(data, "prepare_people", lambda *_: people)
+    prepared_on: list[str] = []
+    monkeypatch.setattr(data, "prepare_people", lambda *a: prepared_on.append(a[-1]) or people)
     monkeypatch.setattr(data, "base_grid", lambda *_: GRID)
     monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", SPACING)
     monkeypatch.setattr("cadiff_cli.training.templates.load_training_template", lambda _: base)
@@ -643,6 +644,7 @@ def test_the_commands_train_and_compare(people, base, tmp_path, monkeypatch):
     options = [str(folder), str(config), "-o", str(run), "--device", "cpu"]
     done = CliRunner().invoke(atlas_train.command, options, catch_exceptions=False)
     assert done.exit_code == 0
+    assert prepared_on == ["cpu"]
     table = (run / "held_out.tsv").read_text().splitlines()
     assert table[0].split("\t") == ["person", "age", "base", "regression", "atlas"]
     assert len(table) == 1 + 8

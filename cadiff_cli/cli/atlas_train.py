@@ -60,8 +60,8 @@ def command(
         )
     base = load_training_template(training.base)
     folder = prepared_in(run, cache)
-    base = replace(base, labels=base.labels or base_labels(base, labeller()))
-    prepared = prepare_people(people, base, training.spacing_mm, folder)
+    base = replace(base, labels=base.labels or base_labels(base, labeller(), device))
+    prepared = prepare_people(people, base, training.spacing_mm, folder, device)
     path = train_atlas(
         prepared,
         base,

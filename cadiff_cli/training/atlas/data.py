@@ -174,13 +174,13 @@ def known_people(folder: Path) -> People:
 
 
 def prepare_people(
-    folders: Sequence[Path], base: Template, spacing_mm: float, cache: Path
+    folders: Sequence[Path], base: Template, spacing_mm: float, cache: Path, device: str = "auto"
 ) -> list[Sitter]:
     """Prepare one scan of every person once (kept in ``cache``) and load them all.
 
-    ``base`` has labels.  People of unknown age serve as well: a network learns from missing
-    conditions.  Left out, with a warning, are those whose registration is not trusted, or whose
-    velocity folds.
+    ``base`` has labels; the ``device`` labels people.  People of unknown age serve as well: a
+    network learns from missing conditions.  Left out, with a warning, are those whose registration
+    is not trusted, or whose velocity folds.
     """
     # Whatever is wrong with a folder is said before the first scan.
     names = [folder.resolve().name for folder in folders]
@@ -196,7 +196,7 @@ def prepare_people(
         for index, (label, path) in enumerate(scans.items(), start=1):
             log.info("preparing sub-%s of %s, %d of %d", label, source, index, len(scans))
             person = about.of_scan(source_entities(path))
-            sitter = load(build(path, f"sub-{label}", base, grid, cache), grid)
+            sitter = load(build(path, f"sub-{label}", base, grid, cache, device), grid)
             sitter = replace(sitter, source=source, age_years=person.age_years, sex=person.sex)
             if sitter.trusted and not sitter.folded:
                 people.append(sitter)
@@ -212,7 +212,7 @@ def base_grid(base: Template, spacing_mm: float) -> Grid:
     return velocity_grid(Volume(brain_mask(base), base.brain.grid), spacing_mm, MULTIPLE)
 
 
-def base_labels(base: Template, model: Model) -> Volume:
+def base_labels(base: Template, model: Model, device: str = "auto") -> Volume:
     """The structures of the base, as codes (int16) on its brain's grid, drawn by ``model``.
 
     Its field is exact: it is registered to itself.
@@ -227,7 +227,7 @@ def base_labels(base: Template, model: Model) -> Volume:
     conditions = Conditions(
         Volume(image, grid), inside, CoordinateField(field.clip(0, 1).astype(np.float32), half)
     )
-    p, _ = class_probabilities(conditions, model, SampleConfig())
+    p, _ = class_probabilities(conditions, model, SampleConfig(), device_name=device)
     classes = resample(Volume(p.most_probable() * inside.data, grid), own, order=0)
     return Volume(model.parcellation.codes[classes.data], own)
 
@@ -249,7 +249,9 @@ def brain_mask(base: Template) -> np.ndarray:
     return np.asarray(base.brain.data > 0 if base.mask is None else base.mask.data > 0.5)
 
 
-def build(scan: Path, name: str, base: Template, grid: Grid, cache: Path) -> Path:
+def build(
+    scan: Path, name: str, base: Template, grid: Grid, cache: Path, device: str = "auto"
+) -> Path:
     """Prepare one scan and write it into ``cache``; an existing file is kept.
 
     ``base`` has labels.
@@ -261,7 +263,9 @@ def build(scan: Path, name: str, base: Template, grid: Grid, cache: Path) -> Pat
     content = [FORMAT, REVISION, store.made_by(HOW), base.sha256, shape, key]
     content.append(given[1] if given else find_weights()[2])
     return store.once(
-        store.stored_path(cache, name, content), name, lambda: _arrays(scan, name, base, grid, key)
+        store.stored_path(cache, name, content),
+        name,
+        lambda: _arrays(scan, name, base, grid, key, device),
     )
 
 
@@ -271,7 +275,9 @@ def labeller() -> Model:
     return models.load(Model)
 
 
-def _arrays(scan: Path, name: str, base: Template, grid: Grid, key: str) -> dict[str, Any]:
+def _arrays(
+    scan: Path, name: str, base: Template, grid: Grid, key: str, device: str
+) -> dict[str, Any]:
     given, loaded = labels_beside(scan), load_scan(scan)
     parcellation = load_parcellation(BASE)
     with tempfile.TemporaryDirectory() as work:
@@ -285,7 +291,7 @@ def _arrays(scan: Path, name: str, base: Template, grid: Grid, key: str) -> dict
         check_same_grid(path.name, drawn.grid, scan.name, loaded.t1.grid)
         classes = resample_labels(drawn, image.grid)
     else:
-        p, _ = class_probabilities(conditions, labeller(), HOW.sample)
+        p, _ = class_probabilities(conditions, labeller(), HOW.sample, device_name=device)
         classes = Volume(p.most_probable() * inside, image.grid)
     if not classes.data.any():
         raise DataError("no structure is labelled in the brain", "remove this scan's label map")
