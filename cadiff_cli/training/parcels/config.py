@@ -15,16 +15,17 @@ class ParcelTrainConfig(Schedule):
     """How to train: the schedule, and what a hemisphere goes through.
 
     A step sees one hemisphere and ``points`` voxels of its cortex.  A share ``moved`` of the
-    hemispheres is turned by up to ``rotation_deg`` about each axis and scaled by up to ``scale``.
-    A share ``together`` has the mean of the templates' fields, the others one of them; each has a
-    smooth error of ``field_error_mm``.  ``dice_weight`` is that of the Dice loss beside the
-    cross-entropy.
+    hemispheres is turned by up to ``rotation_deg`` about each axis, scaled by up to ``scale``, and
+    bent smoothly by ``elastic_mm``: structures, parcels and field together.  A share ``together``
+    has the mean of the templates' fields, the others one of them; each has a smooth error of
+    ``field_error_mm``.  ``dice_weight`` is that of the Dice loss beside the cross-entropy.
     """
 
     points: int = 20_000
     moved: float = 0.6
     rotation_deg: float = 10.0
     scale: float = 0.1
+    elastic_mm: float = 0.0
     together: float = 0.6
     field_error_mm: float = 1.5
     dice_weight: float = 1.0

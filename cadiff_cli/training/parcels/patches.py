@@ -23,6 +23,8 @@ EXTENTS_MM = (180.0, 210.0, 180.0)
 """Of the field from 0 to 1, in all shipped templates: errors are given in mm."""
 ERROR_CELLS = 8
 """Cells between the knots of a field's smooth error."""
+BEND_VOXELS = 32
+"""Voxels of 1 mm between the knots of a bend: wide enough to leave a gyrus in one piece."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +58,21 @@ class HemisphereDraws(Dataset[HemispherePatch]):
         config = self.config
         shape = np.array(one.parcels.shape)
         matrix, shift = np.eye(3), rng.integers(-STRIDE + 1, STRIDE, 3).astype(float)
+        bend = None
         if moved := rng.random() < config.moved:
             angles = rng.uniform(-config.rotation_deg, config.rotation_deg, 3)
             matrix = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
             matrix = matrix * rng.uniform(1 - config.scale, 1 + config.scale, 3)
+            if config.elastic_mm:
+                knots = np.maximum(2, -(-shape // BEND_VOXELS))
+                bend = torch.from_numpy(config.elastic_mm * rng.normal(size=(1, 3, *knots)))
         centre = (shape - 1) / 2
 
         def source(voxels: np.ndarray) -> Tensor:
             """Where points (n, 3) of the draw come from: 0 to 1 between the faces of the box."""
             old = (voxels - centre) @ matrix.T + centre + shift
+            if bend is not None:
+                old += sampled(bend, torch.from_numpy((voxels + 0.5) / shape)).numpy()
             return torch.from_numpy((old + 0.5) / shape).float()
 
         classes, parcels = one.seen.classes, one.parcels
