@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from cadiff_cli import machine
 from cadiff_cli.api import segment
-from cadiff_cli.cli import COMMANDS, cadiff, guarded
+from cadiff_cli.cli import COMMANDS, TERMINATED, cadiff, guarded
 from cadiff_cli.cli.options import FilePath
 from cadiff_cli.config import Config, OutputConfig, RegisterConfig, SampleConfig
 from cadiff_cli.errors import (
@@ -590,6 +590,14 @@ def test_what_a_killed_run_has_left_is_replaced(small_head, tiny_weights, tmp_pa
     said = json.loads(anat(out, "seg-cadiff_desc-structures_dseg.json").read_text())["Warnings"]
     assert said
     assert end.count("look: ") == len(said)
+
+
+def test_a_run_that_sigterm_ends_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # keep the handlers of this process
+    assert guarded(lambda: sys.exit(TERMINATED)) == 143
+    assert capsys.readouterr().err.startswith("cadiff: error: ended by SIGTERM")
+    with pytest.raises(SystemExit):  # any other end is the command's own
+        guarded(lambda: sys.exit(7))
 
 
 def test_a_second_run_does_not_overwrite(segmented):

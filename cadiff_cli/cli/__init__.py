@@ -21,6 +21,8 @@ import click
 from cadiff_cli import __version__, machine
 from cadiff_cli.errors import CadiffError, DataError, DiskError, OutputError, UsageError, in_a_line
 
+TERMINATED = 143
+"""Exit code of a run that SIGTERM ended."""
 COMMANDS = (
     "seg",
     "mask",
@@ -103,7 +105,7 @@ def segment_main() -> None:
 def guarded(call: Callable[[], object]) -> int:
     """Run a command; every error becomes one line on stderr and a documented exit code."""
     # A batch system ends a job with SIGTERM: leave through the clean-up code.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     # Libraries look for a home when they are imported; a container's user may have none.
     os.environ.setdefault("HOME", str(machine.home()))
     machine.share_cores()
@@ -129,6 +131,10 @@ def guarded(call: Callable[[], object]) -> int:
                 DataError.exit_code,
             )
         return _fail("interrupted", 130)
+    except SystemExit as error:
+        if error.code != TERMINATED:
+            raise
+        return _fail("ended by SIGTERM. Give the same command again to continue", TERMINATED)
     except MemoryError:
         return _fail("out of memory. Close other programs, or use --tile 96", 1)
     except BrokenPipeError:

@@ -51,6 +51,7 @@ from cadiff_cli.io.volumes import (
     volume_rows,
 )
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.notes import Note
 from cadiff_cli.products import (
     CoordinateField,
     InSpace,
@@ -163,20 +164,20 @@ def save_mask(
     write.image(BRAIN, brain, mask.grid, like=scan.path)
     write.sidecar(BRAIN, [write.raw, write.uri(MASK)], SkullStripped=True)
     write.image(MASK, mask.data, mask.grid, like=scan.path)
-    about = about_mask(stripped) | (told(notes) if notes else {})
-    write.sidecar(MASK, [write.raw], **about, **mask_provenance(scan, stripped, config))
+    about, made_by = about_mask(stripped, notes), mask_provenance(scan, stripped, config)
+    write.sidecar(MASK, [write.raw], **about, **made_by)
     write.skull(intracranial, like=scan.path)
     write.place.clear(keep=write.written)
     return write.place.path(f"{MASK}.nii.gz")
 
 
-def about_mask(stripped: Stripped) -> dict[str, Any]:
-    """What a mask's sidecar tells: how it was made, and how it looks."""
+def about_mask(stripped: Stripped, notes: Sequence[Note]) -> dict[str, Any]:
+    """What a mask's sidecar tells: how it was made, how it looks, and its ``notes``."""
     return {
         "Description": f"Brain mask ({stripped.method})",
         "Type": "Brain",
         **({"Quality": stripped.quality.as_dict()} if stripped.quality else {}),
-        **(told(stripped.notes) if stripped.notes else {}),
+        **(told(notes) if notes else {}),
     }
 
 
@@ -261,7 +262,8 @@ class _Writer:
         path, given = result.prepared.scan.path, result.config.strip.mask
         self.image(MASK, result.mask.data, result.mask.grid, like=path)
         known = {"MaskFile": {"Name": given.name, "SHA256": sha256(given)}} if given else {}
-        self.sidecar(MASK, [self.raw], **about_mask(result.prepared.stripped), **known)
+        stripped = result.prepared.stripped
+        self.sidecar(MASK, [self.raw], **about_mask(stripped, stripped.notes), **known)
         self.skull(result.intracranial, like=path)
 
     def field(
