@@ -2,6 +2,7 @@
 
 python tools/measure_mask.py HEADS/mass HEADS/nichart            # as they are
 python tools/measure_mask.py HEADS/mass --spacings --orientations
+python tools/measure_mask.py HEADS/mass --contrasts --model MASK.safetensors  # as in T2, FLAIR...
 python tools/measure_mask.py --synthetic 6 --spacings --figure worst.png
 python tools/measure_mask.py HEADS/ixi HEADS/nichart --edges     # how wide its brains are
 python tools/measure_mask.py HEADS/nichart --shift 0.9           # against brains so much narrower
@@ -32,7 +33,7 @@ from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
-from cadiff_cli.stages.brain_mask import find_brain_in_head, network_image
+from cadiff_cli.stages.brain_mask import find_brain_in_head, network_image, normalise_head
 from cadiff_cli.stages.masks import doubts, judge_mask, tidy
 from cadiff_cli.training.brain_mask.data import brain_of
 from cadiff_cli.training.brain_mask.target import closed, signed_distance
@@ -44,6 +45,14 @@ mpl.use("Agg")
 
 SPACINGS = ((1, 1, 1), (2, 2, 2), (3, 3, 3), (6, 1, 1), (1, 6, 1), (1, 1, 6))
 FAILURE = 0.9
+CONTRASTS = {
+    "as it is": ((0, 1), (0, 1)),
+    "like T2": ((0, 0.08, 0.25, 0.55, 0.85, 1), (0, 0.08, 1, 0.6, 0.3, 0.6)),
+    "like FLAIR": ((0, 0.08, 0.25, 0.55, 0.85, 1), (0, 0.08, 0.1, 0.9, 0.6, 0.9)),
+    "inverted": ((0, 0.08, 0.1, 1), (0, 0, 1, 0.1)),
+}
+"""Curves from the brightness of a T1-weighted head (0 to 1) to that of another contrast.  Fluid has
+about 0.25 in T1, grey matter 0.55, white matter 0.85; bone and air stay dark, but for the last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="brain-mask")
     parser.add_argument("--spacings", action="store_true", help="1, 2, 3 mm and slices of 6 mm")
     parser.add_argument("--orientations", action="store_true", help="the 48 orders of the axes")
+    parser.add_argument("--contrasts", action="store_true", help="brightness along other curves")
     parser.add_argument("--close", action="store_true", help="close masks too, as dsegs are")
     parser.add_argument("--shift", type=float, default=0.0, help="references narrower by, mm")
     parser.add_argument("--edges", action="store_true", help="no network: where the edges lie")
@@ -86,6 +96,7 @@ def main() -> None:
         return
     model = models.load(BrainModel, arguments.model)
     chosen = [at_spacings] * arguments.spacings + [turned] * arguments.orientations
+    chosen += [recoloured] * arguments.contrasts
     sources = {folder.name: real(folder, arguments) for folder in arguments.folders}
     sources["synthetic"] = (
         (f"seed {seed}", *synthetic_head(seed)) for seed in range(arguments.synthetic)
@@ -214,6 +225,13 @@ def at_spacings(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume
         grid = Grid((shape[0], shape[1], shape[2]), affine)
         name = f"{' x '.join(map(str, spacing))} mm"
         yield name, resample(t1, grid), resample_mask(brain, grid)
+
+
+def recoloured(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
+    """The head with the brightness of other sequences."""
+    bright = normalise_head(t1.data)
+    for name, (knots, values) in CONTRASTS.items():
+        yield name, Volume(np.interp(bright, knots, values).astype(np.float32), t1.grid), brain
 
 
 def turned(t1: Volume, brain: Volume) -> Iterator[tuple[str, Volume, Volume]]:
