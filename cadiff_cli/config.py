@@ -12,7 +12,7 @@ from typing import Any
 from cadiff_cli import __version__
 from cadiff_cli.errors import UsageError
 
-REVISION = 10
+REVISION = 11
 """Increase when unchanged settings give other results; older results then count as outdated."""
 
 

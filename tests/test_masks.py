@@ -114,6 +114,9 @@ def test_what_hangs_by_a_thread_is_cut(spacing_mm):
     cut = without_threads(beyond, spacing)
     assert not cut[60:].any()
     assert np.count_nonzero(cut ^ ball) < 9 * 8
+    sheet = ball.copy()
+    sheet[20:70, 46:50, 20:40] = True  # as high as the ball: it ends the mask's box, not the image
+    assert not without_threads(sheet, spacing)[50:].any()
     wide = ball.copy()
     wide[30:70, 22:38, 22:38] = True
     assert np.count_nonzero(wide & ~without_threads(wide, spacing)) < 0.01 * wide.sum()

@@ -106,6 +106,8 @@ def test_a_mapped_box_holds_the_images_of_its_voxels(grid_of, orientation):
     mask[3:9, 4:6, 5:11] = True
     box = bounding_box(mask)
     assert box == (slice(3, 9), slice(4, 6), slice(5, 11))
+    wider = bounding_box(mask, np.array((5, 0, 1)))
+    assert wider == (slice(0, min(14, mask.shape[0])), slice(4, 6), slice(4, 12))
     found = mapped_box(box, there.voxel_map(here), there.shape)
     to_there = there.voxel_map(here)
     images = np.argwhere(mask) @ to_there[:3, :3].T + to_there[:3, 3]

@@ -245,10 +245,7 @@ def around(mask: Volume, margin_mm: float = MARGIN_MM) -> Grid:
     if not mask.data.any():
         raise DataError("the brain mask is empty", "segment the scan again")
     margin = np.ceil(margin_mm / mask.grid.spacing_mm).astype(int)
-    box = bounding_box(mask.data)
-    low = np.maximum([s.start for s in box] - margin, 0)
-    high = np.minimum([s.stop for s in box] + margin, mask.grid.shape)
-    return mask.grid.crop(tuple(low), tuple(high - low))
+    return mask.grid.within(bounding_box(mask.data, margin))
 
 
 def _registered(result: Finished, used: UsedTemplate) -> Registered:

@@ -198,10 +198,20 @@ def all_voxels(shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(0, n) for n in shape)
 
 
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds all of a bool array; empty along each axis if nothing is set."""
+def bounding_box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
+    """The smallest box that holds all of a bool array, wider by ``margin`` voxels a side.
+
+    The margin is one number or one for each axis, and ends with the array.  The box is empty along
+    each axis if nothing is set.
+    """
     boxes = ndimage.find_objects(mask.astype(np.uint8))
-    return tuple(boxes[0]) if boxes else (slice(0, 0),) * mask.ndim
+    if not boxes:
+        return (slice(0, 0),) * mask.ndim
+    margins = np.broadcast_to(margin, mask.ndim).astype(int).tolist()
+    return tuple(
+        slice(max(0, side.start - m), min(n, side.stop + m))
+        for side, n, m in zip(boxes[0], mask.shape, margins, strict=True)
+    )
 
 
 def grid_around(mask: np.ndarray, grid: Grid, margin: int = 0, multiple: int = 1) -> Grid:

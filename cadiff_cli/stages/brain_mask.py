@@ -141,11 +141,7 @@ def find_skull(head: Volume, distance: Volume, working: Grid, model: BrainModel)
     net = model.net
     if not net.config.skull:
         return None
-    margin, brain = int(SKULL_MARGIN_MM / SPACING_MM), bounding_box(tidy(distance.data > 0))
-    box = tuple(
-        slice(max(0, s.start - margin), min(n, s.stop + margin))
-        for s, n in zip(brain, head.data.shape, strict=True)
-    )
+    box = bounding_box(tidy(distance.data > 0), int(SKULL_MARGIN_MM / SPACING_MM))
     part = distance.grid.within(box)
     # What lies beyond the field of view is not known: air there would be an end of the head.
     pad = [(0, -n % net.config.skull_multiple) for n in part.shape]

@@ -86,7 +86,7 @@ def without_threads(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     A passage is narrow below twice ``NECK_MM``; the first ``SPUR_MM`` behind it stay.  So end the
     fluid of the cranium, and leaks of a mask of it: at the spinal canal, the optic nerves, vessels.
     """
-    out, box = np.zeros(mask.shape, dtype=bool), bounding_box(mask)
+    out, box = np.zeros(mask.shape, dtype=bool), bounding_box(mask, margin=1)
     # Beyond the image the mask goes on: its face is no border.
     padded = np.pad(mask[box], 1, mode="edge")
     wide = tidy(ndimage.distance_transform_edt(padded, sampling=spacing_mm) > NECK_MM)

@@ -102,8 +102,4 @@ def _box(mask: np.ndarray, margin: np.ndarray | int = 0) -> tuple[slice, ...]:
     """The bounding box of a mask, widened by ``margin`` voxels."""
     if not mask.any():
         raise DataError("the brain mask is empty", "remove this scan, or repair its labels")
-    margins = np.broadcast_to(margin, 3)
-    box = bounding_box(mask)
-    return tuple(
-        slice(max(0, s.start - int(m)), s.stop + int(m)) for s, m in zip(box, margins, strict=True)
-    )
+    return bounding_box(mask, margin)
