@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from cadiff_cli.config import Config, Request
 from cadiff_cli.io import images
 from cadiff_cli.io.templates import load_templates
+from cadiff_cli.machine import work_folder
 from cadiff_cli.pipeline import run
 from cadiff_cli.products import Result, Scan, Template
 
@@ -51,7 +51,7 @@ def segment(
     """
     config = config or Config()
     config.check()
-    with nullcontext(work_dir) if work_dir else TemporaryDirectory(prefix="cadiff-") as folder:
+    with nullcontext(work_dir) if work_dir else work_folder() as folder:
         return run(
             scan,
             templates or load_templates(),

@@ -4,7 +4,6 @@ The classical baseline that a network has to beat.  It knows no network and no t
 """
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_label
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.label_maps import unknown_ids
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.machine import work_folder
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.processes import children
 from cadiff_cli.products import Scan, Stripped
@@ -180,7 +180,7 @@ def registered_voter(
         notes.append(Note(NoteCode.ATLAS_NOT_STRIPPED, text))
     crop = brain_crop(brain)
     image = resample(Volume(normalise(scan.t1.data, brain.data, grid.spacing_mm), grid), crop)
-    with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+    with work_folder() as work:
         transform = register(target, image, config, Path(work), atlas.name)
         moved = warp(image, transform, target.grid)
         carried = warp(

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 CGROUP = Path("/sys/fs/cgroup")
 ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
@@ -44,6 +45,17 @@ def cores() -> int:
         if quota and period:
             limits.append(quota // period)
     return max(1, min(limits))
+
+
+def work_folder(
+    prefix: str = "cadiff-", where: str | Path | None = None
+) -> TemporaryDirectory[str]:
+    """A folder for temporary files, to enter: it is removed when it is left.
+
+    It lies in ``where``, by default the system's place.  Network file systems keep files that are
+    open: a folder that cannot be removed fails nothing, because results are written before.
+    """
+    return TemporaryDirectory(prefix=prefix, dir=where, ignore_cleanup_errors=True)
 
 
 @contextmanager

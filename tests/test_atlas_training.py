@@ -346,6 +346,12 @@ def test_conditions_of_nobody_are_refused(condition, words):
 def test_people_of_one_age_teach_nothing(people):
     with pytest.raises(DataError, match="1 different values of age"):
         ConditionSpace.of([replace(p.condition, age_years=30.0) for p in people])
+    alone = [
+        replace(p.condition, **{"age_years" if i % 2 else "ventricles_percent": None})
+        for i, p in enumerate(people)
+    ]
+    with pytest.raises(DataError, match="known of 0 people"):
+        ConditionSpace.of(alone)
 
 
 def test_neighbours_are_drawn_as_kernel_regression_weighs_them(people):

@@ -16,11 +16,11 @@ from cadiff_cli.io.files import (
     check_writable,
     locked,
     read_json,
-    read_text,
     refuse_existing,
     replacing,
     write_json,
 )
+from cadiff_cli.text import read_text
 
 
 def test_a_link_to_an_absent_file_is_no_free_place(tmp_path):

@@ -216,10 +216,11 @@ def test_freesurfers_parcels_are_what_they_are_parts_of(parcellation):
 
 def test_a_mapping_may_come_from_a_spreadsheet(parcellation, tmp_path):
     path = tmp_path / "map.tsv"
-    path.write_text("source\tindex\n7\t10\n", encoding="utf-8-sig")
-    assert load_scheme(str(path), parcellation) == {7: parcellation.class_of[10]}
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text("source\tindex\n7\t10\n", encoding=encoding)
+        assert load_scheme(str(path), parcellation) == {7: parcellation.class_of[10]}
     for wrong, said in (
-        ("source\tindex\n7\t10\n".encode("utf-16"), "not a mapping"),
+        ("source\tindex\n7\t10é\n".encode("latin-1"), "not a mapping"),
         (b"x" * 200_000, "not a mapping"),
         (b"source\tlast\tindex\n1\t99999999\t2\n", "maps 99999999 ids"),
     ):
@@ -254,8 +255,9 @@ def test_a_table_survives_being_written(parcellation, lobes):
 def test_a_parcellation_is_named_after_its_file(lobes, tmp_path):
     assert lobes.name == lobes.segmentation == "lobes"
     path = tmp_path / "seg-lobes_dseg.tsv"
-    path.write_text(LOBES, encoding="utf-8-sig")  # by Excel
-    assert load_parcellation(path) == load_parcellation(str(path)) == lobes
+    for encoding in ("utf-8-sig", "utf-16"):  # by Excel
+        path.write_text(LOBES, encoding=encoding)
+        assert load_parcellation(path) == load_parcellation(str(path)) == lobes
     assert load_parcellation(BASE).segmentation == "cadiff"
     with pytest.raises(MissingInputError, match="no-such") as caught:
         load_parcellation("no-such")

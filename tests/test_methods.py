@@ -64,7 +64,8 @@ def test_the_text_counts_what_differs():
     kinds = ((5, "fast"), (5, "fast"), (0, "affine"))
     text = text_of(*(made(steps, colin(kind)) for steps, kind in kinds))
     assert "3 T1-weighted scans of 3 participants" in text
-    assert "SyN [@syn] registration at 2 mm (n = 2), or affine registration (n = 1)" in text
+    assert "SyN [@syn] registration of 2 mm images, in steps of 8 and 4 mm (n = 2)" in text
+    assert "(n = 2), or affine registration (n = 1)" in text
     assert "5 deterministic denoising steps" in text
     assert "without the network (n = 1)" in text
     assert "@templateflow" in text

@@ -220,7 +220,7 @@ class Maker:
                 lambda raw: zipped(raw[:999]) + zipped(raw[999:]),
                 lambda raw: zipped(raw) + junk,
                 lambda raw: zipped(raw) + bytes(512),
-                lambda raw: zipped(raw + junk, 1),
+                lambda raw: zipped(raw + junk),
                 lambda raw: raw,
                 lambda _: zipped(b""),
                 lambda raw: zipped(raw)[:-4] + b"\1\2\3\4",

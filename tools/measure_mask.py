@@ -31,6 +31,7 @@ from cadiff_cli.io import models
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.nets.models import BrainModel
+from cadiff_cli.notes import texts
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain_mask import find_brain_in_head, network_image, normalise_head
@@ -188,9 +189,8 @@ def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:
     far = hausdorff95_mm(
         found.astype(np.uint8), brain.data.astype(np.uint8), (1,), t1.grid.spacing_mm.tolist()
     )[0]
-    return Case(
-        name, t1, brain, found, float(overlap), float(far), "; ".join(doubts(judge_mask(mask)))
-    )
+    said = "; ".join(texts(doubts(judge_mask(mask))))
+    return Case(name, t1, brain, found, float(overlap), float(far), said)
 
 
 def draw(case: Case, path: Path) -> None:

@@ -14,7 +14,7 @@ import click
 
 from cadiff_cli.config import MOST_SEED, Config, Option
 from cadiff_cli.errors import MissingInputError, UsageError
-from cadiff_cli.io.files import read_text
+from cadiff_cli.text import read_text
 
 if TYPE_CHECKING:
     from cadiff_cli.products import Sex

@@ -22,14 +22,13 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
 
     Writes nothing if the header is correct already.
     """
-    from tempfile import TemporaryDirectory
-
     from cadiff_cli.config import Config, StripConfig
     from cadiff_cli.errors import DataError, OutputError, UsageError
     from cadiff_cli.io.files import check_writable, is_among, refuse_existing
     from cadiff_cli.io.formats import stem
     from cadiff_cli.io.images import given_mask, load_scan, load_volume, save_volume
     from cadiff_cli.io.templates import EMBEDDED, load_template
+    from cadiff_cli.machine import work_folder
     from cadiff_cli.pipeline import strip_scan
     from cadiff_cli.stages.orientation import orientation, reoriented
 
@@ -45,7 +44,7 @@ def command(t1: Path, out: Path, mask: Path | None, overwrite: bool) -> None:
     refuse_existing(*written, overwrite=overwrite)
     check_writable(out.parent)
     config = Config(strip=StripConfig(mask=mask))
-    with TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
+    with work_folder() as work:
         brain = strip_scan(scan, template, config, Path(work)).t1
     best = orientation(brain, template.brain)
     grid = reoriented(scan.t1.grid, best.rotation)

@@ -35,7 +35,7 @@ def _configured(ctx: click.Context, _: click.Parameter, path: Path | None) -> Pa
     """Values of a ``--config-file`` become defaults, so that flags win over them."""
     if path is None:
         return None
-    from cadiff_cli.io.files import read_text
+    from cadiff_cli.text import read_text
 
     try:
         values = tomllib.loads(read_text(path))

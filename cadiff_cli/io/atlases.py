@@ -1,6 +1,5 @@
 """Atlases as folders: TemplateFlow's layout, so that every program can use them as templates."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cadiff_cli.io.templates import (
     transform_name,
 )
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.machine import work_folder
 from cadiff_cli.products import Atlas
 
 LOG_JACOBIAN = "desc-logjacobian_map"
@@ -84,9 +84,7 @@ def save_atlas(
     final = out / folder
     final.parent.mkdir(parents=True, exist_ok=True)
     # Built aside: a killed process leaves no half-written atlas in its place.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True
-    ) as aside:
+    with work_folder(f".{final.name}.", final.parent) as aside:
         new = Path(aside)
         assert template.mask is not None and template.labels is not None  # noqa: PT018
         for name, volume in (

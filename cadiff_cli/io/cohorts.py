@@ -21,10 +21,10 @@ from cadiff_cli.io.bids.people import (
     read_people,
     sex_of,
 )
-from cadiff_cli.io.files import lines_of, read_text
 from cadiff_cli.io.volumes import column
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.products import Person
+from cadiff_cli.text import lines_of, read_text
 
 GROUP_TABLE = "group_morph.tsv"
 LABELS = ("participant_id", "subject")

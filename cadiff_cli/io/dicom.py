@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ import numpy as np
 
 from cadiff_cli.errors import CadiffError, DataError, MissingInputError, OutputError, UsageError
 from cadiff_cli.io.images import load_volume, save_volume
+from cadiff_cli.machine import work_folder
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import same_grid
 
@@ -101,7 +101,7 @@ def convert(
     dcm2niix, ``DataError`` for a folder without images, ``UsageError`` where no series or several
     can be meant, ``OutputError`` if another scan is there.
     """
-    with tempfile.TemporaryDirectory(prefix="cadiff-dicom-") as work:
+    with work_folder("cadiff-dicom-") as work:
         every = sorted(_converted(folder, Path(work)), key=lambda one: (one.number, one.image.name))
         if not every:
             raise DataError(

@@ -3,7 +3,6 @@
 Images are read and written elsewhere.
 """
 
-import codecs
 import errno
 import fcntl
 import glob
@@ -12,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cadiff_cli.errors import DiskError, OutputError
+from cadiff_cli.text import read_text
 
 log = logging.getLogger(__name__)
 
@@ -142,21 +141,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def read_text(path: Path) -> str:
-    """Read text that people wrote: UTF-8, or with a byte order mark, or Windows' UTF-16.
-
-    Raises ``OSError``; ``ValueError`` for other encodings.
-    """
-    with path.open("rb") as stream:
-        wide = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return path.read_text(encoding="utf-16" if wide else "utf-8-sig")
-
-
-def lines_of(text: str) -> list[str]:
-    """Lines of a table: unlike ``str.splitlines``, only line breaks part them."""
-    return re.split(r"\r\n|\r|\n", text.rstrip("\r\n"))
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import tempfile
 import urllib.request
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
@@ -146,7 +145,7 @@ def _download(query: dict[str, Any], path: Path, anew: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         locked(path.with_name(f".{path.name}.lock"), wait=True),
-        tempfile.TemporaryDirectory(prefix=".cadiff-", dir=path.parent) as fresh,
+        machine.work_folder(".cadiff-", path.parent) as fresh,
     ):
         if _is_there(path) and not anew:
             return  # somebody else's by now

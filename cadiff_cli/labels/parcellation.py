@@ -18,6 +18,7 @@ from scipy.spatial import KDTree
 
 from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.text import read_text
 
 BASE = "cadiff40"
 """The parcellation of networks that name none; finer ones name its codes in ``parent``."""
@@ -337,7 +338,7 @@ def load_parcellation(name: str | Path) -> Parcellation:
     if own in (OWN_SEGMENTATION, *shipped_names()):
         raise DataError(f"{path}: the name {own} is taken", "rename the file")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel's begins with a mark
+        text = read_text(path)
     except ValueError as error:
         raise DataError(f"{path} is not a table ({error})", "save it as TSV in UTF-8") from error
     return parse(own, text)

@@ -13,6 +13,7 @@ from pathlib import Path
 from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, MissingInputError, first_few
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation, shipped_names
+from cadiff_cli.text import read_text
 
 OWN = "cadiff"
 """The parcellation's own codes, as cadiff writes them: they need no table."""
@@ -41,7 +42,7 @@ def load_scheme(name: str, parcellation: Parcellation) -> dict[int, int]:
             f"use {', '.join(scheme_names(parcellation))}, or a TSV with source and index",
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
+        text = read_text(path)
     except ValueError as error:
         raise DataError(f"{name} is not a mapping ({error})", "save it as TSV in UTF-8") from error
     return parse(name, text, parcellation)

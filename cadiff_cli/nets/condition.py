@@ -70,6 +70,11 @@ class ConditionSpace:
         ends = (min(ages), max(ages)), (min(ventricles), max(ventricles))
         space = ConditionSpace(*ends, line=(0.0, 0.0, 0.0), line_sd=1.0)
         both = [c for c in conditions if c.age_years is not None and c.ventricles_percent]
+        if len(both) < 2:
+            raise DataError(
+                f"age and ventricle volume are known of {len(both)} people",
+                "give at least 2 people of known age whose ventricles are labelled",
+            )
         x = np.array([space.scaled(c)[0] for c in both])
         y = np.log(np.array([c.ventricles_percent for c in both], dtype=float))
         degree = min(2, len(set(x.tolist())) - 1)

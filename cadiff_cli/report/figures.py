@@ -36,7 +36,8 @@ COLOURS = ("#ff6b6b", "#51cf66", "#4dabf7")
 TINT = 0.5
 """How much of a voxel's colour is the field's."""
 UNCERTAIN = 0.4
-"""Uncertainty shown in the full colour; a border between two equal structures has 0.19."""
+"""Uncertainty shown in the full colour; a border between two equal structures of 40 has
+0.19."""
 CALM, ALARM = np.array((255.0, 60.0, 0.0)), np.array((255.0, 255.0, 80.0))
 """Colours of low and of high uncertainty."""
 

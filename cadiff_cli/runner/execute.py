@@ -29,7 +29,7 @@ from cadiff_cli.io.templates import (
     parse_space,
     parse_specs,
 )
-from cadiff_cli.machine import cores
+from cadiff_cli.machine import cores, work_folder
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.pipeline import Announce, run
 from cadiff_cli.products import Person, Result, Scan, Template
@@ -193,9 +193,7 @@ def make_result(
     if config.output.codes == "freesurfer":  # raises now, not when all is computed
         model.parcellation.freesurfer(model.parcellation.codes)
     ranges = _ranges(job, model) if job.ranges else None
-    with tempfile.TemporaryDirectory(
-        prefix=f"cadiff-{job.entities}-", dir=job.work_dir, ignore_cleanup_errors=True
-    ) as folder:
+    with work_folder(f"cadiff-{job.entities}-", job.work_dir) as folder:
         work = Path(folder)
         result = run(
             scan,

@@ -1,6 +1,5 @@
 """Label one scan by the vote of other people's scans, and write the label map."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cadiff_cli.io.provenance import software, told
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.labels.schemes import load_scheme
+from cadiff_cli.machine import work_folder
 from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Stripped
 
@@ -53,7 +53,7 @@ def fuse_file(
     refuse_foreign(out)
     refuse_existing(path, overwrite=overwrite)
     check_writable(path.parent)
-    with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
+    with work_folder() as work:
         stripped = strip_scan(scan, load_template(EMBEDDED), config, Path(work))
     fused = fuse(scan, stripped, people, parcellation, mapping, config.register, vote, jobs)
     save_dataset_files(out)

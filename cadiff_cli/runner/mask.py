@@ -1,7 +1,6 @@
 """Find the brain of one scan, and write its mask and the stripped image."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from cadiff_cli.config import Config, StripConfig
 from cadiff_cli.errors import OutputError
@@ -9,6 +8,7 @@ from cadiff_cli.io.bids.derivatives import save_mask
 from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.releases import strip_weights_sha256
 from cadiff_cli.io.templates import PREFERRED, load_template
+from cadiff_cli.machine import work_folder
 from cadiff_cli.pipeline import strip_scan
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.runner.journal import Journal, alone
@@ -36,7 +36,7 @@ def mask_file(
     template = _template(scan, config, offline)
     with (
         alone(out, place.stem),
-        TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work,
+        work_folder() as work,
     ):
         check_free()  # again: another process may have finished meanwhile
         stripped = strip_scan(scan, template, Config(strip=config), Path(work))

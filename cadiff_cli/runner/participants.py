@@ -4,7 +4,6 @@ Nothing here prints: a ``Listener`` receives every event, and functions return a
 """
 
 import json
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
+from cadiff_cli.machine import work_folder
 from cadiff_cli.notes import Note, texts
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
@@ -304,9 +304,7 @@ def _execute(request: DatasetRequest, plan: Plan, listener: Listener) -> list[Ou
             return outcomes
     if request.work_dir:
         request.work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix="cadiff-", dir=request.work_dir, ignore_cleanup_errors=True
-    ) as scratch:
+    with work_folder(where=request.work_dir) as scratch:
         # Another machine sees the work folder that was given, but not this one's /tmp.
         here = Path(scratch) if request.executor.kind == "local" else request.work_dir
         waiting = [replace(job, work_dir=here) for job in jobs]

@@ -219,7 +219,7 @@ def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:
     ``DataError`` if ANTs fails.
     """
     wanted = {"type_of_transform": "Rigid", "spacing_mm": 2.0}
-    with tempfile.TemporaryDirectory(prefix="cadiff-") as work:
+    with machine.work_folder() as work:
         try:
             forward, _ = _run(fixed, moving, wanted, seed, Path(work))
             with plainly(forward.parent) as folder:
@@ -275,7 +275,7 @@ def joint_vote(
         return _to_ants(Volume(data, grid))
 
     with (
-        tempfile.TemporaryDirectory(prefix="cadiff-") as work,
+        machine.work_folder() as work,
         plainly(Path(work)) as folder,
         _quiet(),
     ):
@@ -436,7 +436,7 @@ def plainly(folder: Path) -> Iterator[Path]:
             f"ANTs cannot write to {folder}, nor can a link to it be made in any of {places}",
             "set TMPDIR to a folder of letters, digits and ./_@+- only",
         )
-    with tempfile.TemporaryDirectory(prefix="cadiff-", dir=place) as here:
+    with machine.work_folder(where=place) as here:
         link = Path(here) / "link"
         link.symlink_to(folder.absolute(), target_is_directory=True)
         yield link

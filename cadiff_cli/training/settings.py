@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_origin, get_t
 
 from cadiff_cli.data import shipped
 from cadiff_cli.errors import CadiffError, MissingInputError, UsageError
-from cadiff_cli.io.files import read_text
+from cadiff_cli.text import read_text
 from cadiff_cli.training.loop import Schedule
 
 CONFIGS = Path(str(shipped("configs")))

@@ -3,6 +3,7 @@
 Every file appears under a temporary name and is renamed when it is complete.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -310,7 +311,8 @@ class _Writer:
                 uncertainty,
                 sources,
                 Description="Entropy of the probabilities of all structures, over its greatest"
-                " value: 0 is certain, 1 knows nothing; two equally likely structures give 0.19",
+                " value: 0 is certain, 1 knows nothing; two equally likely structures give"
+                f" {math.log(2) / math.log(parcellation.n_classes):.2f}",
                 Manual=False,
             )
 

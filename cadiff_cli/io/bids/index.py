@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import is_folder
+from cadiff_cli.machine import work_folder
 
 if TYPE_CHECKING:
     from bids.layout import BIDSLayout
@@ -141,7 +141,7 @@ def _kept_index(layout_at: Callable[[Path | None], "BIDSLayout"], database: Path
             return layout_at(database)
         database.mkdir(parents=True, exist_ok=True)
         layout = layout_at(None)
-        with tempfile.TemporaryDirectory(prefix=".cadiff-", dir=database) as folder:
+        with work_folder(".cadiff-", database) as folder:
             layout.save(folder, replace_connection=False)
             (Path(folder) / INDEX).replace(database / INDEX)
         return layout

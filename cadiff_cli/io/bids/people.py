@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cadiff_cli.errors import first_few, plural
-from cadiff_cli.io.files import lines_of, names_in, read_json, read_text
+from cadiff_cli.io.files import names_in, read_json
 from cadiff_cli.products import Person, Sex
+from cadiff_cli.text import lines_of, read_text
 
 T = TypeVar("T")
 

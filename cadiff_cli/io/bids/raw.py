@@ -21,7 +21,8 @@ from cadiff_cli.errors import (
     plural,
 )
 from cadiff_cli.io.bids.people import People, read_people
-from cadiff_cli.io.files import folders_of, read_text
+from cadiff_cli.io.files import folders_of
+from cadiff_cli.text import read_text
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from cadiff_cli.io.bids.index import (
     named_images,
 )
 from cadiff_cli.io.bids.raw import Dataset
-from cadiff_cli.io.files import read_text
 from cadiff_cli.io.formats import stem
+from cadiff_cli.text import read_text
 
 SUFFIXES = T1W, UNIT1 = "T1w", "UNIT1"
 """Suffixes of images that can be segmented; UNIT1 is the uniform image of an MP2RAGE."""

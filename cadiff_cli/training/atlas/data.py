@@ -10,7 +10,6 @@ structures, and its image and classes at 2 mm, to be registered to when an atlas
 
 import logging
 import re
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -31,6 +30,7 @@ from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.releases import find_weights
 from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation, shipped_names
 from cadiff_cli.labels.schemes import load_scheme, scheme_names
+from cadiff_cli.machine import work_folder
 from cadiff_cli.nets.atlas import MULTIPLE
 from cadiff_cli.nets.condition import ConditionSpace
 from cadiff_cli.nets.models import Model
@@ -280,7 +280,7 @@ def _arrays(
 ) -> dict[str, Any]:
     given, loaded = labels_beside(scan), load_scan(scan)
     parcellation = load_parcellation(BASE)
-    with tempfile.TemporaryDirectory() as work:
+    with work_folder() as work:
         prepared = prepare(loaded, [base], HOW, Path(work))
     conditions = prepared.conditions
     image, inside = conditions.image, conditions.mask.data

@@ -109,15 +109,16 @@ def train_atlas(
     brain = torch.from_numpy(brain_weight(base, grid))
     volumes = BaseVolumes.of(base, list(STRUCTURES.values()), grid)
     objective = AtlasObjective(config, brain, volumes, zooms)
-    goes_on = True
+    done = True
     if training.net.latent == AUTOENCODER and config.autoencoder_steps:
         first = replace(config, steps=min(config.autoencoder_steps, config.steps), decay=1)
         alone = AutoencoderObjective(config, brain)
-        goes_on = session.fit(draws, alone, schedule=first, workers=workers)
-    if goes_on:
-        session.fit(draws, objective, workers=workers)
+        done = session.fit(draws, alone, schedule=first, workers=workers)
+    done = done and session.fit(draws, objective, workers=workers)
     parts: dict[str, Any] = {"base": base.name, "grid": grid, "space": space, "labels": base.labels}
     path = session.export(AtlasModel, **parts)
+    if not done:  # out of time, or asked to stop
+        return path
     model = AtlasModel(session.state.ema.cpu().eval(), **parts)
     left_out = known_to(space, [p for p in people if p.label in out])
     _compare(left_out, sources_of(model, regression), brain, grid, run)

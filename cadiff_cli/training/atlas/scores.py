@@ -5,7 +5,6 @@ network.  All of them make a velocity of a condition, and are judged by the same
 """
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from cadiff_cli.atlas import deform, structure_volumes, warped
 from cadiff_cli.config import RegisterConfig
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.machine import work_folder
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition, Template
@@ -178,7 +178,7 @@ def carried_dice(person: Sitter, atlas: Template) -> float:
     assert atlas.labels is not None
     parcellation = load_parcellation(BASE)
     image = Volume(person.image.data.astype(np.float32), person.image.grid)
-    with tempfile.TemporaryDirectory(prefix="cadiff-", ignore_cleanup_errors=True) as work:
+    with work_folder() as work:
         transform = register(image, atlas.brain, RegisterConfig(), Path(work))
         moved = warp(atlas.labels, transform, image.grid, interpolator="genericLabel")
     carried = parcellation.encode(moved.data, parcellation.class_of)

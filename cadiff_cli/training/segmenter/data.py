@@ -5,7 +5,6 @@ template at 4 mm in half precision (it is smooth).
 """
 
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.templates import own_contents
 from cadiff_cli.labels.parcellation import BASE, Parcellation, shipped_names
+from cadiff_cli.machine import work_folder
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
 from cadiff_cli.spatial.resample import resample_labels
@@ -138,7 +138,7 @@ def _arrays(
 ) -> dict[str, Any]:
     loaded, classes = load_labelled(scan, parcellation, mapping)
     arrays: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as work:
+    with work_folder() as work:
         loaded_templates = [load_training_template(name) for name in templates]
         prepared = prepare(loaded, loaded_templates, HOW, Path(work))
         conditions, grid = prepared.conditions, prepared.conditions.image.grid
