@@ -394,6 +394,10 @@ def test_a_file_holds_the_same_ranges(few, tmp_path):
     for spoilt in (
         {**whole, "format": 99},
         {**whole, "knots": [1]},
+        {**whole, "knots": whole["knots"][::-1]},
+        {**whole, "ages": whole["ages"][::-1]},
+        {**whole, "sources": [1]},
+        {**whole, "curves": []},
         {**whole, "curves": {"x": {}}},
         {k: v for k, v in whole.items() if k != "ages"},
         [],
@@ -452,6 +456,15 @@ def test_several_scans_of_a_person_count_once(table):
     assert twice.mm3 == once.mm3
     assert "whose means count: 60" in twice.notes[0]
     assert {*twice.sources} == {"a", "b"}
+
+
+@pytest.mark.parametrize("unknown", ["n/a", ""])
+def test_a_source_that_is_not_known_is_the_tables_own(table, unknown):
+    """Else people of several tables, who share their labels by chance, would be one person."""
+    tables = [table(f"{name}.tsv", more={"source": lambda _: unknown}) for name in "ab"]
+    cohort = read_cohort(tables, TOY)
+    assert len(cohort) == 120
+    assert {*cohort.sources} == {"a", "b"}
 
 
 def test_people_without_a_label_are_not_one_person(table):

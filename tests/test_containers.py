@@ -110,6 +110,23 @@ def _to_submit(listed):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS])
+@pytest.mark.parametrize("line", ["3", "undefined", ""])
+def test_a_task_beyond_the_list_does_not_begin(script, line, tmp_path):
+    """Grid Engine says ``undefined`` where no array was submitted."""
+    (tmp_path / "todo.txt").write_text("01\n02\n")
+    (number,) = (name for name in SCRIPTS[script] if "TASK_ID" in name)
+    done = subprocess.run(
+        ["bash", ROOT / "containers" / script, "todo.txt", "bids", "out"],
+        env=environment(**{number: line}, TMPDIR=str(tmp_path), CADIFF_RUN="echo"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "todo.txt" in done.stderr
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS])
 def test_without_scratch_a_task_does_not_begin(script, tmp_path):
     """An empty name of the work folder would be the current one, on the network."""
     (tmp_path / "todo.txt").write_text("01\n02\n")

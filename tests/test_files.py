@@ -97,6 +97,15 @@ def test_a_platform_without_quotas_has_no_number_for_them():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    """Nor a device: ``-o /dev/null --overwrite`` would take it from the whole system."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OutputError, match=r"is a (pipe|folder|device)"), replacing(path):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_replacing_below_a_file_is_an_output_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError) as caught, replacing(tmp_path / "file" / "x.txt"):

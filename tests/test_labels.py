@@ -266,7 +266,7 @@ def test_a_parcellation_is_named_after_its_file(lobes, tmp_path):
         (tmp_path / f"{taken}.tsv").write_text(LOBES)
         with pytest.raises(DataError, match="taken"):
             load_parcellation(tmp_path / f"{taken}.tsv")
-    path.write_text(LOBES, encoding="utf-16")
+    path.write_bytes(LOBES.replace("Brain", "Bräin").encode("latin-1"))
     with pytest.raises(DataError, match="not a table"):
         load_parcellation(path)
 
@@ -278,6 +278,9 @@ def test_a_parcellation_is_named_after_its_file(lobes, tmp_path):
         ("1001\tLeft-F", "x\tLeft-F", "cannot be read"),
         ("2002\tRight-Back", "2001\tRight-Back", "code 2001 is given to several"),
         ("Left-Back", "Left-Front", "name Left-Front is given to several"),
+        ("Left-Back", "left-front", "capitals make no difference"),
+        ("\tL_B\t", "\t\t", "abbreviation of 1002 is empty"),
+        ("\tBrain-Stem\tBS\t#779fb0\t10\t16\t16\tn/a", "", "cannot be read"),
         ("\t2001\t3", "\t2002\t3", "Left-Front mirrors 2002"),
         ("\t16\t16\tn/a", "\t17\t16\tn/a", "Brain-Stem mirrors 17"),
         ("\t16\t16\tn/a", "\t16\t1001\tn/a", "parent of Brain-Stem is 1001"),

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from cadiff_cli.errors import UsageError
+from cadiff_cli.evaluation.scores import score_classes
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.metrics.surface import hausdorff95_mm, surface_dice
+from cadiff_cli.spatial.grid import Grid, Volume
 
 EDGE = 12
 SPACINGS = [(1.0, 1.0, 1.0), (2.0, 1.0, 0.5)]
@@ -95,6 +97,21 @@ def test_orientation_does_not_matter(order):
     for measure in (surface_dice, hausdorff95_mm):
         expected = measure(a, b, [1], spacing)
         np.testing.assert_allclose(measure(p, r, [1], turned), expected, rtol=1e-5)
+
+
+def test_distances_on_a_sheared_grid_are_millimetres(parcellation):
+    """Gantry tilt: the spacing alone does not tell how far two voxels are from each other."""
+    affine = np.eye(4)
+    affine[1, 2] = 0.8
+    grid = Grid((24, 60, 24), affine)
+    maps = []
+    for k in (4, 18):
+        classes = np.zeros(grid.shape, dtype=np.uint8)
+        classes[8:12, 20:24, k : k + 2] = 1
+        maps.append(Volume(classes, grid))
+    scores = score_classes("sub-a", *maps, parcellation, "all")
+    distance = np.linalg.norm(affine[:3, 2]) * 14
+    assert scores[0].hd95_mm == pytest.approx(distance, abs=1.0)
 
 
 @pytest.mark.parametrize("measure", [surface_dice, hausdorff95_mm])

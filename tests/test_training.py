@@ -20,7 +20,14 @@ from torch import nn
 
 from cadiff_cli.cli.train import command
 from cadiff_cli.diffusion.process import PROCESSES, Cosine, Gaussian
-from cadiff_cli.errors import CadiffError, DataError, DiskError, MissingInputError, UsageError
+from cadiff_cli.errors import (
+    CadiffError,
+    DataError,
+    DiskError,
+    MissingInputError,
+    OutputError,
+    UsageError,
+)
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
 from cadiff_cli.io.images import save_volume
@@ -359,6 +366,17 @@ def test_a_cache_is_read_back(toy_sample, tmp_path):
     assert set(back.fields) == set(toy_sample.fields)
     for name, field in toy_sample.fields.items():
         np.testing.assert_array_equal(back.fields[name], field)
+
+
+def test_finished_weights_are_not_lost(toy_sample, tmp_path, tiny_config):
+    """A checkpoint is large: people delete it, and keep the weights."""
+    config = replace(QUICK, steps=1, warmup=1, decay=1)
+    weights = train([toy_sample], tmp_path, config, net_config=tiny_config)
+    before = weights.read_bytes()
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(OutputError, match="no checkpoint"):
+        train([toy_sample], tmp_path, replace(config, seed=5), net_config=tiny_config)
+    assert weights.read_bytes() == before
 
 
 def test_a_run_goes_on_only_with_what_it_began_with(toy_sample, tmp_path, tiny_config):

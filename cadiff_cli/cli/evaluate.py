@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_warnings
+from cadiff_cli.cli.options import PATH, filled, show_warnings
 
 COLUMNS = {
     "dice": ("Dice", ".4f"),
@@ -22,6 +22,7 @@ COLUMNS = {
 @click.argument("reference", type=PATH)
 @click.option(
     "--labels",
+    callback=filled,
     help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40"
     " [malc27; all where no structure has a parent in cadiff40]; nmm138 or parcels: the label maps"
     " of --parcellation nmm138.",

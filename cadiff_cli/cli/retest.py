@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH, show_warnings
+from cadiff_cli.cli.options import PATH, filled, show_warnings
 
 COLUMNS = {
     "volume_difference_percent": ("volume difference %", ".2f"),
@@ -19,6 +19,7 @@ COLUMNS = {
 @click.argument("derivatives", type=PATH)
 @click.option(
     "--labels",
+    callback=filled,
     help="Structures to compare: all, or a subset of the label maps' parcellation or of cadiff40"
     " [malc27; all where no structure has a parent in cadiff40]; nmm138 or parcels: the label maps"
     " of --parcellation nmm138.",

@@ -16,6 +16,7 @@ from cadiff_cli.cli.options import (
     Words,
     check,
     entity_labels,
+    filled,
     made,
     options_of,
     read_filters,
@@ -128,7 +129,11 @@ def _as_typed(option: click.Option, value: Any, key: str) -> Any:
     show_default=True,
     help="Where scans are segmented.",
 )
-@click.option("--dask-address", help="Scheduler, as tcp://host:8786 [default: one of our own].")
+@click.option(
+    "--dask-address",
+    callback=filled,
+    help="Scheduler, as tcp://host:8786 [default: one of our own].",
+)
 @click.option(
     "--dataset-links",
     cls=Words,

@@ -150,11 +150,16 @@ def score_classes(
 ) -> list[Score]:
     """Score one class map against another on the same grid."""
     p, r, classes = prediction.data, reference.data, parcellation.subset(subset)
-    spacing_mm = reference.grid.spacing_mm.tolist()
+    straight = prediction, reference
+    if reference.grid.is_sheared:  # distances are measured along axes at right angles
+        grid = reference.grid.working()
+        straight = resample_labels(prediction, grid), resample_labels(reference, grid)
+    spacing_mm = straight[1].grid.spacing_mm.tolist()
+    surfaces = straight[0].data, straight[1].data, classes, spacing_mm
     numbers = zip(
         dice(p, r, classes),
-        surface_dice(p, r, classes, spacing_mm, tolerance_mm),
-        hausdorff95_mm(p, r, classes, spacing_mm),
+        surface_dice(*surfaces, tolerance_mm),
+        hausdorff95_mm(*surfaces),
         _volumes_mm3(prediction, classes),
         _volumes_mm3(reference, classes),
         strict=True,

@@ -191,7 +191,8 @@ def _scans(
             if value is None and (cell := line.get(name, "")).lower() not in UNKNOWN:
                 strange[name].append(f"sub-{subject} {cell}")
         looks += line.get("verdict") == "look"
-        yield _Scan(subject, line.get("source") or source, person, volumes)
+        told = line.get("source", "")
+        yield _Scan(subject, source if told.lower() in UNKNOWN else told, person, volumes)
     if not lines:
         notes.append(f"{table} has no line below its header")
     if incomplete:

@@ -41,6 +41,9 @@ def replacing(path: Path) -> Iterator[Path]:
     An earlier file stays untouched until then.  An error leaves no temporary file, a killed process
     leaves ``.NAME.*``.  Raises ``OutputError`` or ``DiskError``.
     """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or pipe"
+        raise OutputError(f"{path} is {what}", "name a file")
     suffix = "".join(path.suffixes[-2:])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if the file is absent or holds none (perhaps half written)."""
     try:
         values = json.loads(read_text(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
 

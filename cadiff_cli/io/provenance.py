@@ -1,5 +1,6 @@
 """What made a result: its provenance, as the sidecar of the label map holds it."""
 
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -411,6 +412,8 @@ class _Reader:
         value = self.values.get(key)
         if kind is float and type(value) is int:
             value = float(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
         return value if isinstance(value, kind) else None
 
     def required(self, key: str, kind: type[T]) -> T:

@@ -22,6 +22,9 @@ SUMS: Mapping[str, tuple[int, ...]] = {
     "Cerebral-White": CEREBRAL_WHITE,
 }
 """Sums that papers of volumes give: their codes of ``BASE``."""
+ABSORBED = (91, 92, 630, 631, 632)
+"""Basal forebrain and vermis: where a network was never taught them, others take them in, and a sum
+without them is whole."""
 BRAIN, NOT_CSF = "Brain-Segmentation", "Brain-Segmentation-Not-CSF"
 BRAIN_MASK, INTRACRANIAL = "Brain-Mask", "Intracranial-Volume"
 TOTALS = {
@@ -109,7 +112,7 @@ def intracranial_mm3(result: Result) -> float | None:
 
 
 def total_rows(result: Result) -> Iterator[dict[str, object]]:
-    """Rows of the table of totals; those of which nothing is drawn have no volume."""
+    """Rows of the table of totals; a sum has no volume if a part of it was never taught."""
     volumes, parcellation = result.volumes_mm3, result.segmentation.parcellation
     brain, mask = parcellation.brain_mm3(volumes), result.mask
     held = intracranial_mm3(result)
@@ -122,9 +125,14 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
     }
     own = parcellation.name == BASE
     for name, codes in SUMS.items():
-        parts = [s.code for s in parcellation.structures if (s.code if own else s.parent) in codes]
-        known = [mm3 for code in parts if (mm3 := result.mm3(code)) is not None]
-        totals[name] = sum(known) if known else None
+        parts = {s.code: s.code if own else s.parent for s in parcellation.structures}
+        known = {
+            code: mm3
+            for code, whole in parts.items()
+            if whole in codes and (mm3 := result.mm3(code)) is not None
+        }
+        drawn = {parts[code] for code in known}
+        totals[name] = sum(known.values()) if drawn >= set(codes) - set(ABSORBED) else None
     for name in TOTALS:
         mm3 = totals[name]
         yield {
@@ -190,4 +198,8 @@ def _read(path: Path) -> Iterator[Row]:
 
 
 def _number(cell: str) -> float | None:
-    return None if cell == "n/a" else float(cell)
+    if cell == "n/a":
+        return None
+    if not 0 <= (value := float(cell)) < np.inf:
+        raise ValueError(f"{cell} is no volume, share or Dice")
+    return value

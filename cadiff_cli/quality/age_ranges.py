@@ -291,7 +291,7 @@ def read_age_ranges(path: Path) -> AgeRanges:
         raise MissingInputError(f"no such file: {path}", "make it with cadiff ranges train")
     try:
         return _of_dict(json.loads(read_text(path)))
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} holds no age ranges ({error})", "make it with cadiff ranges train"
         ) from error
@@ -312,7 +312,10 @@ def _of_dict(values: Mapping[str, Any]) -> AgeRanges:
         raise ValueError(f"format {format!r}, {FORMAT} is known")
     low, high = map(float, values.pop("ages"))
     knots, curves = tuple(map(float, values.pop("knots"))), values.pop("curves")
-    found = AgeRanges(ages=(low, high), knots=knots, curves={}, **values)
+    if not (np.isfinite(knots).all() and (np.diff(knots) > 0).all() and low <= high):
+        raise ValueError("ages or knots that do not rise")
+    sources = {str(name): int(n) for name, n in dict(values.pop("sources")).items()}
+    found = AgeRanges(ages=(low, high), knots=knots, sources=sources, curves={}, **values)
     return replace(found, curves={name: _curve(one, len(knots)) for name, one in curves.items()})
 
 

@@ -30,12 +30,14 @@ def run_dask(
         raise UsageError(
             "--executor dask needs Dask", "pip install distributed, or use --executor local"
         ) from error
-    cluster: Any = address or LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        dashboard_address=None,
-        env={**machine.thread_variables(threads), machine.ITK_THREADS: "1"},
-    )
+    cluster: Any = address
+    if address is None:
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address=None,
+            env={**machine.thread_variables(threads), machine.ITK_THREADS: "1"},
+        )
     try:
         client = Client(cluster, timeout=TIMEOUT)
     except ValueError as error:

@@ -18,6 +18,7 @@ from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import UsageError, changed_meanwhile
 from cadiff_cli.io.bids.derivatives import save_result
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
+from cadiff_cli.io.bids.tables import check_table
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import check_writable, locked
 from cadiff_cli.io.images import given_mask, load_scan
@@ -188,6 +189,7 @@ def make_result(
     journal = Journal(job.out)
     journal.make_room(job.place, job.t1, config.strip.mask, overwrite=job.overwrite)
     model = _model(job.weights, job.recipe.weights_sha256)
+    check_table(job.out, model.parcellation)
     if strip_weights_sha256(config.strip) != job.recipe.strip_sha256:
         raise changed_meanwhile(f"the weights {config.strip.model}")
     if config.output.codes == "freesurfer":  # raises now, not when all is computed

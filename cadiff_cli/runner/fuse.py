@@ -8,7 +8,7 @@ from cadiff_cli.errors import OutputError
 from cadiff_cli.fusion import BETA, RADIUS, SEARCH, VOTES, Fused, check_vote, choose_atlases, fuse
 from cadiff_cli.io.bids.description import generated_by, refuse_foreign, save_dataset_files
 from cadiff_cli.io.bids.layout import Derivatives
-from cadiff_cli.io.bids.tables import save_table, table_name
+from cadiff_cli.io.bids.tables import check_table, save_table, table_name
 from cadiff_cli.io.files import check_writable, refuse_existing, write_json
 from cadiff_cli.io.images import load_scan, save_volume
 from cadiff_cli.io.provenance import software, told
@@ -51,14 +51,15 @@ def fuse_file(
             "choose another output folder",
         )
     refuse_foreign(out)
-    refuse_existing(path, overwrite=overwrite)
+    check_table(out, parcellation)
+    sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
+    refuse_existing(path, sidecar, overwrite=overwrite)
     check_writable(path.parent)
     with work_folder() as work:
         stripped = strip_scan(scan, load_template(EMBEDDED), config, Path(work))
     fused = fuse(scan, stripped, people, parcellation, mapping, config.register, vote, jobs)
     save_dataset_files(out)
     save_table(out, parcellation)
-    sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
     sidecar.unlink(missing_ok=True)
     save_volume(path, fused.labels.data, fused.labels.grid, like=t1, labels=True)
     write_json(sidecar, _about(fused, t1, stripped, config, parcellation))

@@ -57,7 +57,7 @@ QUALITY = {
     "template": "Templates that the scan was registered to",
     "skull_stripping": "How the brain mask was found",
     "n_warnings": "Number of warnings in the scan's sidecar",
-    "seconds": "Seconds that the scan took",
+    "seconds": "Seconds from stripping to labels, without other spaces, files and the page",
     "version": "Version of cadiff",
     "fingerprint": "Changes with settings, weights, calibration, template and version",
     **COLUMNS,

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from cadiff_cli.config import as_dict, fingerprint
 from cadiff_cli.device import usable_device
-from cadiff_cli.errors import DataError, UsageError, first_few
+from cadiff_cli.errors import DataError, OutputError, UsageError, first_few
 from cadiff_cli.io import models
 from cadiff_cli.io.files import read_json, write_json
 from cadiff_cli.machine import memory_kept
@@ -38,6 +38,8 @@ from cadiff_cli.training.loop import (
 log = logging.getLogger(__name__)
 
 N = TypeVar("N", bound=nn.Module)
+WEIGHTS = "model.safetensors"
+"""The exported weights in a run's folder."""
 UNTOLD = ""
 """A fact that an older run did not write down: it is taken on trust."""
 MAY_CHANGE = ("steps", "decay", "rate")
@@ -131,7 +133,8 @@ class Session(Generic[N]):
         """Begin a run with ``net``, or go on from the checkpoint in ``folder``.
 
         ``facts`` are told in ``config.json`` too, but need not agree.  Raises ``UsageError`` where
-        the checkpoint is of another run, or has more steps than ``config``.
+        the checkpoint is of another run, or has more steps than ``config``, and ``OutputError``
+        where finished weights would be lost.
         """
         folder.mkdir(parents=True, exist_ok=True)
         settings = as_dict(config)
@@ -141,6 +144,11 @@ class Session(Generic[N]):
             refuse_other_run(described, identity, config, net.config)
             load_checkpoint(checkpoint, state, config)
             log.info("continuing at step %d", state.step)
+        elif (weights := folder / WEIGHTS).exists():
+            raise OutputError(
+                f"{weights} is there, and no checkpoint to go on from",
+                "choose another folder for this run, or move the weights away",
+            )
         description = {
             "train": settings,
             "fingerprint": fingerprint(settings),
@@ -183,7 +191,7 @@ class Session(Generic[N]):
         if state.step < steps:
             log.warning("stopped at step %d of %d: the same command goes on", state.step, steps)
         progress = {"steps": state.step, "hours": round(state.seconds / 3600, 2)}
-        path = self.folder / "model.safetensors"
+        path = self.folder / WEIGHTS
         models.save(path, kind(state.ema, training=self.description | progress, **facts))
         log.info("wrote %s after %d steps", path, state.step)
         return path

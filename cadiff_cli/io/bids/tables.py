@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from cadiff_cli.errors import OutputError
 from cadiff_cli.io.files import write_json, write_text, write_tsv
 from cadiff_cli.labels.luts import FORMATS
 from cadiff_cli.labels.parcellation import (
@@ -31,12 +32,29 @@ def table_name(parcellation: Parcellation) -> str:
     return f"seg-{parcellation.segmentation}_dseg.tsv"
 
 
+def check_table(out: Path, parcellation: Parcellation) -> None:
+    """Raise ``OutputError`` if the table in ``out`` explains other codes under the same name.
+
+    Label maps that are there already would change their meaning with a new table, and new ones
+    would get wrong names from the old one.
+    """
+    path = out / table_name(parcellation)
+    if parcellation.name == BASE or not path.exists():
+        return
+    if load_parcellation(path) != parcellation:
+        raise OutputError(
+            f"{path} explains another parcellation of the name {parcellation.name}",
+            "use another output folder, or another name",
+        )
+
+
 def save_table(out: Path, parcellation: Parcellation) -> None:
     """Write the parcellation's table, and its colours for viewers, unless they are there already.
 
     ``parcellation_of`` reads the tables of others than ``BASE``.  That of earlier versions is
-    removed: it would explain the map of tissues too.
+    removed: it would explain the map of tissues too.  Raises what ``check_table`` raises.
     """
+    check_table(out, parcellation)
     if _is_earlier(before := out / "dseg.tsv"):
         before.unlink()
     for ending, text in FORMATS.items():
@@ -46,7 +64,8 @@ def save_table(out: Path, parcellation: Parcellation) -> None:
     path = out / table_name(parcellation)
     if not path.exists():
         about = {name: {"Description": text} for name, text in ABOUT.items()}
-        write_json(path.with_suffix(".json"), about)
+        if not (described := path.with_suffix(".json")).exists():
+            write_json(described, about)
         write_table(path, parcellation)
 
 
