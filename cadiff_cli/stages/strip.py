@@ -258,35 +258,42 @@ def stripped_brain(t1: Volume, network: Network | None = None) -> Volume | None:
     """Find the brain (bool) of a scan that is stripped already; None for a whole head.
 
     In a stripped scan one constant value surrounds an object of a brain's size that keeps away from
-    the faces of the field of view.  A large object may be a head in air that was set to 0: then
-    ``network`` is loaded, which finds a brain inside a head.
+    the faces of the field of view.  A large object may be a head in air that was set to 0, and so
+    may one that is seen only without what is almost air: then ``network`` is loaded, which finds a
+    brain inside a head.
     """
-    candidate = _surrounded(t1)
-    if candidate is None:
+    plain = foreground(t1)
+    if plain.data.mean() < MOST_FILLED and _is_like_a_brain(plain):
+        found, doubtful = plain, plain.litres >= LARGE_LITRES
+    elif (bright := _without_ringing(t1)) and _is_like_a_brain(bright):
+        found, doubtful = bright, True
+    else:
         return None
-    # A brain touches one or two faces of a tight field of view, never most of them.
-    apart = np.median([face.mean() for face in faces(candidate.data)]) < MOST_TOUCHED
-    low, high = STRIPPED_LITRES
-    if not (apart and low < candidate.litres < high):
-        return None
-    if network is None or candidate.litres < LARGE_LITRES:
-        return candidate
+    if network is None or not doubtful:
+        return found
     from cadiff_cli.stages.brain_mask import share_of_brain
 
-    share = share_of_brain(t1, candidate, network())
-    log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, candidate.litres)
-    return candidate if share < MOST_SHARE else None
+    share = share_of_brain(t1, found, network())
+    log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, found.litres)
+    return found if share < MOST_SHARE else None
 
 
-def _surrounded(t1: Volume) -> Volume | None:
-    """The object (bool) that one constant value surrounds; None without such a value.
+def _is_like_a_brain(candidate: Volume) -> bool:
+    """Whether an object (bool) has a brain's size and touches hardly any face of the image.
 
-    Splines that moved a stripped scan ring around the brain and leave no two values equal; a few
+    A brain touches one or two faces of a tight field of view, never most of them.
+    """
+    low, high = STRIPPED_LITRES
+    touched = np.median([face.mean() for face in faces(candidate.data)])
+    return bool(touched < MOST_TOUCHED and low < candidate.litres < high)
+
+
+def _without_ringing(t1: Volume) -> Volume | None:
+    """What is clearly brighter or darker than the background (bool); None if that is noisy.
+
+    Splines that moved a stripped scan ring around the brain and leave few equal values; a few
     centimetres away the ringing has faded.  Air is noisy everywhere.
     """
-    candidate = foreground(t1)
-    if candidate.data.mean() < MOST_FILLED:
-        return candidate
     low, high = np.percentile(t1.data, [1, 99.5])
     away = abs(t1.data - border_value(t1.data)) / max(float(high - low), 1e-30)
     quiet = away < RINGING
