@@ -52,7 +52,7 @@ class Voter:
     image: np.ndarray
     classes: np.ndarray
     kind: str
-    score: float | None
+    score: float
     notes: tuple[Note, ...] = ()
     unknown: frozenset[int] = frozenset()
 
@@ -63,7 +63,7 @@ class Fused:
 
     labels: Volume
     vote: str
-    atlases: Mapping[str, tuple[str, float | None]]
+    atlases: Mapping[str, tuple[str, float]]
     seconds: Mapping[str, float]
     notes: tuple[Note, ...] = ()
 

@@ -22,8 +22,9 @@ from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.releases import find_weights
 from cadiff_cli.labels.parcellation import load_parcellation
 from cadiff_cli.labels.schemes import load_scheme
+from cadiff_cli.nets.blocks import unshuffle
 from cadiff_cli.nets.models import ParcelModel
-from cadiff_cli.nets.parcels import STRIDE, ParcelConfig, ParcelNet, gathered, sampled
+from cadiff_cli.nets.parcels import STRIDE, ParcelConfig, ParcelNet, sampled
 from cadiff_cli.products import Segmentation
 from cadiff_cli.runner.group import known_scans, write_group
 from cadiff_cli.spatial.grid import Volume
@@ -151,7 +152,7 @@ def test_a_network_begins_as_the_prior():
 
 def test_a_cell_holds_its_voxels_in_order():
     x = torch.rand(1, 2, 8, 4, 12)
-    cells = gathered(x)
+    cells = unshuffle(x, STRIDE)
     i, j, k = 5, 2, 11
     part = ((i % STRIDE) * STRIDE + j % STRIDE) * STRIDE + k % STRIDE
     seen = cells[0, [part, STRIDE**3 + part], i // STRIDE, j // STRIDE, k // STRIDE]

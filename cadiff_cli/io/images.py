@@ -47,10 +47,9 @@ MIN_EDGE_MM = 60.0
 MAX_EDGE_MM = 1000.0
 """Longest edge of a field of view: beyond head and shoulders the header's unit is wrong."""
 MAX_VOXELS = 600_000_000
-"""More than a head at 0.25 mm; refuse before memory runs out.
-
-Also the largest field of view in mm3.
-"""
+"""More than a head at 0.25 mm; refuse before memory runs out."""
+MAX_FIELD_MM3 = 6e8
+"""Largest field of view: one of 840 mm a side."""
 
 ROUNDING_OF_FLOAT = 1e-7
 """Largest excess over length 1 of a quaternion that a header stores as float32."""
@@ -282,10 +281,10 @@ def _check_extent(grid: Grid, name: str) -> None:
             f"{covers} with voxels of {spacing} mm",
             f"{MIN_EDGE_MM:g} to {MAX_EDGE_MM:g} mm a side are allowed: check the voxel size",
         )
-    if np.prod(edges_mm) > MAX_VOXELS:
+    if np.prod(edges_mm) > MAX_FIELD_MM3:
         raise UnsuitableError(
             f"{name} covers {np.prod(edges_mm) / 1e6:.0f} l",
-            f"at most {MAX_VOXELS / 1e6:.0f} l are allowed: check the voxel size, or crop it",
+            f"at most {MAX_FIELD_MM3 / 1e6:.0f} l are allowed: check the voxel size, or crop it",
         )
 
 

@@ -174,6 +174,22 @@ def plus(x: Tensor, y: Tensor) -> Tensor:
     return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
+class Block(nn.Module):
+    """Two 3^3 convolutions around a shortcut, without a time."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = ChannelNorm(c_in), ChannelNorm(c_out)
+        self.conv_1 = Conv3d(c_in, c_out, 3, padding=1)
+        self.conv_2 = Conv3d(c_out, c_out, 3, padding=1)
+        self.skip = Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, X, Y, Z) -> (B, c_out, X, Y, Z)."""
+        h = self.conv_1(silu(self.norm_1(x)))
+        return plus(self.conv_2(silu(self.norm_2(h))), self.skip(x))
+
+
 def channels_last(net: N) -> N:
     """``net`` with its convolution weights in ``channels_last_3d`` memory (in place)."""
     net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -190,12 +206,15 @@ BLOCK = 2
 
 
 # MONAI's pixelunshuffle and pixelshuffle give the same, but importing them takes 1.3 s a run.
-def unshuffle(image: Tensor) -> Tensor:
-    """(B, 1, 2x, 2y, 2z) -> (B, 8, x, y, z): nothing is lost, unlike pooling."""
-    b, _, x, y, z = image.shape
-    s = BLOCK
-    blocks = image.reshape(b, x // s, s, y // s, s, z // s, s)
-    return blocks.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, s**3, x // s, y // s, z // s)
+def unshuffle(image: Tensor, side: int = BLOCK) -> Tensor:
+    """(B, C, s x, s y, s z) -> (B, s^3 C, x, y, z) of blocks: nothing is lost, unlike pooling.
+
+    The voxels of a block's first channel come first, then those of the second.
+    """
+    b, c, *shape = image.shape
+    x, y, z = (n // side for n in shape)
+    blocks = image.reshape(b, c, x, side, y, side, z, side)
+    return blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, -1, x, y, z)
 
 
 def at_blocks(image: Tensor, blocks: Tensor) -> Tensor:
@@ -221,7 +240,7 @@ def upsampled(coarse: Tensor, blocks: Tensor) -> Tensor:
 
 
 def shuffle(blocks: Tensor) -> Tensor:
-    """The inverse of ``unshuffle``: (B, 8 C, x, y, z) -> (B, C, 2x, 2y, 2z).
+    """(B, 8 C, x, y, z) -> (B, C, 2x, 2y, 2z); of one channel, the inverse of ``unshuffle``.
 
     The C channels of a block's first voxel come first, then those of the second.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, shuffle, unshuffle
+from cadiff_cli.nets.blocks import Block, ChannelNorm, Conv3d, last, shuffle, unshuffle
 
 SPACING_MM = 2.0
 REACH_MM = 10.0
@@ -65,23 +65,6 @@ class BrainConfig:
     def skull_multiple(self) -> int:
         """Sizes of the part at 2 mm in which the inner skull is found must be multiples of this."""
         return int(2 ** (len(self.skull_channels) - 1))
-
-
-class Block(nn.Module):
-    """Two 3^3 convolutions around a shortcut."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = ChannelNorm(c_in), ChannelNorm(c_out)
-        self.conv_1 = Conv3d(c_in, c_out, 3, padding=1)
-        self.conv_2 = Conv3d(c_out, c_out, 3, padding=1)
-        self.skip = Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, X, Y, Z) -> (B, c_out, X, Y, Z)."""
-        h = self.conv_1(F.silu(self.norm_1(x)))
-        out: Tensor = self.skip(x) + self.conv_2(F.silu(self.norm_2(h)))
-        return out
 
 
 class BlockNet(nn.Module):

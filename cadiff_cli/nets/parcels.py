@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from cadiff_cli.nets.blocks import ChannelNorm, Conv3d, last, silu
+from cadiff_cli.nets.blocks import Block, ChannelNorm, Conv3d, last, silu, unshuffle
 
 STRIDE = 4
 """Voxels of 1 mm along an edge of the U-Net's cells."""
@@ -42,22 +42,6 @@ class ParcelConfig:
     prior_shape: tuple[int, int, int] = (32, 61, 53)
 
 
-class Block(nn.Module):
-    """A residual block of two 3^3 convolutions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm_1, self.norm_2 = ChannelNorm(channels), ChannelNorm(channels)
-        self.conv_1 = Conv3d(channels, channels, 3, padding=1)
-        self.conv_2 = Conv3d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x`` (B, channels, X, Y, Z)."""
-        h = self.conv_1(silu(self.norm_1(x)))
-        out: Tensor = self.conv_2(silu(self.norm_2(h))) + x
-        return out
-
-
 class ParcelNet(nn.Module):
     """Logits of parcels at points of a left hemisphere."""
 
@@ -73,8 +57,8 @@ class ParcelNet(nn.Module):
         self.embed_prior = Conv3d(config.n_parcels, a, 1, bias=False)
         self.down_1, self.down_2 = Conv3d(a, b, 2, stride=2), Conv3d(b, c, 2, stride=2)
         self.up_2, self.up_1 = Conv3d(c, b, 1), Conv3d(b, a, 1)
-        self.enter, self.leave = Block(a), Block(a)
-        self.middle_in, self.deep, self.middle_out = Block(b), Block(c), Block(b)
+        self.enter, self.leave = Block(a, a), Block(a, a)
+        self.middle_in, self.deep, self.middle_out = Block(b, b), Block(c, c), Block(b, b)
         self.norm = ChannelNorm(a)
         self.to_own = Conv3d(a, config.own_channels * STRIDE**3, 1)
         answer = nn.Linear(config.hidden, config.n_parcels)
@@ -113,7 +97,7 @@ class ParcelNet(nn.Module):
     ) -> Tensor:
         """Features (1, C, x, y, z) of the cells; see ``forward``."""
         known = self.prior_at(field[0].flatten(1).T, prior).T.reshape(1, -1, *field.shape[2:])
-        x = self.embed_detail(last(2 * gathered(detail) - 1))
+        x = self.embed_detail(last(2 * unshuffle(detail, STRIDE) - 1))
         x = x + self.embed_shares(last(torch.cat([shares, 4 * field - 2], dim=1)))
         fine = self.enter(x + self.embed_prior(last(known.exp())))
         middle = self.middle_in(self.down_1(fine))
@@ -150,11 +134,3 @@ def sampled(volume: Tensor, at: Tensor, *, corners: bool = True) -> Tensor:
     points = (2 * at - 1).flip(-1)[None, :, None, None]
     values = F.grid_sample(volume, points, padding_mode="border", align_corners=corners)
     return values[0, :, :, 0, 0].T
-
-
-def gathered(x: Tensor) -> Tensor:
-    """(1, C, 4x, 4y, 4z) -> (1, 64 C, x, y, z): the voxels of a cell side by side."""
-    b, c, *shape = x.shape
-    i, j, k = (n // STRIDE for n in shape)
-    blocks = x.reshape(b, c, i, STRIDE, j, STRIDE, k, STRIDE)
-    return blocks.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, -1, i, j, k)

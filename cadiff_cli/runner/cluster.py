@@ -6,23 +6,21 @@ again, but the scan is not segmented twice.
 """
 
 from collections.abc import Generator, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, MissingInputError, UsageError, in_a_line
 from cadiff_cli.runner.execute import execute
+from cadiff_cli.runner.job import Job, Outcome
 from cadiff_cli.runner.journal import failure
-
-if TYPE_CHECKING:
-    from cadiff_cli.runner.job import Job, Outcome
 
 TIMEOUT = "30s"
 """How long a scheduler may take to answer."""
 
 
 def run_dask(
-    jobs: Iterable["Job"], address: str | None, workers: int, threads: int
-) -> Generator["Outcome"]:
+    jobs: Iterable[Job], address: str | None, workers: int, threads: int
+) -> Generator[Outcome]:
     """Yield outcomes as they come from the scheduler at ``address``, or from our own cluster."""
     try:
         from distributed import Client, LocalCluster, as_completed
@@ -75,6 +73,6 @@ def _lost(error: BaseException) -> CadiffError:
     return CadiffError(f"lost by Dask ({in_a_line(error)})", remedy)
 
 
-def _key(job: "Job") -> str:
+def _key(job: Job) -> str:
     """A key that differs from those of other runs' tasks of the same scan."""
     return f"cadiff-{job.run_id}-{job.entities}{'-again' if job.wait else ''}"

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
 from cadiff_cli import machine
+from cadiff_cli.errors import CadiffError
 from cadiff_cli.processes import follow_parent
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ class Worker:
 
 def run_local(jobs: Iterable["Job"], workers: int, threads: int) -> Generator["Outcome"]:
     """Yield outcomes in the order of completion; closing the iterator ends the workers."""
-    from cadiff_cli.errors import CadiffError
     from cadiff_cli.runner.journal import failure
 
     queue, deaths = deque(jobs), Counter[str]()

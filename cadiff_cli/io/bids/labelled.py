@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.bids.index import entities_of
@@ -12,12 +11,10 @@ from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.formats import is_folder
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
+from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import check_same_grid
-
-if TYPE_CHECKING:
-    from cadiff_cli.labels.parcellation import Parcellation
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ def _by_scan(dataset: Path, suffix: str) -> dict[tuple[str, ...], Path]:
 
 
 def load_labelled(
-    scan: LabelledScan, parcellation: "Parcellation", mapping: Mapping[int, int]
+    scan: LabelledScan, parcellation: Parcellation, mapping: Mapping[int, int]
 ) -> tuple[Scan, Volume]:
     """Read a scan and its labels as classes (X, Y, Z), on one grid.
 

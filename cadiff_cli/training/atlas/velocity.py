@@ -42,14 +42,12 @@ class Fit:
     """A velocity (3, X, Y, Z) in mm, and how well it fits the field that it stands for.
 
     ``affine`` (4, 4) is the part that was removed: the person's mm -> the base's.  ``residual_mm``
-    is the root mean square, over the brain, of the distance between exp(-v) and the field's map;
-    ``folded`` counts voxels of exp(v) at which it does not keep orientation.
+    is the root mean square, over the brain, of the distance between exp(-v) and the field's map.
     """
 
     velocity_mm: np.ndarray
     affine: np.ndarray
     residual_mm: float
-    folded: int
 
 
 def fit_velocity(field: np.ndarray, mask: np.ndarray, grid: Grid, frame: Frame, to: Grid) -> Fit:
@@ -76,12 +74,7 @@ def fit_velocity(field: np.ndarray, mask: np.ndarray, grid: Grid, frame: Frame, 
     velocity = logarithm(phi, to.spacing_mm.tolist())
     residual = exponential(-velocity, to.spacing_mm.tolist()) - phi
     distance = residual.square().sum(dim=1)[0].numpy()[weight]
-    return Fit(
-        velocity[0].numpy(),
-        affine,
-        float(np.sqrt(distance.mean())),
-        folded(velocity, to.spacing_mm.tolist()),
-    )
+    return Fit(velocity[0].numpy(), affine, float(np.sqrt(distance.mean())))
 
 
 def fitted_affine(points: np.ndarray, targets: np.ndarray) -> np.ndarray:
