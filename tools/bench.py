@@ -61,7 +61,7 @@ def install(commit: str, folder: Path) -> Version:
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True)
     subprocess.run(["tar", "-x", "-C", source], input=archive.stdout, check=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    pip = [folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "-c"]
+    pip: list[str | Path] = [folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "-c"]
     subprocess.run([*pip, source / "constraints.txt", source], check=True)
     return Version(commit[:12], folder / "venv/bin")
 
@@ -209,7 +209,7 @@ def finished(folder: Path, scan: Path, n: int, made: Path) -> tuple[Path, Path]:
     return bids, out
 
 
-def resume(root, scan, n, compare, versions):  # type: ignore[no-untyped-def]
+def resume(root, scan, n, compare, versions):
     """Time how a dataset is planned, and how one participant's job starts and ends.
 
     Where 4, and where ``n`` scans are finished.

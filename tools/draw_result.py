@@ -1,6 +1,6 @@
 """Draw a finished result for documents: three planes of the scan, structures, and parcels if any.
 
-python tools/draw_result.py demo/out sub-MNI152 demo/sub-MNI152_T1w.nii.gz -o docs/figures/mni152.png
+python tools/draw_result.py demo/out sub-MNI152 demo/sub-MNI152_T1w.nii.gz -o figure.png
 """
 
 import argparse

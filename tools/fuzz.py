@@ -99,7 +99,7 @@ class Maker:
         self.header.set_sform(np.diag([-SPACING_MM, SPACING_MM, SPACING_MM, 1]), code=1)
         self.header["vox_offset"] = self.header.single_vox_offset
         self.header["magic"] = self.header.single_magic
-        self.touch: Callable[[Path], None] = self.write
+        self.touch: Callable[[Path], object] = self.write
         self.change: Callable[[bytes], bytes] = lambda content: content
         self.gzip: Callable[[bytes], bytes] = zipped
         getattr(self, self.kind)()
@@ -235,7 +235,7 @@ class Maker:
         """The name says something else."""
         content = self.content()
         self.suffix = self.random.choice(SUFFIXES)
-        self.touch = lambda path: path.write_bytes(content) and None
+        self.touch = lambda path: path.write_bytes(content)
 
     def named(self) -> None:
         self.name = self.random.choice(NAMES)
@@ -274,8 +274,8 @@ class Maker:
         if self.random.random() < 0.2:
             raw = raw[: self.random.randrange(len(raw))]
         content = bytes(raw)
-        self.touch = lambda path: (
-            path.write_bytes(zipped(content) if path.suffix == ".mgz" else content) and None
+        self.touch = lambda path: path.write_bytes(
+            zipped(content) if path.suffix == ".mgz" else content
         )
 
     def thing(self) -> None:
@@ -577,10 +577,10 @@ def main() -> int:
         found = examine(wanted.seed, wanted.only, folder)
         print("\n".join(found) or "nothing wrong", f"\n{folder}")
         return 1 if found else 0
-    found = fuzz(wanted.seed, range(wanted.n), wanted.workers)
-    kinds = Counter(KINDS[index % len(KINDS)] for index in found)
-    print(f"{wanted.n} inputs, findings with {len(found)}: {dict(kinds)}")
-    return 1 if found else 0
+    of_input = fuzz(wanted.seed, range(wanted.n), wanted.workers)
+    kinds = Counter(KINDS[index % len(KINDS)] for index in of_input)
+    print(f"{wanted.n} inputs, findings with {len(of_input)}: {dict(kinds)}")
+    return 1 if of_input else 0
 
 
 if __name__ == "__main__":
