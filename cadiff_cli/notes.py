@@ -64,6 +64,11 @@ class Note:
         return replace(self, code=code)
 
 
+def codes_of(notes: Iterable[Note]) -> set[NoteCode]:
+    """What the notes are about."""
+    return {note.code for note in notes}
+
+
 def texts(notes: Iterable[Note]) -> list[str]:
     """What people read."""
     return [note.text for note in notes]

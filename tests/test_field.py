@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from cadiff_cli.config import Config, RegisterConfig, StripMethod
 from cadiff_cli.errors import DataError, DiskError, UsageError
-from cadiff_cli.notes import texts
+from cadiff_cli.notes import NoteCode, codes_of, texts
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Stripped
 from cadiff_cli.spatial.grid import Grid, Volume
@@ -338,7 +338,7 @@ def test_what_cannot_be_bent_is_registered_affinely(
         return
     found = register(*images, RegisterConfig(name), tmp_path)
     assert (found.kind, len(tried)) == ("affine", 2)
-    assert any("affine is used" in text for text in texts(found.notes))
+    assert NoteCode.AFFINE_ONLY in codes_of(found.notes)
 
 
 def test_ants_is_imported_without_what_draws_and_is_whole_for_others():

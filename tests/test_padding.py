@@ -6,7 +6,7 @@ from scipy.ndimage import gaussian_filter, rotate
 
 from cadiff_cli.errors import UnsuitableError
 from cadiff_cli.io.images import load_scan, save_volume
-from cadiff_cli.notes import texts
+from cadiff_cli.notes import NoteCode, codes_of, texts
 from cadiff_cli.spatial.grid import Grid, border_value
 from cadiff_cli.stages.strip import stripped_brain
 
@@ -111,7 +111,7 @@ def test_without_padding_nothing_changes(tmp_path):
     for data in (mr(), bare(mr(), 0), within(mr(), 0), rng.uniform(-2048, 2048, SHAPE)):
         scan = read(tmp_path, data)
         np.testing.assert_array_equal(scan.t1.data, data.astype(np.float32))
-        assert not any("padding" in text for text in texts(scan.notes))
+        assert NoteCode.PADDING not in codes_of(scan.notes)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.2, None])
