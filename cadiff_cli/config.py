@@ -107,7 +107,8 @@ class RegisterConfig:
     name: str = option(
         "fast",
         "fast: affine and SyN. fine: iterations at 2 mm too, about three times as slow. affine: no"
-        " SyN, less accurate. none: no registration, a quick look; the network finds the field.",
+        " SyN, less accurate. none: no registration, a quick look: the network finds the field, and"
+        " Dice is 0.04 to 0.05 lower.",
         "--registration",
         choices=("fast", "fine", "affine", "none"),
     )
@@ -144,7 +145,8 @@ class SampleConfig:
     seed: int = seed_option()
     samples: int = option(
         1,
-        "Average predictions from this many noises; tells how far volumes vary.",
+        "Average predictions from this many starts of random noise; also writes how far the volumes"
+        " of these vary.",
         low=1,
         high=100,
     )
@@ -191,7 +193,9 @@ class OutputConfig:
         "Also divide the cortex: nmm138 writes a second label map with 98 parcels.",
         choices=(PARCELS,),
     )
-    field: bool = option(False, "Also write the distance field.", "--save-field")
+    field: bool = option(
+        False, "Also write the distance field: each voxel's place in the template.", "--save-field"
+    )
     spaces: tuple[str, ...] = option(
         (),
         "Also resample results to MNI152NLin2009cAsym, MNIColin27...",
@@ -255,9 +259,9 @@ class Request:
     template: str = option(
         "auto",
         "MNIColin27, MNI152NLin2009aSym (embedded), another of TemplateFlow's such as"
-        " MNIPediatricAsym:cohort-5, or a folder in its layout; several, joined by +, share in the"
-        " field. auto: Colin27, if it is available, and the embedded one. conditional: the atlas of"
-        " the person's age and sex.",
+        " MNIPediatricAsym:cohort-5, or a folder in its layout; of several, joined by +, the field"
+        " is the mean. auto: Colin27, if it is available, and the embedded one. conditional: the"
+        " atlas of the person's age and sex.",
         "--template",
         "--atlas",
     )
@@ -275,8 +279,8 @@ class Request:
     )
     overwrite: bool = option(
         False,
-        "Replace earlier results, and files that cadiff did not write; cadiff run replaces only"
-        " results of other settings.",
+        "Replace earlier results, and files of others that have their names; cadiff run: results of"
+        " other settings alone.",
     )
 
 
