@@ -1,11 +1,14 @@
 """Processors, memory and home folder of this machine, container or job."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+log = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
 ITK_THREADS = "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"
@@ -47,15 +50,17 @@ def cores() -> int:
     return max(1, min(limits))
 
 
-def work_folder(
-    prefix: str = "cadiff-", where: str | Path | None = None
-) -> TemporaryDirectory[str]:
-    """A folder for temporary files, to enter: it is removed when it is left.
+@contextmanager
+def work_folder(prefix: str = "cadiff-", where: str | Path | None = None) -> Iterator[str]:
+    """A folder for temporary files, removed at the end.
 
     It lies in ``where``, by default the system's place.  Network file systems keep files that are
     open: a folder that cannot be removed fails nothing, because results are written before.
     """
-    return TemporaryDirectory(prefix=prefix, dir=where, ignore_cleanup_errors=True)
+    with TemporaryDirectory(prefix=prefix, dir=where, ignore_cleanup_errors=True) as folder:
+        yield folder
+    if os.path.isdir(folder):
+        log.warning("the temporary folder %s could not be removed", folder)
 
 
 @contextmanager

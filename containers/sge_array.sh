@@ -14,9 +14,9 @@ set -uo pipefail
 list=$1 bids=$2 out=$3
 shift 3
 # A list from Windows has a byte order mark and carriage returns.
-participant=$(sed $'s/^\xef\xbb\xbf//; s/\r$//' "$list" | awk -v line="${SGE_TASK_ID:-}" 'NR == line')
+participant=$(sed $'s/^\xef\xbb\xbf//; s/[[:space:]]*$//' "$list" | awk -v line="${SGE_TASK_ID:-}" 'NR == line')
 if [ -z "$participant" ]; then
-  echo "cadiff: error: line '${SGE_TASK_ID:-}' of $list names nobody. Submit an array of its lines" >&2
+  echo "cadiff: error: $list has no participant in line '${SGE_TASK_ID:-}'. Submit with -t 1-N: it has N lines" >&2
   exit 64
 fi
 work=$(mktemp -d "${TMPDIR:-/tmp}/cadiff-XXXXXX") || exit 73

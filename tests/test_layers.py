@@ -1,7 +1,8 @@
 """Architecture: imports point downwards, and every foreign library has one door."""
 
 import ast
-import shutil
+import errno
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_the_core_does_not_know_brains():
         )
 
 
-def test_a_work_folder_that_cannot_be_removed_fails_no_scan():
+def test_a_work_folder_that_cannot_be_removed_fails_no_scan(monkeypatch, caplog):
     """Network file systems keep files that are open; results are written before it is removed."""
     makers = [
         path.relative_to(PACKAGE).as_posix()
@@ -103,9 +104,24 @@ def test_a_work_folder_that_cannot_be_removed_fails_no_scan():
         if isinstance(node, ast.Call) and "TemporaryDirectory" in ast.unparse(node.func)
     ]
     assert makers == ["machine.py"]
+
+    def busy(*_args, **_more):
+        raise OSError(errno.EBUSY, "open somewhere else")
+
     with machine.work_folder() as folder:
-        (Path(folder) / "open").touch()
-        shutil.rmtree(folder)  # as good as impossible: it is gone already
+        monkeypatch.setattr("os.rmdir", busy)
+    monkeypatch.undo()
+    assert Path(folder).exists()
+    assert folder in caplog.text
+    Path(folder).rmdir()
+
+
+def test_a_wheel_holds_the_package():
+    """An editable installation works without, and hides that a user's does not."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = settings["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["cadiff_cli"]
+    assert wheel["force-include"] == {"weights": "cadiff_cli/weights"}
 
 
 def test_stages_read_no_disk():

@@ -105,12 +105,12 @@ def test_distances_on_a_sheared_grid_are_millimetres(parcellation):
     affine[1, 2] = 0.8
     grid = Grid((24, 60, 24), affine)
     maps = []
-    for k in (4, 18):
+    for j, k in ((30, 4), (20, 16)):
         classes = np.zeros(grid.shape, dtype=np.uint8)
-        classes[8:12, 20:24, k : k + 2] = 1
+        classes[8:12, j : j + 4, k : k + 2] = 1
         maps.append(Volume(classes, grid))
     scores = score_classes("sub-a", *maps, parcellation, "all")
-    distance = np.linalg.norm(affine[:3, 2]) * 14
+    distance = np.linalg.norm(affine[:3, :3] @ (0, -10, 12))  # 12 mm; without the tilt 18
     assert scores[0].hd95_mm == pytest.approx(distance, abs=1.0)
 
 

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import TABLES, segmented_alone
 
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, OutputError
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.layout import Derivatives, finished
-from cadiff_cli.io.bids.tables import parcellation_of
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
+from cadiff_cli.io.bids.tables import parcellation_of, save_table
+from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
 from cadiff_cli.nets.models import Model
 from cadiff_cli.quality.ranges import base_volumes, load_ranges
 from cadiff_cli.runner.group import known_scans, write_group
@@ -85,6 +85,23 @@ def test_files_are_named_after_the_parcellation(out, dseg, lobes):
     # The codes are explained beside, and cadiff40's, which nothing holds, are not.
     assert load_parcellation(out / "seg-lobes_dseg.tsv") == parcellation_of(dseg) == lobes
     assert not [*out.glob("*cadiff_dseg.tsv")]
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_a_table_is_written_for_every_scan_of_a_dataset(tmp_path, name):
+    for _ in range(2):
+        save_table(tmp_path, load_parcellation(name))
+
+
+def test_a_table_of_other_names_is_refused(tmp_path, lobes):
+    save_table(tmp_path, lobes)
+    path = tmp_path / "seg-lobes_dseg.tsv"
+    recoloured = lobes.as_tsv().replace("#cd3e4e", "#000001")
+    save_table(tmp_path, parse("lobes", recoloured))  # the same structures
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="another parcellation"):
+        save_table(tmp_path, parse("lobes", lobes.as_tsv().replace("Front", "Side")))
+    assert path.read_bytes() == before
 
 
 def test_labels_and_volumes_are_the_parcellations(dseg, lobes):

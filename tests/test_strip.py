@@ -5,20 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
-from torch.nn import functional as F  # noqa: N812
 
 from cadiff_cli.config import Config, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
 from cadiff_cli.io.images import given_mask, load_scan, save_volume
-from cadiff_cli.nets.brain_mask import BrainConfig
-from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.notes import NoteCode, codes_of, texts
 from cadiff_cli.pipeline import prepare, strip_scan
 from cadiff_cli.products import Scan
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.stages.brain_mask import share_of_brain
 from cadiff_cli.stages.masks import tidy
 from cadiff_cli.stages.strip import (
     LARGE_LITRES,
@@ -71,45 +66,35 @@ def test_a_head_in_zeroed_air_is_recognised_by_its_size(head_of):
     assert not stripped_brain(head_of(air=0.0))
 
 
-@pytest.mark.parametrize(("share", "stripped"), [(0.2, True), (0.5, False)])
-def test_the_network_tells_a_large_brain_from_a_head(
-    phantom, monkeypatch, tmp_path, share, stripped
-):
-    monkeypatch.setattr("cadiff_cli.stages.brain_mask.share_of_brain", lambda *_: share)
-    head = phantom("RAS", 3.0, scale=1.13)
-    assert LARGE_LITRES < foreground(head.t1).litres < 2.3
-    assert (stripped_brain(head.t1, lambda: object()) is not None) is stripped
-    # One that is no larger than most brains need not be asked for.
-    assert stripped_brain(phantom("RAS", 3.0).t1, lambda: object())
+def in_a_skull(t1, bone, scalp_mm=8.0):
+    """A brain in a head: 8 mm of ``bone`` around it, and ``scalp_mm`` of skin and fat."""
+    brain = np.pad(t1.data, pad := 12)
+    away = ndimage.distance_transform_edt(brain == 0, sampling=t1.grid.spacing_mm)
+    head = np.where((brain == 0) & (away <= 8), bone, brain)
+    head[(away > 8) & (away <= 8 + scalp_mm)] = brain.max()
+    grid = t1.grid.crop((-pad,) * 3, tuple(n + 2 * pad for n in t1.data.shape))
+    return Volume(head.astype(np.float32), grid)
 
 
-def test_a_large_brain_is_told(phantom, monkeypatch, tmp_path):
-    monkeypatch.setattr("cadiff_cli.stages.brain_mask.share_of_brain", lambda *_: 0.2)
+@pytest.mark.parametrize("air", [0, 2, 20])
+@pytest.mark.parametrize("axcodes", ["RAS", "LIA"])
+def test_a_large_brain_is_told_from_a_head_of_its_size(phantom, axcodes, air):
+    """However much air of 0 is around them; bone may have been set to 0, too."""
+    large = phantom(axcodes, 3.0, scale=1.13).t1
+    heads = [
+        in_a_skull(phantom(axcodes, 3.0, scale=scale).t1, bone)
+        for scale, bone in ((0.9, 1.0), (0.98, 0.0))
+    ]
+    for t1, stripped in ((large, True), (heads[0], False), (heads[1], False)):
+        assert LARGE_LITRES < foreground(t1).litres < 2.3
+        grid = t1.grid.crop((-air,) * 3, tuple(n + 2 * air for n in t1.data.shape))
+        assert (stripped_brain(Volume(np.pad(t1.data, air), grid)) is not None) is stripped
+
+
+def test_a_large_brain_is_told(phantom, tmp_path):
     scan = Scan(phantom("RAS", 3.0, scale=1.13).t1, tmp_path / "sub-01_T1w.nii.gz")
     notes = strip_scan(scan, None, Config(), tmp_path).notes
     assert NoteCode.LARGE_BRAIN in {note.code for note in notes}
-
-
-def test_the_share_of_brain_is_that_of_the_object_not_of_the_image(phantom):
-    """A network that takes one half of the image for brain."""
-    t1 = phantom("RAS", 2.0).t1
-    inside = foreground(t1)
-
-    class Half(torch.nn.Module):
-        config = BrainConfig()
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def locate(self, x):
-            image = F.avg_pool3d(x, 2)
-            return (
-                torch.where(torch.arange(image.shape[2])[:, None, None] < 22, 5.0, -5.0) + 0 * image
-            )
-
-    model = BrainModel(Half(), "half")
-    assert share_of_brain(t1, inside, model) == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_stripped_scan_is_left_alone(phantom, toy_template, scan_of, tmp_path, orientation):

@@ -37,7 +37,7 @@ def main():
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--leave-out", nargs="*", default=[])
     wanted, parcellation = parser.parse_args(), load_parcellation(BASE)
-    first = {}
+    first: dict[str, Path] = {}
     for scan in labelled_scans(wanted.dataset):
         if scan.subject not in wanted.leave_out:
             first.setdefault(scan.subject, scan.dseg)

@@ -134,7 +134,7 @@ def guarded(call: Callable[[], object]) -> int:
     except SystemExit as error:
         if error.code != TERMINATED:
             raise
-        return _fail("ended by SIGTERM. Give the same command again to continue", TERMINATED)
+        return _fail("ended by SIGTERM. Give the same command again", TERMINATED)
     except MemoryError:
         return _fail("out of memory. Close other programs, or use --tile 96", 1)
     except BrokenPipeError:

@@ -237,6 +237,7 @@ def command(
     from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
     from cadiff_cli.training.segmenter.run import check_people, train
+    from cadiff_cli.training.session import check_room
 
     show_times()
     settings |= also_settings(also, also_share)
@@ -246,6 +247,7 @@ def command(
     # Whatever is wrong with a name is said before hours of preparation, not after.
     model = models.load(Model, init) if init else None
     pick_device(device)
+    check_room(run)
     parcellation = load_parcellation(training.parcellation)
     sources = sources_of(dataset, training.labels, also, parcellation)
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)

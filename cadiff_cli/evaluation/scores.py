@@ -152,7 +152,7 @@ def score_classes(
     p, r, classes = prediction.data, reference.data, parcellation.subset(subset)
     straight = prediction, reference
     if reference.grid.is_sheared:  # distances are measured along axes at right angles
-        grid = reference.grid.working()
+        grid = reference.grid.working(min(1.0, float(reference.grid.spacing_mm.min())))
         straight = resample_labels(prediction, grid), resample_labels(reference, grid)
     spacing_mm = straight[1].grid.spacing_mm.tolist()
     surfaces = straight[0].data, straight[1].data, classes, spacing_mm

@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     An earlier file stays untouched until then.  An error leaves no temporary file, a killed process
     leaves ``.NAME.*``.  Raises ``OutputError`` or ``DiskError``.
     """
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):  # of names that are too long: neither
         what = "a folder" if path.is_dir() else "a device or pipe"
         raise OutputError(f"{path} is {what}", "name a file")
     suffix = "".join(path.suffixes[-2:])

@@ -125,14 +125,13 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
     }
     own = parcellation.name == BASE
     for name, codes in SUMS.items():
-        parts = {s.code: s.code if own else s.parent for s in parcellation.structures}
-        known = {
-            code: mm3
-            for code, whole in parts.items()
-            if whole in codes and (mm3 := result.mm3(code)) is not None
-        }
-        drawn = {parts[code] for code in known}
-        totals[name] = sum(known.values()) if drawn >= set(codes) - set(ABSORBED) else None
+        parts: dict[int, list[float | None]] = {code: [] for code in codes}
+        for s in parcellation.structures:
+            if (whole := s.code if own else s.parent) in parts:
+                parts[whole].append(result.mm3(s.code))
+        missing = {code for code, of_it in parts.items() if not of_it or None in of_it}
+        known = [mm3 for of_it in parts.values() for mm3 in of_it if mm3 is not None]
+        totals[name] = sum(known) if known and missing <= set(ABSORBED) else None
     for name in TOTALS:
         mm3 = totals[name]
         yield {

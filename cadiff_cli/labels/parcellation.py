@@ -412,13 +412,16 @@ def _troubles(parcellation: Parcellation) -> Iterable[str]:
         values = [getattr(s, attribute) for s in structures]
         if several := sorted({value for value in values if values.count(value) > 1}):
             yield f"{attribute} {several[0]} is given to several structures"
-    columns = [str(s.name).lower() for s in structures]
-    if alike := sorted({name for name in columns if columns.count(name) > 1}):
-        yield f"{alike[0]} is the name of several structures: capitals make no difference"
+    columns = [str(s.name).lower().replace("_", "-") for s in structures]
+    if alike := [i for i, name in enumerate(columns) if columns.count(name) > 1]:
+        first, second = (structures[i].name for i in alike[:2])
+        yield f"{first} and {second} would be one column of the group table"
     mirror = {s.code: s.mirror for s in structures}
     for s in structures:
         if empty := [key for key in ("name", "abbreviation", "color") if not getattr(s, key)]:
             yield f"the {empty[0]} of {s.code} is empty"
+        elif '"' in s.name + s.abbreviation:
+            yield f"the name of {s.code} has a quotation mark"
         if not LEAST_CODE <= s.code <= GREATEST_CODE:
             yield f"index is {s.code}, not {LEAST_CODE} to {GREATEST_CODE}"
         if mirror.get(s.mirror) != s.code:

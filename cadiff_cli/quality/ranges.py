@@ -112,14 +112,18 @@ def covers_base(parcellation: Parcellation) -> bool:
 def base_volumes(volumes: Mapping[str, float], parcellation: Parcellation) -> Mapping[str, float]:
     """Volumes by name, and those of ``BASE``'s structures as the sums of their parts.
 
-    A structure without a part that is known is absent.
+    A structure of which a part is not known is absent.
     """
     names = {s.code: s.name for s in load_parcellation(BASE).structures}
-    sums = dict[str, float]()
+    parts = dict[str, list[str]]()
     for s in parcellation.structures:
-        if s.parent is not None and s.name in volumes:
-            name = names[s.parent]
-            sums[name] = sums.get(name, 0.0) + volumes[s.name]
+        if s.parent is not None:
+            parts.setdefault(names[s.parent], []).append(s.name)
+    sums = {
+        name: sum(volumes[part] for part in of_it)
+        for name, of_it in parts.items()
+        if all(part in volumes for part in of_it)
+    }
     return {**volumes, **sums}
 
 

@@ -14,11 +14,9 @@ from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import (
     bounding_box,
-    grid_around,
     mapped_box,
     resample,
     resample_in,
-    resample_mask,
 )
 from cadiff_cli.stages.masks import tidy, without_threads
 
@@ -28,8 +26,6 @@ SKULL_MARGIN_MM = 24.0
 """The inner skull is looked for so far from the brain: a shrunken one lies far from it."""
 DEEP_MM = 6.0
 """Voxels farther inside the brain than this are deep inside."""
-AIR_VOXELS = (4, 8, 12)
-"""Margins at 2 mm around an object that may be a stripped brain."""
 NO_BRAIN_LITRES = 0.12
 """A smaller volume deep inside is no brain at all; a larger one may be a newborn's."""
 LEAST_DEEP_LITRES = 0.3
@@ -55,30 +51,6 @@ def normalise_head(image: np.ndarray) -> np.ndarray:
     high = float(np.percentile(above, 99.5)) if len(above) else low
     scaled = (image - low) / ((high - low) or 1.0)
     return np.asarray(np.clip(scaled, 0, 1), dtype=np.float32)
-
-
-@torch.no_grad()
-def share_of_brain(t1: Volume, candidate: Volume, model: BrainModel) -> float:
-    """Share of a ``candidate`` object (bool) in a scan that the network calls brain, at 4 mm.
-
-    It is the least for several margins of air around the object.  In a head the share hardly
-    depends on them; in a brain without a head, which the network does not know, it may be 0 with
-    one and a half with another.
-    """
-    head = network_image(t1)
-    object_ = resample_mask(candidate, head.grid)
-    shares = []
-    for margin in AIR_VOXELS:
-        grid = grid_around(object_.data, head.grid, margin)
-        x, inside = (
-            _padded(resample(each, grid, order=0).data.astype(np.float32), model.net)
-            for each in (head, object_)
-        )
-        with autocast(x.device):
-            brain = model.net.locate(x) > 0
-        inside = F.avg_pool3d(inside, 2) > 0.5
-        shares.append(float((brain & inside).sum() / inside.sum().clamp(min=1)))
-    return min(shares)
 
 
 @torch.no_grad()

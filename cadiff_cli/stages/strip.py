@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from scipy import ndimage
 
 from cadiff_cli.config import STRIP_METHODS, Config, RegisterConfig, StripConfig, StripMethod
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
@@ -16,12 +18,15 @@ from cadiff_cli.spatial.grid import Grid, Volume, border_value, faces
 from cadiff_cli.spatial.resample import (
     all_voxels,
     bounding_box,
+    resample,
     resample_in,
     resample_mask,
 )
 from cadiff_cli.stages.bias import evened, find_bias
 from cadiff_cli.stages.masks import (
+    SPACING_MM,
     doubts,
+    filled,
     find_brain,
     find_head,
     judge_mask,
@@ -43,10 +48,15 @@ LARGE_LITRES = 1.7
 MOST_TOUCHED = 0.01
 MOST_FILLED = 0.75
 """Largest share of a tight field of view that a brain fills."""
-MOST_SHARE = 0.35
-"""Largest share of a stripped scan that the network calls brain: it has learnt to look within a
-skull.  It was 0 to 0.21 in four stripped scans, 0.49 to 0.65 in six heads in air of 0 that were cut
-at the neck to 2.0 to 2.2 l."""
+LEAST_KEPT = 0.8
+"""Share of its brightness that a stripped brain keeps on ``FALL_MM`` inwards: 0.93 to 1 in 24
+brains of four sources.  In a head, from the scalp to the bone, it keeps 0.62 or less (30 images of
+11 heads in air of 0, whole and cut)."""
+FALL_MM = 10
+DEEPEST_MM = 32
+"""Layers are compared down to this depth."""
+CLOSING_MM = 8.0
+"""Radius of the ball that closes an object: bone that was set to 0 lies within it."""
 DARKEST = 1.0
 """Percentile that becomes 0 if some intensities are negative: a single wrapped or padded voxel must
 not compress the range of all others."""
@@ -63,6 +73,8 @@ SPECK = 0.01
 they would enlarge the box that is segmented."""
 RINGING = 0.03
 """Largest ringing of splines around a stripped brain, as a share of the scan's range."""
+RINGS = 1.5
+"""With its ringing a brain is at least so many times as large."""
 STILL = 1e-4
 """The same for the median of the background; air is far noisier."""
 
@@ -82,14 +94,11 @@ def strip(
     """
     full = winsorized(scan.t1)
     working = full.grid.working()
-    asked = config.strip.method in ("auto", "net")
-    brain = stripped_brain(full, network if asked else None)
+    brain = stripped_brain(full)
     lifted = _lifted(full, brain)
     method, notes = _method(config.strip, given, network, stripped_already=brain is not None)
-    # A large object may be a head in air of 0.  The network tells; who then asks for "net" may know
-    # better, and a face must not pass for a bare brain.
-    told = config.strip.method == "auto" and network is not None
-    bare = brain is not None and (told or brain.litres <= LARGE_LITRES)
+    # Who asks for "net" may know better, and a face must not pass for a bare brain.
+    bare = brain is not None and (config.strip.method != "net" or brain.litres <= LARGE_LITRES)
     own, intracranial = given, None
     if method is StripMethod.AS_IS:
         if brain:
@@ -254,28 +263,50 @@ def intracranial_on_scan(stripped: Stripped, scan: Scan) -> Volume | None:
     return None if held is None else resample_mask(held, scan.t1.grid)
 
 
-def stripped_brain(t1: Volume, network: Network | None = None) -> Volume | None:
+def stripped_brain(t1: Volume) -> Volume | None:
     """Find the brain (bool) of a scan that is stripped already; None for a whole head.
 
     In a stripped scan one constant value surrounds an object of a brain's size that keeps away from
     the faces of the field of view.  A large object may be a head in air that was set to 0, and so
-    may one that is seen only without what is almost air: then ``network`` is loaded, which finds a
-    brain inside a head.
+    may one that is seen only without what is almost air: a head has bone below its surface.
     """
     plain = foreground(t1)
     if plain.data.mean() < MOST_FILLED and _is_like_a_brain(plain):
         found, doubtful = plain, plain.litres >= LARGE_LITRES
-    elif (bright := _without_ringing(t1)) and _is_like_a_brain(bright):
+    elif (bright := _without_ringing(t1, plain)) and _is_like_a_brain(bright):
         found, doubtful = bright, True
     else:
         return None
-    if network is None or not doubtful:
-        return found
-    from cadiff_cli.stages.brain_mask import share_of_brain
+    return None if doubtful and _has_skull(t1, found) else found
 
-    share = share_of_brain(t1, found, network())
-    log.info("%.0f %% of %.2f l that are not background are brain", 100 * share, found.litres)
-    return found if share < MOST_SHARE else None
+
+def _has_skull(t1: Volume, candidate: Volume) -> bool:
+    """Whether an object (bool) is a head: on the way inwards from its surface it becomes darker.
+
+    Medians of layers of 2 mm in its upper half are compared: cuts and faces are below.  A stripped
+    T1-weighted brain becomes brighter, from fluid to white matter, or hardly darker.
+    """
+    grid = candidate.grid.working(SPACING_MM, tolerance=0.0)
+    object_ = resample_mask(candidate, grid)
+    box = bounding_box(object_.data)
+    width = int(CLOSING_MM / SPACING_MM) + 1
+    part = np.pad(object_.data[box], width)
+    near = ndimage.distance_transform_edt(~part, sampling=SPACING_MM) <= CLOSING_MM
+    whole = filled(part | (ndimage.distance_transform_edt(near, sampling=SPACING_MM) > CLOSING_MM))
+    depth = ndimage.distance_transform_edt(whole, sampling=SPACING_MM)[(slice(width, -width),) * 3]
+    upper = object_.data[box].sum(axis=(0, 1)).cumsum()
+    depth[:, :, : int(np.searchsorted(upper, upper[-1] / 2))] = 0
+    background = border_value(t1.data)
+    bright = resample(t1, grid, fill=background).data[box] - background
+    edges = np.arange(1, DEEPEST_MM, SPACING_MM)
+    layers = [bright[(depth > a) & (depth <= b)] for a, b in pairwise(edges)]
+    medians = [float(np.median(layer)) for layer in layers if len(layer)]
+    reach = int(FALL_MM / SPACING_MM)
+    kept = [
+        min(medians[i : i + 1 + reach]) / medians[i] for i in range(len(medians)) if medians[i] > 0
+    ]
+    log.info("brightness falls to %.2f on %d mm inwards", min(kept, default=1.0), FALL_MM)
+    return min(kept, default=1.0) < LEAST_KEPT
 
 
 def _is_like_a_brain(candidate: Volume) -> bool:
@@ -288,18 +319,20 @@ def _is_like_a_brain(candidate: Volume) -> bool:
     return bool(touched < MOST_TOUCHED and low < candidate.litres < high)
 
 
-def _without_ringing(t1: Volume) -> Volume | None:
-    """What is clearly brighter or darker than the background (bool); None if that is noisy.
+def _without_ringing(t1: Volume, plain: Volume) -> Volume | None:
+    """What is clearly brighter or darker than the background (bool), in a scan that rings.
 
     Splines that moved a stripped scan ring around the brain and leave few equal values; a few
-    centimetres away the ringing has faded.  Air is noisy everywhere.
+    centimetres away the ringing has faded.  Air is noisy everywhere.  ``plain`` is all that differs
+    from the background: in a scan that rings it is mostly ringing, in a head in air of 0 it is not.
     """
     low, high = np.percentile(t1.data, [1, 99.5])
     away = abs(t1.data - border_value(t1.data)) / max(float(high - low), 1e-30)
     quiet = away < RINGING
     if not quiet.any() or np.median(away[quiet]) > STILL or quiet.mean() < 1 - MOST_FILLED:
         return None
-    return Volume(~quiet, t1.grid)
+    bright = Volume(~quiet, t1.grid)
+    return bright if RINGS * bright.litres < plain.litres else None
 
 
 def _has_tissues(t1: Volume, brain: Volume) -> None:

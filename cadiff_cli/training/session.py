@@ -40,10 +40,20 @@ log = logging.getLogger(__name__)
 N = TypeVar("N", bound=nn.Module)
 WEIGHTS = "model.safetensors"
 """The exported weights in a run's folder."""
+CHECKPOINT = "checkpoint.pt"
 UNTOLD = ""
 """A fact that an older run did not write down: it is taken on trust."""
 MAY_CHANGE = ("steps", "decay", "rate")
 """Settings of which a run may go on with others."""
+
+
+def check_room(folder: Path) -> None:
+    """Raise ``OutputError`` if a new run in ``folder`` would replace finished weights."""
+    if (folder / WEIGHTS).exists() and not (folder / CHECKPOINT).exists():
+        raise OutputError(
+            f"{folder / WEIGHTS} is there, and no checkpoint to go on from",
+            "choose another folder for this run, or move the weights away",
+        )
 
 
 def check_held_out(
@@ -138,17 +148,14 @@ class Session(Generic[N]):
         """
         folder.mkdir(parents=True, exist_ok=True)
         settings = as_dict(config)
-        state, checkpoint = new_state(net, config), folder / "checkpoint.pt"
+        state, checkpoint = new_state(net, config), folder / CHECKPOINT
         described = folder / "config.json"
         if resumed := checkpoint.exists():
             refuse_other_run(described, identity, config, net.config)
             load_checkpoint(checkpoint, state, config)
             log.info("continuing at step %d", state.step)
-        elif (weights := folder / WEIGHTS).exists():
-            raise OutputError(
-                f"{weights} is there, and no checkpoint to go on from",
-                "choose another folder for this run, or move the weights away",
-            )
+        else:
+            check_room(folder)
         description = {
             "train": settings,
             "fingerprint": fingerprint(settings),
@@ -180,7 +187,7 @@ class Session(Generic[N]):
                 series(draws, schedule, self.state.step, workers, self.state.device),
                 objective,
                 schedule,
-                self.folder / "checkpoint.pt",
+                self.folder / CHECKPOINT,
                 monitor=monitor,
                 max_minutes=(self.deadline - time.monotonic()) / 60,
             )

@@ -39,11 +39,15 @@ def check_table(out: Path, parcellation: Parcellation) -> None:
     would get wrong names from the old one.
     """
     path = out / table_name(parcellation)
-    if parcellation.name == BASE or not path.exists():
+    if parcellation.name in shipped_names() or not path.exists():
         return
-    if load_parcellation(path) != parcellation:
+    there, new = (
+        {s.code: (s.name, s.parent) for s in each.structures}
+        for each in (load_parcellation(path), parcellation)
+    )
+    if there != new:
         raise OutputError(
-            f"{path} explains another parcellation of the name {parcellation.name}",
+            f"{path} is the table of another parcellation with the name {parcellation.name}",
             "use another output folder, or another name",
         )
 
