@@ -51,7 +51,7 @@ MOST_FILLED = 0.75
 LEAST_KEPT = 0.8
 """Share of its brightness that a stripped brain keeps on ``FALL_MM`` inwards: 0.93 to 1 in 24
 brains of four sources.  In a head, from the scalp to the bone, it keeps 0.62 or less (30 images of
-11 heads in air of 0, whole and cut)."""
+13 heads in air of 0, whole and cut)."""
 FALL_MM = 10
 DEEPEST_MM = 32
 """Layers are compared down to this depth."""
