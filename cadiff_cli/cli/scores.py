@@ -84,9 +84,10 @@ def report(
     if headline.absent:
         caption += f"; left out: {headline.absent} pairs of scan and structure, on neither side"
     shown = Table(box=box.SIMPLE, padding=0, show_edge=False, caption=caption)
-    shown.add_column(no_wrap=True)
+    # Where the screen is narrow, names are folded: numbers are always whole.
+    shown.add_column(overflow="fold")
     for title in (*(title for title, _ in columns.values()), "n", "missed"):
-        shown.add_column(title, justify="right")
+        shown.add_column(title, justify="right", no_wrap=True)
     for rows in ([headline], structures, scans):
         for row in rows:
             cells = (
