@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cadiff_cli.evaluation.scores import Score
 
+FILE_COLUMNS = 250
+"""Wide enough for every table that does not go to a screen."""
+
 
 def tables(out: Path, name: str) -> list[Path]:
     """Paths of the tables of scores, of structures' means and of scans' means."""
@@ -84,7 +87,7 @@ def report(
     if headline.absent:
         caption += f"; left out: {headline.absent} pairs of scan and structure, on neither side"
     shown = Table(box=box.SIMPLE, padding=0, show_edge=False, caption=caption)
-    # Where the screen is narrow, names are folded: numbers are always whole.
+    # Numbers are always whole: on a narrow screen names are folded, a file has no width.
     shown.add_column(overflow="fold")
     for title in (*(title for title, _ in columns.values()), "n", "missed"):
         shown.add_column(title, justify="right", no_wrap=True)
@@ -96,4 +99,7 @@ def report(
             )
             shown.add_row(row.name, *cells, str(row.n), str(row.missed))
         shown.add_section()
-    Console().print(shown)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_COLUMNS)
+    console.print(shown)
