@@ -44,8 +44,9 @@ def install(home):
     """Put image and mask of the preferred template into an empty cache."""
 
     def write(head, mask, spacing=2.0):
-        for part, data in (("head", head), ("mask", mask)):
-            path = home / registry()[PREFERRED][part]
+        name = registry()[PREFERRED]["head"]
+        for file, data in ((name, head), (name.replace("_T1w.", "_desc-brain_mask."), mask)):
+            path = home / file
             path.parent.mkdir(exist_ok=True)
             if isinstance(data, bytes):
                 path.write_bytes(data)
