@@ -80,6 +80,15 @@ def filled(mask: np.ndarray) -> np.ndarray:
     return np.asarray(outside[(slice(1, -1),) * 3] != outside[0, 0, 0])
 
 
+def closing(mask: np.ndarray, spacing_mm: np.ndarray, radius_mm: float) -> np.ndarray:
+    """Close a mask (X, Y, Z) bool, which is not empty, with a ball; fill its holes."""
+    width = np.ceil(radius_mm / spacing_mm).astype(int) + 1
+    padded = np.pad(mask, [(n, n) for n in width])
+    near = ndimage.distance_transform_edt(~padded, sampling=spacing_mm) <= radius_mm
+    kept = ndimage.distance_transform_edt(near, sampling=spacing_mm) > radius_mm
+    return filled(kept | padded)[tuple(slice(n, -n) for n in width)]
+
+
 def without_threads(mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """The largest piece of a mask (X, Y, Z) bool, without what hangs on it by a narrow passage.
 

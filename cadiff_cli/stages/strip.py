@@ -25,8 +25,8 @@ from cadiff_cli.spatial.resample import (
 from cadiff_cli.stages.bias import evened, find_bias
 from cadiff_cli.stages.masks import (
     SPACING_MM,
+    closing,
     doubts,
-    filled,
     find_brain,
     find_head,
     judge_mask,
@@ -289,11 +289,8 @@ def _has_skull(t1: Volume, candidate: Volume) -> bool:
     grid = candidate.grid.working(SPACING_MM, tolerance=0.0)
     object_ = resample_mask(candidate, grid)
     box = bounding_box(object_.data)
-    width = int(CLOSING_MM / SPACING_MM) + 1
-    part = np.pad(object_.data[box], width)
-    near = ndimage.distance_transform_edt(~part, sampling=SPACING_MM) <= CLOSING_MM
-    whole = filled(part | (ndimage.distance_transform_edt(near, sampling=SPACING_MM) > CLOSING_MM))
-    depth = ndimage.distance_transform_edt(whole, sampling=SPACING_MM)[(slice(width, -width),) * 3]
+    whole = np.pad(closing(object_.data[box], grid.spacing_mm, CLOSING_MM), 1)
+    depth = ndimage.distance_transform_edt(whole, sampling=SPACING_MM)[(slice(1, -1),) * 3]
     upper = object_.data[box].sum(axis=(0, 1)).cumsum()
     depth[:, :, : int(np.searchsorted(upper, upper[-1] / 2))] = 0
     background = border_value(t1.data)

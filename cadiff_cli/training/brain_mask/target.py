@@ -13,7 +13,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import bounding_box, resample
-from cadiff_cli.stages.masks import filled, without_threads
+from cadiff_cli.stages.masks import closing, without_threads
 
 CLOSING_MM = 5.0
 NOT_BRAIN = (500, 1000)
@@ -46,13 +46,8 @@ def is_brain(codes: np.ndarray) -> np.ndarray:
 
 def closed(brain: np.ndarray, spacing_mm: np.ndarray, radius_mm: float = CLOSING_MM) -> np.ndarray:
     """Close ``brain`` (X, Y, Z) bool with a ball and fill its holes: the mask to learn."""
-    width = np.ceil(radius_mm / spacing_mm).astype(int) + 1
     box = _box(brain)
-    padded = np.pad(brain[box], [(n, n) for n in width])
-    near = ndimage.distance_transform_edt(~padded, sampling=spacing_mm) <= radius_mm
-    kept = ndimage.distance_transform_edt(near, sampling=spacing_mm) > radius_mm
-    inner = tuple(slice(n, -n) for n in width)
-    return _in_box(filled(kept | padded)[inner], box, brain.shape)
+    return _in_box(closing(brain[box], spacing_mm, radius_mm), box, brain.shape)
 
 
 def intracranial(codes: np.ndarray, grid: Grid) -> np.ndarray:
