@@ -17,9 +17,15 @@ from cadiff_cli.errors import DataError, OutputError
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.layout import Derivatives, finished
 from cadiff_cli.io.bids.tables import parcellation_of, save_table
-from cadiff_cli.labels.parcellation import BASE, load_parcellation, parse, shipped_names
+from cadiff_cli.labels.parcellation import (
+    BASE,
+    base_volumes,
+    load_parcellation,
+    parse,
+    shipped_names,
+)
 from cadiff_cli.nets.models import Model
-from cadiff_cli.quality.ranges import base_volumes, load_ranges
+from cadiff_cli.quality.ranges import load_ranges
 from cadiff_cli.runner.group import known_scans, write_group
 
 

@@ -1,6 +1,6 @@
 """The volume tables of a result: structures with their expected Dice, and totals."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,26 @@ import numpy as np
 
 from cadiff_cli.errors import DataError
 from cadiff_cli.io.files import read_tsv
-from cadiff_cli.labels.parcellation import BASE
+from cadiff_cli.labels.parcellation import BASE, base_volumes, load_parcellation
 from cadiff_cli.products import Percentile, Result
+
+
+def names_of(*codes: int) -> tuple[str, ...]:
+    """Names of structures of ``BASE``."""
+    return tuple(s.name for s in load_parcellation(BASE).structures if s.code in codes)
+
 
 CORTEX, CEREBRAL_WHITE, CEREBELLAR_CORTEX = (3, 42), (2, 41), (8, 47, 630, 631, 632)
 DEEP_GREY = (10, 49, 11, 50, 12, 51, 13, 52, 17, 53, 18, 54, 26, 58, 28, 60)
 """Codes of ``BASE``; FreeSurfer counts the ventral diencephalon too."""
-SUMS: Mapping[str, tuple[int, ...]] = {
-    "Total-Grey": (*CORTEX, *DEEP_GREY, *CEREBELLAR_CORTEX),
-    "Cortex": CORTEX,
-    "Subcortical-Grey": DEEP_GREY,
-    "Cerebral-White": CEREBRAL_WHITE,
+SUMS: Mapping[str, tuple[str, ...]] = {
+    "Total-Grey": names_of(*CORTEX, *DEEP_GREY, *CEREBELLAR_CORTEX),
+    "Cortex": names_of(*CORTEX),
+    "Subcortical-Grey": names_of(*DEEP_GREY),
+    "Cerebral-White": names_of(*CEREBRAL_WHITE),
 }
-"""Sums that papers of volumes give: their codes of ``BASE``."""
-ABSORBED = (91, 92, 630, 631, 632)
+"""Sums that papers of volumes give: their structures of ``BASE``."""
+ABSORBED = names_of(91, 92, 630, 631, 632)
 """Basal forebrain and vermis: where a network was never taught them, others take them in, and a sum
 without them is whole."""
 BRAIN, NOT_CSF = "Brain-Segmentation", "Brain-Segmentation-Not-CSF"
@@ -111,6 +117,13 @@ def intracranial_mm3(result: Result) -> float | None:
     return None if held is None else np.count_nonzero(held.data) * held.grid.voxel_volume_mm3
 
 
+def whole_sum(volumes: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The sum of some structures' volumes; None if one is unknown, unless others take it in."""
+    known = [volumes[name] for name in names if name in volumes]
+    whole = all(name in volumes or name in ABSORBED for name in names)
+    return sum(known) if known and whole else None
+
+
 def total_rows(result: Result) -> Iterator[dict[str, object]]:
     """Rows of the table of totals; a sum has no volume if a part of it was never taught."""
     volumes, parcellation = result.volumes_mm3, result.segmentation.parcellation
@@ -124,14 +137,13 @@ def total_rows(result: Result) -> Iterator[dict[str, object]]:
         INTRACRANIAL: held,
     }
     own = parcellation.name == BASE
-    for name, codes in SUMS.items():
-        parts: dict[int, list[float | None]] = {code: [] for code in codes}
-        for s in parcellation.structures:
-            if (whole := s.code if own else s.parent) in parts:
-                parts[whole].append(result.mm3(s.code))
-        missing = {code for code, of_it in parts.items() if not of_it or None in of_it}
-        known = [mm3 for of_it in parts.values() for mm3 in of_it if mm3 is not None]
-        totals[name] = sum(known) if known and missing <= set(ABSORBED) else None
+    taught = {
+        s.name: mm3
+        for s in parcellation.structures
+        if (own or s.parent is not None) and (mm3 := result.mm3(s.code)) is not None
+    }
+    known = base_volumes(taught, parcellation)
+    totals |= {name: whole_sum(known, names) for name, names in SUMS.items()}
     for name in TOTALS:
         mm3 = totals[name]
         yield {

@@ -22,9 +22,9 @@ from cadiff_cli.data import shipped
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import write_json
 from cadiff_cli.io.volumes import BRAIN, NOT_CSF
-from cadiff_cli.labels.parcellation import BASE, Parcellation, load_parcellation
+from cadiff_cli.labels.parcellation import BASE, Parcellation, base_volumes, load_parcellation
 from cadiff_cli.products import Percentile, Person, Sex
-from cadiff_cli.quality.ranges import Range, base_volumes, brain_mm3, covers_base
+from cadiff_cli.quality.ranges import Range, brain_mm3, covers_base
 from cadiff_cli.text import read_text
 
 SIDED = 1.96

@@ -9,7 +9,7 @@ from typing import Any
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import BRAIN_MASK, Row
-from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.parcellation import Parcellation, base_volumes
 from cadiff_cli.notes import NoteCode
 from cadiff_cli.products import MaskQuality, Percentile, Person
 from cadiff_cli.quality.age_ranges import AgeRanges, percentiles
@@ -19,7 +19,6 @@ from cadiff_cli.quality.ranges import (
     Range,
     Ranges,
     asymmetry,
-    base_volumes,
     brain_mm3,
 )
 

@@ -109,24 +109,6 @@ def covers_base(parcellation: Parcellation) -> bool:
     return parcellation.name == BASE or {s.parent for s in parcellation.structures} >= tissue
 
 
-def base_volumes(volumes: Mapping[str, float], parcellation: Parcellation) -> Mapping[str, float]:
-    """Volumes by name, and those of ``BASE``'s structures as the sums of their parts.
-
-    A structure of which a part is not known is absent.
-    """
-    names = {s.code: s.name for s in load_parcellation(BASE).structures}
-    parts = dict[str, list[str]]()
-    for s in parcellation.structures:
-        if s.parent is not None:
-            parts.setdefault(names[s.parent], []).append(s.name)
-    sums = {
-        name: sum(volumes[part] for part in of_it)
-        for name, of_it in parts.items()
-        if all(part in volumes for part in of_it)
-    }
-    return {**volumes, **sums}
-
-
 @cache
 def _stored(name: str) -> Ranges:
     """The ranges of the package for the parcellation ``name``; empty ones if it has none."""

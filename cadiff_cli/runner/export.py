@@ -13,9 +13,8 @@ from pathlib import Path
 from cadiff_cli.errors import MissingInputError
 from cadiff_cli.io.bids.layout import Finished, finished
 from cadiff_cli.io.files import write_text
-from cadiff_cli.io.volumes import ABSORBED, BRAIN_MASK, INTRACRANIAL
-from cadiff_cli.labels.parcellation import BASE, load_parcellation
-from cadiff_cli.quality.ranges import base_volumes
+from cadiff_cli.io.volumes import BRAIN_MASK, INTRACRANIAL, names_of, whole_sum
+from cadiff_cli.labels.parcellation import BASE, base_volumes, load_parcellation
 from cadiff_cli.runner.group import count_ways, tried_scans
 
 Measure = str | Sequence[str]
@@ -38,8 +37,7 @@ ENIGMA: Mapping[str, Measure] = {
 } | {"ICV": HEAD}
 WHOLE_HEMISPHERES = {2, 3, 41, 42}
 """``aseg.stats`` has them among its measures, not among its structures."""
-VERMIS = tuple(s.name for s in load_parcellation(BASE).structures if s.code in (630, 631, 632))
-ABSORBED_NAMES = {s.name for s in load_parcellation(BASE).structures if s.code in ABSORBED}
+VERMIS = names_of(630, 631, 632)
 BRAIN_SEG = tuple(s for s in load_parcellation(BASE).structures if s.code not in (16, 85))
 """FreeSurfer counts neither brain stem nor optic chiasm (``cma.cpp``), but vessels."""
 FREESURFER: Mapping[str, Measure] = {
@@ -170,7 +168,5 @@ def _namer(results: Sequence[Finished]) -> Callable[[Finished], str]:
 
 
 def _cell(volumes: Mapping[str, float], measure: Measure) -> str:
-    names = [measure] if isinstance(measure, str) else measure
-    known = [volumes[name] for name in names if name in volumes]
-    whole = all(name in volumes or name in ABSORBED_NAMES for name in names)
-    return f"{sum(known):.3f}" if known and whole else "NA"
+    total = whole_sum(volumes, [measure] if isinstance(measure, str) else measure)
+    return "NA" if total is None else f"{total:.3f}"
