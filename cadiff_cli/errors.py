@@ -7,6 +7,9 @@ Exit codes follow the BIDS execution specification (16 invalid dataset, 17 unkno
 
 from collections.abc import Sequence
 
+TERMINATED = 143
+"""Exit code of a process that SIGTERM ended."""
+
 
 class CadiffError(Exception):
     """An error with a remedy.  The command line prints both on one line, without a traceback."""

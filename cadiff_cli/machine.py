@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,9 @@ def work_folder(prefix: str = "cadiff-", where: str | Path | None = None) -> Ite
     It lies in ``where``, by default the system's place.  Network file systems keep files that are
     open: a folder that cannot be removed fails nothing, because results are written before.
     """
-    with TemporaryDirectory(prefix=prefix, dir=where, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=prefix, dir=where, ignore_cleanup_errors=True
+    ) as folder:
         yield folder
     if os.path.isdir(folder):
         log.warning("the temporary folder %s could not be removed", folder)

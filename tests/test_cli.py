@@ -17,10 +17,11 @@ from conftest import ROOT
 
 from cadiff_cli import machine
 from cadiff_cli.api import segment
-from cadiff_cli.cli import COMMANDS, TERMINATED, cadiff, guarded
+from cadiff_cli.cli import COMMANDS, cadiff, guarded
 from cadiff_cli.cli.options import FilePath
 from cadiff_cli.config import Config, OutputConfig, RegisterConfig, SampleConfig
 from cadiff_cli.errors import (
+    TERMINATED,
     CadiffError,
     DataError,
     DiskError,

@@ -19,10 +19,16 @@ from typing import Any
 import click
 
 from cadiff_cli import __version__, machine
-from cadiff_cli.errors import CadiffError, DataError, DiskError, OutputError, UsageError, in_a_line
+from cadiff_cli.errors import (
+    TERMINATED,
+    CadiffError,
+    DataError,
+    DiskError,
+    OutputError,
+    UsageError,
+    in_a_line,
+)
 
-TERMINATED = 143
-"""Exit code of a run that SIGTERM ended."""
 COMMANDS = (
     "seg",
     "mask",

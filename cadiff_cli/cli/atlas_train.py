@@ -48,12 +48,10 @@ def command(
         prepare_people,
     )
     from cadiff_cli.training.atlas.run import check_steps, train_atlas
-    from cadiff_cli.training.session import check_room
     from cadiff_cli.training.templates import load_training_template
 
     show_times()
     pick_device(device)
-    check_room(run)
     training = load(config, **options)
     check_steps(training)
     if not NAME.fullmatch(training.base):

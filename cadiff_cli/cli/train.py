@@ -151,10 +151,13 @@ def also_settings(also: Sequence[Any], also_share: float | None) -> dict[str, An
 def prepared_in(run: Path, cache: Path | None) -> Path:
     """The folder of prepared images: ``cache``, or one in ``run``; raises if it cannot be written.
 
-    Called when all names are known to be right: then nothing is left by a mistake.
+    Raises if finished weights in ``run`` would be lost, too.  Called when all names are known to be
+    right: then nothing is left by a mistake.
     """
     from cadiff_cli.io.files import check_writable
+    from cadiff_cli.training.session import check_room
 
+    check_room(run)
     for folder in (run, cache or run):
         check_writable(folder)
     return cache or run / "cache"
@@ -237,7 +240,6 @@ def command(
     from cadiff_cli.training.segmenter.config import load
     from cadiff_cli.training.segmenter.data import prepare_scans
     from cadiff_cli.training.segmenter.run import check_people, train
-    from cadiff_cli.training.session import check_room
 
     show_times()
     settings |= also_settings(also, also_share)
@@ -247,7 +249,6 @@ def command(
     # Whatever is wrong with a name is said before hours of preparation, not after.
     model = models.load(Model, init) if init else None
     pick_device(device)
-    check_room(run)
     parcellation = load_parcellation(training.parcellation)
     sources = sources_of(dataset, training.labels, also, parcellation)
     subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)

@@ -61,14 +61,12 @@ def command(
     from cadiff_cli.training.brain_mask.config import load
     from cadiff_cli.training.brain_mask.data import prepare_heads
     from cadiff_cli.training.brain_mask.run import check_settings, check_sources, train_mask
-    from cadiff_cli.training.session import check_room
 
     show_times()
     if not (label_maps or heads):
         raise click.UsageError("give --label-maps, --heads, or both")
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
-    check_room(run)
     training = load(config, **options)
     model = models.load(BrainModel, init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)

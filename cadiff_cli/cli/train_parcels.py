@@ -47,12 +47,10 @@ def command(
     from cadiff_cli.training.parcels.config import load
     from cadiff_cli.training.parcels.run import check_people, train_parcels
     from cadiff_cli.training.segmenter.data import prepare_scans
-    from cadiff_cli.training.session import check_room
 
     show_times()
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
-    check_room(run)
     training = load(config, **options)
     model = models.load(ParcelModel, init) if init else None
     parcellation = load_parcellation(training.parcellation)

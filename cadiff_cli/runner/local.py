@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
 from cadiff_cli import machine
-from cadiff_cli.errors import CadiffError
+from cadiff_cli.errors import TERMINATED, CadiffError
 from cadiff_cli.processes import follow_parent
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ def _serve(pipe: Connection, threads: int) -> None:
     os.environ.update(machine.thread_variables(threads))
     os.environ[machine.ITK_THREADS] = "1"  # several workers register at once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up code
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(TERMINATED)
+    )  # leave through the clean-up code
     follow_parent()
     from cadiff_cli.runner.execute import execute
 

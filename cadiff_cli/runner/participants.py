@@ -20,7 +20,7 @@ from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
 from cadiff_cli.io.files import write_text
 from cadiff_cli.machine import work_folder
-from cadiff_cli.notes import Note, texts
+from cadiff_cli.notes import Note, codes_of, texts
 from cadiff_cli.quality.group import Group
 from cadiff_cli.report.group import report_group, write_group_page
 from cadiff_cli.report.methods import cite, write_citations
@@ -326,7 +326,7 @@ def _execute(request: DatasetRequest, plan: Plan, listener: Listener) -> list[Ou
 
 def _without(outcome: Outcome, reported: Iterable[Note]) -> Outcome:
     """The outcome without notes that were reported once for all scans."""
-    codes = {note.code for note in reported}
+    codes = codes_of(reported)
     return replace(outcome, warnings=tuple(x for x in outcome.warnings if x.code not in codes))
 
 
