@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import seeded
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from scipy import ndimage
 from synthetic_head import stored
 
 from cadiff_cli.cli.train_mask import command
@@ -39,12 +40,13 @@ from cadiff_cli.training.brain_mask.data import (
     arrays,
     from_labels,
     from_scan,
+    half,
     load,
     prepare_heads,
     tissue_of,
 )
 from cadiff_cli.training.brain_mask.losses import distance_loss
-from cadiff_cli.training.brain_mask.objective import MaskObjective
+from cadiff_cli.training.brain_mask.objective import MaskObjective, locating_objective
 from cadiff_cli.training.brain_mask.patches import (
     Contrast,
     HeadDraws,
@@ -200,6 +202,7 @@ def test_t1_contrast_keeps_the_order_of_tissues(drawn_head):
 
 def test_a_painted_voxel_is_the_mean_of_its_labels(drawn_head):
     """Where no noise is: the mean of eight labels, anywhere in the head, and air beyond it."""
+    uniform = replace(drawn_head, tissue=None)
     n = len(drawn_head.t1)
     contrast = Contrast(torch.linspace(0.1, 0.9, n), torch.zeros(n))
     index = torch.from_numpy(np.indices(drawn_head.distance.shape)).float()
@@ -211,9 +214,9 @@ def test_a_painted_voxel_is_the_mean_of_its_labels(drawn_head):
         patch.setattr(patches.ndimage, "gaussian_filter", lambda image, _: image)
         for points, at in ((index, wanted), (index[part], wanted[part[1:]])):
             torch.testing.assert_close(
-                painted(drawn_head, points, contrast, seeded()), at, atol=1e-4, rtol=0
+                painted(uniform, points, contrast, seeded()), at, atol=1e-4, rtol=0
             )
-        away = painted(drawn_head, index + 500, contrast, seeded())
+        away = painted(uniform, index + 500, contrast, seeded())
     torch.testing.assert_close(away, torch.full_like(away, 0.1))
 
 
@@ -633,7 +636,70 @@ def test_both_parts_of_the_cascade_see_the_same_place(drawn_head):
         losses = MaskObjective(fine=32)(Truth(), coded, seeded(index))
         assert float(losses.coarse) < 0.05
         assert float(losses.fine) < 0.05
-    assert float(MaskObjective(fine=0)(Truth(), coded, seeded()).fine) == 0
+
+
+def test_a_head_is_located_alike_at_both_spacings():
+    """The first network sees 4 mm, whether heads are drawn there or not."""
+    net = BrainNet(TINY).requires_grad_(False)
+    image = torch.rand(1, 1, 32, 32, 32, generator=seeded())
+    halved = torch.nn.functional.avg_pool3d(image, 2)
+    assert torch.equal(net.locate(image), net.locate_at_4mm(halved))
+    patch = HeadPatch(halved, torch.full_like(halved, -REACH_MM))
+    losses = locating_objective(net, patch, seeded())
+    assert float(losses.coarse) == float(distance_loss(net.locate(image), patch.distance))
+    assert float(losses.fine) == 0
+
+
+@pytest.mark.parametrize("kind", ["drawn", "real"])
+def test_patches_of_either_spacing_show_the_same_head(drawn_head, real_head, kind):
+    """A number draws the same place of the same head; only voxels differ."""
+    heads = [drawn_head if kind == "drawn" else real_head]
+    config = HeadConfig(patch=64, cut=0.0, deface=0.0, empty=0.0, **ORDINARY)
+    whole, halved = HeadDraws(heads, config), HeadDraws(heads, config, halved=True)
+    for index in range(4):
+        fine, coarse = whole[index].distance, halved[index].distance
+        assert coarse.shape == (1, 1, 32, 32, 32)
+        wanted = torch.nn.functional.avg_pool3d(fine, 2)
+        near = (wanted.abs() < 8) & (coarse.abs() < 8)
+        assert float((coarse - wanted)[near].abs().mean()) < 1
+        assert abs(float((coarse - wanted)[near].mean())) < 0.4
+
+
+def test_half_a_head_keeps_its_places(drawn_head, real_head):
+    """Labels, image and distance do not move against each other when voxels double."""
+
+    def middle(volume, spacing_mm):
+        return (np.argwhere(volume).mean(axis=0) + 0.5) * spacing_mm
+
+    for head in (drawn_head, real_head):
+        halved = half(head)
+        assert all(np.array(halved.distance.shape) == np.array(head.distance.shape) // 2)
+        inside = middle(head.distance > 0, 2.0)
+        assert np.allclose(middle(halved.distance > 0, 4.0), inside, atol=0.4)
+    halved = half(drawn_head)
+    assert all(np.array(halved.labels.shape) == 2 * np.array(halved.distance.shape))
+    for label in np.unique(drawn_head.labels):
+        before, after = middle(drawn_head.labels == label, 1.0), middle(halved.labels == label, 2.0)
+        assert np.allclose(before, after, atol=0.3)
+    before = real_head.image.mean(dtype=float)
+    assert abs(half(real_head).image.mean(dtype=float) - before) < 0.05 * before + 1
+
+
+def test_soft_tissue_is_no_uniform_mass(drawn_head, monkeypatch):
+    """Fat and muscle share a label: its brightness varies in most heads, that of brain does not."""
+    head = drawn_head
+    x, y, z = head.distance.shape
+    points = torch.from_numpy(np.indices((min(x, y, z),) * 3).astype(np.float32))
+    n = len(head.t1)
+    flat = Contrast(torch.full((n,), 0.5), torch.zeros(n))
+    soft = np.isin(head.labels, np.flatnonzero(head.tissue == HeadTissue.SOFT))
+    soft = soft.reshape(x, 2, y, 2, z, 2).mean(axis=(1, 3, 5))[(slice(len(points[0])),) * 3]
+    varied = 0
+    for index in range(12):
+        image = painted(head, points, flat, seeded(index)).numpy()
+        assert image[ndimage.uniform_filter(soft, 5) == 0].std() < 1e-3
+        varied += image[soft == 1].std() > 0.02
+    assert 6 <= varied <= 11
 
 
 def test_a_run_learns_exports_and_scores(drawn_head, real_head, tmp_path):
@@ -701,8 +767,10 @@ def test_sizes_that_the_weights_do_not_have_are_refused(tmp_path, drawn_head):
 def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
     """Nothing has to be located anew: without a step they are what they were."""
     heads = {"toys": [drawn_head]}
-    config = HeadConfig(steps=2, warmup=1, decay=1, patch=128, coarse_steps=1)
-    first = models.load(BrainModel, str(train_mask(heads, tmp_path / "a", config)))
+    config = HeadConfig(steps=2, warmup=1, decay=1, patch=128)
+    first = models.load(
+        BrainModel, str(train_mask(heads, tmp_path / "a", replace(config, coarse_steps=1)))
+    )
     same, further = (
         models.load(
             BrainModel, str(train_mask(heads, tmp_path / name, config, init=first, **limits))
@@ -714,8 +782,14 @@ def test_a_run_may_begin_with_weights(drawn_head, tmp_path):
     assert further.training["init"] == first.sha256
     assert further.training["train"]["coarse_steps"] == 0
     assert not torch.equal(before["fine.out.weight"], learnt["fine.out.weight"])
+    # Unless it is wanted: then the second network stays.
+    again = replace(config, coarse_steps=2)
+    located = models.load(BrainModel, str(train_mask(heads, tmp_path / "d", again, init=first)))
+    learnt = located.net.state_dict()
+    assert torch.equal(before["fine.out.weight"], learnt["fine.out.weight"])
+    assert not torch.equal(before["coarse.out.weight"], learnt["coarse.out.weight"])
     with pytest.raises(UsageError, match="init"):
-        train_mask(heads, tmp_path / "c", replace(config, coarse_steps=0))
+        train_mask(heads, tmp_path / "c", replace(config, coarse_steps=1))
     with pytest.raises(UsageError, match="trained on toys, and --hold-out-source"):
         train_mask(
             {**heads, "more": [drawn_head]}, tmp_path, config, init=further, hold_out=["toys"]

@@ -17,10 +17,7 @@ Cube = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class MaskObjective:
-    """Train the first network on whole heads, the second on a random cube of ``fine`` voxels.
-
-    With ``fine`` 0 only the first one learns: it is faster, and its output is the second's input.
-    """
+    """Train the first network on whole heads, the second on a random cube of ``fine`` voxels."""
 
     fine: int
 
@@ -30,11 +27,17 @@ class MaskObjective:
         """Losses of one batch of heads; the cube lies around a random voxel of a brain."""
         located = net.locate(patch.image)
         coarse = distance_loss(located, F.avg_pool3d(patch.distance, 2))
-        if not self.fine:
-            return MaskLosses(coarse, torch.zeros_like(coarse))
         cube = _cube(patch, self.fine, generator)
         estimate = net.refine(cube(patch.image, 2), cube(located.detach(), 1))
         return MaskLosses(coarse, distance_loss(estimate, cube(patch.distance, 2)))
+
+
+def locating_objective(
+    net: BrainNet, patch: HeadPatch, _generator: torch.Generator, _progress: float = 1.0, /
+) -> MaskLosses:
+    """Train the first network alone, on heads with voxels of 4 mm: its output guides the second."""
+    coarse = distance_loss(net.locate_at_4mm(patch.image), patch.distance)
+    return MaskLosses(coarse, torch.zeros_like(coarse))
 
 
 def _cube(patch: HeadPatch, voxels: int, generator: torch.Generator) -> Cube:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 
-from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM
+from cadiff_cli.nets.brain_mask import REACH_MM, SPACING_MM, HeadTissue
 from cadiff_cli.stages.brain_mask import normalise_head
 from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.brain_mask.config import HeadConfig
-from cadiff_cli.training.brain_mask.data import Head
+from cadiff_cli.training.brain_mask.data import Head, half
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import (
     lattice,
@@ -34,7 +34,10 @@ from cadiff_cli.training.transforms import (
 
 @dataclass(frozen=True, eq=False)
 class HeadPatch(Batch):
-    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach."""
+    """``image`` (B, 1, N, N, N) in [0, 1]; ``distance`` (B, 1, N, N, N) in mm, within the reach.
+
+    Voxels have 2 mm, or the 4 mm of the network that locates the brain.
+    """
 
     image: Tensor
     distance: Tensor
@@ -44,29 +47,37 @@ class HeadDraws(Dataset[HeadPatch]):
     """Patch ``i`` of an endless series: a function of ``seed`` and ``i`` alone.
 
     A source is drawn in proportion to the square root of its number of heads, so that neither large
-    nor small sources dominate.
+    nor small sources dominate.  With ``halved`` a patch covers as much, in voxels of 4 mm: it costs
+    an eighth.
     """
 
-    def __init__(self, heads: Sequence[Head], config: HeadConfig) -> None:
-        self.real = [h for h in heads if h.image is not None]
-        self.drawn = [h for h in heads if h.labels is not None]
+    def __init__(self, heads: Sequence[Head], config: HeadConfig, *, halved: bool = False) -> None:
+        self.spacing_mm = (2 if halved else 1) * SPACING_MM
+        chosen = [half(h) for h in heads] if halved else heads
+        self.real = [h for h in chosen if h.image is not None]
+        self.drawn = [h for h in chosen if h.labels is not None]
         self.config = config
 
     def __getitem__(self, index: int) -> HeadPatch:
         """Draw a source, one of its heads and a patch, or a patch without a head."""
         generator = generator_of(self.config.seed, index)
         if float(torch.rand(1, generator=generator)) < self.config.empty:
-            return draw_nothing(self.config, generator)
+            return draw_nothing(self.config, generator, self.spacing_mm)
         use_real = float(torch.rand(1, generator=generator)) < self.config.real
         pool = (self.real if use_real else self.drawn) or self.real or self.drawn
         of_source = Counter(h.source for h in pool)
         weights = torch.tensor([of_source[h.source] ** -0.5 for h in pool])
         head = pool[int(torch.multinomial(weights, 1, generator=generator))]
-        return draw_head(head, self.config, generator)
+        return draw_head(head, self.config, generator, self.spacing_mm)
 
 
-def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> HeadPatch:
-    """Rotate, scale and bend a head; add contrast, artefacts and a field of view."""
+def draw_head(
+    head: Head, config: HeadConfig, generator: torch.Generator, spacing_mm: float = SPACING_MM
+) -> HeadPatch:
+    """Rotate, scale and bend a head; add contrast, artefacts and a field of view.
+
+    ``spacing_mm`` is that of the head's voxels, and of the patch's.
+    """
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -74,8 +85,8 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     def chance(p: float) -> bool:
         return float(torch.rand(1, generator=generator)) < p
 
-    n = config.patch
-    centre = torch.from_numpy(head.centre) + uniform(-1, 1, 3) * config.off_centre_mm / SPACING_MM
+    n = _side(config, spacing_mm)
+    centre = torch.from_numpy(head.centre) + uniform(-1, 1, 3) * config.off_centre_mm / spacing_mm
     zoom = float(1 + config.scale * uniform(-1, 1, 1))
     if chance(config.small):
         zoom /= float(uniform(config.smallest, 1, 1))
@@ -84,7 +95,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.turned):
         matrix = matrix @ rotation(torch.randint(4, (3,), generator=generator) * math.pi / 2)
     offsets = lattice(n) - (n - 1) / 2
-    bend = smooth_noise(config.elastic_mm / SPACING_MM, 20.0, n, n, generator)
+    bend = smooth_noise(config.elastic_mm / spacing_mm, 40.0 / spacing_mm, n, n, generator)
     points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
     if chance(0.5):
         points = points.flip(1)
@@ -93,12 +104,12 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     distance = (read(stored, points)[0] - FAR_MM) / zoom
     rim = torch.zeros_like(distance)
     if chance(config.shrunken):
-        points, distance, rim = shrink(points, distance, config.shrink_mm, generator)
+        points, distance, rim = shrink(points, distance, config.shrink_mm, generator, spacing_mm)
     if head.image is not None:
         image = read(torch.from_numpy(head.image)[None].float() / 255, points)[0]
     else:
         contrast = draw_contrast(head, config, generator)
-        image = painted(head, points, contrast, generator)
+        image = painted(head, points, contrast, generator, spacing_mm)
         if rim.any() and head.fluid is not None:
             noise = contrast.spread[head.fluid] * torch.randn(image.shape, generator=generator)
             image = image + rim * (contrast.mean[head.fluid] + noise - image)
@@ -111,7 +122,7 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
         image = image + rim * (level + speckle - image)
     if chance(config.bright_scalp):
         image = _spin_echo(image, distance, generator)
-    image = artefacts(image, config, generator)
+    image = artefacts(image, config, generator, spacing_mm)
     if chance(config.stripped):
         # Programs strip more or less widely: the mask follows their border.
         distance = distance - float(uniform(-6, 1, 1))
@@ -124,8 +135,13 @@ def draw_head(head: Head, config: HeadConfig, generator: torch.Generator) -> Hea
     if chance(config.deface):
         image = _deface(image, distance, generator)
     if chance(config.cut):
-        image, distance = _cut(image, distance, generator)
+        image, distance = _cut(image, distance, generator, spacing_mm)
     return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
+
+
+def _side(config: HeadConfig, spacing_mm: float) -> int:
+    """Voxels along a side of a patch."""
+    return round(config.patch * SPACING_MM / spacing_mm)
 
 
 def shrink(
@@ -179,12 +195,14 @@ def behind_end(size: int, axis: int, spacing_mm: float, missing: int, *, last: b
     return (inside_mm.flip(0) if last else inside_mm).reshape(view)
 
 
-def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
+def draw_nothing(
+    config: HeadConfig, generator: torch.Generator, spacing_mm: float = SPACING_MM
+) -> HeadPatch:
     """Draw an image without a brain: noise or texture in an ellipsoid, everywhere, or along a ramp.
 
     A network that was trained without such images finds a litre of brain in noise.
     """
-    n = config.patch
+    n = _side(config, spacing_mm)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -206,7 +224,7 @@ def draw_nothing(config: HeadConfig, generator: torch.Generator) -> HeadPatch:
         image = torch.where(inside, image, 0.05 * torch.rand(n, n, n, generator=generator))
     elif kind < 0.8:
         image = image * (1 + (points * uniform(-1, 1, 3).view(view)).sum(dim=0))
-    image = artefacts((image / image.max()).clamp(0, 1), config, generator)
+    image = artefacts((image / image.max()).clamp(0, 1), config, generator, spacing_mm)
     nowhere = torch.full((1, 1, n, n, n), -REACH_MM)
     return HeadPatch(image[None, None], nowhere)
 
@@ -258,10 +276,17 @@ def t1_contrast(t1: Tensor, generator: torch.Generator, spread: float = 1.0) -> 
     return Contrast(means, within)
 
 
-def painted(head: Head, points: Tensor, contrast: Contrast, generator: torch.Generator) -> Tensor:
+def painted(
+    head: Head,
+    points: Tensor,
+    contrast: Contrast,
+    generator: torch.Generator,
+    spacing_mm: float = SPACING_MM,
+) -> Tensor:
     """Paint a head with labels at ``points`` (3, N, N, N), a little blurred.
 
-    A voxel of 2 mm is the mean of its eight labels' brightness, as tissues share voxels in a scan.
+    A voxel is the mean of its eight labels' brightness, as tissues share voxels in a scan; larger
+    ones are less noisy.
     """
     assert head.labels is not None
     # Only a box around the points is painted.
@@ -270,18 +295,40 @@ def painted(head: Head, points: Tensor, contrast: Contrast, generator: torch.Gen
         low = min(max(int(axis.min()) - 1, 0), size - 2)
         box.append(slice(low, max(low + 2, min(int(axis.max()) + 3, size))))
     part = head.labels[tuple(slice(2 * s.start, 2 * s.stop) for s in box)]
-    mean, spread = (
-        F.avg_pool3d(torch.from_numpy(of_label.numpy()[part])[None], 2)
-        for of_label in (contrast.mean, contrast.spread)
+    of_labels = [contrast.mean.numpy(), contrast.spread.numpy()]
+    if head.tissue is not None:
+        of_labels.append((head.tissue == HeadTissue.SOFT).astype(np.float32))
+    mean, *others = (
+        F.avg_pool3d(torch.from_numpy(of_label[part])[None], 2) for of_label in of_labels
     )
     at = points - torch.tensor([s.start for s in box])[:, None, None, None]
     air = contrast.mean[0]
     noise = torch.randn(points.shape[1:], generator=generator)
-    mean, spread = read(torch.cat([mean - air, spread]), at)
-    image = mean + air + spread * noise
+    mean, spread, *softness = read(torch.cat([mean - air, *others]), at)
+    for soft in softness:
+        mean = mean + soft * _mixture(points.shape[-1], spacing_mm, generator)
+    image = mean + air + (SPACING_MM / spacing_mm) ** 1.5 * spread * noise
     width = 0.6 * float(torch.rand(1, generator=generator))
     smooth = ndimage.gaussian_filter(image.numpy(), width)
     return torch.from_numpy(smooth).clamp(0, 1)
+
+
+def _mixture(size: int, spacing_mm: float, generator: torch.Generator) -> Tensor:
+    """Differences of brightness (N, N, N) between fat, muscle and vessels, which share a label.
+
+    Two patterns, a coarse and a fine one, each smooth or sharp and of any strength, in three of
+    four heads.
+    """
+    texture = torch.zeros(size, size, size)
+    if float(torch.rand(1, generator=generator)) < 0.25:
+        return texture
+    for narrowest_mm, widest_mm in ((6, 16), (16, 50)):
+        width, sharpness, strength = torch.rand(3, generator=generator).tolist()
+        knots_mm = narrowest_mm * (widest_mm / narrowest_mm) ** width
+        wave = smooth_noise(1.0, knots_mm / spacing_mm, size, size, generator)[0]
+        wave = wave / wave.std().clamp(min=1e-6)
+        texture += 0.25 * strength * ((1 + 5 * sharpness) * wave).tanh()
+    return texture
 
 
 def _spin_echo(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tensor:
@@ -299,6 +346,7 @@ def artefacts(
     image: Tensor,
     config: HeadConfig,
     generator: torch.Generator,
+    spacing_mm: float = SPACING_MM,
     *,
     whole: bool = True,
 ) -> Tensor:
@@ -306,10 +354,10 @@ def artefacts(
 
     A ``whole`` head is normalised as at inference; a part of one has not the same percentiles.
     """
-    widths = 0.6 / SPACING_MM, 2.0 / SPACING_MM
+    widths = 0.6 / spacing_mm, 2.0 / spacing_mm
     often = config.intensity
     if float(torch.rand(1, generator=generator)) < 0.3 * often:
-        thickest = config.slice_mm / SPACING_MM
+        thickest = config.slice_mm / spacing_mm
         voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
         image = thicken(image, voxels, generator)
     chain = mt.Compose(
@@ -325,7 +373,7 @@ def artefacts(
             mt.RandGaussianSmooth(
                 prob=0.15 * often, sigma_x=widths, sigma_y=widths, sigma_z=widths
             ),
-            mt.RandGaussianNoise(prob=0.5 * often, std=0.06),
+            mt.RandGaussianNoise(prob=0.5 * often, std=0.06 * (SPACING_MM / spacing_mm) ** 1.5),
             mt.RandScaleIntensity(factors=0.3, prob=0.6 * often),
         ]
     )
@@ -347,7 +395,9 @@ def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tens
     return torch.where(along > float(along[brain].max()) + margin, 0.0, image)
 
 
-def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _cut(
+    image: Tensor, distance: Tensor, generator: torch.Generator, spacing_mm: float
+) -> tuple[Tensor, Tensor]:
     """Cut the field of view within the head: up to a quarter is missing at one or two sides.
 
     The mask ends at the cut, so its distance is at most that to the plane of the cut.
@@ -357,7 +407,7 @@ def _cut(image: Tensor, distance: Tensor, generator: torch.Generator) -> tuple[T
         size = image.shape[axis]
         amount = int(size * 0.25 * float(torch.rand(1, generator=generator)))
         last = float(torch.rand(1, generator=generator)) < 0.5
-        inside_mm = behind_end(size, axis, SPACING_MM, amount, last=last)
+        inside_mm = behind_end(size, axis, spacing_mm, amount, last=last)
         image = image * (inside_mm > 0)
         distance = torch.minimum(distance, inside_mm)
     return image, distance

@@ -18,13 +18,16 @@ from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.stages.brain_mask import predict_distance
 from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, content
-from cadiff_cli.training.brain_mask.objective import MaskObjective
+from cadiff_cli.training.brain_mask.objective import MaskObjective, locating_objective
 from cadiff_cli.training.brain_mask.patches import HeadDraws
 from cadiff_cli.training.brain_mask.skull import SkullDraws, skull_objective
 from cadiff_cli.training.loop import Objective
 from cadiff_cli.training.session import UNTOLD, Identity, Session, check_held_out, new_net
 
 log = logging.getLogger(__name__)
+
+COARSE_STEPS = 700
+"""Steps after which a new network locates a brain well enough to guide the one of its border."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,7 @@ def train_mask(
     net = new_net(BrainNet, settings, init, config.seed, device, begin=_begin)
     for name, weight in net.named_parameters():
         weight.requires_grad_(name.startswith("skull.") == skull)
-    if init:
-        config = replace(config, coarse_steps=0)
+    config = replace(config, coarse_steps=_coarse_steps(config, init))
     identity = HeadsIdentity(
         net=as_dict(net.config),
         init=init.sha256 if init else None,
@@ -98,12 +100,12 @@ def train_mask(
     if skull:
         parts.append((config, SkullDraws(chosen, config), skull_objective))
     else:
-        draws = HeadDraws(chosen, config)
-        if config.coarse_steps:
+        if coarse_steps := _coarse_steps(config, init):
             # The first network is trained first: the second one needs its output.
-            locating = replace(config, steps=min(config.coarse_steps, config.steps), decay=1)
-            parts.append((locating, draws, MaskObjective(fine=0)))
-        parts.append((config, draws, MaskObjective(config.cube)))
+            more = coarse_steps < config.steps
+            locating = replace(config, steps=coarse_steps, decay=1) if more else config
+            parts.append((locating, HeadDraws(chosen, config, halved=True), locating_objective))
+        parts.append((config, HeadDraws(chosen, config), MaskObjective(config.cube)))
     done = all(
         session.fit(dataset, objective, schedule=schedule, workers=workers)
         for schedule, dataset, objective in parts
@@ -126,6 +128,13 @@ def _begin(net: BrainNet, other: BrainNet) -> None:
     net.load_state_dict(net.state_dict() | other.state_dict())
 
 
+def _coarse_steps(config: HeadConfig, init: BrainModel | None) -> int:
+    """Steps in which only the first network learns; weights to start from can locate brains."""
+    if config.coarse_steps is None:
+        return 0 if init else COARSE_STEPS
+    return config.coarse_steps
+
+
 def check_settings(
     config: HeadConfig, net_config: BrainConfig | None, init: BrainModel | None
 ) -> None:
@@ -142,9 +151,10 @@ def check_settings(
             raise UsageError(
                 f"--init {init.name} is another network than the config's", "give [net] its sizes"
             )
-    if init is None and config.steps <= config.coarse_steps:
+    coarse_steps = _coarse_steps(config, init)
+    if init is None and config.steps <= coarse_steps:
         raise UsageError(
-            f"steps is {config.steps}, and in the first {config.coarse_steps} (coarse_steps) only"
+            f"steps is {config.steps}, and in the first {coarse_steps} (coarse_steps) only"
             " the network that locates the brain learns",
             "give more --steps, or fewer coarse_steps",
         )
