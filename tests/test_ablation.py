@@ -23,8 +23,8 @@ from cadiff_cli.training.ablation import (
     PERSON,
     TABLES,
     Network,
+    NetworkScores,
     Plan,
-    Result,
     Row,
     Table,
     tables_of,
@@ -112,7 +112,7 @@ def test_figures_are_means_over_scans_and_spreads_over_seeds(tmp_path):
     plan = Plan({"T": Table("T", (Row("r", "taca", (50.0, 25.0)),))}, range(3), [["a"], ["b"]])
 
     def result(seed, fold, *scores):
-        return Result(Network("taca", "", seed, fold), 5, scores)
+        return NetworkScores(Network("taca", "", seed, fold), 5, scores)
 
     results = [
         result(0, 0, score("a", 0.2), score("a", 0.4, structure="other")),

@@ -28,7 +28,7 @@ from cadiff_cli.training.atlas.config import PeopleConfig, Training
 from cadiff_cli.training.atlas.data import (
     STRUCTURES,
     VENTRICLES,
-    Sitter,
+    PreparedPerson,
     base_grid,
     held_out,
     known_people,
@@ -94,7 +94,7 @@ def sitter(k, age, sex="F"):
     nothing = Volume(np.zeros((2, 2, 2), np.uint8), small)
     volumes = volumes_of(age)
     velocity = velocity_of(growth(age), rng.normal(0, 1.0)).astype(np.float16)
-    return Sitter(
+    return PreparedPerson(
         f"sub-{k:02}", "toys", velocity, volumes, nothing, nothing, 0.0, 0, True, str(k), age, sex
     )
 

@@ -20,9 +20,9 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.training.crossval import cross_validate, folds, shortened
 from cadiff_cli.training.segmenter import data
 from cadiff_cli.training.segmenter.config import TrainConfig
-from cadiff_cli.training.segmenter.objective import Objective
+from cadiff_cli.training.segmenter.objective import SegmenterObjective
 
-QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=Objective(fine=32))
+QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=SegmenterObjective(fine=32))
 
 
 def subjects(n, repeats=()):

@@ -15,7 +15,7 @@ from cadiff_cli.errors import DataError
 from cadiff_cli.io import models
 from cadiff_cli.nets.models import Model
 from cadiff_cli.stages.sampling import denoise
-from cadiff_cli.training.segmenter.objective import Objective, Times
+from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
 from cadiff_cli.training.segmenter.patches import draw_patch
 
 
@@ -174,7 +174,7 @@ def test_a_second_process_needs_its_class_and_a_name(
         net = awake(replace(tiny_config, process="test-flow"))
         patch = draw_patch(toy_sample, 32, mirror, NO_CHANGE, seeded())
         # Field and labels are noisy, and the third step recycles.
-        objective = Objective(Times(0.0, 0.0, 0.0), recycle=0.0, fine=32)
+        objective = SegmenterObjective(Times(0.0, 0.0, 0.0), recycle=0.0, fine=32)
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
         before = net.stem.weight.detach().clone()
         for seed, recycle in enumerate((0.0, 0.0, 1.0)):

@@ -10,7 +10,7 @@ from conftest import awake
 
 from cadiff_cli.config import SampleConfig
 from cadiff_cli.metrics.overlap import dice
-from cadiff_cli.training.loop import Interval, State
+from cadiff_cli.training.loop import Interval, TrainingState
 from cadiff_cli.training.monitor import RunMonitor, overlay, segment_sample
 
 ONE_STEP = SampleConfig(steps=1, flip=False)
@@ -22,7 +22,7 @@ REPORT = Interval({"total": 2.0, "label": 1.5}, rate=1e-3, seconds_per_step=0.5,
 def state(tiny_net, tiny_config):
     """A run whose averaged network knows the phantom and whose own does not."""
     net = awake(tiny_config)
-    return State(net, tiny_net, torch.optim.SGD(net.parameters()), step=40, seconds=1800.0)
+    return TrainingState(net, tiny_net, torch.optim.SGD(net.parameters()), step=40, seconds=1800.0)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from cadiff_cli.nets.blocks import channels_last
 from cadiff_cli.training.batch import stack
 from cadiff_cli.training.segmenter.config import Training, load
 from cadiff_cli.training.segmenter.losses import Losses
-from cadiff_cli.training.segmenter.objective import Objective, Times
+from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
 from cadiff_cli.training.segmenter.patches import Patch, draw_patch
 from cadiff_cli.training.settings import shipped_configs
 
@@ -283,7 +283,7 @@ def test_focus_finds_the_smallest_structure(focus, often):
     classes = torch.ones(1, 48, 48, 48, dtype=torch.long)
     classes[:, 24:] = 2
     classes[:, 40:42, 40:42, 40:42] = 3
-    objective = Objective(focus=focus)
+    objective = SegmenterObjective(focus=focus)
     met = 0
     for seed in range(60):
         x, y, z = objective._cube(classes, 24, seeded(seed))

@@ -16,12 +16,12 @@ from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.spatial.probabilities import fractions
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training.segmenter.config import TrainConfig, load
-from cadiff_cli.training.segmenter.objective import Objective, Times
+from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
 from cadiff_cli.training.segmenter.patches import draw_patch
 from cadiff_cli.training.segmenter.run import train
 
 SCALE = 0.25
-QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=Objective(fine=32))
+QUICK = TrainConfig(steps=1, warmup=1, decay=1, patch=64, objective=SegmenterObjective(fine=32))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_scale_that_cannot_be_is_refused(wrong):
 
 
 def test_training_shows_scaled_labels_in_the_same_noise(nets, patch, monkeypatch):
-    objective = Objective(Times(1.0, 0.0, 0.0), recycle=0.0, fine=32)
+    objective = SegmenterObjective(Times(1.0, 0.0, 0.0), recycle=0.0, fine=32)
     ((one, t, _),), ((small, _, _),) = (
         asked(net, monkeypatch, lambda net: objective(net, patch, seeded())) for net in nets
     )
@@ -79,7 +79,7 @@ def test_training_shows_scaled_labels_in_the_same_noise(nets, patch, monkeypatch
 
 def test_recycled_states_are_scaled_too(nets, patch, monkeypatch):
     """Pure noise is the same, so is what is made of it, and that is what is scaled."""
-    objective = Objective(Times(1.0, 0.0, 0.0), recycle=1.0, fine=32)
+    objective = SegmenterObjective(Times(1.0, 0.0, 0.0), recycle=1.0, fine=32)
     (first, one), (again, small) = (
         asked(net, monkeypatch, lambda net: objective(net, patch, seeded())) for net in nets
     )

@@ -22,7 +22,7 @@ from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.stages.sampling import (
     TILE,
     Denoiser,
-    State,
+    DiffusionState,
     brain_blocks,
     by_tiles,
     class_probabilities,
@@ -244,7 +244,9 @@ def test_some_voxels_have_the_probabilities_that_all_have(
 def state(parcellation):
     """Any state of a brain of 8 x 6 x 4 voxels."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    return State(draw(1, 1, 8, 6, 4), draw(1, 3, 4, 3, 2), draw(1, parcellation.n_classes, 4, 3, 2))
+    return DiffusionState(
+        draw(1, 1, 8, 6, 4), draw(1, 3, 4, 3, 2), draw(1, parcellation.n_classes, 4, 3, 2)
+    )
 
 
 def parts(state):
@@ -259,7 +261,9 @@ def test_mirroring_is_an_involution(state, mirror):
 
 
 def test_a_packed_state_is_unpacked_into_its_parts(state):
-    for unpacked, part in zip(parts(State.unpacked(state.packed())), parts(state), strict=True):
+    for unpacked, part in zip(
+        parts(DiffusionState.unpacked(state.packed())), parts(state), strict=True
+    ):
         assert torch.equal(unpacked, part)
 
 
@@ -279,7 +283,7 @@ def phantom_state(small_conditions, mirror):
     """The phantom with its field, and labels that say nothing."""
     field = torch.from_numpy(small_conditions.field.data.copy())[None]
     image = torch.from_numpy(small_conditions.image.data.copy())[None, None]
-    return State(image, 2 * field - 1, torch.zeros(1, len(mirror), *field.shape[2:]))
+    return DiffusionState(image, 2 * field - 1, torch.zeros(1, len(mirror), *field.shape[2:]))
 
 
 def test_the_prior_of_a_mirrored_brain_is_the_mirrored_prior(tiny_net, phantom_state, mirror):

@@ -23,7 +23,7 @@ from cadiff_cli.training.batch import stack
 from cadiff_cli.training.monitor import RunMonitor, planes, shown
 from cadiff_cli.training.segmenter.config import TrainConfig, load
 from cadiff_cli.training.segmenter.losses import Losses
-from cadiff_cli.training.segmenter.objective import Objective, Times
+from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
 from cadiff_cli.training.segmenter.patches import Draws, draw_patch
 from cadiff_cli.training.segmenter.run import train
 from cadiff_cli.training.segmenter.spad import (
@@ -38,7 +38,7 @@ from cadiff_cli.training.segmenter.spad import (
 from cadiff_cli.training.settings import CONFIGS
 
 SIZE = 48
-QUICK = TrainConfig(steps=3, warmup=1, decay=1, patch=64, objective=Objective(fine=32))
+QUICK = TrainConfig(steps=3, warmup=1, decay=1, patch=64, objective=SegmenterObjective(fine=32))
 SPAD = replace(QUICK, spad=Spad())
 PARTS = [TargetNoise(), BorderNoise()]
 INTENSITIES = [1.0, 0.5, 0.1]

@@ -53,7 +53,7 @@ from cadiff_cli.training.segmenter import data
 from cadiff_cli.training.segmenter.config import TrainConfig, load
 from cadiff_cli.training.segmenter.data import Sample, pool
 from cadiff_cli.training.segmenter.losses import Losses
-from cadiff_cli.training.segmenter.objective import Objective, Times
+from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.run import train
@@ -63,7 +63,7 @@ from cadiff_cli.training.templates import load_training_template
 CPU = torch.device("cpu")
 PATIENCE_S = 300.0
 """What another process may take on a busy machine."""
-QUICK = TrainConfig(steps=6, warmup=2, decay=2, patch=64, objective=Objective(fine=32))
+QUICK = TrainConfig(steps=6, warmup=2, decay=2, patch=64, objective=SegmenterObjective(fine=32))
 
 
 def fit(state, samples, mirror, config, path, workers=0, **options):

@@ -37,7 +37,7 @@ class Process(Protocol):
         """
 
 
-class Schedule(Protocol):
+class NoiseSchedule(Protocol):
     """How much of the clean state and how much noise a state holds."""
 
     def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class Gaussian:
     .. math:: x_t = \alpha_t x_0 + \sigma_t \epsilon
     """
 
-    schedule: Schedule
+    schedule: NoiseSchedule
 
     def corrupt(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The weighted sum of a clean state and noise."""

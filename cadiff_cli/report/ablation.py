@@ -10,7 +10,7 @@ from cadiff_cli.evaluation.scores import Score
 from cadiff_cli.evaluation.tables import overall, summarise
 from cadiff_cli.io.files import write_text
 from cadiff_cli.report.render import render
-from cadiff_cli.training.ablation import ALSO, DATASET, MEASURES, Plan, Result, Row, Table
+from cadiff_cli.training.ablation import ALSO, DATASET, MEASURES, NetworkScores, Plan, Row, Table
 
 GROUPS = {DATASET: "Held-out people", ALSO: "Held-out people of --also"}
 SCALES = {"dice": 100.0, "nsd": 100.0, "hd95_mm": 1.0, "missed": 1.0}
@@ -61,7 +61,9 @@ class StepsLine:
     bars: Sequence[tuple[float, float, float]]
 
 
-def write_tables(run: Path, plan: Plan, results: Sequence[Result], budget: int) -> list[Path]:
+def write_tables(
+    run: Path, plan: Plan, results: Sequence[NetworkScores], budget: int
+) -> list[Path]:
     """Write ``table-NAME.md`` for each table, and ``figure-NAME.svg`` where steps are compared.
 
     ``budget`` is the number of training steps of every row.  Rows without a finished seed (all
@@ -95,7 +97,7 @@ def write_tables(run: Path, plan: Plan, results: Sequence[Result], budget: int) 
     return paths
 
 
-def lines(plan: Plan, table: Table, results: Sequence[Result], kind: str) -> list[Line]:
+def lines(plan: Plan, table: Table, results: Sequence[NetworkScores], kind: str) -> list[Line]:
     """The lines of a table for the scans of one kind (``DATASET`` or ``ALSO``)."""
     found = {
         (r.network, r.steps): scores

@@ -113,7 +113,7 @@ def brain_blocks(mask: np.ndarray) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class DiffusionState:
     """A brain on its way from noise to labels.
 
     ``image`` (1, 1, 2x, 2y, 2z) in [0, 1]; ``field`` (1, 3, x, y, z) and ``labels``
@@ -132,19 +132,21 @@ class State:
         return torch.cat([unshuffle(self.image), self.field, self.labels], dim=1)
 
     @staticmethod
-    def unpacked(x: Tensor) -> "State":
+    def unpacked(x: Tensor) -> "DiffusionState":
         """The inverse of ``packed``, for a tile too."""
         blocks = STRIDE**3
         image, field, labels = torch.split(x, [blocks, 3, x.shape[1] - blocks - 3], dim=1)
-        return State(shuffle(image), field, labels)
+        return DiffusionState(shuffle(image), field, labels)
 
-    def mirrored(self, mirror: Tensor) -> "State":
+    def mirrored(self, mirror: Tensor) -> "DiffusionState":
         """The left-right mirrored brain; ``mirror`` (classes,) maps a class to the other side's.
 
         The first axis points from left to right, so D_x -> -D_x.
         """
         sign = torch.tensor([-1.0, 1.0, 1.0]).reshape(3, 1, 1, 1)
-        return State(self.image.flip(2), sign * self.field.flip(2), self.labels.flip(2)[:, mirror])
+        return DiffusionState(
+            self.image.flip(2), sign * self.field.flip(2), self.labels.flip(2)[:, mirror]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +154,8 @@ class Denoiser:
     """A network, asked about states on ``device``, whole or in tiles of ``tile`` 1 mm voxels.
 
     A ``known`` field stays as it is at t_d = 0; an unknown one has the time of the labels.  With
-    ``mirror`` (see ``State.mirrored``) the final answer is that about the brain and its mirror
-    image.
+    ``mirror`` (see ``DiffusionState.mirrored``) the final answer is that about the brain and its
+    mirror image.
     """
 
     net: CADiffNet
@@ -162,17 +164,17 @@ class Denoiser:
     tile: int | None = None
     mirror: Tensor | None = None
 
-    def estimate(self, state: State, t: float) -> State:
+    def estimate(self, state: DiffusionState, t: float) -> DiffusionState:
         """The network's estimate of the clean state."""
 
-        def clean(part: State) -> tuple[Tensor, Tensor]:
+        def clean(part: DiffusionState) -> tuple[Tensor, Tensor]:
             coarse, _ = self._ask(part, t)
             return coarse.field.cpu(), self.net.label_state(softmax(coarse.logits)).cpu()
 
         field, labels = by_tiles(clean, state, self.tile)
         return replace(state, field=state.field if self.known else field, labels=labels)
 
-    def look_up(self, state: State) -> State:
+    def look_up(self, state: DiffusionState) -> DiffusionState:
         """The state with the prior at its known field; tiles look it up themselves."""
         if not self.known or self.tile is not None:
             return state
@@ -180,7 +182,9 @@ class Denoiser:
         with autocast(self.device):
             return replace(state, prior=self.net.look_up(state.field.to(self.device), clean))
 
-    def step(self, state: State, estimate: State, t: float, t_next: float) -> State:
+    def step(
+        self, state: DiffusionState, estimate: DiffusionState, t: float, t_next: float
+    ) -> DiffusionState:
         """The state at ``t_next``, as the network's noise process makes it."""
         step = self.net.process.step
         labels = step(state.labels, estimate.labels, t, t_next)
@@ -188,7 +192,7 @@ class Denoiser:
             return replace(state, labels=labels)
         return replace(state, field=step(state.field, estimate.field, t, t_next), labels=labels)
 
-    def probabilities(self, state: State, blocks: Tensor, t: float) -> Tensor:
+    def probabilities(self, state: DiffusionState, blocks: Tensor, t: float) -> Tensor:
         """The network's answer at 1 mm, (n, 8, classes) on the CPU, at ``blocks`` (n, 3)."""
         if self.tile is not None:
             p = by_tiles(lambda part: self._fine(part, t), state, self.tile)
@@ -205,13 +209,15 @@ class Denoiser:
                 out.copy_(logits.float().softmax(dim=2))
         return p
 
-    def _fine(self, state: State, t: float) -> Tensor:
+    def _fine(self, state: DiffusionState, t: float) -> Tensor:
         """Probabilities of all 1 mm voxels, (1, classes, 2x, 2y, 2z) on the CPU."""
         coarse, (image, t_d, t_m) = self.answer(state, t)
         with autocast(self.device):
             return softmax(self.net.refine(image, coarse, t_d, t_m)).cpu()
 
-    def answer(self, state: State, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
+    def answer(
+        self, state: DiffusionState, t: float
+    ) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
         """The trunk's final answer, which the head refines; with the image and both times.
 
         Of the mirrored brain only the probabilities at 2 mm are asked for.  A second pass of the
@@ -225,7 +231,7 @@ class Denoiser:
         both = torch.logaddexp(coarse.logits.log_softmax(dim=1), back.log_softmax(dim=1))
         return replace(coarse, logits=both), given
 
-    def _ask(self, state: State, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
+    def _ask(self, state: DiffusionState, t: float) -> tuple[Coarse, tuple[Tensor, Tensor, Tensor]]:
         """The trunk's answer; with the image and both times on the device."""
         image, d_t, m_t = (x.to(self.device) for x in (state.image, state.field, state.labels))
         t_m = torch.full((1,), t, device=self.device)
@@ -251,8 +257,8 @@ def denoise(
     ``image`` (1, 1, X, Y, Z) in [0, 1]; ``field`` (1, 3, X/2, Y/2, Z/2) in [0, 1], or None to
     denoise it with the labels; ``blocks`` (n, 3) are the 2 mm voxels whose 8 n voxels at 1 mm are
     asked about, block by block as ``at_blocks`` orders them.  Zero steps give the label prior at
-    the field: the answer of the registration alone.  With ``mirror`` (see ``State.mirrored``) the
-    last step asks about the brain and its mirror image.
+    the field: the answer of the registration alone.  With ``mirror`` (see
+    ``DiffusionState.mirrored``) the last step asks about the brain and its mirror image.
     """
     if steps == 0:
         if field is None:
@@ -266,7 +272,7 @@ def denoise(
 
     d_1 = noise(3) if field is None else 2 * field - 1
     denoiser = Denoiser(net, field is not None, device, tile, mirror)
-    start = State(image, d_1, noise(net.config.n_classes))
+    start = DiffusionState(image, d_1, noise(net.config.n_classes))
     times = spaced_times(steps if net.config.reads_labels else 1)
     states = sample(denoiser.step, denoiser.estimate, denoiser.look_up(start), times)
     with memory_kept():
@@ -277,7 +283,7 @@ def denoise(
     return denoiser.probabilities(final.pop(), blocks, times[-1]).flatten(0, 1)
 
 
-def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> T:
+def by_tiles(function: Callable[[DiffusionState], T], state: DiffusionState, tile: int | None) -> T:
     """``function(state)``, at once or in overlapping tiles of ``tile`` 1 mm voxels, blended.
 
     ``function`` returns a new tensor, or several, on the CPU; blending scales them in place.
@@ -291,7 +297,7 @@ def by_tiles(function: Callable[[State], T], state: State, tile: int | None) -> 
         state.packed(),
         tile // STRIDE,
         1,
-        lambda x: function(State.unpacked(x)),
+        lambda x: function(DiffusionState.unpacked(x)),
         overlap=0.5,
         mode="gaussian",
     )

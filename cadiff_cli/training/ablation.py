@@ -194,7 +194,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Result:
+class NetworkScores:
     """Scores of one network with so many sampling steps."""
 
     network: Network
@@ -218,7 +218,7 @@ def ablate(
     device: str = "auto",
     workers: int = 0,
     max_minutes: float = math.inf,
-) -> Iterator[Result]:
+) -> Iterator[NetworkScores]:
     """Train and score every network of the plan; each result is yielded as soon as it is there.
 
     ``load(config, seed)`` is a training with the budget of all.  Each network has a folder in
@@ -260,7 +260,7 @@ def ablate(
                     for score in score_sample(model, sample, sampling, device)
                 ]
                 write_scores(path, scores, MEASURES)
-            yield Result(network, steps, read_scores(path))
+            yield NetworkScores(network, steps, read_scores(path))
 
 
 def refuse_other_budget(folder: Path, training: Training) -> None:

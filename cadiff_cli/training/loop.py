@@ -75,7 +75,7 @@ class Objective(Protocol):
 
 
 @dataclass
-class State(Generic[N]):
+class TrainingState(Generic[N]):
     """What a checkpoint holds: enough to go on exactly."""
 
     net: N
@@ -102,17 +102,17 @@ def progress_at(step: int, config: Schedule) -> float:
     return min(1.0, step / max(config.steps - 1, 1))
 
 
-def new_state(net: N, config: Schedule) -> State[N]:
+def new_state(net: N, config: Schedule) -> TrainingState[N]:
     """A fresh start from ``net``'s weights, on its device."""
     channels_last(net)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.AdamW(
         net.parameters(), lr=config.rate, weight_decay=config.weight_decay, fused=True
     )
-    return State(net, ema, optimiser)
+    return TrainingState(net, ema, optimiser)
 
 
-def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
+def save_checkpoint(path: Path, state: TrainingState[N], config: Schedule) -> None:
     """Write atomically: a kill at any moment leaves the last complete checkpoint."""
     stored = {
         "net": state.net.state_dict(),
@@ -138,7 +138,7 @@ def save_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
         ) from error
 
 
-def load_checkpoint(path: Path, state: State[N], config: Schedule) -> None:
+def load_checkpoint(path: Path, state: TrainingState[N], config: Schedule) -> None:
     """Continue ``state`` from a file written by ``save_checkpoint``.
 
     Raises ``UsageError`` if it has gone beyond the schedule, ``DataError`` if it is damaged.
@@ -167,7 +167,7 @@ class Monitor(Protocol):
     def interval(self, step: int, report: "Interval") -> None:
         """Called every ``report_every`` steps."""
 
-    def step_done(self, state: State[Any]) -> None:
+    def step_done(self, state: TrainingState[Any]) -> None:
         """Called after every step; may take its time (validation)."""
 
 
@@ -182,7 +182,7 @@ class Interval:
 
 
 def fit(
-    state: State[N],
+    state: TrainingState[N],
     batches: Iterable[Batch],
     objective: Objective,
     config: Schedule,
@@ -277,7 +277,9 @@ def _outlive_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def train_step(state: State[N], batch: Any, objective: Objective, config: Schedule) -> Parts:
+def train_step(
+    state: TrainingState[N], batch: Any, objective: Objective, config: Schedule
+) -> Parts:
     """One forward and backward pass, one step of the optimiser and of the average."""
     # Not the number that a patch was drawn with: its deformation would decide the times.
     generator = generator_of(config.seed, 5_000_011 + state.step, state.device)
@@ -302,7 +304,7 @@ def train_step(state: State[N], batch: Any, objective: Objective, config: Schedu
 
 
 @torch.no_grad()
-def update_ema(state: State[N], config: Schedule) -> None:
+def update_ema(state: TrainingState[N], config: Schedule) -> None:
     """Exponential moving average of the weights, faster in the beginning; buffers are copied."""
     decay = min(config.ema, (1 + state.step) / (10 + state.step))
     for average, current in zip(state.ema.parameters(), state.net.parameters(), strict=True):

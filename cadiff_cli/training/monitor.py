@@ -21,7 +21,7 @@ from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.products import Conditions, CoordinateField
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.sampling import class_probabilities
-from cadiff_cli.training.loop import Interval, State
+from cadiff_cli.training.loop import Interval, TrainingState
 from cadiff_cli.training.segmenter.data import Sample, sample_field
 from cadiff_cli.training.segmenter.spad import Spad
 
@@ -63,12 +63,12 @@ class RunMonitor:
             self.board.add_scalar("seconds_per_step", report.seconds_per_step, step)
             self.board.add_scalar("data_share", report.data_share, step)
 
-    def step_done(self, state: State[CADiffNet]) -> None:
+    def step_done(self, state: TrainingState[CADiffNet]) -> None:
         """Validate on the next held-out scan when it is time."""
         if self.held_out and time.monotonic() - self.last > 60 * self.minutes:
             self.validate(state)
 
-    def validate(self, state: State[CADiffNet]) -> float:
+    def validate(self, state: TrainingState[CADiffNet]) -> float:
         """Score the next held-out scan; returns the mean Dice of the ``headline`` structures."""
         sample = self.held_out[self.turn % len(self.held_out)]
         self.turn += 1
@@ -98,7 +98,7 @@ class RunMonitor:
         if self.board:
             self.board.close()
 
-    def _record(self, state: State[CADiffNet], name: str, score: float) -> None:
+    def _record(self, state: TrainingState[CADiffNet], name: str, score: float) -> None:
         path = self.folder / "validation.tsv"
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as stream:

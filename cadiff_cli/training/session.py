@@ -28,7 +28,7 @@ from cadiff_cli.training.loop import (
     Monitor,
     Objective,
     Schedule,
-    State,
+    TrainingState,
     fit,
     load_checkpoint,
     new_state,
@@ -124,7 +124,7 @@ class Session(Generic[N]):
     """
 
     folder: Path
-    state: State[N]
+    state: TrainingState[N]
     config: Schedule
     description: dict[str, Any]
     resumed: bool

@@ -72,7 +72,7 @@ SCHEME = re.compile(r"_seg-([A-Za-z0-9]+)_dseg\.")
 
 
 @dataclass(frozen=True, eq=False)
-class Sitter:
+class PreparedPerson:
     """A prepared person.
 
     ``velocity_mm`` (3, X, Y, Z) float16 is on the base's velocity grid; ``volumes_mm3`` maps a code
@@ -175,7 +175,7 @@ def known_people(folder: Path) -> People:
 
 def prepare_people(
     folders: Sequence[Path], base: Template, spacing_mm: float, cache: Path, device: str = "auto"
-) -> list[Sitter]:
+) -> list[PreparedPerson]:
     """Prepare one scan of every person once (kept in ``cache``) and load them all.
 
     ``base`` has labels; the ``device`` labels people.  People of unknown age serve as well: a
@@ -191,7 +191,7 @@ def prepare_people(
     told = [(scans_of(folder), known_people(folder)) for folder in folders]
     grid = base_grid(base, spacing_mm)
     cache.mkdir(parents=True, exist_ok=True)
-    people, bad = list[Sitter](), list[str]()
+    people, bad = list[PreparedPerson](), list[str]()
     for source, (scans, about) in zip(names, told, strict=True):
         for index, (label, path) in enumerate(scans.items(), start=1):
             log.info("preparing sub-%s of %s, %d of %d", label, source, index, len(scans))
@@ -232,7 +232,7 @@ def base_labels(base: Template, model: Model, device: str = "auto") -> Volume:
     return Volume(model.parcellation.codes[classes.data], own)
 
 
-def known_to(space: ConditionSpace, people: Sequence[Sitter]) -> list[Sitter]:
+def known_to(space: ConditionSpace, people: Sequence[PreparedPerson]) -> list[PreparedPerson]:
     """Those of the people whose condition an atlas knows; a warning names the others."""
     known = []
     for person in people:
@@ -335,13 +335,13 @@ def arrays_of(
     }
 
 
-def load(path: Path, grid: Grid) -> Sitter:
+def load(path: Path, grid: Grid) -> PreparedPerson:
     """Read a person that ``build`` wrote."""
     stored = store.read(path)
     small = Grid(stored["image"].shape, stored["affine"])
     volumes = zip(stored["codes"].tolist(), stored["volumes_mm3"].tolist(), strict=True)
     assert stored["velocity"].shape[1:] == grid.shape
-    return Sitter(
+    return PreparedPerson(
         str(stored["name"]),
         "",
         stored["velocity"],
@@ -355,7 +355,9 @@ def load(path: Path, grid: Grid) -> Sitter:
     )
 
 
-def held_out(people: Sequence[Sitter], share: float, named: Collection[str] = ()) -> set[str]:
+def held_out(
+    people: Sequence[PreparedPerson], share: float, named: Collection[str] = ()
+) -> set[str]:
     """Labels of the people to leave out: a share of each source, evenly spread over age.
 
     Sources with people in ``named`` (labels) leave out those alone.  Raises ``UsageError`` for a

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from cadiff_cli.nets.condition import kernel_weights
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.training.atlas.config import PeopleConfig
-from cadiff_cli.training.atlas.data import Sitter
+from cadiff_cli.training.atlas.data import PreparedPerson
 from cadiff_cli.training.atlas.regression import KernelRegression
 from cadiff_cli.training.batch import Batch, generator_of
 
@@ -45,7 +45,7 @@ class PeopleDraws(Dataset[PeopleBatch]):
 
     def __init__(
         self,
-        people: Sequence[Sitter],
+        people: Sequence[PreparedPerson],
         regression: KernelRegression,
         zooms_mm: Sequence[float],
         config: PeopleConfig,

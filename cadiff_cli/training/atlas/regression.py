@@ -14,7 +14,7 @@ import torch
 from cadiff_cli.nets.condition import ConditionSpace, kernel_weights
 from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition
-from cadiff_cli.training.atlas.data import Sitter
+from cadiff_cli.training.atlas.data import PreparedPerson
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class KernelRegression:
     widths: tuple[float, float, float]
 
     @classmethod
-    def of(cls, people: Sequence[Sitter], space: ConditionSpace) -> "KernelRegression":
+    def of(cls, people: Sequence[PreparedPerson], space: ConditionSpace) -> "KernelRegression":
         """The regression whose widths predict each person best from all others.
 
         Age and ventricles are used alone and with the others: widths must serve missing conditions

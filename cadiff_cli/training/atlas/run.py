@@ -22,7 +22,13 @@ from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample
 from cadiff_cli.training.atlas.config import Training
-from cadiff_cli.training.atlas.data import STRUCTURES, Sitter, brain_mask, held_out, known_to
+from cadiff_cli.training.atlas.data import (
+    STRUCTURES,
+    PreparedPerson,
+    brain_mask,
+    held_out,
+    known_to,
+)
 from cadiff_cli.training.atlas.draws import PeopleDraws
 from cadiff_cli.training.atlas.losses import mean_square
 from cadiff_cli.training.atlas.objective import AtlasObjective, AutoencoderObjective
@@ -48,7 +54,7 @@ class PeopleIdentity(Identity):
 
 
 def train_atlas(
-    people: Sequence[Sitter],
+    people: Sequence[PreparedPerson],
     base: Template,
     grid: Grid,
     run: Path,
@@ -137,7 +143,7 @@ def check_steps(training: Training) -> None:
 
 
 def distances_mm(
-    person: Sitter, sources: Mapping[str, Source], brain: torch.Tensor, grid: Grid
+    person: PreparedPerson, sources: Mapping[str, Source], brain: torch.Tensor, grid: Grid
 ) -> list[float]:
     """For each source, the root mean square distance in mm to the person's shape."""
     own = displacement(person.velocity_mm, grid)
@@ -146,7 +152,7 @@ def distances_mm(
 
 
 def _compare(
-    people: Sequence[Sitter],
+    people: Sequence[PreparedPerson],
     sources: Mapping[str, Source],
     brain: torch.Tensor,
     grid: Grid,

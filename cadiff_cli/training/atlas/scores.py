@@ -24,7 +24,7 @@ from cadiff_cli.quality.ranges import AGE_GROUPS
 from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import register, warp
-from cadiff_cli.training.atlas.data import STRUCTURES, Sitter, share_of
+from cadiff_cli.training.atlas.data import STRUCTURES, PreparedPerson, share_of
 from cadiff_cli.training.atlas.losses import mean_square
 from cadiff_cli.training.atlas.regression import Source
 from cadiff_cli.training.atlas.run import displacement
@@ -86,7 +86,7 @@ class AgeScore:
     atlases: Mapping[str, float]
 
 
-def groups_of(people: Sequence[Sitter]) -> dict[str, list[Sitter]]:
+def groups_of(people: Sequence[PreparedPerson]) -> dict[str, list[PreparedPerson]]:
     """People by age group; groups without people are left out."""
     return {
         name: members
@@ -97,7 +97,7 @@ def groups_of(people: Sequence[Sitter]) -> dict[str, list[Sitter]]:
 
 def score_group(
     name: str,
-    people: Sequence[Sitter],
+    people: Sequence[PreparedPerson],
     source: str,
     make: Source,
     grid: Grid,
@@ -139,7 +139,7 @@ def score_group(
 
 
 def spread_of(
-    people: Sequence[Sitter], model: AtlasModel, brain: Tensor, given: Sequence[str]
+    people: Sequence[PreparedPerson], model: AtlasModel, brain: Tensor, given: Sequence[str]
 ) -> float:
     """Root mean square distance in mm between one sample for each person and the atlas."""
     zooms = model.grid.spacing_mm.tolist()
@@ -155,10 +155,10 @@ def spread_of(
 
 
 def _by_condition(
-    people: Sequence[Sitter], make: Source, given: Sequence[str]
-) -> "list[tuple[Tensor, list[Sitter]]]":
+    people: Sequence[PreparedPerson], make: Source, given: Sequence[str]
+) -> "list[tuple[Tensor, list[PreparedPerson]]]":
     """Velocities (1, 3, X, Y, Z) of the people's conditions, each made once, and whose they are."""
-    members = dict[Condition, list[Sitter]]()
+    members = dict[Condition, list[PreparedPerson]]()
     for person in people:
         shown = {name: getattr(person.condition, name) for name in given}
         members.setdefault(Condition(**shown), []).append(person)
@@ -173,7 +173,7 @@ def count_folds(velocity_mm: Tensor, zooms_mm: Sequence[float]) -> int:
     return folded(finer, [zoom / FINE for zoom in zooms_mm])
 
 
-def carried_dice(person: Sitter, atlas: Template) -> float:
+def carried_dice(person: PreparedPerson, atlas: Template) -> float:
     """Dice of an atlas's labels, carried by a registration, with the person's own at 2 mm."""
     assert atlas.labels is not None
     parcellation = load_parcellation(BASE)
@@ -188,7 +188,7 @@ def carried_dice(person: Sitter, atlas: Template) -> float:
 
 def register_some(
     score: GroupScore,
-    people: Sequence[Sitter],
+    people: Sequence[PreparedPerson],
     make: Source,
     base: Template,
     grid: Grid,
@@ -246,7 +246,7 @@ class Trend:
 
 
 def score_ages(
-    people: Sequence[Sitter],
+    people: Sequence[PreparedPerson],
     sources: Mapping[str, Source],
     base: Template,
     grid: Grid,

@@ -8,7 +8,7 @@ from cadiff_cli.errors import UsageError
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.segmenter import NetConfig
 from cadiff_cli.training.loop import Schedule
-from cadiff_cli.training.segmenter.objective import Objective
+from cadiff_cli.training.segmenter.objective import SegmenterObjective
 from cadiff_cli.training.segmenter.patches import AugmentConfig
 from cadiff_cli.training.segmenter.spad import Perturbed, Spad
 from cadiff_cli.training.settings import load_training, overridden
@@ -29,12 +29,12 @@ class TrainConfig(Schedule):
     head_only: bool = False
     also_share: float = 0.3
     prior_scans: int | None = None
-    objective: Objective = field(default_factory=Objective)
+    objective: SegmenterObjective = field(default_factory=SegmenterObjective)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     spad: Spad | None = None
 
     @property
-    def minimised(self) -> Objective | Perturbed:
+    def minimised(self) -> SegmenterObjective | Perturbed:
         """The objective of a step, with what it is shown."""
         return Perturbed(self.objective, self.spad) if self.spad else self.objective
 

@@ -47,7 +47,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Objective:
+class SegmenterObjective:
     """Eq. 8, and how its inputs are made.
 
     The 1 mm head sees a cube of ``fine`` voxels of the patch.  In a share ``focus`` of the steps it

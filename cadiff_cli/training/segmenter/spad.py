@@ -19,7 +19,7 @@ from torch import Tensor
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.training.segmenter.losses import Losses
-from cadiff_cli.training.segmenter.objective import Objective
+from cadiff_cli.training.segmenter.objective import SegmenterObjective
 from cadiff_cli.training.segmenter.patches import Patch
 
 GREY = 0.5
@@ -179,7 +179,7 @@ class Perturbed:
     own, whose seed follows that of the step.
     """
 
-    objective: Objective
+    objective: SegmenterObjective
     spad: Spad
 
     def __call__(
