@@ -46,8 +46,8 @@ def segment(
     Without ``templates``, ``model`` and ``config`` those of ``cadiff-seg`` are taken.  No files are
     written but transforms in ``work_dir``, which are removed without one: of ``config.output`` only
     ``posteriors``, ``uncertainty`` and ``parcellation`` have an effect.  For the distance field,
-    standard spaces and files use ``cadiff-seg``.  Raises ``UsageError`` for settings that
-    contradict one another.
+    standard spaces and files use ``cadiff-seg``.  Raises ``UsageError`` for settings beyond
+    their limits, or that contradict one another.
     """
     config = config or Config()
     config.check()

@@ -54,10 +54,25 @@ class Option:
     high: int | None = None
     metavar: str | None = None
 
+    def refuse(self, flag: str, value: Any) -> None:
+        """Raise ``UsageError`` unless the option called ``flag`` allows ``value``."""
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{flag} is {value!r}", f"use {', '.join(self.choices)}")
+        if self.low is not None and value < self.low:
+            raise UsageError(f"{flag} is {value}", f"use {self.low} or more")
+        if self.high is not None and value > self.high:
+            raise UsageError(f"{flag} is {value}", f"use {self.high} or less")
+
 
 def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
     """A dataclass field that is an option of the command line too (``cli/options``)."""
     return field(default=default, metadata={"option": Option(help, names, **limits)})
+
+
+def flags_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The flags of a field that is an option."""
+    about: Option = field.metadata["option"]
+    return about.names or (f"--{field.name.replace('_', '-')}",)
 
 
 MOST_SEED = 2**31 - 2
@@ -68,9 +83,6 @@ def seed_option() -> Any:
     """The seed is one option for registration and noise."""
     names = ("--seed", "--random-seed")
     return option(0, "Seed of registration and noise.", *names, low=0, high=MOST_SEED)
-
-
-STRIP_METHODS = ("auto", "net", "template", "none")
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class StripConfig:
         "auto: strip a whole head with the network, leave a stripped scan. net: always strip with"
         " the network. template: use the mask of Colin27. none: the scan is stripped already.",
         "--skull-strip",
-        choices=STRIP_METHODS,
+        choices=("auto", "net", "template", "none"),
     )
     mask: Path | None = option(None, "Your own brain mask (T1's grid).")
     model: str = option(
@@ -161,13 +173,6 @@ class SampleConfig:
         low=32,
     )
 
-    def __post_init__(self) -> None:
-        """Raise ``UsageError`` for numbers that no sampler can use."""
-        if self.steps < 0:
-            raise UsageError(f"--steps is {self.steps}", "use 5 (the default), or 0 for the prior")
-        if self.samples < 1:
-            raise UsageError(f"--samples is {self.samples}", "use 1 (the default) or more")
-
 
 @dataclass(frozen=True)
 class OutputConfig:
@@ -219,7 +224,12 @@ class Config:
     output: OutputConfig = OutputConfig()
 
     def check(self) -> None:
-        """Raise ``UsageError`` for settings that contradict one another."""
+        """Raise ``UsageError`` for settings beyond their limits, or that contradict one another."""
+        for part in (self.strip, self.register, self.sample, self.output):
+            for offered in dataclasses.fields(part):
+                about, value = offered.metadata.get("option"), getattr(part, offered.name)
+                if about and value is not None:
+                    about.refuse(flags_of(offered)[0], value)
         sample = self.sample
         if sample.tile is not None and sample.tile % 32:
             raise UsageError(f"--tile is {sample.tile}", "use a multiple of 32")

@@ -19,7 +19,13 @@ from cadiff_cli import machine
 from cadiff_cli.api import segment
 from cadiff_cli.cli import COMMANDS, cadiff, guarded
 from cadiff_cli.cli.options import FilePath
-from cadiff_cli.config import Config, OutputConfig, RegisterConfig, SampleConfig
+from cadiff_cli.config import (
+    Config,
+    OutputConfig,
+    RegisterConfig,
+    SampleConfig,
+    StripConfig,
+)
 from cadiff_cli.errors import (
     TERMINATED,
     CadiffError,
@@ -239,9 +245,19 @@ def test_the_example_replaces_nothing_of_the_users(tmp_path, capsys):
     assert path.stat().st_mtime_ns == before
 
 
-def test_settings_that_contradict_one_another_are_refused_before_anything_is_computed():
+def test_settings_that_cannot_work_are_refused_before_anything_is_computed():
     scan = object()
     for config, words in (
+        (Config(StripConfig("nett")), "--skull-strip is 'nett'.*net, template"),
+        (Config(register=RegisterConfig("quick")), "--registration is 'quick'"),
+        (Config(register=RegisterConfig(seed=-1)), "--seed is -1"),
+        (Config(sample=SampleConfig(steps=-1)), "--steps is -1.*0 or more"),
+        (Config(sample=SampleConfig(samples=0)), "--samples is 0"),
+        (Config(sample=SampleConfig(samples=500)), "--samples is 500.*100 or less"),
+        (Config(sample=SampleConfig(tile=-32)), "--tile is -32"),
+        (Config(sample=SampleConfig(tile=0)), "--tile is 0"),
+        (Config(output=OutputConfig(codes="fresurfer")), "--codes is 'fresurfer'"),
+        (Config(output=OutputConfig(parcellation="nm138")), "--parcellation is 'nm138'.*nmm138"),
         (Config(sample=SampleConfig(tile=50)), "--tile is 50"),
         (Config(sample=SampleConfig(steps=0, samples=2)), "--samples"),
         (Config(register=RegisterConfig("none"), sample=SampleConfig(steps=0)), "--steps 0"),

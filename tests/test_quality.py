@@ -12,7 +12,6 @@ from test_probabilities import random_p, some_of
 
 from cadiff_cli.config import Config, OutputConfig, SampleConfig
 from cadiff_cli.data import shipped
-from cadiff_cli.errors import UsageError
 from cadiff_cli.io.files import sha256
 from cadiff_cli.metrics.overlap import dice
 from cadiff_cli.products import Calibration, Scan
@@ -138,11 +137,6 @@ def test_the_map_lies_on_the_scan_and_in_the_mask(segmented, small_head):
         assert found.min() == 0
         assert 0 < found.max() <= 1
         assert not found[small_head.codes == 0].any()
-
-
-def test_no_samples_are_refused(segmented):
-    with pytest.raises(UsageError, match="--samples is 0"):
-        segmented(replace(QUICK, samples=0))
 
 
 # Calibration -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
 
 import click
 
-from cadiff_cli.config import MOST_SEED, Config, Option
+from cadiff_cli.config import MOST_SEED, Config, Option, flags_of
 from cadiff_cli.errors import MissingInputError, UsageError
 from cadiff_cli.text import read_text
 
@@ -139,19 +139,14 @@ def _offered(kind: type) -> Iterator[tuple[str, "Field[Any]"]]:
             yield _parameter(field), field
 
 
-def _flags(field: "Field[Any]") -> tuple[str, ...]:
-    about: Option = field.metadata["option"]
-    return about.names or (f"--{field.name.replace('_', '-')}",)
-
-
 def _parameter(field: "Field[Any]") -> str:
     """The option's name among a command's values: that of its first flag."""
-    return _flags(field)[0].lstrip("-").replace("-", "_")
+    return flags_of(field)[0].lstrip("-").replace("-", "_")
 
 
 def _click_option(field: "Field[Any]") -> Callable[[F], F]:
     about: Option = field.metadata["option"]
-    flags, default = _flags(field), field.default
+    flags, default = flags_of(field), field.default
     kinds = set(get_args(field.type)) or {field.type}
     more: dict[str, Any] = {"default": default, "help": about.help}
     if field.type is bool:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from scipy import ndimage
 
-from cadiff_cli.config import STRIP_METHODS, Config, RegisterConfig, StripConfig, StripMethod
-from cadiff_cli.errors import DataError, MissingInputError, UsageError
+from cadiff_cli.config import Config, RegisterConfig, StripConfig, StripMethod
+from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.notes import Note, NoteCode
 from cadiff_cli.products import Scan, Stripped, Template
 from cadiff_cli.quality.limits import PLAUSIBLE_LITRES
@@ -205,9 +205,6 @@ def _method(
     """The method that finds the brain, and doubts about the one that the user asked for."""
     if given:
         return StripMethod.MASK_FILE, []
-    if config.method not in STRIP_METHODS:
-        known = ", ".join(STRIP_METHODS)
-        raise UsageError(f"unknown --skull-strip {config.method!r}", f"use {known}")
     if config.method == "auto":
         log.info("the scan %s skull-stripped already", "is" if stripped_already else "is not")
         if stripped_already:
