@@ -40,7 +40,7 @@ def command(
     from cadiff_cli.device import pick_device
     from cadiff_cli.errors import UsageError
     from cadiff_cli.io.templates import NAME
-    from cadiff_cli.training.atlas.config import load
+    from cadiff_cli.training.atlas.config import Training
     from cadiff_cli.training.atlas.data import (
         base_grid,
         base_labels,
@@ -48,11 +48,12 @@ def command(
         prepare_people,
     )
     from cadiff_cli.training.atlas.run import check_steps, train_atlas
+    from cadiff_cli.training.settings import load
     from cadiff_cli.training.templates import load_training_template
 
     show_times()
     pick_device(device)
-    training = load(config, **options)
+    training = load(config, Training(), **options)
     check_steps(training)
     if not NAME.fullmatch(training.base):
         raise UsageError(

@@ -58,16 +58,17 @@ def command(
     from cadiff_cli.device import pick_device
     from cadiff_cli.io import models
     from cadiff_cli.nets.models import BrainModel
-    from cadiff_cli.training.brain_mask.config import load
+    from cadiff_cli.training.brain_mask.config import Training
     from cadiff_cli.training.brain_mask.data import prepare_heads
     from cadiff_cli.training.brain_mask.run import check_settings, check_sources, train_mask
+    from cadiff_cli.training.settings import load
 
     show_times()
     if not (label_maps or heads):
         raise click.UsageError("give --label-maps, --heads, or both")
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
-    training = load(config, **options)
+    training = load(config, Training(), **options)
     model = models.load(BrainModel, init) if init else None
     check_sources([path.name for path in (*label_maps, *heads)], hold_out_source, model)
     check_settings(training.train, training.net, model)

@@ -44,14 +44,15 @@ def command(
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.labels.schemes import load_scheme
     from cadiff_cli.nets.models import ParcelModel
-    from cadiff_cli.training.parcels.config import load
+    from cadiff_cli.training.parcels.config import Training
     from cadiff_cli.training.parcels.run import check_people, train_parcels
     from cadiff_cli.training.segmenter.data import prepare_scans
+    from cadiff_cli.training.settings import load
 
     show_times()
     # Whatever is wrong with a name is said before hours of preparation, not after.
     pick_device(device)
-    training = load(config, **options)
+    training = load(config, Training(), **options)
     model = models.load(ParcelModel, init) if init else None
     parcellation = load_parcellation(training.parcellation)
     mapping = load_scheme(training.labels, parcellation)

@@ -70,7 +70,14 @@ def _usable(kind: str) -> str:
     return f"use {', '.join([*shipped_configs(kind), 'a .toml file'])} of kind {kind!r}"
 
 
-def overridden(training: T, *, steps: int | None, decay: int | None, **settings: Any) -> T:
+def load(name: str, defaults: T, **settings: Any) -> T:
+    """As ``load_training``; what ``settings`` give overrides the file (``overridden``)."""
+    return overridden(load_training(name, defaults), **settings)
+
+
+def overridden(
+    training: T, *, steps: int | None = None, decay: int | None = None, **settings: Any
+) -> T:
     """``training`` with other settings of its schedule; None keeps the file's.
 
     With other ``steps`` alone, the ``decay`` of a shorter run shrinks in proportion.

@@ -1,12 +1,11 @@
 """Settings for training a conditional atlas."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.atlas import AtlasConfig
 from cadiff_cli.training.loop import Schedule
-from cadiff_cli.training.settings import load_training, overridden
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,3 @@ class Training:
     spacing_mm: float = 4.0
     net: AtlasConfig = field(default_factory=AtlasConfig)
     train: PeopleConfig = field(default_factory=PeopleConfig)
-
-
-def load(
-    name: str, *, steps: int | None = None, decay: int | None = None, **settings: Any
-) -> Training:
-    """Load a training by name or from a ``.toml`` file; other arguments override the file."""
-    return overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)

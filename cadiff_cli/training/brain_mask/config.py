@@ -1,11 +1,10 @@
 """Settings for training the brain-mask network."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cadiff_cli.nets.brain_mask import BrainConfig
 from cadiff_cli.training.loop import Schedule
-from cadiff_cli.training.settings import load_training, overridden
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,3 @@ class Training:
     command: ClassVar[str] = "cadiff train-mask"
     net: BrainConfig = field(default_factory=BrainConfig)
     train: HeadConfig = field(default_factory=HeadConfig)
-
-
-def load(
-    name: str, *, steps: int | None = None, decay: int | None = None, **settings: Any
-) -> Training:
-    """Load a training by name or from a ``.toml`` file; other arguments override the file."""
-    return overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)

@@ -1,13 +1,12 @@
 """Settings of a training of parcels."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cadiff_cli.config import PARCELS
 from cadiff_cli.errors import UsageError
 from cadiff_cli.nets.parcels import ParcelConfig
 from cadiff_cli.training.loop import Schedule
-from cadiff_cli.training.settings import load_training, overridden
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,3 @@ class Training:
     templates: tuple[str, ...] = ("MNIColin27", "MNI152NLin2009aSym")
     parcellation: str = PARCELS
     labels: str = "neuromorphometrics"
-
-
-def load(
-    name: str, *, steps: int | None = None, decay: int | None = None, **settings: Any
-) -> Training:
-    """Load a training by name or from a ``.toml`` file; other arguments override the file."""
-    return overridden(load_training(name, Training()), steps=steps, decay=decay, **settings)
