@@ -579,6 +579,20 @@ def test_labels_of_a_scan_must_be_one_map(tmp_path):
         path.unlink()
 
 
+def test_reconstructions_are_scans_of_their_own(tmp_path):
+    """All entities tell scans apart, not sub, ses, acq and run alone; run-01 is run-1."""
+    anat = tmp_path / "sub-1" / "anat"
+    anat.mkdir(parents=True)
+    for scan in ("sub-1_rec-a_run-{}", "sub-1_rec-b_run-{}", "sub-1_ce-gd_run-{}"):
+        (anat / f"{scan.format('01')}_T1w.nii.gz").touch()
+        (anat / f"{scan.format('1')}_seg-x_dseg.nii.gz").touch()
+    pairs = labelled_scans(tmp_path)
+    assert {pair.subject for pair in pairs} == {"1"}
+    for pair in pairs:
+        assert pair.dseg.name.split("_")[1] == pair.t1.name.split("_")[1]
+    assert len(pairs) == 3
+
+
 RAW = {"Name": "x", "BIDSVersion": "1.8.0"}
 THEIRS = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep"}]}
 

@@ -11,9 +11,10 @@ import pytest
 
 from cadiff_cli.cli import cadiff, guarded
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.evaluation.pairing import Pairs, label_maps, pair_up, retest_pairs, scan_of
+from cadiff_cli.evaluation.pairing import Pairs, label_maps, pair_up, retest_pairs
 from cadiff_cli.evaluation.scores import Score, moved_labels, retest_pair, score_pair
 from cadiff_cli.evaluation.tables import overall, summarise
+from cadiff_cli.io.bids.names import scan_of
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.io.label_maps import say_once
 from cadiff_cli.labels.schemes import load_scheme

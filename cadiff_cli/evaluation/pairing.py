@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError, first_few
-from cadiff_cli.io.bids.names import HEAD, LABEL_MAP, WORKING, source_entities
+from cadiff_cli.io.bids.names import HEAD, LABEL_MAP, WORKING, scan_of
 from cadiff_cli.io.bids.tables import named_parcellation
 from cadiff_cli.io.files import read_json
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
@@ -121,20 +121,6 @@ def label_maps(
                 "leave one, or give two files",
             )
     return {scan: path for scan, paths in by_scan.items() for path in paths}
-
-
-def scan_of(path: Path) -> str:
-    """Entities of a label map's scan: ``sub-1_seg-x_dseg.nii.gz`` -> ``sub-1``.
-
-    ``run-01`` and ``run-1`` are the same.
-    """
-    image = path.with_name(stem(path).removesuffix("_dseg") + ".nii")
-    parts = (part.split("-", 1) for part in source_entities(image).split("_"))
-    return "_".join(
-        f"run-{int(part[1])}" if part[0] == "run" and part[1].isdigit() else "-".join(part)
-        for part in parts
-        if part[0] not in ("seg", "atlas", "label")
-    )
 
 
 def _is_own(path: Path) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.evaluation.pairing import brain_beside, scan_of
+from cadiff_cli.evaluation.pairing import brain_beside
+from cadiff_cli.io.bids.names import scan_of
 from cadiff_cli.io.bids.tables import parcellation_of
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.label_maps import load_classes, say_once

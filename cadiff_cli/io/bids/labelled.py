@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.bids.index import entities_of
-from cadiff_cli.io.bids.names import source_entities
+from cadiff_cli.io.bids.names import scan_of, source_entities
 from cadiff_cli.io.formats import is_folder
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
@@ -30,7 +30,7 @@ class LabelledScan:
 
 
 def labelled_scans(dataset: Path) -> list[LabelledScan]:
-    """Pair every T1w of a BIDS-like folder with the dseg of the same sub, ses, acq and run.
+    """Pair every T1w of a BIDS-like folder with the dseg of the same sub, ses, acq, run...
 
     Ignores images with a ``space-``; logs those without a partner.  Raises ``MissingInputError`` if
     the folder is absent, ``DataError`` if it holds no pairs, or two images of one scan.
@@ -41,9 +41,11 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
         )
     images, segmentations = _by_scan(dataset, "T1w"), _by_scan(dataset, "dseg")
     pairs = [
-        LabelledScan(source_entities(path), key[0], path, segmentations[key])
-        for key, path in images.items()
-        if key in segmentations
+        LabelledScan(
+            source_entities(path), str(entities_of(path, dataset)["subject"]), path, labels
+        )
+        for scan, path in images.items()
+        if (labels := segmentations.get(scan))
     ]
     if not pairs:
         raise DataError(
@@ -51,32 +53,29 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
             "name them sub-X[_ses-Y]_T1w.nii.gz and sub-X[_ses-Y]_dseg.nii.gz",
         )
     for one, other, suffix in ((images, segmentations, "dseg"), (segmentations, images, "T1w")):
-        if alone := [path.name for key, path in one.items() if key not in other]:
+        if alone := [path.name for scan, path in one.items() if scan not in other]:
             log.warning(
-                "left out, having no %s of the same sub, ses, acq and run: %s",
+                "left out, having no %s with the same sub, ses, acq, run...: %s",
                 suffix,
                 ", ".join(alone),
             )
     return pairs
 
 
-def _by_scan(dataset: Path, suffix: str) -> dict[tuple[str, ...], Path]:
-    """Images with this suffix on the scan's own grid, by subject, session, acquisition and run."""
-    images: dict[tuple[str, ...], Path] = {}
+def _by_scan(dataset: Path, suffix: str) -> dict[str, Path]:
+    """Images with this suffix on the scan's own grid, by the scan's entities."""
+    images: dict[str, Path] = {}
     for path in sorted(dataset.glob(f"sub-*/**/[!.]*_{suffix}.nii*")):
-        entities = entities_of(path, dataset, derived=True)
-        if "space" in entities:
+        if "space" in entities_of(path, dataset, derived=True):
             continue
-        scan = ("subject", "session", "acquisition")
-        run = str(entities.get("run", ""))
-        key = (*(str(entities.get(k, "")) for k in scan), str(int(run)) if run else "")
-        if key in images:
-            both = f"{images[key].name}, {path.name}"
+        scan = scan_of(path)
+        if scan in images:
+            both = f"{images[scan].name}, {path.name}"
             raise DataError(
                 f"{dataset} has two {suffix} images of one scan: {both}",
                 "leave one of them, or link those to learn from into a folder of their own",
             )
-        images[key] = path
+        images[scan] = path
     return images
 
 

@@ -56,6 +56,20 @@ def source_entities(path: Path) -> str:
     return _entities(stem(path))
 
 
+def scan_of(path: Path) -> str:
+    """Entities of a scan, from its image or its label map: ``sub-1_seg-x_dseg`` -> ``sub-1``.
+
+    ``run-01`` and ``run-1`` are the same.
+    """
+    image = path.with_name(stem(path).removesuffix("_dseg") + ".nii")
+    parts = (part.split("-", 1) for part in source_entities(image).split("_"))
+    return "_".join(
+        f"run-{int(part[1])}" if part[0] == "run" and part[1].isdigit() else "-".join(part)
+        for part in parts
+        if part[0] not in ("seg", "atlas", "label")
+    )
+
+
 @lru_cache(maxsize=100_000)  # a plan asks for each several times
 def _entities(name: str) -> str:
     parts = name.split("_")
