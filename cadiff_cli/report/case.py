@@ -13,10 +13,10 @@ import numpy as np
 from cadiff_cli import machine
 from cadiff_cli.errors import CadiffError, DataError
 from cadiff_cli.io.bids.derivatives import read_mask_quality
-from cadiff_cli.io.bids.description import links
+from cadiff_cli.io.bids.description import raw_link
 from cadiff_cli.io.bids.layout import Finished
 from cadiff_cli.io.bids.names import HEAD, MASK, SKULL_MASK, UNCERTAINTY, WORKING, xfm_name
-from cadiff_cli.io.files import read_json, sha256
+from cadiff_cli.io.files import sha256
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.io.intensities import finite
 from cadiff_cli.io.label_maps import load_classes
@@ -223,7 +223,7 @@ def find_scan(out: Path, result: Finished, scans: Path | None = None) -> Path | 
     """
     source = result.provenance.source
     inner = source.removeprefix("bids:raw:")
-    raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
+    raw = raw_link(out)
     places = [] if scans is None else [scans]
     if scans is not None:
         name = Path(inner).name

@@ -9,6 +9,7 @@ from pathlib import Path
 from cadiff_cli.data import read
 from cadiff_cli.errors import MissingInputError, first_few, in_a_line
 from cadiff_cli.io.bids.layout import Finished, finished
+from cadiff_cli.io.bids.names import JOURNAL
 from cadiff_cli.io.files import locked, write_text
 from cadiff_cli.io.provenance import Provenance, UsedTemplate
 from cadiff_cli.products import Citation
@@ -85,7 +86,7 @@ def write_citations(out: Path) -> str:
     Returns a note if some are left out because their sidecars are damaged, else an empty text.  One
     process at a time writes, so that the last one includes the results of all.
     """
-    folder = out / "logs" / "journal"
+    folder = out / JOURNAL
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "citation.lock", wait=True):
         results = list(finished(out))

@@ -194,7 +194,7 @@ def known_scans(out: Path) -> list[str]:
 
 def tried_scans(out: Path) -> set[str]:
     """Scans of an output folder that were tried, or were missing from the last group table."""
-    return _lacking(out) | {path.stem for path in (out / "logs" / "journal").glob("*.json")}
+    return _lacking(out) | Journal(out).scans()
 
 
 def _lacking(out: Path) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Literal
 from cadiff_cli.config import Machine, Recipe, Request
 from cadiff_cli.errors import OutputError, UsageError
 from cadiff_cli.io.bids.layout import Derivatives, Finished
-from cadiff_cli.io.bids.names import page_path, source_entities
+from cadiff_cli.io.bids.names import JOURNAL, page_path, source_entities
 from cadiff_cli.io.checksums import checksums
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.provenance import make_recipe
@@ -19,7 +19,7 @@ from cadiff_cli.quality.age_ranges import read_age_ranges
 from cadiff_cli.quality.calibration import calibration
 from cadiff_cli.runner.personal import WORD, Conditional, PersonalAtlas, split
 
-RECORD = "logs/journal/inputs.tsv"
+RECORD = f"{JOURNAL}/inputs.tsv"
 """Where an output folder keeps the checksums of its inputs."""
 
 

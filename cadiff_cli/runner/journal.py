@@ -22,7 +22,7 @@ from cadiff_cli.errors import (
     in_a_line,
 )
 from cadiff_cli.io.bids.layout import Derivatives, finished_result
-from cadiff_cli.io.bids.names import page_path
+from cadiff_cli.io.bids.names import JOURNAL, page_path
 from cadiff_cli.io.files import NO_SPACE, locked, read_json, remove_partial, write_json, write_text
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.notes import Note, NoteCode
@@ -36,11 +36,15 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.folder = out / "logs" / "journal"
+        self.folder = out / JOURNAL
 
     def record(self, outcome: Outcome) -> None:
         """Replace the record of a scan."""
         write_json(self.folder / f"{outcome.entities}.json", asdict(outcome))
+
+    def scans(self) -> set[str]:
+        """Scans of which an outcome is known."""
+        return {path.stem for path in self.folder.glob("*.json")}
 
     def read(self, entities: str) -> Outcome | None:
         """The last outcome of a scan; None without a readable record."""

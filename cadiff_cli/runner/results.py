@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cadiff_cli.io.bids.layout import Finished, candidates, finished_result
+from cadiff_cli.io.bids.names import JOURNAL
 from cadiff_cli.io.checksums import Record
 from cadiff_cli.runner.job import Job
 
-RECORD = "logs/journal/results.tsv"
+RECORD = f"{JOURNAL}/results.tsv"
 """Where an output folder keeps what sidecars tell: fingerprint, checksum of input, parcellation."""
 TOLD = r"[0-9a-f]{12} [0-9a-f]{64} [0-9A-Za-z]*"
 

@@ -13,18 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.config import SampleConfig, as_dict, fingerprint
+from cadiff_cli.config import SampleConfig, fingerprint
 from cadiff_cli.errors import UsageError
 from cadiff_cli.evaluation.scores import Score
 from cadiff_cli.evaluation.tables import read_scores, write_scores
-from cadiff_cli.io.files import read_json
 from cadiff_cli.io.templates import EMBEDDED, PREFERRED
 from cadiff_cli.labels.parcellation import Parcellation
 from cadiff_cli.nets.models import Model
 from cadiff_cli.training.crossval import fitted, score_sample
 from cadiff_cli.training.segmenter.config import Training
 from cadiff_cli.training.segmenter.data import Sample
-from cadiff_cli.training.session import MAY_CHANGE
+from cadiff_cli.training.session import refuse_other_budget
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +230,7 @@ def ablate(
     for number, network in enumerate(networks, start=1):
         log.info("network %d of %d: %s", number, len(networks), network.folder)
         training, folder = load(network.config, network.seed), run / network.folder
-        refuse_other_budget(folder, training)
+        refuse_other_budget(folder, training.train)
         samples, also = prepare(plan.templates_of(network, people))
         held_out = plan.splits[network.fold]
         model = fitted(
@@ -261,18 +260,3 @@ def ablate(
                 ]
                 write_scores(path, scores, MEASURES)
             yield NetworkScores(network, steps, read_scores(path))
-
-
-def refuse_other_budget(folder: Path, training: Training) -> None:
-    """Refuse to go on with a network that was begun with another budget: it would have had more.
-
-    A training by itself may go on with more steps, or at another rate.
-    """
-    begun, now = read_json(folder / "config.json") or {}, as_dict(training.train)
-    was = begun.get("train", {})
-    for key in MAY_CHANGE:
-        if key in was and was[key] != now[key]:
-            raise UsageError(
-                f"{folder} was begun with {key} {was[key]}, not {now[key]}",
-                "use another --run folder, or the options of before",
-            )

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 N = TypeVar("N", bound=nn.Module)
 WEIGHTS = "model.safetensors"
 """The exported weights in a run's folder."""
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, SETTINGS = "checkpoint.pt", "config.json"
 UNTOLD = ""
 """A fact that an older run did not write down: it is taken on trust."""
 MAY_CHANGE = ("steps", "decay", "rate")
@@ -149,7 +149,7 @@ class Session(Generic[N]):
         folder.mkdir(parents=True, exist_ok=True)
         settings = as_dict(config)
         state, checkpoint = new_state(net, config), folder / CHECKPOINT
-        described = folder / "config.json"
+        described = folder / SETTINGS
         if resumed := checkpoint.exists():
             refuse_other_run(described, identity, config, net.config)
             load_checkpoint(checkpoint, state, config)
@@ -226,4 +226,18 @@ def refuse_other_run(path: Path, identity: Identity, config: Schedule, net: Any)
             raise UsageError(
                 f"the checkpoint beside {path} has {key} {was.get(key)}, not {now}",
                 "use another --run folder; only --steps, --decay and --rate may change",
+            )
+
+
+def refuse_other_budget(folder: Path, config: Schedule) -> None:
+    """Refuse to go on with a network that was begun with another budget: it would have had more.
+
+    A training by itself may go on with more steps, or at another rate.
+    """
+    was, now = (read_json(folder / SETTINGS) or {}).get("train", {}), as_dict(config)
+    for key in MAY_CHANGE:
+        if key in was and was[key] != now[key]:
+            raise UsageError(
+                f"{folder} was begun with {key} {was[key]}, not {now[key]}",
+                "use another --run folder, or the options of before",
             )

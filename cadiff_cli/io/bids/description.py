@@ -87,7 +87,7 @@ def refuse_other_source(out: Path, raw: Dataset, link: str | None = None) -> Non
 
     Refuses only a link to another folder, or one that names another dataset.
     """
-    stored = links(read_json(out / "dataset_description.json") or {}).get("raw")
+    stored = raw_link(out)
     here = link or raw.link(out)
     if not stored or VERSION.sub("", stored) == VERSION.sub("", here):
         return
@@ -127,7 +127,7 @@ def people_of(out: Path, scans: Path | None = None) -> People:
 
     Where none tells any, those of the first that has a table or a note.
     """
-    raw = links(read_json(out / "dataset_description.json") or {}).get("raw", "")
+    raw = raw_link(out)
     folders = (scans, out, out / raw if raw and ":" not in raw else None)
     first = NOBODY
     for folder in folders:
@@ -145,6 +145,11 @@ def _is_open_folder(path: Path) -> bool:
         return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
     except OSError:
         return False
+
+
+def raw_link(out: Path) -> str:
+    """Where an output folder says that its scans lie; empty if it does not say."""
+    return links(read_json(out / "dataset_description.json") or {}).get("raw", "")
 
 
 def links(description: dict[str, Any]) -> dict[str, str]:

@@ -19,6 +19,8 @@ FINER_MORPH, CONFIDENCE = "seg-{}_desc-volumetric_morph", "seg-{}_desc-confidenc
 """To be formatted with ``Parcellation.segmentation``."""
 TISSUES, TISSUE = "dseg", "label-{}_probseg"
 """Tissue classes and their probabilities.  sMRIPrep takes a ``dseg`` without ``desc-`` for such."""
+JOURNAL = "logs/journal"
+"""Folder of the state of each scan, in an output folder."""
 _LABEL = "[A-Za-z0-9]+"
 LABEL_MAP = re.compile(rf"_seg-{_LABEL}(_desc-structures)?_dseg(?=\.)")
 """How the name of a label map on the scan's grid ends; without ``desc-`` up to revision 8."""
