@@ -341,8 +341,8 @@ class Segmentation:
     ``posteriors`` (classes, X, Y, Z) float16, background first, when they were asked for; then
     parcels have a ``confidence`` (X, Y, Z) float16 in their place: the probability of the parcel
     that was drawn, 0 outside the cortex.
-    ``expected_dice`` maps a code to the Dice that the network's probabilities let expect, as they
-    are (a ``Calibration`` corrects them); a structure that is absent is not in it.
+    ``expected_dice`` maps a code to the expected Dice from the raw (uncalibrated) probabilities (a
+    ``Calibration`` corrects it); a structure that is absent is not in it.
     ``volume_sd_mm3`` is the standard deviation of each volume over the samples, empty for a single
     one.  ``uncertainty`` (X, Y, Z) float32 is the entropy of the probabilities, 0 to 1, 0 outside
     the mask, when it was asked for.  ``tissues`` are (X, Y, Z) float16 probabilities, 0 outside the

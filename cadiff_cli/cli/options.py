@@ -1,4 +1,4 @@
-"""Options made from the fields of dataclasses, and dataclasses made from their values."""
+"""Options: types of values, options from the fields of dataclasses, lists and filters in files."""
 
 import errno
 import json

@@ -131,7 +131,7 @@ def run_options(command: Any) -> Any:
 
 
 def training_options(command: Any) -> Any:
-    """Options that ``train`` and ``crossval`` share."""
+    """Options that ``train``, ``crossval`` and ``ablate`` share."""
     for option in reversed(SCAN_OPTIONS):
         command = option(command)
     return run_options(command)

@@ -1,1 +1,1 @@
-"""The CA-Diff network.  Tensors in, tensors out; no files, no sampling."""
+"""The networks: labels, brain masks, parcels, atlases.  Tensors in, tensors out; no files."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cadiff_cli.diffusion.process import DEFAULT, PROCESSES, Process
 from cadiff_cli.diffusion.sampler import sample, spaced_times
 from cadiff_cli.errors import DataError, UsageError
-from cadiff_cli.nets.blocks import TimeEmbedding
+from cadiff_cli.nets.blocks import TimeEmbedding, check_process
 from cadiff_cli.nets.condition import NAMES, kernel_weights
 
 MULTIPLE = 4
@@ -50,12 +50,8 @@ class AtlasConfig:
     people: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ``DataError`` for a process or a latent space that is not there."""
-        if self.process not in PROCESSES:
-            raise DataError(
-                f"the noise process is {self.process!r}, not one of {list(PROCESSES)}",
-                "name one of these; for weights, use the version of cadiff that wrote them",
-            )
+        """Raise ``DataError`` or ``UsageError`` for settings that no network can have."""
+        check_process(self.process)
         if self.latent not in (LINEAR, AUTOENCODER):
             raise DataError(
                 f"the latent space is {self.latent!r}", f"use {LINEAR!r} or {AUTOENCODER!r}"

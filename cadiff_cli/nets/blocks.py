@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.diffusion.process import PROCESSES
+from cadiff_cli.errors import DataError
+
 N = TypeVar("N", bound=nn.Module)
+
+
+def check_process(name: str) -> None:
+    """Raise ``DataError`` unless there is a noise process of this name."""
+    if name not in PROCESSES:
+        raise DataError(
+            f"the noise process is {name!r}, not one of {list(PROCESSES)}",
+            "name one of these; for weights, use the version of cadiff that wrote them",
+        )
 
 
 class ChannelNorm(nn.Module):

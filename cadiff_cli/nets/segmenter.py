@@ -26,6 +26,7 @@ from cadiff_cli.nets.blocks import (
     TimeAdaptedChannelAttention,
     TimeEmbedding,
     at_blocks,
+    check_process,
     last,
     plus,
     shuffle,
@@ -78,11 +79,7 @@ class NetConfig:
 
     def __post_init__(self) -> None:
         """Raise ``DataError`` for a noise process, a head or a scale that cannot be."""
-        if self.process not in PROCESSES:
-            raise DataError(
-                f"the noise process is {self.process!r}, not one of {list(PROCESSES)}",
-                "name one of these; for weights, use the version of cadiff that wrote them",
-            )
+        check_process(self.process)
         if self.head_stride not in (1, STRIDE):
             raise DataError(
                 f"the network's head_stride is {self.head_stride}, not 1 or {STRIDE}",

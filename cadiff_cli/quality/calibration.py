@@ -1,8 +1,8 @@
-"""From the Dice that a network's probabilities let expect to the Dice that was really reached.
+"""Calibrate the expected Dice: from the one of raw probabilities to the one that was reached.
 
-A network's probabilities are rarely those that they should be.  ``data/calibration`` holds a file
-for weights that were measured (by ``tools/measure_quality.py``): what Dice was really reached where
-one was expected.  Weights know their parcellation, so a calibration belongs to weights.
+A network's probabilities are rarely right.  ``data/calibration`` holds a file for weights that were
+measured (by ``tools/measure_quality.py``): which Dice was reached where one was expected.  Weights
+know their parcellation, so a calibration belongs to weights.
 """
 
 import json

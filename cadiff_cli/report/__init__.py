@@ -1,1 +1,1 @@
-"""HTML pages, one per scan and one per group, made from the files on disk alone."""
+"""HTML pages, one per scan, one per group, and those of atlases and ablations."""

@@ -1,8 +1,8 @@
 """Slices of a scan with vector outlines over them: sharp on any screen, and quick to draw.
 
 A plane is the axis it is perpendicular to.  Images are drawn with superior or anterior up and the
-patient's left on the left; volumes are on grids with RAS axes.  The only module that imports
-contourpy and Pillow.
+patient's left on the left; volumes are on grids with RAS axes.  No page needs
+more than contourpy and Pillow for them.
 """
 
 import base64

@@ -214,9 +214,9 @@ def upright(grid: Grid) -> Grid:
 def rigid(fixed: Volume, moving: Volume, seed: int = 0) -> np.ndarray:
     """(4, 4) motion between two images of one brain: RAS mm of ``fixed`` -> RAS mm of ``moving``.
 
-    Found at 2 mm by mutual information: 0.02 mm of a known motion was left on a 1 mm brain.  The
-    quick settings stop at 4 mm, which left up to 3 mm where a brain is nearly round.  Raises
-    ``DataError`` if ANTs fails.
+    Found at 2 mm by mutual information: 0.02 mm of a known motion was left on a 1 mm brain.  A
+    search that ended at 4 mm left up to 3 mm where a brain is nearly round.  Raises ``DataError``
+    if ANTs fails.
     """
     wanted = {"type_of_transform": "Rigid", "spacing_mm": 2.0}
     with machine.work_folder() as work:

@@ -1,1 +1,1 @@
-"""Train the network: data, augmentation, losses, loop."""
+"""Train the four networks: data, augmentation, losses, one loop."""

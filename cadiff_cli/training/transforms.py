@@ -10,6 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 
+def uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    """A number from ``low`` to ``high``."""
+    return low + (high - low) * float(torch.rand(1, generator=generator))
+
+
+def uniforms(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Numbers from ``low`` to ``high``."""
+    return low + (high - low) * torch.rand(*shape, generator=generator)
+
+
+def chance(generator: torch.Generator, share: float) -> bool:
+    """True in a ``share`` of the draws."""
+    return uniform(generator) < share
+
+
 def rotation(angles: Tensor) -> Tensor:
     """(3, 3) product of rotations about x, y and z by ``angles`` (3,) in radians."""
     matrix = Rotation.from_euler("XYZ", angles.numpy()).as_matrix()

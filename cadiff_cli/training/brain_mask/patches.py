@@ -23,12 +23,15 @@ from cadiff_cli.training.brain_mask.config import HeadConfig
 from cadiff_cli.training.brain_mask.data import Head, half
 from cadiff_cli.training.brain_mask.target import FAR_MM
 from cadiff_cli.training.transforms import (
+    chance,
     lattice,
     low_resolution,
     read,
     rotation,
     smooth_noise,
     thicken,
+    uniform,
+    uniforms,
 )
 
 
@@ -61,9 +64,9 @@ class HeadDraws(Dataset[HeadPatch]):
     def __getitem__(self, index: int) -> HeadPatch:
         """Draw a source, one of its heads and a patch, or a patch without a head."""
         generator = generator_of(self.config.seed, index)
-        if float(torch.rand(1, generator=generator)) < self.config.empty:
+        if chance(generator, self.config.empty):
             return draw_nothing(self.config, generator, self.spacing_mm)
-        use_real = float(torch.rand(1, generator=generator)) < self.config.real
+        use_real = chance(generator, self.config.real)
         pool = (self.real if use_real else self.drawn) or self.real or self.drawn
         of_source = Counter(h.source for h in pool)
         weights = torch.tensor([of_source[h.source] ** -0.5 for h in pool])
@@ -78,32 +81,28 @@ def draw_head(
 
     ``spacing_mm`` is that of the head's voxels, and of the patch's.
     """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
-    def chance(p: float) -> bool:
-        return float(torch.rand(1, generator=generator)) < p
-
     n = _side(config, spacing_mm)
-    centre = torch.from_numpy(head.centre) + uniform(-1, 1, 3) * config.off_centre_mm / spacing_mm
-    zoom = float(1 + config.scale * uniform(-1, 1, 1))
-    if chance(config.small):
-        zoom /= float(uniform(config.smallest, 1, 1))
-    widest = config.rotation_deg if chance(config.tilted) else config.rotation_deg / 4
-    matrix = rotation(uniform(-1, 1, 3) * math.radians(widest)) * zoom
-    if chance(config.turned):
+    centre = (
+        torch.from_numpy(head.centre)
+        + uniforms(generator, -1, 1, 3) * config.off_centre_mm / spacing_mm
+    )
+    zoom = 1 + config.scale * uniform(generator, -1, 1)
+    if chance(generator, config.small):
+        zoom /= uniform(generator, config.smallest, 1)
+    widest = config.rotation_deg if chance(generator, config.tilted) else config.rotation_deg / 4
+    matrix = rotation(uniforms(generator, -1, 1, 3) * math.radians(widest)) * zoom
+    if chance(generator, config.turned):
         matrix = matrix @ rotation(torch.randint(4, (3,), generator=generator) * math.pi / 2)
     offsets = lattice(n) - (n - 1) / 2
     bend = smooth_noise(config.elastic_mm / spacing_mm, 40.0 / spacing_mm, n, n, generator)
     points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
-    if chance(0.5):
+    if chance(generator, 0.5):
         points = points.flip(1)
 
     stored = torch.from_numpy(head.distance.astype(np.float32))[None] + FAR_MM
     distance = (read(stored, points)[0] - FAR_MM) / zoom
     rim = torch.zeros_like(distance)
-    if chance(config.shrunken):
+    if chance(generator, config.shrunken):
         points, distance, rim = shrink(points, distance, config.shrink_mm, generator, spacing_mm)
     if head.image is not None:
         image = read(torch.from_numpy(head.image)[None].float() / 255, points)[0]
@@ -116,25 +115,25 @@ def draw_head(
             rim = torch.zeros_like(rim)
     if rim.any():
         # Dark in a real scan, like its own ventricles; of any brightness without labels of fluid.
-        share = float(uniform(0, 1, 1)) * (0.1 if head.image is not None else 1.0)
+        share = uniform(generator) * (0.1 if head.image is not None else 1.0)
         level = float(image[distance > 0].quantile(share)) if (distance > 0).any() else 0.0
         speckle = 0.03 * torch.randn(image.shape, generator=generator)
         image = image + rim * (level + speckle - image)
-    if chance(config.bright_scalp):
+    if chance(generator, config.bright_scalp):
         image = _spin_echo(image, distance, generator)
     image = artefacts(image, config, generator, spacing_mm)
-    if chance(config.stripped):
+    if chance(generator, config.stripped):
         # Programs strip more or less widely: the mask follows their border.
-        distance = distance - float(uniform(-6, 1, 1))
+        distance = distance - uniform(generator, -6, 1)
         image = image * (distance > 0)
-    elif chance(config.zeroed_air):
-        image = image * (image > float(uniform(0.02, 0.12, 1)))
-    elif chance(config.noisy_air):
-        noise = float(uniform(0.3, 1, 1)) * torch.rand(image.shape, generator=generator)
+    elif chance(generator, config.zeroed_air):
+        image = image * (image > uniform(generator, 0.02, 0.12))
+    elif chance(generator, config.noisy_air):
+        noise = uniform(generator, 0.3, 1) * torch.rand(image.shape, generator=generator)
         image = torch.where(F.avg_pool3d(image[None], 3, 1, 1)[0] < 0.08, noise, image)
-    if chance(config.deface):
+    if chance(generator, config.deface):
         image = _deface(image, distance, generator)
-    if chance(config.cut):
+    if chance(generator, config.cut):
         image, distance = _cut(image, distance, generator, spacing_mm)
     return HeadPatch(image[None, None], distance.clamp(-REACH_MM, REACH_MM)[None, None])
 
@@ -204,26 +203,23 @@ def draw_nothing(
     """
     n = _side(config, spacing_mm)
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
     image = torch.zeros(n, n, n)
-    pure = float(uniform(0, 1, 1)) < 0.3
-    for amount in (1.0, float(uniform(0, 1, 1))):
-        side = n if pure else round(float(2 ** uniform(1, math.log2(n), 1)))
+    pure = chance(generator, 0.3)
+    for amount in (1.0, uniform(generator)):
+        side = n if pure else round(2 ** uniform(generator, 1, math.log2(n)))
         coarse = torch.rand(1, 1, side, side, side, generator=generator)
         image += amount * F.interpolate(coarse, size=(n, n, n), mode="trilinear")[0, 0]
-    image = float(uniform(0, 1, 1)) + float(uniform(0, 1, 1)) * image
+    image = uniform(generator) + uniform(generator) * image
     axis = torch.linspace(-1, 1, n)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
     view = (3, 1, 1, 1)
-    kind = float(torch.rand(1, generator=generator))
+    kind = uniform(generator)
     if kind < 0.6:
-        centre, radii = uniform(-0.3, 0.3, 3), uniform(0.2, 1.0, 3)
+        centre, radii = uniforms(generator, -0.3, 0.3, 3), uniforms(generator, 0.2, 1.0, 3)
         inside = ((points - centre.view(view)) / radii.view(view)).square().sum(dim=0) < 1
         image = torch.where(inside, image, 0.05 * torch.rand(n, n, n, generator=generator))
     elif kind < 0.8:
-        image = image * (1 + (points * uniform(-1, 1, 3).view(view)).sum(dim=0))
+        image = image * (1 + (points * uniforms(generator, -1, 1, 3).view(view)).sum(dim=0))
     image = artefacts((image / image.max()).clamp(0, 1), config, generator, spacing_mm)
     nowhere = torch.full((1, 1, n, n, n), -REACH_MM)
     return HeadPatch(image[None, None], nowhere)
@@ -240,7 +236,7 @@ class Contrast:
 def draw_contrast(head: Head, config: HeadConfig, generator: torch.Generator) -> Contrast:
     """Draw the contrast of a head with labels: like T1 in a share ``t1`` of them, else random."""
     assert head.labels is not None
-    like_t1 = float(torch.rand(1, generator=generator)) < config.t1
+    like_t1 = chance(generator, config.t1)
     if like_t1 and head.t1 is not None:
         return t1_contrast(torch.from_numpy(head.t1), generator, config.t1_spread)
     return random_contrast(int(head.labels.max()) + 1, generator)
@@ -253,11 +249,11 @@ def random_contrast(n: int, generator: torch.Generator) -> Contrast:
     images.
     """
     means = torch.rand(n, generator=generator)
-    if float(torch.rand(1, generator=generator)) < 0.5:
+    if chance(generator, 0.5):
         tissues = torch.rand(5, generator=generator)
         means = tissues[torch.randint(5, (n,), generator=generator)]
     spread = 0.08 * torch.rand(n, generator=generator)
-    if float(torch.rand(1, generator=generator)) < 0.8:
+    if chance(generator, 0.8):
         means[0], spread[0] = 0.0, 0.02 * spread[0]
     return Contrast(means, spread)
 
@@ -308,7 +304,7 @@ def painted(
     for soft in softness:
         mean = mean + soft * _mixture(points.shape[-1], spacing_mm, generator)
     image = mean + air + (SPACING_MM / spacing_mm) ** 1.5 * spread * noise
-    width = 0.6 * float(torch.rand(1, generator=generator))
+    width = 0.6 * uniform(generator)
     smooth = ndimage.gaussian_filter(image.numpy(), width)
     return torch.from_numpy(smooth).clamp(0, 1)
 
@@ -320,7 +316,7 @@ def _mixture(size: int, spacing_mm: float, generator: torch.Generator) -> Tensor
     four heads.
     """
     texture = torch.zeros(size, size, size)
-    if float(torch.rand(1, generator=generator)) < 0.25:
+    if chance(generator, 0.25):
         return texture
     for narrowest_mm, widest_mm in ((6, 16), (16, 50)):
         width, sharpness, strength = torch.rand(3, generator=generator).tolist()
@@ -356,9 +352,9 @@ def artefacts(
     """
     widths = 0.6 / spacing_mm, 2.0 / spacing_mm
     often = config.intensity
-    if float(torch.rand(1, generator=generator)) < 0.3 * often:
+    if chance(generator, 0.3 * often):
         thickest = config.slice_mm / spacing_mm
-        voxels = 1 + (thickest - 1) * float(torch.rand(1, generator=generator))
+        voxels = 1 + (thickest - 1) * uniform(generator)
         image = thicken(image, voxels, generator)
     chain = mt.Compose(
         [
@@ -386,12 +382,12 @@ def _deface(image: Tensor, distance: Tensor, generator: torch.Generator) -> Tens
     """Remove the image in front of and below a plane that does not touch the brain."""
     axis = torch.linspace(-1, 1, image.shape[0])
     _, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
-    angle = math.radians(20 + 50 * float(torch.rand(1, generator=generator)))
+    angle = math.radians(20 + 50 * uniform(generator))
     along = y * math.sin(angle) - z * math.cos(angle)
     brain = distance > -1
     if not brain.any():
         return image
-    margin = 0.02 + 0.1 * float(torch.rand(1, generator=generator))
+    margin = 0.02 + 0.1 * uniform(generator)
     return torch.where(along > float(along[brain].max()) + margin, 0.0, image)
 
 
@@ -405,8 +401,8 @@ def _cut(
     for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
         axis = int(torch.randint(3, (1,), generator=generator))
         size = image.shape[axis]
-        amount = int(size * 0.25 * float(torch.rand(1, generator=generator)))
-        last = float(torch.rand(1, generator=generator)) < 0.5
+        amount = int(size * 0.25 * uniform(generator))
+        last = chance(generator, 0.5)
         inside_mm = behind_end(size, axis, spacing_mm, amount, last=last)
         image = image * (inside_mm > 0)
         distance = torch.minimum(distance, inside_mm)

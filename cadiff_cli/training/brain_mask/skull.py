@@ -29,7 +29,15 @@ from cadiff_cli.training.brain_mask.patches import (
     shrink,
 )
 from cadiff_cli.training.brain_mask.target import FAR_MM
-from cadiff_cli.training.transforms import lattice, nearest, read, rotation, smooth_noise
+from cadiff_cli.training.transforms import (
+    chance,
+    lattice,
+    nearest,
+    read,
+    rotation,
+    smooth_noise,
+    uniform,
+)
 
 NEAR_MM = (-12.0, 10.0)
 """Cubes lie around a voxel so near to the brain's border, inside positive."""
@@ -85,9 +93,9 @@ def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
     gap = torch.zeros_like(brain)
     fluid, bone = head.fluid, head.bone
     known = fluid is not None and bone is not None
-    if known and _uniform(generator) < config.shrunken:
+    if known and chance(generator, config.shrunken):
         points, brain, gap = shrink(points, brain, config.shrink_mm, generator, spacing_mm=1.0)
-    if known and _uniform(generator) < config.moved_skull:
+    if known and chance(generator, config.moved_skull):
         points, skull = move_skull(points, skull, brain, config.moved_mm, generator)
         within = skull > 0
 
@@ -99,14 +107,10 @@ def draw_cube(head: Head, config: HeadConfig, generator: torch.Generator) -> Sku
     tissue[within & (tissue != HeadTissue.BRAIN)] = HeadTissue.FLUID
 
     image = _painted(label, tissue, head, config, generator)
-    if _uniform(generator) < config.zeroed_air:
-        image = image * (image > _uniform(generator, 0.01, 0.06))
+    if chance(generator, config.zeroed_air):
+        image = image * (image > uniform(generator, 0.01, 0.06))
     hint = _at_2mm(_hint(brain, config, generator).clamp(-REACH_MM, REACH_MM))
     return SkullPatch(image[None, None], hint[None, None], tissue[None])
-
-
-def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
-    return low + (high - low) * float(torch.rand(1, generator=generator))
 
 
 def _at_2mm(volume: Tensor) -> Tensor:
@@ -122,9 +126,9 @@ def _hint(brain: Tensor, config: HeadConfig, generator: torch.Generator) -> Tens
     n = len(brain)
     hint = brain + smooth_noise(HINT_MM, 24.0, n, n, generator)[0]
     hint = hint + HINT_MM / 2 * torch.randn(1, generator=generator)
-    if _uniform(generator) < config.cut:
+    if chance(generator, config.cut):
         axis = int(torch.randint(3, (1,), generator=generator))
-        last = _uniform(generator) >= 0.5
+        last = uniform(generator) >= 0.5
         hint = torch.minimum(hint, behind_end(n, axis, 1.0, 0, last=last))
     return hint
 
@@ -142,14 +146,14 @@ def _place(head: Head, config: HeadConfig, generator: torch.Generator) -> tuple[
     near = np.argwhere((head.distance > NEAR_MM[0]) & (head.distance < NEAR_MM[1]))
     chosen = near[int(torch.randint(len(near), (1,), generator=generator))]
     centre = torch.from_numpy(chosen).float() * SPACING_MM + 0.5
-    zoom = 1 + config.scale * _uniform(generator, -1, 1)
-    widest = config.rotation_deg * (1 if _uniform(generator) < config.tilted else 0.25)
-    angles = torch.tensor([_uniform(generator, -1, 1) for _ in range(3)])
+    zoom = 1 + config.scale * uniform(generator, -1, 1)
+    widest = config.rotation_deg * (1 if chance(generator, config.tilted) else 0.25)
+    angles = torch.tensor([uniform(generator, -1, 1) for _ in range(3)])
     matrix = rotation(angles * math.radians(widest)) * zoom
     offsets = lattice(n) - (n - 1) / 2
     bend = smooth_noise(config.elastic_mm, 40.0, n, n, generator)
     points = torch.einsum("ab,bxyz->axyz", matrix, offsets) + bend + centre[:, None, None, None]
-    return (points.flip(1) if _uniform(generator) < 0.5 else points), zoom
+    return (points.flip(1) if chance(generator, 0.5) else points), zoom
 
 
 def move_skull(
@@ -164,7 +168,7 @@ def move_skull(
     """
     n = skull.shape[-1]
     whole, part = widest_mm * torch.rand(2, generator=generator)
-    sign = 1 if float(torch.rand(1, generator=generator)) < 0.5 else -1
+    sign = 1 if chance(generator, 0.5) else -1
     move = sign * whole + smooth_noise(float(part), 50.0, n, n, generator)[0]
     new = torch.maximum(skull + move.clamp(-widest_mm, widest_mm), torch.minimum(skull, brain))
     shift = torch.where(new > 0, 0, (new - skull) * ((FAR_MM + skull) / FAR_MM).clamp(0, 1))
@@ -178,16 +182,16 @@ def _painted(
     n = config.cube
     contrast = draw_contrast(head, config, generator)
     image = contrast.mean[label]
-    if _uniform(generator) < 0.7:
+    if chance(generator, 0.7):
         # Fat and muscle share a label, and so do fat and red marrow.
-        wave = smooth_noise(0.25, _uniform(generator, 6, 20), n, n, generator)[0]
+        wave = smooth_noise(0.25, uniform(generator, 6, 20), n, n, generator)[0]
         mixed = (tissue == HeadTissue.SOFT) | (tissue == HeadTissue.MARROW)
         image = image + wave * mixed * image.clamp(0, 1).sqrt()
     image = image + contrast.spread[label] * torch.randn(image.shape, generator=generator)
-    sigma = _uniform(generator, 0, BLUR_MM) / 2.355
+    sigma = uniform(generator, 0, BLUR_MM) / 2.355
     image = _at_2mm(torch.from_numpy(ndimage.gaussian_filter(image.numpy(), sigma)).clamp(0, 1))
     # The brightest of a head, by which it is normalised, may be brighter or darker than 1.
-    image = (_uniform(generator, 0.9, 1.15) * image).clamp(0, 1)
+    image = (uniform(generator, 0.9, 1.15) * image).clamp(0, 1)
     return artefacts(image, config, generator, whole=False)
 
 

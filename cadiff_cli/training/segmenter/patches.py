@@ -19,6 +19,7 @@ from cadiff_cli.training.batch import Batch, generator_of
 from cadiff_cli.training.segmenter.data import STORED_STRIDE, Sample, sample_field
 from cadiff_cli.training.segmenter.synthesis import SynthesisConfig, resynthesise
 from cadiff_cli.training.transforms import (
+    chance,
     lattice,
     low_resolution,
     nearest,
@@ -26,6 +27,8 @@ from cadiff_cli.training.transforms import (
     rotation,
     smooth_noise,
     thicken,
+    uniform,
+    uniforms,
 )
 
 FIELD_EXTENT_MM = 190.0
@@ -95,7 +98,7 @@ class Draws(Dataset[Patch]):
         """Draw a scan, then a patch of it."""
         generator = generator_of(self.seed, index)
         pool = self.samples
-        if self.also and float(torch.rand(1, generator=generator)) < self.also_share:
+        if self.also and chance(generator, self.also_share):
             pool = self.also
         pick = int(torch.randint(len(pool), (1,), generator=generator))
         return draw_patch(pool[pick], self.size, self.mirror, self.config, generator)
@@ -105,10 +108,6 @@ def draw_patch(
     sample: Sample, size: int, mirror: Tensor, config: AugmentConfig, generator: torch.Generator
 ) -> Patch:
     """A cube of ``size`` voxels around a random brain voxel, deformed, flipped and recoloured."""
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
     shape = torch.tensor(sample.classes.shape)
     inside = np.flatnonzero(sample.classes)
     pick = int(torch.randint(len(inside), (1,), generator=generator))
@@ -118,9 +117,9 @@ def draw_patch(
     centre = centre - 0.5  # the middle of an even number of voxels lies between two
 
     offsets = lattice(size) - (size - 1) / 2
-    if float(uniform(0, 1, 1)) < config.deform:
-        matrix = rotation(uniform(-1, 1, 3) * math.radians(config.rotation_deg)) * (
-            1 + config.scale * uniform(-1, 1, 1)
+    if chance(generator, config.deform):
+        matrix = rotation(uniforms(generator, -1, 1, 3) * math.radians(config.rotation_deg)) * (
+            1 + config.scale * uniform(generator, -1, 1)
         )
         offsets = torch.einsum("ab,bxyz->axyz", matrix, offsets) + smooth_noise(
             config.elastic_mm, config.elastic_spacing_mm, size, size, generator
@@ -137,7 +136,7 @@ def draw_patch(
 
     names = sorted(sample.fields)
     pick = int(torch.randint(len(names), (1,), generator=generator))
-    together = float(uniform(0, 1, 1)) < config.together
+    together = chance(generator, config.together)
     field = sample_field(sample) if together else sample.fields[names[pick]].astype(np.float32)
     stored = torch.from_numpy(field)
     half = F.avg_pool3d(points[None], 2)[0]
@@ -147,16 +146,16 @@ def draw_patch(
     error = smooth_noise(config.field_error_mm, 40.0, size, size // 2, generator)
     position = (position + error / FIELD_EXTENT_MM).clamp(0, 1)
 
-    if float(uniform(0, 1, 1)) < config.flip:
+    if chance(generator, config.flip):
         image, mask = image.flip(0), mask.flip(0)
         classes, position = mirror[classes.flip(0)], position.flip(1)
         position = torch.cat([1 - position[:1], position[1:]])
-    if float(uniform(0, 1, 1)) < config.synthesis.share:
+    if chance(generator, config.synthesis.share):
         image = resynthesise(image, mask, classes, mirror, config.synthesis, generator)
     image = recolour(image, mask, config.intensity, generator)
-    if float(uniform(0, 1, 1)) < config.thick_slices:
-        image = thicken(image, float(uniform(2, config.slice_mm, 1)), generator) * mask
-    if float(uniform(0, 1, 1)) < config.bad_mask:
+    if chance(generator, config.thick_slices):
+        image = thicken(image, uniform(generator, 2, config.slice_mm), generator) * mask
+    if chance(generator, config.bad_mask):
         image, classes = spoil_mask(image, mask, classes, config.mask_error_mm, generator)
     return Patch(image[None, None], classes[None], position[None])
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cadiff_cli.training.transforms import uniform
+
 
 @dataclass(frozen=True)
 class SynthesisConfig:
@@ -51,7 +53,7 @@ def resynthesise(
     mean = torch.bincount(flat, weights=values.double(), minlength=n).float() / count
     change = config.contrast * torch.randn(n, generator=generator)
     anywhere = torch.rand(n, generator=generator)
-    kind = float(torch.rand(1, generator=generator))
+    kind = uniform(generator)
     if kind < config.random:
         moved = anywhere
     elif kind < config.random + config.curve:
