@@ -38,9 +38,9 @@ from cadiff_cli.products import (
 from cadiff_cli.quality.age_fit import fit
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.probabilities import Probabilities
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import pool, resample
 from cadiff_cli.stages.condition import brain_crop, normalise
-from cadiff_cli.training.segmenter.data import Sample, pool
+from cadiff_cli.training.segmenter.data import Sample
 from cadiff_cli.training.segmenter.patches import AugmentConfig
 from cadiff_cli.training.segmenter.prior import count_prior
 from cadiff_cli.training.segmenter.synthesis import SynthesisConfig

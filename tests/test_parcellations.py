@@ -95,8 +95,14 @@ def test_files_are_named_after_the_parcellation(out, dseg, lobes):
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_a_table_is_written_for_every_scan_of_a_dataset(tmp_path, name):
+    parcellation, written = load_parcellation(name), []
     for _ in range(2):
-        save_table(tmp_path, load_parcellation(name))
+        save_table(tmp_path, parcellation)
+        (path,) = tmp_path.glob("*_dseg.tsv")
+        written.append(path.read_text())
+    assert written[0] == written[1]
+    codes = [line.split("\t")[0] for line in written[0].splitlines()[1:]]
+    assert codes == [str(code) for code in parcellation.codes]
 
 
 def test_a_table_of_other_names_is_refused(tmp_path, lobes):

@@ -10,6 +10,7 @@ from cadiff_cli.spatial.resample import (
     bounding_box,
     grid_around,
     mapped_box,
+    pool,
     resample,
     resample_in,
     resample_labels,
@@ -149,3 +150,12 @@ def test_the_grid_around_a_mask_has_its_margin_and_its_multiples(margin, multipl
         before, after = held[0], n - 1 - held[-1]
         assert margin <= before <= after <= before + 1
         assert after < margin + multiple
+
+
+def test_blocks_become_their_means():
+    """Of any type, and what is no whole block is left out."""
+    data = np.arange(2 * 5 * 4 * 6).reshape(2, 5, 4, 6)
+    pooled = pool(data, 2)
+    assert pooled.shape == (2, 2, 2, 3)
+    assert pooled[1, 1, 0, 2] == data[1, 2:4, 0:2, 4:6].mean()
+    assert np.array_equal(pool(data > 100, 2), pool((data > 100).astype(np.float32), 2))

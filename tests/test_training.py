@@ -37,7 +37,7 @@ from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import CADiffNet, NetConfig
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import resample
+from cadiff_cli.spatial.resample import pool, resample
 from cadiff_cli.stages import register as stages_register
 from cadiff_cli.training import loop, store
 from cadiff_cli.training.batch import stack
@@ -51,7 +51,7 @@ from cadiff_cli.training.loop import (
 )
 from cadiff_cli.training.segmenter import data
 from cadiff_cli.training.segmenter.config import TrainConfig, load
-from cadiff_cli.training.segmenter.data import Sample, pool
+from cadiff_cli.training.segmenter.data import Sample
 from cadiff_cli.training.segmenter.losses import Losses
 from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
 from cadiff_cli.training.segmenter.patches import AugmentConfig, Draws, draw_patch

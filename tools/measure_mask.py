@@ -28,7 +28,7 @@ from scipy import ndimage
 
 from cadiff_cli.errors import CadiffError
 from cadiff_cli.io import models
-from cadiff_cli.io.images import load_scan, load_volume
+from cadiff_cli.io.images import load_scan
 from cadiff_cli.metrics.surface import hausdorff95_mm
 from cadiff_cli.nets.models import BrainModel
 from cadiff_cli.notes import texts
@@ -36,7 +36,7 @@ from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.spatial.resample import resample, resample_mask
 from cadiff_cli.stages.brain_mask import find_brain_in_head, network_image, normalise_head
 from cadiff_cli.stages.masks import doubts, judge_mask, tidy
-from cadiff_cli.training.brain_mask.data import brain_of
+from cadiff_cli.training.brain_mask.data import brain_of, load_brain
 from cadiff_cli.training.brain_mask.target import closed, signed_distance
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -170,12 +170,10 @@ def edge_depth_mm(t1: Volume, brain: Volume) -> float:
 
 def truth(t1: Path, close: bool) -> Volume:
     """The brain that a head comes with."""
-    path = brain_of(t1)
-    volume = load_volume(path)
-    inside = np.asarray(volume.data) > 0
-    if close or "_dseg." in path.name:
-        inside = closed(inside, volume.grid.spacing_mm)
-    return Volume(inside, volume.grid)
+    brain, ends_at_cortex = load_brain(brain_of(t1))
+    if close or ends_at_cortex:
+        return Volume(closed(brain.data, brain.grid.spacing_mm), brain.grid)
+    return brain
 
 
 def score(name: str, t1: Volume, brain: Volume, model: BrainModel) -> Case:

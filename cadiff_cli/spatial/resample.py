@@ -245,3 +245,14 @@ def mapped_box(
     start = np.clip(np.floor(ends.min(axis=1)).astype(int) - margin, 0, size - 1)
     stop = np.clip(np.ceil(ends.max(axis=1)).astype(int) + margin + 1, start + 1, size)
     return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+
+
+def pool(data: np.ndarray, factor: int) -> np.ndarray:
+    """Means (C, X / factor, ...) float32 over blocks of ``factor``^3 voxels of (C, X, Y, Z).
+
+    Voxels beyond the last whole block are left out.
+    """
+    x, y, z = (n // factor for n in data.shape[1:])
+    whole = data[:, : x * factor, : y * factor, : z * factor]
+    blocks = whole.reshape(-1, x, factor, y, factor, z, factor)
+    return np.asarray(blocks.mean(axis=(2, 4, 6), dtype=np.float32))

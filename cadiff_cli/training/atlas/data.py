@@ -37,14 +37,19 @@ from cadiff_cli.nets.models import Model
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import Condition, Conditions, CoordinateField, Sex, Template
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels, resample_mask
+from cadiff_cli.spatial.resample import (
+    check_same_grid,
+    pool,
+    resample,
+    resample_labels,
+    resample_mask,
+)
 from cadiff_cli.stages.condition import FIELD_STRIDE, brain_crop, normalise
 from cadiff_cli.stages.field import template_coordinates
 from cadiff_cli.stages.sampling import class_probabilities
 from cadiff_cli.training import store
 from cadiff_cli.training.atlas.structures import Shares, fit_structures
 from cadiff_cli.training.atlas.velocity import fit_velocity, velocity_grid
-from cadiff_cli.training.segmenter.data import pool
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cadiff_cli.nets.parcels import sampled
 from cadiff_cli.spatial.deformation import exponential
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.spatial.resample import grid_around, resample, resample_labels
+from cadiff_cli.spatial.resample import grid_around, pool, resample, resample_labels
 from cadiff_cli.training.atlas.velocity import folded
 
 STRIDE = 2
@@ -51,13 +51,8 @@ class Shares:
         labels = resample_labels(codes, fine)
         grid = grid_around(labels.data > 0, fine, STRIDE * AROUND, STRIDE)
         inside = resample(labels, grid, order=0).data
-        x, y, z = (n // STRIDE for n in grid.shape)
-        blocks = (
-            np.isin(inside, list(group)).reshape(x, STRIDE, y, STRIDE, z, STRIDE)
-            for group in structures
-        )
-        means = [block.mean(axis=(1, 3, 5), dtype=np.float32) for block in blocks]
-        return cls(np.stack(means), grid.coarsen(STRIDE))
+        shares = [pool(np.isin(inside, list(group))[None], STRIDE)[0] for group in structures]
+        return cls(np.stack(shares), grid.coarsen(STRIDE))
 
 
 def volumes_on(grid: Grid, codes: Volume, structures: Sequence[Collection[int]]) -> np.ndarray:

@@ -19,7 +19,7 @@ from cadiff_cli.io.label_maps import load_ids
 from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.nets.brain_mask import SPACING_MM, HeadTissue
 from cadiff_cli.spatial.grid import Volume
-from cadiff_cli.spatial.resample import check_same_grid, resample, resample_labels
+from cadiff_cli.spatial.resample import check_same_grid, pool, resample, resample_labels
 from cadiff_cli.stages.brain_mask import normalise_head
 from cadiff_cli.stages.masks import filled
 from cadiff_cli.training import store
@@ -103,18 +103,12 @@ def half(head: Head) -> Head:
     """A head with voxels twice as large, for the brain's border: it knows no inner skull."""
     shape = [size // 2 for size in head.distance.shape]
 
-    def means(volume: np.ndarray) -> np.ndarray:
-        x, y, z = shape
-        eights = volume[: 2 * x, : 2 * y, : 2 * z].reshape(x, 2, y, 2, z, 2)
-        mean = eights.mean(axis=(1, 3, 5), dtype=np.float32)
-        return np.asarray(mean if volume.dtype.kind == "f" else mean.round(), dtype=volume.dtype)
-
     # The first and the last of four labels in a row: their centre is that of the four.
     kept = np.ix_(*(np.arange(4 * size).reshape(size, 4)[:, [0, 3]].ravel() for size in shape))
     return replace(
         head,
-        distance=means(head.distance),
-        image=None if head.image is None else means(head.image),
+        distance=pool(head.distance[None], 2)[0].astype(np.float16),
+        image=None if head.image is None else pool(head.image[None], 2)[0].round().astype(np.uint8),
         labels=None if head.labels is None else head.labels[kept],
         held=None,
         skull=None,
@@ -286,13 +280,17 @@ def brain_of(t1: Path) -> Path:
 
 
 def _real_head(t1: Path, brain: Path, source: str) -> Head:
-    ends_at_cortex = "_dseg." in brain.name
     name = t1.name.split("_T1w")[0]
-    image, inside = load_scan(t1).t1, load_volume(brain)
+    image, (inside, ends_at_cortex) = load_scan(t1).t1, load_brain(brain)
     check_same_grid(brain.name, inside.grid, t1.name, image.grid)
-    if ends_at_cortex:
-        inside = Volume(is_brain(inside.data), inside.grid)
     return from_scan(name, source, image, inside, close=ends_at_cortex)
+
+
+def load_brain(path: Path) -> tuple[Volume, bool]:
+    """The brain (bool) of a mask or a dseg, and whether it ends at the cortex, as labels do."""
+    volume, ends_at_cortex = load_volume(path), "_dseg." in path.name
+    inside = is_brain(volume.data) if ends_at_cortex else np.asarray(volume.data) > 0.5
+    return Volume(inside, volume.grid), ends_at_cortex
 
 
 def content(head: Head) -> str:

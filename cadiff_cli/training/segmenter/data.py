@@ -22,7 +22,7 @@ from cadiff_cli.labels.parcellation import BASE, Parcellation, shipped_names
 from cadiff_cli.machine import work_folder
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
-from cadiff_cli.spatial.resample import resample_labels
+from cadiff_cli.spatial.resample import pool, resample_labels
 from cadiff_cli.stages.condition import FIELD_STRIDE
 from cadiff_cli.stages.field import mean_field
 from cadiff_cli.training import store
@@ -193,10 +193,3 @@ def sample_field(sample: Sample) -> np.ndarray:
     """Mean over the templates of a sample's fields, (3, X/4, Y/4, Z/4) float32."""
     fields = [field.astype(np.float32) for field in sample.fields.values()]
     return np.asarray(sum(fields) / np.float32(len(fields)))
-
-
-def pool(data: np.ndarray, factor: int) -> np.ndarray:
-    """Mean over blocks of ``factor``^3 voxels of (C, X, Y, Z)."""
-    c, x, y, z = (n // f for n, f in zip(data.shape, (1, factor, factor, factor), strict=True))
-    blocks = data.reshape(c, x, factor, y, factor, z, factor)
-    return np.asarray(blocks.mean(axis=(2, 4, 6)))
