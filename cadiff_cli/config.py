@@ -16,6 +16,8 @@ REVISION = 11
 """Increase when unchanged settings give other results; older results then count as outdated."""
 
 
+TOLERANCE_MM = 1.0
+"""Surfaces that lie so near to each other agree (NSD)."""
 PARCELS = "nmm138"
 """The finer parcellation that ``--parcellation`` offers, and the release of its network."""
 

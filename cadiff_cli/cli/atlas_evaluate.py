@@ -108,10 +108,11 @@ def command(
 def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from cadiff_cli.cli.console import console
 
     table = Table(*header, box=box.SIMPLE)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console(width=200, soft_wrap=True).print(table)
+    console(soft_wrap=True).print(table)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -18,6 +19,17 @@ from cadiff_cli.quality.group import Group
 from cadiff_cli.runner.job import Outcome
 from cadiff_cli.runner.logs import ON_SCREEN, warning
 from cadiff_cli.runner.participants import Summary
+
+FILE_COLUMNS = 250
+"""Wide enough for every table that does not go to a screen: a file is not folded."""
+
+
+def console(**options: Any) -> Console:
+    """A ``Console`` with these options; a file has room for every table."""
+    made = Console(**options)
+    if not made.is_terminal:
+        made.width = FILE_COLUMNS
+    return made
 
 
 class ScanConsole:
@@ -63,9 +75,7 @@ class RunConsole:
     """A ``Listener``: messages go to stderr, output lines to stdout."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            self.console.width = 200  # files are not folded at 80 columns
+        self.console = console(stderr=True, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print one line, as ``cadiff-seg`` does."""

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from cadiff_cli.cli.options import PATH, Number, filled, show_times
+from cadiff_cli.cli.scores import EVALUATION, report
 from cadiff_cli.cli.train import FOLDS_OPTION, prepared_in, training_options
 
 
@@ -46,8 +47,6 @@ def command(
     """
     import time
 
-    from cadiff_cli.cli.evaluate import COLUMNS
-    from cadiff_cli.cli.scores import report
     from cadiff_cli.device import pick_device
     from cadiff_cli.io.bids.labelled import labelled_scans
     from cadiff_cli.labels.parcellation import load_parcellation
@@ -81,4 +80,4 @@ def command(
             workers=workers,
             max_minutes=(until - time.monotonic()) / 60,
         )
-        report(scores, run.joinpath(*(f"fold-{k}" for k in only)), "evaluation", COLUMNS)
+        report(scores, run.joinpath(*(f"fold-{k}" for k in only)), EVALUATION)

@@ -5,43 +5,20 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH, filled, show_warnings
-
-COLUMNS = {
-    "dice": ("Dice", ".4f"),
-    "nsd": ("NSD", ".4f"),
-    "hd95_mm": ("HD95 mm", ".2f"),
-    "volume_error_percent": ("volume error %", ".2f"),
-    "abs_volume_error_percent": ("without sign", ".2f"),
-}
-"""Title and number format of each measure."""
+from cadiff_cli.cli.options import PATH, show_warnings
+from cadiff_cli.cli.scores import EVALUATION, check_tables, report, score_options, scores_of
 
 
 @click.command(name="evaluate")
 @click.argument("prediction", type=PATH)
 @click.argument("reference", type=PATH)
 @click.option(
-    "--labels",
-    callback=filled,
-    help="Structures to score: all, or a subset of the predictions' parcellation or of cadiff40"
-    " [malc27; all where no structure has a parent in cadiff40]; nmm138 or parcels: the label maps"
-    " of --parcellation nmm138.",
-)
-@click.option(
     "--reference-labels",
     default="neuromorphometrics",
     show_default=True,
     help="Ids of REFERENCE: neuromorphometrics, freesurfer, dlmuse, synthseg, cadiff, or a TSV.",
 )
-@click.option("--tolerance", default=1.0, show_default=True, help="NSD tolerance in mm.")
-@click.option(
-    "-o",
-    "--out",
-    type=PATH,
-    help="Also write evaluation.tsv (a row per scan and structure), evaluation_structures.tsv and"
-    " evaluation_scans.tsv (mean and SD) into this folder.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace these tables if they are there.")
+@score_options(EVALUATION)
 def command(
     prediction: Path,
     reference: Path,
@@ -63,7 +40,6 @@ def command(
 
     Pairs that cannot be scored are named and left out; the exit code is then 1.
     """
-    from cadiff_cli.cli.scores import check_tables, report, scores_of
     from cadiff_cli.errors import first_few
     from cadiff_cli.evaluation.pairing import pair_up
     from cadiff_cli.evaluation.scores import chosen_maps, score_pair, scored_in
@@ -91,9 +67,9 @@ def command(
             share = f"{len(names)} of {len(names) + len(pairs.files)} scans"
             text = f"{share} have no label map in {place}: {first_few([*names], 20)}"
             click.echo(warning(text), err=True)
-    check_tables(out, "evaluation", overwrite=overwrite)
+    check_tables(out, EVALUATION, overwrite=overwrite)
     scores, code = scores_of(
         pairs.files, lambda p, r: score_pair(p, r, parcellation, subset, mapping(r), tolerance)
     )
-    report(scores, out, "evaluation", COLUMNS, tolerance)
+    report(scores, out, EVALUATION, tolerance)
     return code

@@ -95,19 +95,24 @@ def without_prefix(_context: Any, _option: Any, labels: tuple[str, ...]) -> tupl
     return tuple(label.removeprefix("sub-") for label in labels)
 
 
+def stacked(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """A decorator that adds ``options`` in their order."""
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def options_of(kind: type, without: tuple[str, ...] = ()) -> Callable[[F], F]:
     """A decorator that adds every option of the dataclass ``kind``, in the order of its fields.
 
     Fields that are dataclasses add theirs.  ``without`` are parameters to leave out.
     """
     wanted = {name: field for name, field in _offered(kind) if name not in without}
-
-    def add(command: F) -> F:
-        for field in reversed(wanted.values()):
-            command = _click_option(field)(command)
-        return command
-
-    return add
+    return stacked(*map(_click_option, wanted.values()))
 
 
 def made(kind: type[T], values: Mapping[str, Any], **given: Any) -> T:

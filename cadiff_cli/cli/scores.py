@@ -5,11 +5,56 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
+from cadiff_cli.cli.options import PATH, F, filled, stacked
+from cadiff_cli.config import TOLERANCE_MM
+
 if TYPE_CHECKING:
     from cadiff_cli.evaluation.scores import Score
 
-FILE_COLUMNS = 250
-"""Wide enough for every table that does not go to a screen."""
+EVALUATION, RETEST = "evaluation", "retest"
+"""Names of the tables."""
+COLUMNS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    EVALUATION: {
+        "dice": ("Dice", ".4f"),
+        "nsd": ("NSD", ".4f"),
+        "hd95_mm": ("HD95 mm", ".2f"),
+        "volume_error_percent": ("volume error %", ".2f"),
+        "abs_volume_error_percent": ("without sign", ".2f"),
+    },
+    RETEST: {
+        "volume_difference_percent": ("volume difference %", ".2f"),
+        "dice": ("Dice", ".4f"),
+        "nsd": ("NSD", ".4f"),
+        "hd95_mm": ("HD95 mm", ".2f"),
+    },
+}
+"""Title and number format of each measure, by the name of the tables."""
+
+
+def score_options(name: str) -> Callable[[F], F]:
+    """Options of a command that writes the tables called ``name``."""
+    return stacked(
+        click.option(
+            "--labels",
+            callback=filled,
+            help="Structures to compare: all, or a subset of the label maps' parcellation or of"
+            " cadiff40 [malc27; all where no structure has a parent in cadiff40]; nmm138 or"
+            " parcels: the label maps of --parcellation nmm138.",
+        ),
+        click.option(
+            "--tolerance", default=TOLERANCE_MM, show_default=True, help="NSD tolerance in mm."
+        ),
+        click.option(
+            "-o",
+            "--out",
+            type=PATH,
+            help=f"Also write {name}.tsv (a row per scan and structure), {name}_structures.tsv and"
+            f" {name}_scans.tsv (mean and SD) into this folder.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace these tables if they are there."),
+    )
 
 
 def tables(out: Path, name: str) -> list[Path]:
@@ -38,7 +83,6 @@ def scores_of(
     A warning names each of these.  Raises the first error if none can be scored.  A terminal shows
     a progress bar.
     """
-    import click
     from rich.console import Console
     from rich.progress import track
 
@@ -63,19 +107,16 @@ def report(
     scores: "Sequence[Score]",
     out: Path | None,
     name: str,
-    columns: Mapping[str, tuple[str, str]],
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> None:
-    """Print the headline and the means of structures and scans; write the tables into ``out``.
-
-    ``columns`` are the title and number format of each measure.
-    """
+    """Print the headline and the means of structures and scans; write the tables into ``out``."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
+    from cadiff_cli.cli.console import console
     from cadiff_cli.evaluation.tables import overall, summarise, write_scores, write_summaries
 
+    columns = COLUMNS[name]
     structures, scans = (summarise(scores, key, list(columns)) for key in ("structure", "scan"))
     headline = overall(scans)
     if out:
@@ -99,7 +140,4 @@ def report(
             )
             shown.add_row(row.name, *cells, str(row.n), str(row.missed))
         shown.add_section()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_COLUMNS)
-    console.print(shown)
+    console().print(shown)

@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, SEED, Number, filled, show_times, without_prefix
+from cadiff_cli.cli.options import PATH, SEED, Number, filled, show_times, stacked, without_prefix
 
 if TYPE_CHECKING:
     from cadiff_cli.io.bids.labelled import LabelledScan
     from cadiff_cli.labels.parcellation import Parcellation
 
-RUN_OPTIONS = (
+INIT = click.option(
+    "--init",
+    metavar="MODEL",
+    callback=filled,
+    help="Begin with these weights (released name or file).",
+)
+run_options = stacked(
     click.option("-o", "--run", type=PATH, required=True, help="Folder of this run."),
     click.option("--cache", type=PATH, help="Prepared images [default: RUN/cache]."),
     click.option(
@@ -53,7 +59,8 @@ RUN_OPTIONS = (
         help="Stop after this many minutes; the same command goes on.",
     ),
 )
-SCAN_OPTIONS = (
+"""Options that every training has."""
+training_options = stacked(
     click.option(
         "--parcellation",
         help="Label set to learn, instead of the config's: cadiff40, nmm138, or a TSV.",
@@ -75,16 +82,16 @@ SCAN_OPTIONS = (
         type=Number(0, 1),
         help="Share of patches with resampled contrast, instead of the config's.",
     ),
+    run_options,
 )
-
-
+"""Options that ``train``, ``crossval`` and ``ablate`` share."""
 HOLD_OUT = click.option(
     "--hold-out",
     multiple=True,
     callback=without_prefix,
     help="Subject label left out (repeatable).",
 )
-ALSO_OPTIONS = (
+also_options = stacked(
     click.option(
         "--also",
         type=(PATH, str),
@@ -98,15 +105,9 @@ ALSO_OPTIONS = (
         type=Number(0, 1),
         help="Share of the patches that --also gets [default: 0.3].",
     ),
-    click.option(
-        "--init",
-        metavar="MODEL",
-        callback=filled,
-        help="Begin with these weights (released name or file).",
-    ),
+    INIT,
 )
-
-
+"""Options that ``train`` and ``ablate`` share."""
 FOLDS_OPTION = click.option(
     "--folds",
     type=click.IntRange(2),
@@ -114,27 +115,6 @@ FOLDS_OPTION = click.option(
     show_default=True,
     help="Number of folds over the people.",
 )
-
-
-def also_options(command: Any) -> Any:
-    """Options that ``train`` and ``ablate`` share."""
-    for option in reversed(ALSO_OPTIONS):
-        command = option(command)
-    return command
-
-
-def run_options(command: Any) -> Any:
-    """Options that every training has."""
-    for option in reversed(RUN_OPTIONS):
-        command = option(command)
-    return command
-
-
-def training_options(command: Any) -> Any:
-    """Options that ``train``, ``crossval`` and ``ablate`` share."""
-    for option in reversed(SCAN_OPTIONS):
-        command = option(command)
-    return run_options(command)
 
 
 def also_settings(also: Sequence[Any], also_share: float | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from cadiff_cli.cli.options import PATH, filled, show_times
-from cadiff_cli.cli.train import prepared_in, run_options
+from cadiff_cli.cli.train import INIT, prepared_in, run_options
 
 
 @click.command(name="train-mask")
@@ -28,12 +28,7 @@ from cadiff_cli.cli.train import prepared_in, run_options
     multiple=True,
     help="Name of a --heads folder not to train on (repeatable).",
 )
-@click.option(
-    "--init",
-    metavar="MODEL",
-    callback=filled,
-    help="Begin with these weights (released name or file).",
-)
+@INIT
 @run_options
 def command(
     config: str,

@@ -6,19 +6,14 @@ from typing import Any
 import click
 
 from cadiff_cli.cli.options import PATH, filled, show_times
-from cadiff_cli.cli.train import HOLD_OUT, prepared_in, run_options
+from cadiff_cli.cli.train import HOLD_OUT, INIT, prepared_in, run_options
 
 
 @click.command(name="train-parcels")
 @click.argument("config", metavar="CONFIG", callback=filled)
 @click.argument("dataset", type=PATH)
 @HOLD_OUT
-@click.option(
-    "--init",
-    metavar="MODEL",
-    callback=filled,
-    help="Begin with these weights (nmm138, or a file).",
-)
+@INIT
 @run_options
 def command(
     config: str,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cadiff_cli.config import TOLERANCE_MM
 from cadiff_cli.errors import DataError
 from cadiff_cli.evaluation.pairing import brain_beside
 from cadiff_cli.io.bids.names import scan_of
@@ -77,7 +78,7 @@ def score_pair(
     parcellation: Parcellation,
     subset: str,
     reference_mapping: Mapping[int, int],
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> list[Score]:
     """Score one label map of cadiff's against a reference on the same grid.
 
@@ -146,7 +147,7 @@ def score_classes(
     reference: Volume,
     parcellation: Parcellation,
     subset: str,
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float = TOLERANCE_MM,
     reference_name: str = "",
 ) -> list[Score]:
     """Score one class map against another on the same grid."""
@@ -172,7 +173,11 @@ def score_classes(
 
 
 def retest_pair(
-    first: Path, later: Path, parcellation: Parcellation, subset: str, tolerance_mm: float = 1.0
+    first: Path,
+    later: Path,
+    parcellation: Parcellation,
+    subset: str,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> list[Score]:
     """Compare the label maps of two scans of one person, both written by cadiff.
 

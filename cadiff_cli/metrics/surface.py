@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
+from cadiff_cli.config import TOLERANCE_MM
 from cadiff_cli.errors import UsageError
 from cadiff_cli.metrics.overlap import masks
 
@@ -17,7 +18,7 @@ def surface_dice(
     reference: np.ndarray,
     classes: Sequence[int],
     spacing_mm: Sequence[float],
-    tolerance_mm: float = 1.0,
+    tolerance_mm: float = TOLERANCE_MM,
 ) -> np.ndarray:
     """(len(classes),) normalised surface Dice (Nikolov et al., 2018) at ``tolerance_mm``.
 
