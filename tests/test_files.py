@@ -8,19 +8,29 @@ import stat
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
-from cadiff_cli.errors import CadiffError, DiskError, OutputError
+from cadiff_cli.errors import CadiffError, DiskError, MissingInputError, OutputError
+from cadiff_cli.evaluation.pairing import label_maps
+from cadiff_cli.io.bids.index import anatomical_files
+from cadiff_cli.io.bids.labelled import labelled_scans
+from cadiff_cli.io.bids.layout import candidates
+from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.files import (
     check_writable,
+    files_below,
     locked,
     read_json,
     refuse_existing,
     replacing,
     write_json,
+    write_text,
 )
 from cadiff_cli.text import read_text
+from cadiff_cli.training.atlas.data import scans_of
+from cadiff_cli.training.brain_mask.data import prepare_heads
 
 
 def test_a_link_to_an_absent_file_is_no_free_place(tmp_path):
@@ -171,3 +181,61 @@ def test_another_failure_is_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path / "x", wait=True):
         pass
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A person with two sessions, each with a T1w, a dseg and a finished result's sidecar."""
+    for session in ("a", "b"):
+        name = f"sub-1/ses-{session}/anat/sub-1_ses-{session}"
+        for ending in ("T1w.nii.gz", "dseg.nii.gz", "seg-cadiff_desc-structures_dseg.json"):
+            write_text(tmp_path / f"{name}_{ending}", "{}")
+    return tmp_path
+
+
+READERS = {
+    "scans of a dataset": lambda folder: anatomical_files(folder / "sub-1"),
+    "sessions": lambda folder: Dataset(folder).sessions(),
+    "finished results": lambda folder: list(candidates(folder)),
+    "labelled scans": labelled_scans,
+    "label maps": label_maps,
+    "people of an atlas": scans_of,
+    "heads": lambda folder: prepare_heads([], [folder], folder / "cache"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("closed", ["sub-1", "ses-b", "anat"])
+def test_a_folder_that_cannot_be_read_is_not_empty(dataset, reader, closed, monkeypatch):
+    """Its scans and results must not count as absent: the error names the folder."""
+    scan = os.scandir
+
+    def scandir(folder):
+        parts = Path(folder).parts
+        if closed in parts and (closed != "anat" or "ses-b" in parts):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    if reader == "sessions" and closed != "sub-1":  # their names are all that is read
+        assert READERS[reader](dataset) == ["a", "b"]
+        return
+    with pytest.raises(MissingInputError, match=rf"cannot read the folder \S*{closed}\S* \(Stale"):
+        READERS[reader](dataset)
+
+
+def test_files_below_follow_links_only_where_bids_has_some(tmp_path):
+    root = tmp_path / "root"
+    write_text(tmp_path / "elsewhere" / "anat" / "x.nii", "")
+    write_text(root / "sub-1" / "anat" / "y.nii.gz", "")
+    write_text(root / "sub-1" / ".hidden.nii", "")
+    write_text(root / "top.nii", "")
+    for link in ("sub-2", "sub-1/ses-a", "sub-1/other"):
+        (root / link).symlink_to(tmp_path / "elsewhere")
+    (root / "sub-1" / "ses-b").symlink_to("ses-b")  # a circle
+    inside = ["sub-1/anat/y.nii.gz", "sub-1/ses-a/anat/x.nii", "sub-2/anat/x.nii"]
+    found = [str(path.relative_to(root)) for path in files_below(root, "*.nii*", within="sub-")]
+    assert found == inside
+    found = [str(path.relative_to(root)) for path in files_below(root, "*.nii*")]
+    assert found == [*inside, "top.nii"]
+    assert files_below(root / "nowhere", "*") == []

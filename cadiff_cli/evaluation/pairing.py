@@ -7,7 +7,7 @@ from pathlib import Path
 from cadiff_cli.errors import DataError, MissingInputError, UsageError, first_few
 from cadiff_cli.io.bids.names import HEAD, LABEL_MAP, WORKING, scan_of
 from cadiff_cli.io.bids.tables import named_parcellation
-from cadiff_cli.io.files import read_json
+from cadiff_cli.io.files import files_below, read_json
 from cadiff_cli.io.formats import IMAGE_SUFFIXES, stem
 from cadiff_cli.labels.parcellation import OWN_SEGMENTATION
 
@@ -94,9 +94,7 @@ def label_maps(
     """
     skipped = [p for p in (apart_from,) if p and folder.resolve() in p.resolve().parents]
     by_scan: dict[str, list[Path]] = {}
-    pattern = "[!.]*_dseg.*"
-    # ``**`` skips links to folders, but a subject's folder may be a link.
-    for path in sorted({*folder.rglob(pattern), *folder.glob(f"*/**/{pattern}")}):
+    for path in files_below(folder, "*_dseg.*"):
         if path.name.startswith("tpl-"):
             continue
         within = any(path.resolve().is_relative_to(p.resolve()) for p in skipped)

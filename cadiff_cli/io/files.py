@@ -5,12 +5,14 @@ Images are read and written elsewhere.
 
 import errno
 import fcntl
+import fnmatch
 import glob
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cadiff_cli.errors import DiskError, OutputError
+from cadiff_cli.errors import DiskError, MissingInputError, OutputError
 from cadiff_cli.text import read_text
 
 log = logging.getLogger(__name__)
@@ -175,12 +177,50 @@ def read_tsv(path: Path) -> list[dict[str, str]]:
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def names_in(folder: Path) -> list[str]:
-    """Names of all that lies in a folder, sorted; none if it cannot be read."""
+def entries_of(folder: Path | str) -> "list[os.DirEntry[str]]":
+    """The entries of a folder, none if it is not there.
+
+    Raises ``MissingInputError`` for one that cannot be read: what it holds must not count as
+    absent.
+    """
     try:
-        return sorted(os.listdir(folder))
-    except OSError:
+        with os.scandir(folder) as entries:
+            return [*entries]
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise MissingInputError(
+            f"cannot read the folder {folder} ({error.strerror})",
+            "check its permissions (ls -ld) and its disk",
+        ) from error
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of all that lies in a folder, sorted.  Raises the error of ``entries_of``."""
+    return sorted(entry.name for entry in entries_of(folder))
+
+
+def files_below(folder: Path, pattern: str, within: str = "") -> list[Path]:
+    """Files below a folder whose names fit a ``pattern`` of ``fnmatch``, sorted; hidden ones never.
+
+    Of the folder's own entries only folders beginning with ``within`` are searched, if it is given.
+    Links to folders are followed in the folder itself and where BIDS has some (``ses-``, anat):
+    others may lead in circles, and git-annex makes every file a link.  Raises the error of
+    ``entries_of``.
+    """
+    fits = re.compile(fnmatch.translate(pattern)).match
+
+    def walk(place: str, *, top: bool) -> Iterator[str]:
+        for entry in entries_of(place):
+            name = entry.name
+            linked = top or name == "anat" or name.startswith("ses-")
+            if is_folder(entry, follow_symlinks=linked):
+                if not top or name.startswith(within):
+                    yield from walk(entry.path, top=False)
+            elif fits(name) and not name.startswith(".") and not (top and within):
+                yield entry.path
+
+    return [*map(Path, sorted(walk(str(folder), top=True)))]
 
 
 def _cell(value: object) -> str:

@@ -1,16 +1,14 @@
 """The entities of a dataset's images, and their index.  The only module that imports pybids."""
 
-import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.files import is_folder
+from cadiff_cli.io.files import files_below
 from cadiff_cli.machine import work_folder
 
 if TYPE_CHECKING:
@@ -47,21 +45,11 @@ def _entities(within: str, *, derived: bool = False) -> dict[str, Any]:
 
 
 def anatomical_files(folder: Path) -> list[Path]:
-    """NIfTI images in the folders called anat below ``folder``, whatever their names; sorted."""
-    return [*map(Path, sorted(_walk(str(folder))))]
+    """NIfTI images in the folders called anat below ``folder``, whatever their names; sorted.
 
-
-def _walk(folder: str) -> Iterator[str]:
-    is_anat = os.path.basename(folder) == "anat"
-    with suppress(OSError), os.scandir(folder) as entries:  # a folder that nobody may read is empty
-        for entry in entries:
-            name = entry.name
-            # Links to folders are followed only where BIDS has some: others may lead in circles,
-            # and git-annex makes every file a link.
-            if is_folder(entry, follow_symlinks=name == "anat" or name.startswith("ses-")):
-                yield from _walk(entry.path)
-            elif is_anat and ".nii" in name and not name.startswith("."):
-                yield entry.path
+    Raises ``MissingInputError`` for a folder that cannot be read.
+    """
+    return [path for path in files_below(folder, "*.nii*") if path.parent.name == "anat"]
 
 
 def named_images(

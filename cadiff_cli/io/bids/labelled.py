@@ -8,6 +8,7 @@ from pathlib import Path
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.bids.index import entities_of
 from cadiff_cli.io.bids.names import scan_of, source_entities
+from cadiff_cli.io.files import files_below
 from cadiff_cli.io.formats import is_folder
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
@@ -65,7 +66,7 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
 def _by_scan(dataset: Path, suffix: str) -> dict[str, Path]:
     """Images with this suffix on the scan's own grid, by the scan's entities."""
     images: dict[str, Path] = {}
-    for path in sorted(dataset.glob(f"sub-*/**/[!.]*_{suffix}.nii*")):
+    for path in files_below(dataset, f"*_{suffix}.nii*", within="sub-"):
         if "space" in entities_of(path, dataset, derived=True):
             continue
         scan = scan_of(path)

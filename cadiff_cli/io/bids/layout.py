@@ -6,7 +6,6 @@ The label map's sidecar is written last: where it exists, everything else does.
 import os
 import re
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,14 @@ from cadiff_cli.io.bids.names import (
 )
 from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
-from cadiff_cli.io.files import check_writable, folders_of, is_among, names_in, read_json
+from cadiff_cli.io.files import (
+    check_writable,
+    entries_of,
+    folders_of,
+    is_among,
+    names_in,
+    read_json,
+)
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import INTRACRANIAL, SUMS, TOTALS, Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
@@ -258,7 +264,5 @@ def candidates(out: Path) -> Iterator[Candidate]:
 
 
 def _folders(parent: Path, prefix: str) -> list[Path]:
-    """Folders in ``parent`` whose names have the prefix, sorted; none if it cannot be read."""
-    with suppress(OSError), os.scandir(parent) as entries:
-        return [parent / name for name in sorted(folders_of(entries, prefix))]
-    return []
+    """Folders in ``parent`` whose names have the prefix, sorted."""
+    return [parent / name for name in sorted(folders_of(entries_of(parent), prefix))]

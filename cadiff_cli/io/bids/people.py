@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cadiff_cli.errors import first_few, plural
+from cadiff_cli.errors import MissingInputError, first_few, plural
 from cadiff_cli.io.files import names_in, read_json
 from cadiff_cli.products import Person, Sex
 from cadiff_cli.text import lines_of, read_text
@@ -123,7 +123,8 @@ def read_people(root: Path, table: str = TABLE) -> People:
     notes = list[str]()
     about = _about((root / table).with_suffix(".json"), notes)
     persons = _persons(root / table, about, notes)
-    inside = {name: names_in(root / name) for name in names_in(root) if name.startswith("sub-")}
+    names = _names_in(root, notes)
+    inside = {x: _names_in(root / x, notes) for x in names if x.startswith("sub-")}
     subjects = {name.removeprefix("sub-"): names for name, names in inside.items() if names}
     ages = _at_sessions(root, subjects, about | _about(root / ABOUT[SESSIONS], notes), notes)
     aged = {label for label, person in persons.items() if person.age_years is not None}
@@ -143,6 +144,14 @@ def read_people(root: Path, table: str = TABLE) -> People:
             f" session into sub-X/{SESSIONS}, columns session_id and age, parted by tabs"
         )
     return People(persons, tuple(notes), ages)
+
+
+def _names_in(folder: Path, notes: list[str]) -> list[str]:
+    try:
+        return names_in(folder)
+    except MissingInputError as error:
+        notes.append(f"{error.message}: ages at its sessions are unknown")
+        return []
 
 
 def _persons(path: Path, about: dict[str, dict[str, Any]], notes: list[str]) -> dict[str, Person]:

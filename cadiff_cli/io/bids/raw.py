@@ -21,7 +21,7 @@ from cadiff_cli.errors import (
     plural,
 )
 from cadiff_cli.io.bids.people import People, read_people
-from cadiff_cli.io.files import folders_of
+from cadiff_cli.io.files import entries_of, folders_of
 from cadiff_cli.text import read_text
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,7 @@ class Dataset:
 
     def participants(self) -> list[str]:
         """Labels of the ``sub-`` folders."""
-        if not self.root.is_dir():
-            return []
-        with os.scandir(self.root) as entries:
-            return sorted(name[4:] for name in folders_of(entries, "sub-"))
+        return sorted(name[4:] for name in folders_of(entries_of(self.root), "sub-"))
 
     @cached_property
     def people(self) -> People:
@@ -77,7 +74,8 @@ class Dataset:
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""
-        return sorted({path.name[4:] for path in self.root.glob("sub-*/ses-*") if path.is_dir()})
+        inside = (entries_of(self.root / f"sub-{label}") for label in self.participants())
+        return sorted({name[4:] for entries in inside for name in folders_of(entries, "ses-")})
 
     def require(self, participants: Sequence[str], sessions: Sequence[str] = ()) -> None:
         """Raise ``SelectionError`` for participants or sessions that the dataset does not have."""
@@ -88,6 +86,8 @@ class Dataset:
                 f"it has {plural(len(present), 'participant')} ({first_few(present)}); in a"
                 " container, is the folder bound?",
             )
+        if not sessions:
+            return
         present = self.sessions()
         if absent := sorted(set(sessions) - set(present)):
             raise SelectionError(

@@ -24,7 +24,7 @@ from cadiff_cli.io import models
 from cadiff_cli.io.bids.index import entities_of
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.bids.people import People, read_people
-from cadiff_cli.io.files import sha256
+from cadiff_cli.io.files import files_below, names_in, sha256
 from cadiff_cli.io.images import load_scan
 from cadiff_cli.io.label_maps import load_classes
 from cadiff_cli.io.releases import find_weights
@@ -73,7 +73,7 @@ TOGETHER = (
 )
 """Structures that meet those of the base: ventricles; hippocampi and amygdalae; thalami, striata
 and pallida; cerebral cortex; white matter and brain stem; cerebellar cortex."""
-SCHEME = re.compile(r"_seg-([A-Za-z0-9]+)_dseg\.")
+SCHEME = re.compile(r"_seg-([A-Za-z0-9]+)_dseg\.nii")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +138,11 @@ def labels_beside(scan: Path) -> tuple[Path, str] | None:
     The first of a known scheme that is called like the scan and lies in its folder.
     """
     known = {*scheme_names(load_parcellation(BASE)), *shipped_names()}
-    for path in sorted(scan.parent.glob(f"{source_entities(scan)}_seg-*_dseg.nii*")):
-        scheme = SCHEME.search(path.name)
-        if scheme and scheme[1] in known:
-            return path, scheme[1]
+    beginning = f"{source_entities(scan)}_seg-"
+    for name in names_in(scan.parent):
+        scheme = SCHEME.search(name)
+        if scheme and name.startswith(beginning) and scheme[1] in known:
+            return scan.parent / name, scheme[1]
     return None
 
 
@@ -153,7 +154,7 @@ def scans_of(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise MissingInputError(f"no folder {folder}", "give BIDS-like folders of T1w scans")
     scans: dict[str, Path] = {}
-    for path in sorted(folder.glob("sub-*/**/[!.]*_T1w.nii*")):
+    for path in files_below(folder, "*_T1w.nii*", within="sub-"):
         entities = entities_of(path, folder, derived=True)
         if "space" not in entities:
             scans.setdefault(str(entities["subject"]), path)

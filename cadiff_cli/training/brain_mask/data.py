@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.errors import DataError, MissingInputError, UsageError
-from cadiff_cli.io.files import sha256
+from cadiff_cli.io.files import files_below, names_in, sha256
 from cadiff_cli.io.formats import check_there, stem
 from cadiff_cli.io.images import load_scan, load_volume
 from cadiff_cli.io.label_maps import load_ids
@@ -208,9 +208,10 @@ def prepare_heads(
         if folder.name in sources:
             raise UsageError(f"two folders are called {folder.name!r}", "rename one")
         if folder in label_maps:
-            pairs = [(path, path) for path in sorted(folder.glob("[!.]*.nii*"))]
+            maps = (folder / name for name in names_in(folder) if not name.startswith("."))
+            pairs = [(path, path) for path in maps if ".nii" in path.name]
         else:
-            scans = sorted(folder.glob("sub-*/**/[!.]*_T1w.nii*"))
+            scans = files_below(folder, "*_T1w.nii*", within="sub-")
             pairs = [(path, brain_of(path)) for path in scans]
         if not pairs:
             raise DataError(f"{folder} holds no heads", "see cadiff train-mask --help")
