@@ -16,7 +16,7 @@ from cadiff_cli.evaluation.scores import Score, moved_labels, retest_pair, score
 from cadiff_cli.evaluation.tables import overall, summarise
 from cadiff_cli.io.bids.names import scan_of
 from cadiff_cli.io.images import save_volume
-from cadiff_cli.io.label_maps import say_once
+from cadiff_cli.io.label_maps import load_classes, say_once
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Grid, Volume
 from cadiff_cli.stages.register import rigid
@@ -206,6 +206,33 @@ def test_ids_must_make_sense(write, parcellation):
         assert "--reference-labels" in caught.value.remedy
 
 
+def test_ids_of_another_scheme_are_not_scored_as_background(write, parcellation):
+    """The scheme that fits is named; a table of one's own may know a few structures only."""
+    codes = np.zeros((12, 10, 10), dtype=np.int16)
+    codes[:8] = np.array([2, 3, 41, 42]).repeat(2)[:, None, None]
+    codes[8, 0] = 4  # the third ventricle, by Neuromorphometrics
+    path = write("x_dseg.nii", codes)
+    mapping = load_scheme("neuromorphometrics", parcellation)
+    with pytest.raises(DataError, match="of the scheme, cadiff, freesurfer") as caught:
+        load_classes(path, parcellation, mapping, option="--labels")
+    assert "--labels" in caught.value.remedy
+    own = load_classes(path, parcellation, parcellation.class_of, option="--labels")
+    assert np.count_nonzero(own.data) == np.count_nonzero(codes)
+    few = load_classes(path, parcellation, {4: parcellation.class_of[14]}, option="--labels")
+    assert np.count_nonzero(few.data) == 10
+    image = np.random.default_rng(0).integers(1, 4000, codes.shape).astype(np.int16)
+    with pytest.raises(DataError, match="give a label map"):
+        load_classes(write("y_dseg.nii", image), parcellation, mapping, option="--labels")
+    head = np.where(np.arange(12)[:, None, None] < 4, mapping_key(mapping), 515) + 0 * codes
+    whole = load_classes(write("z_dseg.nii", head), parcellation, mapping, option="--labels")
+    assert np.count_nonzero(whole.data) == 400
+
+
+def mapping_key(mapping):
+    """An id of Neuromorphometrics'."""
+    return next(id_ for id_, k in mapping.items() if k > 0)
+
+
 def test_what_references_cannot_hold_is_not_scored(write, parcellation, caplog):
     """A rater who drew one structure says nothing of the others."""
     say_once.cache_clear()
@@ -330,6 +357,26 @@ def test_cadiffs_own_label_map_is_taken_of_several(tree):
     assert p.name == "sub-1_seg-cadiff_dseg.nii"
     with pytest.raises(DataError, match="2 label maps"):
         pair_up(root / "b", root / "a")
+    ((_, r),) = pair_up(root / "b", root / "a", both_ours=True).files
+    assert r.name == "sub-1_seg-cadiff_dseg.nii"
+
+
+def test_parcels_are_compared_with_parcels(tree):
+    """Two folders of cadiff's, as two of its files."""
+    names = [f"sub-1_seg-{seg}_desc-structures_dseg.nii" for seg in ("cadiff", "nmm138")]
+    root = tree(*(f"{folder}/{name}" for folder in "ab" for name in names))
+    for folder in "ab":
+        (root / folder / "seg-nmm138_dseg.tsv").write_text("index\tname\n")
+    for finer, name in (("", names[0]), ("nmm138", names[1])):
+        (pair,) = pair_up(root / "a", root / "b", finer, both_ours=True).files
+        assert [path.name for path in pair] == [name, name]
+
+
+def test_of_fused_labels_those_of_the_coarser_parcellation_are_scored(tree):
+    names = [f"sub-1_seg-{seg}_desc-majority_dseg.nii" for seg in ("cadiff", "nmm138")]
+    root = tree(*(f"a/{name}" for name in names), "b/sub-1_dseg.nii")
+    ((p, _),) = pair_up(root / "a", root / "b").files
+    assert p.name == names[0]
 
 
 @pytest.fixture
@@ -505,6 +552,8 @@ def test_every_later_scan_is_compared_with_the_first(tree):
         "sub-3/anat/sub-3_seg-cadiff_dseg.nii.gz",
         "sub-4/ses-a/anat/sub-4_ses-a_seg-manual_dseg.nii.gz",
         "sub-4/ses-b/anat/sub-4_ses-b_seg-manual_dseg.nii.gz",
+        "sub-5/anat/sub-5_acq-fast_seg-cadiff_dseg.nii.gz",  # another sequence is no retest
+        "sub-5/anat/sub-5_acq-mprage_seg-cadiff_dseg.nii.gz",
     )
     assert [(scan_of(a), scan_of(b)) for a, b in retest_pairs(root)] == [
         ("sub-1_ses-2", "sub-1_ses-10"),

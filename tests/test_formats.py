@@ -169,9 +169,10 @@ def test_what_is_no_image_is_named_with_a_way_out(tmp_path, what, pack):
         (".xyz", r"give \.nii\.gz"),
     ],
 )
-def test_a_name_tells_what_the_content_does_not(tmp_path, suffix, tool):
+@pytest.mark.parametrize("content", [b"\1\2\3 no signature", bytes(9999)], ids=["?", "air"])
+def test_a_name_tells_what_the_content_does_not(tmp_path, suffix, tool, content):
     path = tmp_path / f"scan{suffix}"
-    path.write_bytes(b"\1\2\3 no signature")
+    path.write_bytes(content)
     with pytest.raises(DataError, match=tool):
         load_volume(path)
 

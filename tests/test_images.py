@@ -287,6 +287,22 @@ def test_doubts_about_left_and_right_are_told(phantom, tmp_path, codes, mirror, 
     assert (word in text) if word else not text
 
 
+def test_forms_that_are_the_same_do_not_disagree_at_45_degrees(phantom, tmp_path):
+    """Letters of axes are a tie there, which rounding decides."""
+    head = phantom("RAS", 4.0)
+    for degrees in (44.9999, 45.0, 45.0001):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        turn = np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1]])
+        for flip in (1, -1):
+            affine = turn @ np.diag([flip, 1, 1, 1]) @ head.t1.grid.affine
+            image = nib.Nifti1Image(head.t1.data, affine)
+            image.set_sform(affine, 1)
+            image.set_qform(affine, 1)
+            nib.save(image, tmp_path / "sub-01_T1w.nii.gz")
+            notes = load_scan(tmp_path / "sub-01_T1w.nii.gz").notes
+            assert not [note for note in notes if note.code is NoteCode.HEADER_ORIENTATION]
+
+
 @pytest.mark.parametrize("told", [False, True])
 def test_a_qform_that_lies_elsewhere_is_told(phantom, tmp_path, told):
     """ITK may read it, and then our transforms do not fit; half a voxel is a rounding."""

@@ -49,7 +49,7 @@ def command(
 
     show_warnings()
     finer, wanted = chosen_maps(labels)
-    pairs = pair_up(prediction, reference, finer)
+    pairs = pair_up(prediction, reference, finer, both_ours=reference_labels == OWN)
     parcellation, subset = scored_in((p for p, _ in pairs.files), wanted)
     scheme = load_scheme(reference_labels, parcellation)
 

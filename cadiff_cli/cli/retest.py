@@ -16,8 +16,9 @@ def command(
 ) -> int:
     """Measure test-retest reproducibility in a folder DERIVATIVES that cadiff wrote.
 
-    Uses every subject with two or more scans (sessions or runs): each later T1 image, in the order
-    of names and numbers, is registered rigidly to the first, and its labels are carried with it.
+    Uses every subject with two or more scans whose names differ in ses and run alone: each later T1
+    image, in the order of names and numbers, is registered rigidly to the first, and its labels are
+    carried with it.
 
     The volume difference is unsigned, in per cent of the mean of both volumes on
     the scans' own grids; Dice, NSD and HD95 are measured after registration, and its interpolation

@@ -21,10 +21,13 @@ class Pairs:
     without_prediction: tuple[str, ...] = ()
 
 
-def pair_up(prediction: Path, reference: Path, finer: str = "") -> Pairs:
+def pair_up(
+    prediction: Path, reference: Path, finer: str = "", *, both_ours: bool = False
+) -> Pairs:
     """Pair two files, or the dseg images of two folders whose names share sub, ses, run, acq...
 
-    ``finer`` is as in ``label_maps``.  Raises ``MissingInputError`` if no scan has both,
+    ``finer`` is as in ``label_maps``; ``both_ours`` says that cadiff wrote the references, too, of
+    which it then holds as well.  Raises ``MissingInputError`` if no scan has both,
     ``DataError`` for two references of a scan.
     """
     for path in (prediction, reference):
@@ -36,7 +39,9 @@ def pair_up(prediction: Path, reference: Path, finer: str = "") -> Pairs:
     if prediction.is_file():
         return Pairs(((prediction, reference),))
     ours = label_maps(prediction, apart_from=reference, prefer_ours=True, finer=finer)
-    theirs = label_maps(reference, apart_from=prediction)
+    theirs = label_maps(
+        reference, apart_from=prediction, prefer_ours=both_ours, finer=finer if both_ours else ""
+    )
     shared = [scan for scan in ours if scan in theirs]
     if not shared:
         left, right = (first_few([*names], 20) or "none" for names in (ours, theirs))
@@ -54,20 +59,24 @@ def pair_up(prediction: Path, reference: Path, finer: str = "") -> Pairs:
 def retest_pairs(derivatives: Path, finer: str = "") -> list[tuple[Path, Path]]:
     """Pair the first label map of each subject with each later one; ses-2 is before ses-10.
 
-    ``finer`` is as in ``label_maps``.  Raises ``MissingInputError`` if no subject has two.
+    Scans of another acquisition, reconstruction... are pairs of their own: only ses and run may
+    differ.  ``finer`` is as in ``label_maps``.  Raises ``MissingInputError`` if there is no pair.
     """
     if not derivatives.is_dir():
         raise MissingInputError(f"no folder {derivatives}", "give a folder written by cadiff")
-    subjects: dict[str, list[Path]] = {}
+    alike: dict[str, list[Path]] = {}
     found = label_maps(derivatives, prefer_ours=True, finer=finer)
     for scan, path in sorted(found.items(), key=lambda item: _as_counted(item[0])):
         if _is_own(path):
-            subjects.setdefault(scan.split("_")[0], []).append(path)
-    pairs = [(first, later) for first, *others in subjects.values() for later in others]
+            parts = scan.split("_")
+            kind = "_".join(part for part in parts if not part.startswith(("ses-", "run-")))
+            alike.setdefault(kind, []).append(path)
+    pairs = [(first, later) for first, *others in alike.values() for later in others]
     if not pairs:
+        subjects = {kind.split("_")[0] for kind in alike}
         raise MissingInputError(
             f"{len(subjects)} subjects with label maps of cadiff's in {derivatives}, none with two"
-            " scans",
+            " scans that differ in ses and run alone",
             "segment two sessions of a person into one folder",
         )
     return pairs
@@ -109,7 +118,8 @@ def label_maps(
             if finer:  # label fusion draws it too
                 by_scan[scan] = paths = named or [p for p in here if wanted in p.name]
             else:
-                by_scan[scan] = paths = named or own or paths
+                drawn = [p for p in here if wanted in p.name]  # by label fusion
+                by_scan[scan] = paths = named or own or drawn or paths
         elif len(paths) > 1:
             by_scan[scan] = paths = [p for p in paths if not _holds_tissues(p)]
         if len(paths) > 1:

@@ -35,6 +35,7 @@ class _Format(NamedTuple):
 _UNPACK, _CONVERT = "unpack it: {0} {{name}}", "convert it: {0}"
 _ANTS = _CONVERT.format("ConvertImage 3 {name} {stem}.nii.gz (of ANTs)")
 _AGAIN = "download it again"
+_TEXT = _Format("text", rb"[\t\n\r -~\x80-\xff]+\Z", (), "give the scan itself")
 _FORMATS = (
     _Format(
         "zstd-compressed", rb"\x28\xb5\x2f\xfd", (".nii.zst", ".zst"), _UNPACK.format("zstd -d")
@@ -92,7 +93,7 @@ _FORMATS = (
         "give the scan itself",
     ),
     _Format("nothing but zeros", rb"\0+\Z", (), f"copy it again, or {_AGAIN}"),
-    _Format("text", rb"[\t\n\r -~\x80-\xff]+\Z", (), "give the scan itself"),
+    _TEXT,
 )
 
 
@@ -113,8 +114,9 @@ def foreign(name: str, stem: str, head: bytes = b"") -> tuple[str, str] | None:
     by_content = (f for f in _FORMATS if re.match(f.signature, head, re.DOTALL))
     by_name = (f for f in _FORMATS if f.suffixes and name.lower().endswith(f.suffixes))
     format_ = next(by_content, None)
-    if format_ is None or format_.kind == "text":
-        format_ = next(by_name, format_)
+    if format_ is None or not format_.suffixes:  # air, or a header in words, begins many a file
+        is_image = name.lower().endswith(IMAGE_SUFFIXES)
+        format_ = next(by_name, format_ if is_image or format_ is _TEXT else None)
     if format_ is None:
         return None
     remedy, proper_name = format_.remedy, name

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -288,6 +289,12 @@ def _check_extent(grid: Grid, name: str) -> None:
         )
 
 
+def _turned(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether an axis of an affine points elsewhere in another: by more than 45 degrees."""
+    directions = (form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0) for form in (one, other))
+    return bool((np.prod([*directions], axis=0).sum(axis=0) < math.sqrt(0.5)).any())
+
+
 def _frame_notes(header: Any, name: str) -> list[Note]:
     """Reasons to doubt the orientation or the voxel size of a NIfTI header."""
     if not isinstance(header, nib.Nifti1Header):
@@ -305,8 +312,8 @@ def _frame_notes(header: Any, name: str) -> list[Note]:
         return [Note(NoteCode.HEADER_ORIENTATION, text)]
     notes = []
     if s_code and q_code:
-        ours, theirs = ("".join(map(str, aff2axcodes(form))) for form in (sform, qform))
-        if ours != theirs:
+        if _turned(sform, qform):
+            ours, theirs = ("".join(map(str, aff2axcodes(form))) for form in (sform, qform))
             text = (
                 f"sform and qform of {name} disagree about left and right, front or top"
                 f" ({ours} and {theirs}): sform is believed"

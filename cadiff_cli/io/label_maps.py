@@ -7,15 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from cadiff_cli.errors import DataError
+from cadiff_cli.errors import DataError, first_few
 from cadiff_cli.io.images import load_volume
 from cadiff_cli.labels.parcellation import Parcellation
+from cadiff_cli.labels.schemes import load_scheme, scheme_names
 from cadiff_cli.spatial.grid import Volume
 
 log = logging.getLogger(__name__)
 
 GREATEST_ID = 9_999_999
 """Greater values are an image's: no program's ids are so large."""
+FEW, ALL, ALMOST_NONE = 0.5, 0.98, 0.1
+"""Shares of the labelled voxels that a scheme knows.  Maps of whole heads lie between the first and
+the last: our schemes know the brain alone."""
 ROUNDING = 1e-3
 """Largest distance of an id from a whole number: header scaling causes such errors."""
 
@@ -27,7 +31,7 @@ def load_classes(
 
     ``mapping`` must hold every id.  For a foreign map, whose scheme of ids the command line's
     ``option`` names, it must hold at least one; other ids become background, with a warning.
-    Raises ``DataError``.
+    Raises ``DataError``, also for a map whose ids are those of another scheme.
     """
     volume, stored = load_ids(path)
     ids = stored - {0}
@@ -43,9 +47,36 @@ def load_classes(
             "give a dseg written by cadiff",
         )
     if unknown:
-        say_once(f"ids {unknown} are in no row of the mapping ({option}): they become background")
+        _refuse_other_scheme(volume, path.name, parcellation, mapping, option or "")
+        some = first_few([str(id_) for id_ in unknown], 40)
+        say_once(f"ids {some} are in no row of the mapping ({option}): they become background")
     classes = parcellation.encode(np.asarray(volume.data), mapping, volume.grid.spacing_mm)
     return Volume(classes, volume.grid)
+
+
+def _refuse_other_scheme(
+    volume: Volume, name: str, parcellation: Parcellation, mapping: Mapping[int, int], option: str
+) -> None:
+    """Raise ``DataError`` if a shipped scheme knows few of the voxels, and another all of them.
+
+    A table of the user's own may name a few structures: it is not judged.
+    """
+    schemes = {name: load_scheme(name, parcellation) for name in scheme_names(parcellation)}
+    if mapping not in schemes.values():
+        return
+    ids, counts = np.unique(volume.data[volume.data != 0], return_counts=True)
+
+    def known(mapping: Mapping[int, int]) -> float:
+        return float(counts[np.isin(np.rint(ids), list(mapping))].sum() / counts.sum())
+
+    share = known(mapping)
+    if share >= FEW:
+        return
+    few = f"{100 * share:.0f} % of the labelled voxels of {name} have ids of the scheme"
+    if fitting := [scheme for scheme, ids_of in schemes.items() if known(ids_of) > ALL]:
+        raise DataError(f"{few}, {first_few(fitting)} would know all", f"name it with {option}")
+    if share < ALMOST_NONE:
+        raise DataError(few, f"give a label map; its ids may need a table of yours ({option})")
 
 
 def load_ids(path: Path) -> tuple[Volume, set[int]]:
