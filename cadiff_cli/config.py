@@ -121,8 +121,8 @@ class RegisterConfig:
     name: str = option(
         "fast",
         "fast: affine and SyN. fine: iterations at 2 mm too, about three times as slow. affine: no"
-        " SyN, less accurate. none: no registration, a quick look: the network finds the field, and"
-        " Dice is 0.04 to 0.05 lower.",
+        " SyN, less accurate. none: no registration, a quick look: the network finds the field;"
+        " Dice is 0.04 to 0.05 lower, and 0.1 where a head lies tilted by 30 degrees.",
         "--registration",
         choices=("fast", "fine", "affine", "none"),
     )

@@ -11,7 +11,6 @@ from cadiff_cli.cli.train import (
     also_options,
     also_settings,
     prepared_in,
-    sources_of,
     training_options,
 )
 
@@ -75,9 +74,9 @@ def command(
     from cadiff_cli.nets.models import Model
     from cadiff_cli.report.ablation import write_tables
     from cadiff_cli.training.ablation import Plan, ablate, tables_of
-    from cadiff_cli.training.crossval import folds as split
+    from cadiff_cli.training.crossval import joint_folds
     from cadiff_cli.training.segmenter.config import Training, load, templates_of
-    from cadiff_cli.training.segmenter.data import Sample, prepare_scans
+    from cadiff_cli.training.segmenter.data import Sample, labelled_datasets, prepare_datasets
     from cadiff_cli.training.segmenter.run import check_people
     from cadiff_cli.training.templates import load_training_template
 
@@ -93,18 +92,14 @@ def command(
     pick_device(device)
     first = loaded("cadiff", seed)
     parcellation = load_parcellation(first.parcellation)
-    sources = sources_of(dataset, first.labels, also, parcellation)
-    subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
+    datasets = labelled_datasets(dataset, first.labels, also, parcellation)
+    subjects, *others = ({scan.subject for scan in scans} for scans, _ in datasets)
     known = set().union(*others)
-    if hold_out:
-        splits = [list(hold_out)]
-    else:
-        groups = [split(group, folds) for group in (subjects, known) if group]
-        splits = [[name for part in parts for name in part] for parts in zip(*groups, strict=True)]
+    splits = [list(hold_out)] if hold_out else joint_folds((subjects, known), folds)
     start = first.train.seed  # --seed, or that of --common
     named = templates or (templates_of(common) if common else ()) or Plan.templates
     plan = Plan(chosen, range(start, start + seeds), splits, named)
-    people = {scan.subject: str(scan.t1) for scan in sources[0][0]}
+    people = {scan.subject: str(scan.t1) for scan in datasets[0][0]}
     for network in plan.networks():
         net = loaded(network.config, network.seed).net
         check_people(subjects, known, splits[network.fold], model, net, parcellation)
@@ -114,10 +109,7 @@ def command(
 
     @lru_cache(maxsize=2)
     def prepare(names: tuple[str, ...]) -> tuple[list[Sample], list[Sample]]:
-        samples, *less_trusted = (
-            prepare_scans(scans, names, parcellation, mapping, folder) for scans, mapping in sources
-        )
-        return samples, [sample for other in less_trusted for sample in other]
+        return prepare_datasets(datasets, names, parcellation, folder)
 
     results = []
     for result in ablate(

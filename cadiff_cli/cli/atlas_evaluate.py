@@ -45,17 +45,11 @@ def command(
     folded voxels, centrality, roughness, Dice (atlas_groups.tsv), and volumes against age
     (atlas_ages.tsv).
     """
-    from dataclasses import replace
-
-    from cadiff_cli.errors import DataError, UsageError
+    from cadiff_cli.errors import UsageError
     from cadiff_cli.io import models
     from cadiff_cli.io.files import check_writable, refuse_existing, write_tsv
     from cadiff_cli.nets.models import AtlasModel
-    from cadiff_cli.training.atlas import scores
-    from cadiff_cli.training.atlas.data import known_to, prepare_people
-    from cadiff_cli.training.atlas.regression import ATLAS, KernelRegression, sources_of
-    from cadiff_cli.training.atlas.run import brain_weight
-    from cadiff_cli.training.templates import load_training_template
+    from cadiff_cli.training.atlas.evaluate import evaluate_atlas
 
     show_times()
     words = [word.strip() for word in given.split(",") if word.strip()]
@@ -64,42 +58,10 @@ def command(
     tables = [out / "atlas_groups.tsv", out / "atlas_ages.tsv"]
     refuse_existing(*tables, overwrite=overwrite)
     check_writable(out)
-    trained = models.load(AtlasModel, model)
-    base = replace(load_training_template(trained.base), labels=trained.labels)
-    spacing = float(trained.grid.spacing_mm[0])
-    prepared = prepare_people(people, base, spacing, cache or out / "cache")
-    learnt = [p for p in prepared if p.label in trained.seen]
-    unseen = [p for p in prepared if p.label not in trained.seen]
-    groups = scores.groups_of(known_to(trained.space, unseen))
-    if not groups:
-        raise DataError(
-            f"the model was trained on all {len(learnt)} people of known age",
-            "give people that it has not seen",
-        )
     names = [GIVEN[word] for word in words]
-    regression = KernelRegression.of(learnt, trained.space) if learnt else None
-    sources = sources_of(trained, regression)
-    import torch
-
-    brain = torch.from_numpy(brain_weight(base, trained.grid))
-    rows = []
-    for group, members in groups.items():
-        for source, make in sources.items():
-            score = scores.score_group(group, members, source, make, trained.grid, brain, names)
-            if register:
-                score = scores.register_some(
-                    score, members, make, base, trained.grid, names, register
-                )
-            if source == ATLAS:
-                spread = scores.spread_of(members, trained, brain, names)
-                score = replace(score, spread_mm=spread)
-            rows.append(score)
-    low, high = trained.space.age_years
-    ages = [age for age in range(0, 130, 10) if low <= age <= high]
-    curves = scores.score_ages(prepared, sources, base, trained.grid, ages)
-    for path, (header, lines) in zip(
-        tables, (scores.table_of_groups(rows), scores.table_of_ages(curves)), strict=True
-    ):
+    trained = models.load(AtlasModel, model)
+    made = evaluate_atlas(trained, people, cache or out / "cache", names, register)
+    for path, (header, lines) in zip(tables, made, strict=True):
         write_tsv(path, header, lines)
         show(header, lines)
     click.echo(out)

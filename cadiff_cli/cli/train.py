@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cadiff_cli.cli.options import PATH, SEED, Number, filled, show_times, stacked, without_prefix
-
-if TYPE_CHECKING:
-    from cadiff_cli.io.bids.labelled import LabelledScan
-    from cadiff_cli.labels.parcellation import Parcellation
 
 INIT = click.option(
     "--init",
@@ -143,33 +139,6 @@ def prepared_in(run: Path, cache: Path | None) -> Path:
     return cache or run / "cache"
 
 
-def sources_of(
-    dataset: Path, labels: str, also: Sequence[tuple[Path, str]], parcellation: "Parcellation"
-) -> list[tuple[list["LabelledScan"], dict[int, int]]]:
-    """The scans of a dataset, and of each of ``also``, with the mapping of its ids to classes.
-
-    Raises ``UsageError`` if two of ``also`` share a subject.
-    """
-    from collections import Counter
-
-    from cadiff_cli.errors import UsageError, first_few
-    from cadiff_cli.io.bids.labelled import labelled_scans
-    from cadiff_cli.labels.schemes import load_scheme
-
-    sources = [
-        (labelled_scans(path), load_scheme(name, parcellation))
-        for path, name in ((dataset, labels), *also)
-    ]
-    others = ({scan.subject for scan in scans} for scans, _ in sources[1:])
-    counted = Counter(name for group in others for name in group)
-    if both := sorted(name for name, n in counted.items() if n > 1):
-        raise UsageError(
-            f"subjects of two --also datasets have the same label: {first_few(both)}",
-            "rename those of one",
-        )
-    return sources
-
-
 @click.command(name="train")
 @click.argument("config", metavar="CONFIG", callback=filled)
 @click.argument("dataset", type=PATH)
@@ -218,7 +187,7 @@ def command(
     from cadiff_cli.labels.parcellation import load_parcellation
     from cadiff_cli.nets.models import Model
     from cadiff_cli.training.segmenter.config import load
-    from cadiff_cli.training.segmenter.data import prepare_scans
+    from cadiff_cli.training.segmenter.data import labelled_datasets, prepare_datasets
     from cadiff_cli.training.segmenter.run import check_people, train
 
     show_times()
@@ -230,20 +199,17 @@ def command(
     model = models.load(Model, init) if init else None
     pick_device(device)
     parcellation = load_parcellation(training.parcellation)
-    sources = sources_of(dataset, training.labels, also, parcellation)
-    subjects, *others = ({scan.subject for scan in scans} for scans, _ in sources)
+    datasets = labelled_datasets(dataset, training.labels, also, parcellation)
+    subjects, *others = ({scan.subject for scan in scans} for scans, _ in datasets)
     check_people(subjects, set().union(*others), hold_out, model, training.net, parcellation)
     folder = prepared_in(run, cache)
-    samples, *less_trusted = (
-        prepare_scans(scans, training.templates, parcellation, mapping, folder)
-        for scans, mapping in sources
-    )
+    samples, less_trusted = prepare_datasets(datasets, training.templates, parcellation, folder)
     path = train(
         samples,
         run,
         training.train,
         parcellation=parcellation,
-        also=[sample for other in less_trusted for sample in other],
+        also=less_trusted,
         init=model,
         recount_prior=recount_prior,
         hold_out=hold_out,

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,12 @@ def folds(subjects: Iterable[str], n: int, seed: int = 0) -> list[list[str]]:
         raise UsageError(f"{n} folds of {len(people)} people", f"use 2 to {len(people)}")
     order = np.random.default_rng(seed).permutation(len(people))
     return [sorted(people[i] for i in order[k::n]) for k in range(n)]
+
+
+def joint_folds(groups: Iterable[Set[str]], n: int) -> list[list[str]]:
+    """Folds that hold a share of the people of each group; empty groups do not count."""
+    parts = zip(*(folds(group, n) for group in groups if group), strict=True)
+    return [[name for fold in each for name in fold] for each in parts]
 
 
 def check_folds(numbers: Iterable[int], n: int) -> None:

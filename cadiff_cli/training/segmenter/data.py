@@ -5,6 +5,7 @@ template at 4 mm in half precision (it is smooth).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from cadiff_cli.config import REVISION, Config, fingerprint
-from cadiff_cli.errors import DataError
-from cadiff_cli.io.bids.labelled import LabelledScan, load_labelled
+from cadiff_cli.errors import DataError, UsageError, first_few
+from cadiff_cli.io.bids.labelled import LabelledScan, labelled_scans, load_labelled
 from cadiff_cli.io.files import sha256
 from cadiff_cli.io.formats import check_there
 from cadiff_cli.io.templates import own_contents
 from cadiff_cli.labels.parcellation import BASE, Parcellation, shipped_names
+from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.machine import work_folder
 from cadiff_cli.pipeline import prepare
 from cadiff_cli.products import sound
@@ -65,6 +67,10 @@ class Sample:
         return tuple(k for k in classes if not self.drawn or k in self.drawn)
 
 
+LabelledDataset = tuple[list[LabelledScan], dict[int, int]]
+"""Scans of a dataset, and the classes of its ids."""
+
+
 def prepare_scans(
     scans: Sequence[LabelledScan],
     templates: Sequence[str],
@@ -85,6 +91,41 @@ def prepare_scans(
         sample = load(build(scan, templates, parcellation, mapping, folder))
         samples.append(replace(sample, contents=contents))
     return samples
+
+
+def labelled_datasets(
+    dataset: Path, labels: str, also: Sequence[tuple[Path, str]], parcellation: Parcellation
+) -> list[LabelledDataset]:
+    """Pair the scans of a dataset, and of those that are trusted less, with their labels.
+
+    Raises ``UsageError`` if two of ``also`` share a subject.
+    """
+    datasets = [
+        (labelled_scans(path), load_scheme(name, parcellation))
+        for path, name in ((dataset, labels), *also)
+    ]
+    others = ({scan.subject for scan in scans} for scans, _ in datasets[1:])
+    counted = Counter(name for group in others for name in group)
+    if both := sorted(name for name, n in counted.items() if n > 1):
+        raise UsageError(
+            f"subjects of two --also datasets have the same label: {first_few(both)}",
+            "rename those of one",
+        )
+    return datasets
+
+
+def prepare_datasets(
+    datasets: Sequence[LabelledDataset],
+    templates: Sequence[str],
+    parcellation: Parcellation,
+    folder: Path,
+) -> tuple[list[Sample], list[Sample]]:
+    """``prepare_scans`` of the first dataset, and of all others, which are trusted less."""
+    first, *others = (
+        prepare_scans(scans, templates, parcellation, mapping, folder)
+        for scans, mapping in datasets
+    )
+    return first, [sample for samples in others for sample in samples]
 
 
 def sample_path(
