@@ -175,7 +175,7 @@ def call(toy_sample, monkeypatch, tmp_path):
             for s in scans
         ]
 
-    monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", scans_of)
+    monkeypatch.setattr(data, "labelled_scans", scans_of)
     monkeypatch.setattr(data, "prepare_scans", prepare)
     monkeypatch.setattr("cadiff_cli.training.templates.load_training_template", lambda name: name)
     (tmp_path / "common.toml").write_text(COMMON)

@@ -853,7 +853,7 @@ def test_options_of_the_command_reach_the_run(monkeypatch, tmp_path, parcellatio
     def people_of(folder):
         return [LabelledScan(folder.name, folder.name, folder, folder)]
 
-    monkeypatch.setattr("cadiff_cli.io.bids.labelled.labelled_scans", people_of)
+    monkeypatch.setattr("cadiff_cli.training.segmenter.data.labelled_scans", people_of)
     monkeypatch.setattr("cadiff_cli.training.segmenter.data.prepare_scans", prepare)
     monkeypatch.setattr("cadiff_cli.training.segmenter.run.train", fake_train)
     here = [str(tmp_path / name) for name in ("manual", "machine", "more")]
