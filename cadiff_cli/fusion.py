@@ -77,7 +77,7 @@ def choose_atlases(dataset: Path, t1: Path, exclude: Sequence[str] = ()) -> list
     """
     scans = labelled_scans(dataset)
     people = {scan.subject: scan for scan in reversed(scans)}
-    named = {label.removeprefix("sub-") for label in exclude}
+    named = set(exclude)
     if unknown := sorted(named - set(people)):
         raise UsageError(
             f"--exclude names {first_few(unknown)}", f"there are {first_few(sorted(people), 20)}"

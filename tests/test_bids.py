@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cadiff_cli.cli.options import entity_labels, read_filters
 from cadiff_cli.errors import (
     DataError,
     InvalidDatasetError,
@@ -24,7 +23,7 @@ from cadiff_cli.io.bids.labelled import labelled_scans
 from cadiff_cli.io.bids.layout import Derivatives
 from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.bids.raw import Dataset
-from cadiff_cli.io.bids.selection import Selection, select
+from cadiff_cli.io.bids.selection import Selection, entity_labels, read_filters, select
 from cadiff_cli.io.images import save_volume
 from cadiff_cli.spatial.grid import Grid
 

@@ -134,7 +134,7 @@ def test_a_person_never_labels_herself(dataset):
     link.symlink_to(image_of(dataset, "sub-1_ses-2", "T1w"))
     assert voters(link) == others
     assert voters(dataset / "sub-9_T1w.nii") == ["sub-1_ses-1", *others]
-    assert voters(dataset / "sub-9_T1w.nii", "1", "sub-3") == ["sub-2_ses-1", "sub-4"]
+    assert voters(dataset / "sub-9_T1w.nii", "1", "3") == ["sub-2_ses-1", "sub-4"]
 
 
 def test_wrong_atlases_are_errors_with_a_remedy(dataset, tmp_path):

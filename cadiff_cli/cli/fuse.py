@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH, SEED, show_times
+from cadiff_cli.cli.options import PATH, SEED, show_times, without_prefix
 
 
 @click.command(name="fuse")
@@ -16,7 +16,12 @@ from cadiff_cli.cli.options import PATH, SEED, show_times
     help="BIDS-like folder of skull-stripped T1w images with dseg label maps.",
 )
 @click.option("-o", "--out", type=PATH, required=True, help="Output folder.")
-@click.option("--exclude", multiple=True, help="Subject label that may not vote (repeatable).")
+@click.option(
+    "--exclude",
+    callback=without_prefix,
+    multiple=True,
+    help="Subject label that may not vote (repeatable).",
+)
 @click.option(
     "--parcellation",
     "drawn",

@@ -1,11 +1,10 @@
-"""Options: types of values, options from the fields of dataclasses, lists and filters in files."""
+"""Options: types of their values, and options from the fields of dataclasses."""
 
 import errno
-import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin
@@ -14,7 +13,6 @@ import click
 
 from cadiff_cli.config import MOST_SEED, Config, Option, flags_of
 from cadiff_cli.errors import MissingInputError, UsageError
-from cadiff_cli.text import read_text
 
 if TYPE_CHECKING:
     from cadiff_cli.products import Sex
@@ -242,48 +240,3 @@ class Memory(Converter):
             self.fail(f"{value!r} is not a size: write 16G or 8000 (MB)", param, ctx)
         unit = match[2].upper() or ("B" if match[3] else "M")
         return int(float(match[1]) * 1024 ** self.units[unit])
-
-
-def read_filters(path: Path) -> dict[str, Any]:
-    """The ``t1w`` part of a ``--bids-filter-file``, as fMRIPrep reads it."""
-    if not path.is_file():
-        raise MissingInputError(f"no such file: {path}", "check --bids-filter-file")
-    try:
-        return dict(json.loads(read_text(path))["t1w"].items())
-    except KeyError as error:
-        raise UsageError(
-            f"{path} says nothing of t1w", 'write {"t1w": {}} if every T1w image is wanted'
-        ) from error
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a filter file ({error})", 'write {"t1w": {"acquisition": "mprage"}}'
-        ) from error
-
-
-def entity_labels(words: Sequence[str], prefix: str, known: Collection[str]) -> tuple[str, ...]:
-    """Labels without their prefix, each once; a word that names a file stands for its labels.
-
-    A word that is one of the dataset's labels (``known``) is never taken for a file.  A table whose
-    header begins with ``participant_id`` or ``session_id`` stands for its first column.  Raises
-    ``UsageError`` for a file without a label: an empty list must not select everybody.
-    """
-    labels: list[str] = []
-    for word in (word.strip() for word in words):
-        # Unlike Path.is_file, this takes words that are too long for a file's name.
-        is_list = word.removeprefix(prefix) not in known and os.path.isfile(word)
-        lines = _listed(Path(word), prefix) if is_list else [word]
-        labels.extend(line.removeprefix(prefix) for line in lines)
-    return tuple(dict.fromkeys(labels))
-
-
-def _listed(path: Path, prefix: str) -> list[str]:
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a list ({error})", "one label a line") from error
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    if lines and lines[0][0] in ("participant_id", "session_id"):
-        lines = [line[:1] for line in lines[1:]]
-    if not lines:
-        raise UsageError(f"{path} names nobody", f"one label a line, as {prefix}01")
-    return [label for line in lines for label in line]

@@ -23,25 +23,12 @@ def command(out: Path, scans: Path | None) -> int:
     at the time of segmentation.
     """
     from cadiff_cli.cli.console import RunConsole
-    from cadiff_cli.io.bids.description import people_of, refuse_foreign
-    from cadiff_cli.io.cohorts import GROUP_TABLE
+    from cadiff_cli.io.bids.description import refuse_foreign
     from cadiff_cli.io.files import check_writable
-    from cadiff_cli.report.group import PATH, write_group_page
-    from cadiff_cli.report.page import remove
-    from cadiff_cli.runner.group import collect, known_scans
-    from cadiff_cli.runner.participants import scan_pages, tell
+    from cadiff_cli.runner.participants import folder_pages
 
     out = out.absolute()
     refuse_foreign(out)
     if out.is_dir():
         check_writable(out)
-    people, console = people_of(out, scans), RunConsole()
-    tell(people, console)
-    code = scan_pages(out, scans, console, people=people)
-    names = known_scans(out)
-    if len(names) > 1 or (out / GROUP_TABLE).exists():
-        group = collect(out, names, people)
-        click.echo(write_group_page(out, group))
-    else:
-        remove(out / PATH)
-    return code
+    return folder_pages(out, scans, RunConsole())

@@ -15,11 +15,9 @@ from cadiff_cli.cli.options import (
     Memory,
     Words,
     check,
-    entity_labels,
     filled,
     made,
     options_of,
-    read_filters,
 )
 from cadiff_cli.config import Machine, Request
 from cadiff_cli.errors import AnalysisLevelError, MissingInputError, UsageError
@@ -193,7 +191,7 @@ def command(
     check(made(Request, options).config)
     from cadiff_cli.cli.console import RunConsole, show_log
     from cadiff_cli.io.bids.raw import Dataset
-    from cadiff_cli.io.bids.selection import Selection
+    from cadiff_cli.io.bids.selection import Selection, entity_labels, read_filters
     from cadiff_cli.runner.executor import Executor
     from cadiff_cli.runner.participants import (
         DatasetRequest,

@@ -16,7 +16,7 @@ from cadiff_cli.quality.ranges import Ranges, load_ranges
 from cadiff_cli.report.page import refuse_foreign_page, remove
 from cadiff_cli.report.render import render_page
 
-PATH = "group.html"
+GROUP_PAGE = "group.html"
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ def report_group(out: Path, group: Group, *, wanted: bool = True) -> str:
         if wanted:
             write_group_page(out, group)
         else:
-            remove(out / PATH)
+            remove(out / GROUP_PAGE)
         return ""
     except Exception as error:
         with suppress(OutputError, OSError):
-            remove(out / PATH)
+            remove(out / GROUP_PAGE)
         return f"no group page was written ({in_a_line(error)})"
 
 
 def write_group_page(out: Path, group: Group) -> Path:
     """Write ``group.html``: rows of the group table, and missing scans with their errors."""
-    path = out / PATH
+    path = out / GROUP_PAGE
     refuse_foreign_page(path)
     ranges = load_ranges(group.parcellation)
     judged = group.judged

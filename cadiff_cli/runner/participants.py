@@ -13,21 +13,27 @@ from typing import Any, Protocol
 import cadiff_cli
 from cadiff_cli.config import Request
 from cadiff_cli.errors import DiskError, MissingInputError, OutputError, UsageError, in_a_line
-from cadiff_cli.io.bids.description import refuse_foreign, refuse_other_source, save_dataset_files
+from cadiff_cli.io.bids.description import (
+    people_of,
+    refuse_foreign,
+    refuse_other_source,
+    save_dataset_files,
+)
 from cadiff_cli.io.bids.layout import finished
 from cadiff_cli.io.bids.people import NOBODY, People
 from cadiff_cli.io.bids.raw import Dataset
 from cadiff_cli.io.bids.selection import Selection
+from cadiff_cli.io.cohorts import GROUP_TABLE
 from cadiff_cli.io.files import write_text
 from cadiff_cli.machine import work_folder
 from cadiff_cli.notes import Note, codes_of, texts
 from cadiff_cli.quality.group import Group
-from cadiff_cli.report.group import report_group, write_group_page
+from cadiff_cli.report.group import GROUP_PAGE, report_group, write_group_page
 from cadiff_cli.report.methods import cite, write_citations
-from cadiff_cli.report.page import write_page
+from cadiff_cli.report.page import remove, write_page
 from cadiff_cli.runner.execute import prepare_torch
 from cadiff_cli.runner.executor import Executor
-from cadiff_cli.runner.group import collect, write_group
+from cadiff_cli.runner.group import collect, known_scans, write_group
 from cadiff_cli.runner.job import Job, Outcome, job_of
 from cadiff_cli.runner.journal import Journal, alone, failure
 from cadiff_cli.runner.plan import Plan, make_plan, new_run_id, scan_names
@@ -194,6 +200,22 @@ def tell(people: People, listener: Listener) -> None:
     """Say what could not be read of ages and sexes."""
     for note in people.notes:
         listener.warn(note)
+
+
+def folder_pages(out: Path, scans: Path | None, listener: Listener) -> int:
+    """Pages of all finished results of a folder, and of the group if it has several scans.
+
+    Ages and sexes are those that ``scans`` or the dataset tell.  Returns the exit code.
+    """
+    people = people_of(out, scans)
+    tell(people, listener)
+    code = scan_pages(out, scans, listener, people=people)
+    names = known_scans(out)
+    if len(names) > 1 or (out / GROUP_TABLE).exists():
+        listener.line(str(write_group_page(out, collect(out, names, people))))
+    else:
+        remove(out / GROUP_PAGE)
+    return code
 
 
 def scan_pages(
