@@ -27,7 +27,7 @@ from cadiff_cli.training.atlas import data, scores
 from cadiff_cli.training.atlas.config import PeopleConfig, Training
 from cadiff_cli.training.atlas.data import (
     STRUCTURES,
-    VENTRICLES,
+    VENTRICLE_CODES,
     PreparedPerson,
     base_grid,
     held_out,
@@ -152,7 +152,7 @@ def test_a_person_left_out_may_be_like_nobody_else(people, base, tmp_path, caplo
 
 def test_other_conditions_tell_the_same(trained):
     """Ventricles alone tell the shape, and no condition gives that of all people."""
-    percent = share_of(volumes_of(70), VENTRICLES)
+    percent = share_of(volumes_of(70), VENTRICLE_CODES)
     told = ventricle_growth(trained.velocity(Condition(ventricles_percent=percent)))
     assert told == pytest.approx(growth(70), abs=0.06)
     assert ventricle_growth(trained.velocity(Condition())) == pytest.approx(growth(50), abs=0.08)
@@ -281,7 +281,9 @@ def test_too_few_steps_for_both_parts_are_refused(people, base, tmp_path):
 
 
 def test_labels_without_ventricles_tell_nothing_of_them(people):
-    without = {code: mm3 for code, mm3 in people[0].volumes_mm3.items() if code not in VENTRICLES}
+    without = {
+        code: mm3 for code, mm3 in people[0].volumes_mm3.items() if code not in VENTRICLE_CODES
+    }
     known = replace(people[0], volumes_mm3=without).condition
     assert known.ventricles_percent is None
     assert known.age_years == people[0].age_years
@@ -411,7 +413,7 @@ def test_volumes_in_training_are_those_by_which_an_atlas_is_judged(base, scale):
     factors = jacobian(exponential(batch, [SPACING] * 3), [SPACING] * 3)
     found = volumes.log_shares(batch, factors).exp()[0]
     deformed = deform(base.brain.grid, velocity.astype(np.float32), GRID)
-    shares = share_of(structure_volumes(base, deformed), VENTRICLES)
+    shares = share_of(structure_volumes(base, deformed), VENTRICLE_CODES)
     assert found[0] == pytest.approx(shares, rel=0.02)
     assert found[1].isnan()  # the base has no hippocampi
 
@@ -730,7 +732,7 @@ def test_the_released_atlas_ages(monkeypatch):
         )
         for age in (30, 50, 70, 90)
     ]
-    ventricles = [share_of(v, VENTRICLES) for v in volumes]
+    ventricles = [share_of(v, VENTRICLE_CODES) for v in volumes]
     assert ventricles == sorted(ventricles)
     assert ventricles[2] > 1.7 * ventricles[0]  # people's regression 2.1
     hippocampi = [share_of(v, (17, 53)) for v in volumes]

@@ -35,7 +35,7 @@ from cadiff_cli.io.provenance import make_recipe
 from cadiff_cli.io.templates import EMBEDDED, load_template
 from cadiff_cli.labels.parcellation import Tissue
 from cadiff_cli.report.case import read_views
-from cadiff_cli.runner.export import HEAD, LAYOUTS
+from cadiff_cli.runner.export import HEAD_SIZE, LAYOUTS
 
 ORIENTATIONS = {"01": "LAS", "02": "LIA", "03": "oblique"}
 SPACING_MM = (1.4, 1.7, 1.5)
@@ -452,7 +452,7 @@ def test_the_command_offers_every_layout():
 
 def test_every_export_knows_only_volumes_that_there_are(made):
     """A misspelt name would be an empty column."""
-    known = {row.name for row in next(finished(made[0])).rows()} | {HEAD}
+    known = {row.name for row in next(finished(made[0])).rows()} | {HEAD_SIZE}
     for layout in LAYOUTS.values():
         for measure in layout.columns.values():
             assert {*([measure] if isinstance(measure, str) else measure)} <= known

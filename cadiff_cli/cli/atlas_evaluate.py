@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from cadiff_cli.cli.options import PATH, filled, show_times
+from cadiff_cli.cli.options import PATH, not_empty, show_times
 
 GIVEN = {"age": "age_years", "sex": "sex", "ventricles": "ventricles_percent"}
 
 
 @click.command(name="evaluate")
-@click.argument("model", metavar="MODEL", callback=filled)
+@click.argument("model", metavar="MODEL", callback=not_empty)
 @click.argument("people", nargs=-1, required=True, metavar="PEOPLE...", type=PATH)
 @click.option("-o", "--out", required=True, type=PATH, help="Folder of the tables.")
 @click.option("--cache", type=PATH, help="Prepared people [default: OUT/cache].")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import PATH, SEED, Number, SexOption, filled
+from cadiff_cli.cli.options import PATH, SEED, Number, SexOption, not_empty
 from cadiff_cli.errors import UsageError
 from cadiff_cli.io.releases import DEFAULT_ATLAS
 
@@ -73,7 +73,7 @@ def parse_ages(text: str) -> tuple[float, ...]:
     "--model",
     default=DEFAULT_ATLAS,
     show_default=True,
-    callback=filled,
+    callback=not_empty,
     help="Released atlas model, or a file.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier atlas of the same condition.")

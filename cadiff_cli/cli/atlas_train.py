@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, filled, show_times
+from cadiff_cli.cli.options import PATH, not_empty, show_times
 from cadiff_cli.cli.train import prepared_in, run_options
 
 
 @click.command(name="train")
 @click.argument("people", nargs=-1, required=True, metavar="PEOPLE...", type=PATH)
-@click.argument("config", metavar="CONFIG", callback=filled)
+@click.argument("config", metavar="CONFIG", callback=not_empty)
 @run_options
 def command(
     people: tuple[Path, ...],

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, Number, filled, show_times
+from cadiff_cli.cli.options import PATH, Number, not_empty, show_times
 from cadiff_cli.cli.scores import EVALUATION, report
 from cadiff_cli.cli.train import FOLDS_OPTION, prepared_in, training_options
 
 
 @click.command(name="crossval")
-@click.argument("config", metavar="CONFIG", callback=filled)
+@click.argument("config", metavar="CONFIG", callback=not_empty)
 @click.argument("dataset", type=PATH)
 @FOLDS_OPTION
 @click.option("--fold", multiple=True, type=int, help="Run only this fold, from 1 (repeatable).")

@@ -79,7 +79,7 @@ def show_warnings() -> None:
     logging.basicConfig(level=logging.WARNING, format=ON_SCREEN)
 
 
-def filled(_context: Any, option: click.Parameter, value: str | None) -> str | None:
+def not_empty(_context: Any, option: click.Parameter, value: str | None) -> str | None:
     """A name that is not empty: a callback of options whose absence means something else."""
     if value == "":
         raise click.BadParameter(
@@ -166,8 +166,8 @@ def _click_option(field: "Field[Any]") -> Callable[[F], F]:
         more["type"] = click.IntRange(about.low, about.high)
     elif Path in kinds:
         more["type"] = PATH
-    elif default:
-        more["callback"] = filled
+    elif str in kinds and default != "":
+        more["callback"] = not_empty
     return click.option(*flags, show_default=default is not None, **more)
 
 

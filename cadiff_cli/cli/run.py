@@ -15,8 +15,8 @@ from cadiff_cli.cli.options import (
     Memory,
     Words,
     check,
-    filled,
     made,
+    not_empty,
     options_of,
 )
 from cadiff_cli.config import Machine, Request
@@ -129,7 +129,7 @@ def _as_typed(option: click.Option, value: Any, key: str) -> Any:
 )
 @click.option(
     "--dask-address",
-    callback=filled,
+    callback=not_empty,
     help="Scheduler, as tcp://host:8786 [default: one of our own].",
 )
 @click.option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cadiff_cli.cli.options import PATH, F, filled, stacked
+from cadiff_cli.cli.options import PATH, F, not_empty, stacked
 from cadiff_cli.config import TOLERANCE_MM
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def score_options(name: str) -> Callable[[F], F]:
     return stacked(
         click.option(
             "--labels",
-            callback=filled,
+            callback=not_empty,
             help="Structures to compare: all, or a subset of the label maps' parcellation or of"
             " cadiff40 [malc27; all where no structure has a parent in cadiff40]; nmm138 or"
             " parcels: the label maps of --parcellation nmm138.",

@@ -7,7 +7,7 @@ import click
 
 from cadiff_cli import __version__
 from cadiff_cli.cli import HELP_OPTIONS
-from cadiff_cli.cli.options import PATH, Age, SexOption, check, filled, made, options_of
+from cadiff_cli.cli.options import PATH, Age, SexOption, check, made, not_empty, options_of
 from cadiff_cli.config import Request
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @options_of(Request)
 @click.option("--series", type=int, help="Of a DICOM folder: number of the series.")
 @click.option(
-    "--subject", callback=filled, help="Of a DICOM folder: label for its files [default: 01]."
+    "--subject", callback=not_empty, help="Of a DICOM folder: label for its files [default: 01]."
 )
 @click.option("-v", "--verbose", count=True, help="More messages.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")

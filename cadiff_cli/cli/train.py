@@ -6,12 +6,20 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, SEED, Number, filled, show_times, stacked, without_prefix
+from cadiff_cli.cli.options import (
+    PATH,
+    SEED,
+    Number,
+    not_empty,
+    show_times,
+    stacked,
+    without_prefix,
+)
 
 INIT = click.option(
     "--init",
     metavar="MODEL",
-    callback=filled,
+    callback=not_empty,
     help="Begin with these weights (released name or file).",
 )
 run_options = stacked(
@@ -140,7 +148,7 @@ def prepared_in(run: Path, cache: Path | None) -> Path:
 
 
 @click.command(name="train")
-@click.argument("config", metavar="CONFIG", callback=filled)
+@click.argument("config", metavar="CONFIG", callback=not_empty)
 @click.argument("dataset", type=PATH)
 @HOLD_OUT
 @also_options

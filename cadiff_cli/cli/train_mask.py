@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from cadiff_cli.cli.options import PATH, filled, show_times
+from cadiff_cli.cli.options import PATH, not_empty, show_times
 from cadiff_cli.cli.train import INIT, prepared_in, run_options
 
 
 @click.command(name="train-mask")
-@click.argument("config", metavar="CONFIG", callback=filled)
+@click.argument("config", metavar="CONFIG", callback=not_empty)
 @click.option(
     "--label-maps",
     multiple=True,

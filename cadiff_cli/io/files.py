@@ -88,7 +88,7 @@ def remove_partial(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def is_folder(entry: "os.DirEntry[str]", *, follow_symlinks: bool = True) -> bool:
+def is_folder_entry(entry: "os.DirEntry[str]", *, follow_symlinks: bool = True) -> bool:
     """Whether an entry of a folder is one itself; a link that leads in a circle is none."""
     try:
         return entry.is_dir(follow_symlinks=follow_symlinks)
@@ -98,7 +98,7 @@ def is_folder(entry: "os.DirEntry[str]", *, follow_symlinks: bool = True) -> boo
 
 def folders_of(entries: "Iterable[os.DirEntry[str]]", prefix: str) -> Iterator[str]:
     """Names of the folders among a folder's entries that begin with ``prefix``."""
-    return (x.name for x in entries if x.name.startswith(prefix) and is_folder(x))
+    return (x.name for x in entries if x.name.startswith(prefix) and is_folder_entry(x))
 
 
 def is_among(path: Path, files: Iterable[Path | None]) -> bool:
@@ -214,7 +214,7 @@ def files_below(folder: Path, pattern: str, within: str = "") -> list[Path]:
         for entry in entries_of(place):
             name = entry.name
             linked = top or name == "anat" or name.startswith("ses-")
-            if is_folder(entry, follow_symlinks=linked):
+            if is_folder_entry(entry, follow_symlinks=linked):
                 if not top or name.startswith(within):
                     yield from walk(entry.path, top=False)
             elif fits(name) and not name.startswith(".") and not (top and within):

@@ -35,13 +35,15 @@ EMBEDDED = "MNI152NLin2009aSym"
 NILEARN_BRAIN = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 NAME = re.compile(r"([A-Za-z0-9]+)(?::cohort-([A-Za-z0-9]+))?")
 """A template's name with its cohort; whatever else is given is a folder."""
-HEAD = re.compile(r"(tpl-([A-Za-z0-9]+)(?:_cohort-([A-Za-z0-9]+))?(?:_res-(\d+))?)_T1w\.nii\.gz")
+TEMPLATE_T1W = re.compile(
+    r"(tpl-([A-Za-z0-9]+)(?:_cohort-([A-Za-z0-9]+))?(?:_res-(\d+))?)_T1w\.nii\.gz"
+)
 MASK, LABELS = "desc-brain_mask", "seg-cadiff_dseg"
 DESCRIPTION = "template_description.json"
 SEE = "see docs/templates.md for what a template's folder holds"
 LITRES = (0.02, 2.5)
 """Every brain, from a preterm child's to a large adult's, is well within."""
-STRIPPED_LITRES = (0.02, 2.0)
+BRAIN_LITRES = (0.02, 2.0)
 """Of a brain that no mask vouches for: the embedded one holds 1.89 l, a head in air of 0 more."""
 MOST_CUT = 0.05
 """Share of a face of the field of view that a brain touches, or its spinal cord; a neck fills more
@@ -210,7 +212,7 @@ def _head(folder: str, begin: str) -> str | None:
 
 def _heads(names: Iterable[str]) -> list[re.Match[str]]:
     """Names of T1w images, in the order of their resolution's number; none comes first."""
-    found = (match for name in names if (match := HEAD.fullmatch(name)))
+    found = (match for name in names if (match := TEMPLATE_T1W.fullmatch(name)))
     return sorted(found, key=lambda match: int(match[4] or 0))
 
 
@@ -339,7 +341,7 @@ def _read(
 
 def _not_stripped(t1: Volume, inside: Volume) -> str:
     """Why what is not background is no brain alone; empty if it may be one."""
-    low, high = STRIPPED_LITRES
+    low, high = BRAIN_LITRES
     if (background := border_value(t1.data)) != 0:
         return f"its background is {background:g}, and 0 around a stripped brain"
     if not low < inside.litres < high:

@@ -19,7 +19,7 @@ from cadiff_cli.runner.group import count_ways, tried_scans
 
 Measure = str | Sequence[str]
 """A volume by its name in our tables, or several to be added; an empty sequence: we have none."""
-HEAD = "Head-Size"
+HEAD_SIZE = "Head-Size"
 """Not in our tables: the intracranial volume where every result knows it, else the mask's."""
 ENIGMA: Mapping[str, Measure] = {
     f"{side[0]}{short}": f"{side}-{name}"
@@ -34,7 +34,7 @@ ENIGMA: Mapping[str, Measure] = {
         ("accumb", "Accumbens-area"),
     )
     for side in ("Left", "Right")
-} | {"ICV": HEAD}
+} | {"ICV": HEAD_SIZE}
 WHOLE_HEMISPHERES = {2, 3, 41, 42}
 """``aseg.stats`` has them among its measures, not among its structures."""
 VERMIS = names_of(630, 631, 632)
@@ -81,7 +81,7 @@ LEFT = {
     "left ventral DC": "Left-VentralDC",
 }
 SYNTHSEG: Mapping[str, Measure] = {
-    "total intracranial": HEAD,
+    "total intracranial": HEAD_SIZE,
     **LEFT,
     "csf": (),  # theirs is all fluid around the brain, up to the skull; our CSF a small part of it
     **{
@@ -145,13 +145,13 @@ def export(out: Path, layout: Layout, path: Path) -> Exported:
     head = INTRACRANIAL if all(INTRACRANIAL in known for known in volumes) else BRAIN_MASK
     lines = [(layout.first, *layout.columns)]
     for result, known in zip(results, volumes, strict=True):
-        known = {**known, HEAD: known[head]} if head in known else known
+        known = {**known, HEAD_SIZE: known[head]} if head in known else known
         cells = (_cell(known, measure) for measure in layout.columns.values())
         lines.append((name(result), *cells))
     write_text(path, "".join(layout.separator.join(line) + "\n" for line in lines))
     return Exported(
         len(results),
-        head if HEAD in layout.columns.values() else "",
+        head if HEAD_SIZE in layout.columns.values() else "",
         sorted(tried_scans(out) - {result.entities for result in results}),
         count_ways(results),
     )

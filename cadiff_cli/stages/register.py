@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 ITK_ERRORS = (RuntimeError, ValueError, FileNotFoundError)
 """What ANTs raises where an image cannot be registered; the last for a transform not written."""
-LEAST_FREE_BYTES = 10_000_000
+TRANSFORM_BYTES = 10_000_000
 """With less, a disk is full: the transforms of one registration take more."""
 UNUSED = ("ants.deeplearn", "ants.learn", "ants.math", "ants.plotting")
 """Parts of ANTs that nothing here needs.  They import matplotlib, scikit-learn and statsmodels:
@@ -84,7 +84,7 @@ def register(
             forward, inverse = _run(fixed, moving, settings(kind), config.seed, folder)
             break
         except ITK_ERRORS as error:
-            if (free := shutil.disk_usage(folder).free) < LEAST_FREE_BYTES:
+            if (free := shutil.disk_usage(folder).free) < TRANSFORM_BYTES:
                 raise DiskError(
                     f"{folder} has {free / 1e6:.0f} MB left, and the registration failed",
                     "free some, or choose another folder (-w, or TMPDIR)",

@@ -138,10 +138,10 @@ def sample_conditions(sample: Sample) -> Conditions:
 def overlay(sample: Sample, predicted: np.ndarray, parcellation: Parcellation) -> np.ndarray:
     """Image, prediction and manual labels in the middle slice of each plane: (H, W, 3) uint8."""
     colours = np.array([(0, 0, 0), *map(rgb, parcellation.structures)], dtype=np.float64)
-    grey = planes(sample.image)
+    grey = middle_slices(sample.image)
     rows = [grey]
     for labels in (predicted, sample.classes):
-        ink = colours[planes(labels)[..., 0]]
+        ink = colours[middle_slices(labels)[..., 0]]
         rows.append(np.where(ink.any(axis=2, keepdims=True), 0.5 * grey + 0.5 * ink, grey))
     return np.asarray(np.concatenate(rows), dtype=np.uint8)
 
@@ -156,11 +156,11 @@ def shown(sample: Sample, spad: Spad) -> np.ndarray:
     rows = []
     for progress in torch.linspace(0, 1, 5):
         seen = spad(image, classes, progress[None], torch.Generator().manual_seed(0))[0, 0]
-        rows.append(planes((seen.clamp(0, 1) * 255).round().byte().numpy()))
+        rows.append(middle_slices((seen.clamp(0, 1) * 255).round().byte().numpy()))
     return np.concatenate(rows)
 
 
-def planes(volume: np.ndarray) -> np.ndarray:
+def middle_slices(volume: np.ndarray) -> np.ndarray:
     """The middle slices of each plane of (X, Y, Z), side by side: (H, W, 3) of its type."""
     slices = [np.rot90(np.take(volume, n // 2, axis=a)) for a, n in enumerate(volume.shape)]
     height = max(len(each) for each in slices)

@@ -20,7 +20,7 @@ from cadiff_cli.labels.parcellation import BASE, load_parcellation
 from cadiff_cli.labels.schemes import load_scheme
 from cadiff_cli.spatial.grid import Volume
 from cadiff_cli.spatial.resample import bounding_box
-from cadiff_cli.training.brain_mask.target import LEAST_LITRES, closed, is_brain
+from cadiff_cli.training.brain_mask.target import LEAST_BRAIN_LITRES, closed, is_brain
 
 FLUID = 0.22
 CSF, CHOROID_PLEXUS, DARK_WHITE_MATTER = 24, 31, 77
@@ -82,7 +82,7 @@ def whole_codes(dseg: Volume) -> np.ndarray:
     """(X, Y, Z) int32 codes of a label map; raises ``DataError`` unless they show a brain."""
     codes = np.rint(dseg.data).astype(np.int32)
     brain, tissue_of = is_brain(codes), tissues()
-    if (litres := Volume(brain, dseg.grid).litres) < LEAST_LITRES:
+    if (litres := Volume(brain, dseg.grid).litres) < LEAST_BRAIN_LITRES:
         raise DataError(
             f"{litres:.3f} l of the label map are brain", "give label maps of whole brains"
         )

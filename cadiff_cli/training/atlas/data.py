@@ -59,12 +59,12 @@ HOW = Config(sample=SampleConfig(steps=1, flip=False))
 """Brains are found and registered as a run with default options does it, labels drawn quickly."""
 STRIDE = 2
 """The field is fitted at twice this many mm, and images are kept at so many."""
-VENTRICLES = (4, 5, 14, 15, 43, 44)
+VENTRICLE_CODES = (4, 5, 14, 15, 43, 44)
 """Codes of the lateral ventricles with their inferior horns, the third and the fourth."""
-STRUCTURES = {"ventricles": VENTRICLES, "hippocampi": (17, 53)}
+STRUCTURES = {"ventricles": VENTRICLE_CODES, "hippocampi": (17, 53)}
 """Structures whose share of the brain an atlas follows, in training and when it is judged."""
 TOGETHER = (
-    VENTRICLES,
+    VENTRICLE_CODES,
     (17, 18, 53, 54),
     (10, 11, 12, 13, 26, 49, 50, 51, 52, 58),
     (3, 42),
@@ -107,7 +107,7 @@ class PreparedPerson:
     @property
     def ventricles_percent(self) -> float:
         """Volume of the ventricles in per cent of the brain's."""
-        return share_of(self.volumes_mm3, VENTRICLES)
+        return share_of(self.volumes_mm3, VENTRICLE_CODES)
 
     @property
     def log_shares(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from cadiff_cli.stages.brain_mask import normalise_head
 from cadiff_cli.stages.masks import filled
 from cadiff_cli.training import store
 from cadiff_cli.training.brain_mask.target import (
-    LEAST_LITRES,
+    LEAST_BRAIN_LITRES,
     closed,
     distance_at_2mm,
     intracranial,
@@ -182,7 +182,7 @@ def from_scan(name: str, source: str, t1: Volume, brain: Volume, *, close: bool)
     """Make a head of a scan and its brain; ``close`` the brain if it ends at the cortex."""
     mask = np.asarray(brain.data) > 0.5
     litres = Volume(mask, brain.grid).litres
-    if litres < LEAST_LITRES:
+    if litres < LEAST_BRAIN_LITRES:
         raise DataError(f"the brain mask holds {litres:.3f} l", "is it one of the brain?")
     if close:
         mask = closed(mask, brain.grid.spacing_mm)

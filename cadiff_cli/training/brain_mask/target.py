@@ -21,7 +21,7 @@ NOT_BRAIN = (500, 1000)
 VERMIS = (630, 631, 632)
 OUTER_CSF = (24, 257, 258, 259)
 """FreeSurfer's codes of the fluid and of the head around the brain."""
-LEAST_LITRES = 0.1
+LEAST_BRAIN_LITRES = 0.1
 """A smaller volume is no brain, but a lesion or a mistake."""
 CRANIAL_FLUID = (24, 502, 514)
 """Codes of CSF, arteries and veins: what lies between brain and skull, and also beyond."""
