@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from cadiff_cli.cli.crossval import command
 from cadiff_cli.config import SampleConfig
-from cadiff_cli.errors import CadiffError, UsageError
+from cadiff_cli.errors import CadiffError, OutputError, UsageError
 from cadiff_cli.evaluation.scores import score_classes
 from cadiff_cli.io import models
 from cadiff_cli.io.bids.labelled import LabelledScan
@@ -64,6 +64,10 @@ def test_a_shortened_run_keeps_the_shape_of_its_schedule():
     assert (least.steps, least.warmup, least.decay) == (1, 1, 1)
 
 
+def longer(config):
+    return replace(config, steps=2 * config.steps)
+
+
 def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     toy_sample, tiny_config, parcellation, tmp_path
 ):
@@ -96,6 +100,14 @@ def test_everyone_is_scored_once_by_a_network_that_never_saw_them(
     assert json.loads((tmp_path / "folds.json").read_text()) == held_out
     assert [str(s) for s in again] == [str(s) for s in scores[len(structures) :]]
     assert torch.load(weights, weights_only=True)["seconds"] == before
+    # Nor does it need the checkpoint, but the weights must be those of the same settings.
+    weights.unlink()
+    without = cross_validate([toy_sample, other], tmp_path, QUICK, only=(2,), **settings)
+    assert [str(s) for s in without] == [str(s) for s in again]
+    assert not weights.exists()
+    for changed, error in ((replace(QUICK, clip=0.5), UsageError), (longer(QUICK), OutputError)):
+        with pytest.raises(error):
+            cross_validate([toy_sample, other], tmp_path, changed, only=(2,), **settings)
 
 
 def test_options_of_the_command_reach_the_folds(toy_sample, parcellation, tmp_path, monkeypatch):

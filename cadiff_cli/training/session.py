@@ -204,6 +204,22 @@ class Session(Generic[N]):
         return path
 
 
+def finished(
+    folder: Path, kind: type[Trained[Any]], identity: Identity, config: Schedule, net: Any
+) -> Path | None:
+    """The weights of a run that took all its steps, where somebody removed its checkpoint.
+
+    ``config`` and ``net`` are the settings of the run and of its network.  None if there are none.
+    Raises ``UsageError`` if the weights are those of another run.
+    """
+    weights, settings = folder / WEIGHTS, folder / SETTINGS
+    if not (weights.exists() and settings.exists()) or (folder / CHECKPOINT).exists():
+        return None
+    refuse_other_run(settings, identity, config, net)
+    steps = models.load(kind, str(weights)).training["steps"]
+    return weights if steps >= config.steps else None
+
+
 def refuse_other_run(path: Path, identity: Identity, config: Schedule, net: Any) -> None:
     """Refuse to go on with a run (``path`` is its ``config.json``) that was another one.
 

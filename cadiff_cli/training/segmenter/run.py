@@ -23,6 +23,7 @@ from cadiff_cli.training.session import (
     Identity,
     Session,
     check_held_out,
+    finished,
     new_net,
 )
 
@@ -109,6 +110,8 @@ def train(
         scan_files=fingerprint(sorted(s.key for s in chosen)),
         also_files=fingerprint(sorted(s.key for s in trusted_less)),
     )
+    if ended := finished(run, Model, told, config, net.config):
+        return ended
     facts = {
         "seen_by_init": sorted(init.seen if init else ()),
         "held_out": sorted(hold_out),
