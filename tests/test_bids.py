@@ -592,6 +592,21 @@ def test_reconstructions_are_scans_of_their_own(tmp_path):
     assert len(pairs) == 3
 
 
+@pytest.mark.parametrize(
+    ("folders", "stem"),
+    [(("sub-1/ses-a", "sub-1/ses-b"), "sub-1"), (("sub-1", "sub-2"), "brain")],
+)
+def test_folders_tell_scans_of_one_name_apart(tmp_path, folders, stem):
+    for folder in folders:
+        for ending in ("T1w", "dseg"):
+            path = tmp_path / folder / "anat" / f"{stem}_{ending}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    pairs = labelled_scans(tmp_path)
+    assert len(pairs) == 2
+    assert all(pair.t1.parent == pair.dseg.parent for pair in pairs)
+
+
 RAW = {"Name": "x", "BIDSVersion": "1.8.0"}
 THEIRS = {**RAW, "DatasetType": "derivative", "GeneratedBy": [{"Name": "fMRIPrep"}]}
 

@@ -216,6 +216,13 @@ def test_ids_of_another_scheme_are_not_scored_as_background(write, parcellation)
     with pytest.raises(DataError, match="of the scheme, cadiff, freesurfer") as caught:
         load_classes(path, parcellation, mapping, option="--labels")
     assert "--labels" in caught.value.remedy
+    dlmuse = load_scheme("dlmuse", parcellation)
+    half = np.zeros_like(codes)
+    half[:9] = np.array([81, 82, 81, 82, *[id_ for id_ in dlmuse if id_ in mapping][1:6]])[
+        :, None, None
+    ]
+    with pytest.raises(DataError, match="of the scheme, dlmuse would know all"):
+        load_classes(write("d_dseg.nii", half), parcellation, mapping, option="--labels")
     own = load_classes(path, parcellation, parcellation.class_of, option="--labels")
     assert np.count_nonzero(own.data) == np.count_nonzero(codes)
     few = load_classes(path, parcellation, {4: parcellation.class_of[14]}, option="--labels")

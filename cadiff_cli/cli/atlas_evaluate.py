@@ -77,4 +77,4 @@ def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     table = Table(*header, box=box.SIMPLE)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    console(soft_wrap=True).print(table)
+    console(width=200, soft_wrap=True).print(table)

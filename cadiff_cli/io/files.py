@@ -201,9 +201,10 @@ def names_in(folder: Path) -> list[str]:
 
 
 def files_below(folder: Path, pattern: str, within: str = "") -> list[Path]:
-    """Files below a folder whose names fit a ``pattern`` of ``fnmatch``, sorted; hidden ones never.
+    """Files below a folder whose names fit a ``pattern`` of ``fnmatch``, sorted.
 
-    Of the folder's own entries only folders beginning with ``within`` are searched, if it is given.
+    Hidden files and folders do not count, nor does ``lost+found``.  Of the folder's own entries
+    only folders beginning with ``within`` are searched, if it is given.
     Links to folders are followed in the folder itself and where BIDS has some (``ses-``, anat):
     others may lead in circles, and git-annex makes every file a link.  Raises the error of
     ``entries_of``.
@@ -213,11 +214,13 @@ def files_below(folder: Path, pattern: str, within: str = "") -> list[Path]:
     def walk(place: str, *, top: bool) -> Iterator[str]:
         for entry in entries_of(place):
             name = entry.name
+            if name.startswith(".") or (top and name == "lost+found"):
+                continue
             linked = top or name == "anat" or name.startswith("ses-")
             if is_folder_entry(entry, follow_symlinks=linked):
                 if not top or name.startswith(within):
                     yield from walk(entry.path, top=False)
-            elif fits(name) and not name.startswith(".") and not (top and within):
+            elif fits(name) and not (top and within):
                 yield entry.path
 
     return [*map(Path, sorted(walk(str(folder), top=True)))]

@@ -291,8 +291,10 @@ def _check_extent(grid: Grid, name: str) -> None:
 
 def _turned(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether an axis of an affine points elsewhere in another: by more than 45 degrees."""
-    directions = (form[:3, :3] / np.linalg.norm(form[:3, :3], axis=0) for form in (one, other))
-    return bool((np.prod([*directions], axis=0).sum(axis=0) < math.sqrt(0.5)).any())
+    a, b = one[:3, :3], other[:3, :3]
+    lengths = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
+    # An axis without a length points nowhere.
+    return bool(((a * b).sum(axis=0) <= math.sqrt(0.5) * lengths).any())
 
 
 def _frame_notes(header: Any, name: str) -> list[Note]:

@@ -17,9 +17,12 @@ log = logging.getLogger(__name__)
 
 GREATEST_ID = 9_999_999
 """Greater values are an image's: no program's ids are so large."""
-FEW, ALL, ALMOST_NONE = 0.5, 0.98, 0.1
-"""Shares of the labelled voxels that a scheme knows.  Maps of whole heads lie between the first and
-the last: our schemes know the brain alone."""
+ENOUGH, ALL = 0.9, 0.98
+"""Shares of the labelled voxels that a scheme knows: below the first it is the wrong one, if
+another knows as much as the second.  Of whole heads none does: our schemes know the brain alone.
+DLMUSE's and Neuromorphometrics' know a half of each other's."""
+MANY_IDS = 500
+"""More ids that nobody knows are an image's."""
 ROUNDING = 1e-3
 """Largest distance of an id from a whole number: header scaling causes such errors."""
 
@@ -70,13 +73,14 @@ def _refuse_other_scheme(
         return float(counts[np.isin(np.rint(ids), list(mapping))].sum() / counts.sum())
 
     share = known(mapping)
-    if share >= FEW:
+    if share >= ENOUGH:
         return
     few = f"{100 * share:.0f} % of the labelled voxels of {name} have ids of the scheme"
     if fitting := [scheme for scheme, ids_of in schemes.items() if known(ids_of) > ALL]:
-        raise DataError(f"{few}, {first_few(fitting)} would know all", f"name it with {option}")
-    if share < ALMOST_NONE:
-        raise DataError(few, f"give a label map; its ids may need a table of yours ({option})")
+        remedy = f"name the scheme of its ids with {option}"
+        raise DataError(f"{few}, {first_few(fitting)} would know all", remedy)
+    if np.count_nonzero(~np.isin(np.rint(ids), list(mapping))) > MANY_IDS:
+        raise DataError(few, f"give a label map, not an image, or a table of its ids ({option})")
 
 
 def load_ids(path: Path) -> tuple[Volume, set[int]]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.files import files_below
+from cadiff_cli.io.files import entries_of, folders_of, names_in
 from cadiff_cli.machine import work_folder
 
 if TYPE_CHECKING:
@@ -45,11 +45,15 @@ def _entities(within: str, *, derived: bool = False) -> dict[str, Any]:
 
 
 def anatomical_files(folder: Path) -> list[Path]:
-    """NIfTI images in the folders called anat below ``folder``, whatever their names; sorted.
+    """NIfTI images of a participant or session in anat, whatever their names; sorted.
 
-    Raises ``MissingInputError`` for a folder that cannot be read.
+    No other folder is read: some are for a few people's eyes.  Raises ``MissingInputError`` for one
+    that cannot be read.
     """
-    return [path for path in files_below(folder, "*.nii*") if path.parent.name == "anat"]
+    sessions = folders_of(entries_of(folder), "ses-")
+    places = (folder / "anat", *(folder / name / "anat" for name in sessions))
+    images = (place / name for place in places for name in names_in(place))
+    return sorted(path for path in images if ".nii" in path.name and path.name[0] != ".")
 
 
 def named_images(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.bids.index import entities_of
-from cadiff_cli.io.bids.names import scan_of, source_entities
+from cadiff_cli.io.bids.names import source_entities
 from cadiff_cli.io.files import files_below
 from cadiff_cli.io.formats import is_folder
 from cadiff_cli.io.images import load_scan
@@ -63,13 +63,20 @@ def labelled_scans(dataset: Path) -> list[LabelledScan]:
     return pairs
 
 
-def _by_scan(dataset: Path, suffix: str) -> dict[str, Path]:
-    """Images with this suffix on the scan's own grid, by the scan's entities."""
-    images: dict[str, Path] = {}
+OF_MAPS = {"suffix", "extension", "segmentation", "atlas", "label", "desc", "res"}
+"""What tells a scan from its label map, not from another scan."""
+
+
+def _by_scan(dataset: Path, suffix: str) -> dict[frozenset[tuple[str, str]], Path]:
+    """Images with this suffix on the scan's own grid, by the entities of path and name."""
+    images: dict[frozenset[tuple[str, str]], Path] = {}
     for path in files_below(dataset, f"*_{suffix}.nii*", within="sub-"):
-        if "space" in entities_of(path, dataset, derived=True):
+        entities = entities_of(path, dataset, derived=True)
+        if "space" in entities:
             continue
-        scan = scan_of(path)
+        run = {"run": int(entities["run"])} if "run" in entities else {}
+        told = {name: value for name, value in (entities | run).items() if name not in OF_MAPS}
+        scan = frozenset((name, str(value)) for name, value in told.items())
         if scan in images:
             both = f"{images[scan].name}, {path.name}"
             raise DataError(
