@@ -49,13 +49,14 @@ def segment(
     standard spaces and files use ``cadiff-seg``.  Raises ``UsageError`` for settings beyond
     their limits, or that contradict one another.
     """
-    config = config or Config()
+    model = model or load_model()
+    config = (config or Config()).for_model(model.info.name)
     config.check()
     with nullcontext(work_dir) if work_dir else work_folder() as folder:
         return run(
             scan,
             templates or load_templates(),
-            model or load_model(),
+            model,
             config,
             Path(folder),
             device=device,

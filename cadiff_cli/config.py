@@ -18,6 +18,10 @@ REVISION = 11
 
 TOLERANCE_MM = 1.0
 """Surfaces that lie so near to each other agree (NSD)."""
+BRAIN_MASK = "brain-mask"
+BRAIN_MASKS = {"cadiff-synth": "brain-mask-synth"}
+"""The network that finds the brain in a head, and those for labels of any contrast: like these they
+learnt from label maps alone, and are free for all use."""
 PARCELS = "nmm138"
 """The finer parcellation that ``--parcellation`` offers, and the release of its network."""
 
@@ -91,7 +95,7 @@ def seed_option() -> Any:
 class StripConfig:
     """How the brain is found: ``auto``, ``net``, ``template``, ``none``; a ``mask`` overrides.
 
-    ``model`` names the network.
+    ``model`` names the network, None the one that suits the labels' (``for_model``).
     """
 
     method: str = option(
@@ -102,9 +106,10 @@ class StripConfig:
         choices=("auto", "net", "template", "none"),
     )
     mask: Path | None = option(None, "Your own brain mask (T1's grid).")
-    model: str = option(
-        "brain-mask",
-        "The network that finds the brain: a released name, or a file of cadiff train-mask.",
+    model: str | None = option(
+        None,
+        "The network that finds the brain: a released name, or a file of cadiff train-mask"
+        " [default: brain-mask; with --model cadiff-synth brain-mask-synth, for any contrast].",
         "--strip-model",
     )
 
@@ -112,6 +117,11 @@ class StripConfig:
         """Take a mask's name for its path."""
         if self.mask is not None:
             object.__setattr__(self, "mask", Path(self.mask))
+
+    @property
+    def network(self) -> str:
+        """The network that finds the brain."""
+        return self.model or BRAIN_MASK
 
 
 @dataclass(frozen=True)
@@ -224,6 +234,14 @@ class Config:
     register: RegisterConfig = RegisterConfig()
     sample: SampleConfig = SampleConfig()
     output: OutputConfig = OutputConfig()
+
+    def for_model(self, model: str) -> "Config":
+        """The same with the network that finds brains for ``model``, unless one is named."""
+        if self.strip.model or model not in BRAIN_MASKS:
+            return self
+        return dataclasses.replace(
+            self, strip=dataclasses.replace(self.strip, model=BRAIN_MASKS[model])
+        )
 
     def check(self) -> None:
         """Raise ``UsageError`` for settings beyond their limits, or that contradict one another."""

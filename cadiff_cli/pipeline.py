@@ -53,7 +53,7 @@ def strip_scan(scan: Scan, template: Template | None, config: Config, work_dir: 
         config,
         work_dir,
         given_mask(mask, scan) if mask else None,
-        partial(brain_model, config.strip.model, sha256) if sha256 else None,
+        partial(brain_model, config.strip.network, sha256) if sha256 else None,
     )
 
 

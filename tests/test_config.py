@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from cadiff_cli.cli.options import made, options_of
-from cadiff_cli.config import Config, Machine, Recipe, Request
+from cadiff_cli.config import BRAIN_MASKS, Config, Machine, Recipe, Request, StripConfig
+from cadiff_cli.io.releases import BRAIN_FINDER, find_weights
+from cadiff_cli.runner.job import job_of
 
 CHANGED = {
     "strip.method": "none",
@@ -164,3 +166,16 @@ def test_the_order_of_spaces_is_no_setting(parse):
     names = ("MNIColin27", "MNI152NLin2009cAsym")
     one, other = (parse("--output-spaces", *order).config for order in (names, names[::-1]))
     assert fingerprint(one) == fingerprint(other)
+
+
+def test_labels_of_any_contrast_come_with_a_brain_of_any_contrast(tmp_path):
+    """Unless a network is named; Python programs get it as the command line does."""
+    named = Config(strip=StripConfig(model="own.safetensors"))
+    for model, wanted in (("cadiff-malc", "brain-mask"), ("cadiff-synth", "brain-mask-synth")):
+        assert Config().for_model(model).strip.network == wanted
+        assert named.for_model(model) == named
+        job, _ = job_of(Request(model=model, template="MNI152NLin2009aSym"), tmp_path)
+        assert job.recipe.config.strip.model == wanted
+        assert job.recipe.strip_sha256 == find_weights(wanted)[2]
+    for name in ("brain-mask", *BRAIN_MASKS.values()):
+        assert find_weights(name, BRAIN_FINDER)[1] == name

@@ -307,7 +307,7 @@ def test_a_config_file_repeats_a_run(batch):
     assert here(*arguments, "--steps", "3").returncode == 73  # flags win
     text = config.read_text()
     assert 'mem = "8589934592B"' in text
-    assert 'strip_model = "brain-mask"' in text
+    assert "strip_model" not in text  # it follows the model, unless it was named
 
 
 def test_group_table_has_a_row_per_finished_scan_and_names_the_rest(batch, tmp_path):

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from cadiff_cli.config import OutputConfig, Request, StripConfig
+from cadiff_cli.config import BRAIN_MASK, OutputConfig, Request, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import sha256
 
@@ -19,7 +19,7 @@ SEGMENTER = "cadiff-1"
 DEFAULT: str = Request.model
 BRAIN_FINDER = "cadiff-brain-1"
 """The format of networks that ``--strip-model`` takes."""
-DEFAULT_BRAIN: str = StripConfig.model
+DEFAULT_BRAIN: str = BRAIN_MASK
 DEFAULT_ATLAS: str = Request.atlas_model
 
 
@@ -94,8 +94,8 @@ def strip_weights_sha256(strip: StripConfig) -> str:
     if strip.mask is not None or strip.method not in ("auto", "net"):
         return ""
     try:
-        return find_weights(strip.model, BRAIN_FINDER)[2]
+        return find_weights(strip.network, BRAIN_FINDER)[2]
     except MissingInputError:
-        if strip.model != DEFAULT_BRAIN:
+        if strip.network != DEFAULT_BRAIN:
             raise
         return ""

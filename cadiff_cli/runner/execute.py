@@ -191,7 +191,7 @@ def make_result(
     model = _model(job.weights, job.recipe.weights_sha256)
     check_table(job.out, model.parcellation)
     if strip_weights_sha256(config.strip) != job.recipe.strip_sha256:
-        raise changed_meanwhile(f"the weights {config.strip.model}")
+        raise changed_meanwhile(f"the weights {config.strip.network}")
     if config.output.codes == "freesurfer":  # raises now, not when all is computed
         model.parcellation.freesurfer(model.parcellation.codes)
     ranges = _ranges(job, model) if job.ranges else None

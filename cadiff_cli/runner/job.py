@@ -167,8 +167,9 @@ def job_of(request: Request, out: Path, run_id: str = "") -> tuple[Job, tuple[Te
     Raises ``MissingInputError`` or ``DataError`` for weights, templates and age ranges that cannot
     be had.
     """
-    strip = replace(request.config.strip, model=_anywhere(request.config.strip.model))
-    config = replace(request.config, strip=strip)
+    config = request.config.for_model(request.model)
+    strip = replace(config.strip, model=_anywhere(config.strip.network))
+    config = replace(config, strip=strip)
     ranges = read_age_ranges(request.ranges) if request.ranges else None
     _, label, checksum = find_weights(request.model, SEGMENTER)
     specs, conditional = split(request.template)

@@ -277,8 +277,9 @@ def _keep_options(request: DatasetRequest, job: Job) -> None:
         **request.options,
         "template": job.specs,
         "model": job.weights,
-        "strip_model": job.recipe.config.strip.model,
     }
+    if request.config.strip.model:  # else it follows --model, of which a command may name another
+        values["strip_model"] = job.recipe.config.strip.model
     if job.conditional:
         values["atlas_model"] = job.conditional.model
     chosen = request.selection  # labels may have come from a file with a relative path
