@@ -23,7 +23,7 @@ from cadiff_cli.nets.models import AtlasModel
 from cadiff_cli.products import Condition, Frame, Template
 from cadiff_cli.spatial.deformation import exponential, jacobian
 from cadiff_cli.spatial.grid import Grid, Volume
-from cadiff_cli.training.atlas import data, scores
+from cadiff_cli.training.atlas import data, evaluate, scores
 from cadiff_cli.training.atlas.config import PeopleConfig, Training
 from cadiff_cli.training.atlas.data import (
     STRUCTURES,
@@ -645,6 +645,8 @@ def test_the_commands_train_and_compare(people, base, tmp_path, monkeypatch):
     )
     prepared_on: list[str] = []
     monkeypatch.setattr(data, "prepare_people", lambda *a: prepared_on.append(a[-1]) or people)
+    monkeypatch.setattr(evaluate, "prepare_people", lambda *_: people)
+    monkeypatch.setattr(evaluate, "load_training_template", lambda _: base)
     monkeypatch.setattr(data, "base_grid", lambda *_: GRID)
     monkeypatch.setattr("cadiff_cli.atlas.SPACING_MM", SPACING)
     monkeypatch.setattr("cadiff_cli.training.templates.load_training_template", lambda _: base)

@@ -20,7 +20,7 @@ from cadiff_cli.nets.models import Model
 from cadiff_cli.nets.segmenter import CADiffNet
 from cadiff_cli.training import loop
 from cadiff_cli.training.batch import stack
-from cadiff_cli.training.monitor import RunMonitor, planes, shown
+from cadiff_cli.training.monitor import RunMonitor, middle_slices, shown
 from cadiff_cli.training.segmenter.config import TrainConfig, load
 from cadiff_cli.training.segmenter.losses import Losses
 from cadiff_cli.training.segmenter.objective import SegmenterObjective, Times
@@ -385,7 +385,7 @@ def test_a_run_remembers_its_perturbation(toy_sample, tmp_path, tiny_config):
 def test_a_picture_shows_what_is_shown(toy_sample, parcellation, tmp_path):
     """Five rows, from much noise to the scan as it is."""
     picture = shown(toy_sample, Spad())
-    scan = planes(toy_sample.image)
+    scan = middle_slices(toy_sample.image)
     rows = picture.reshape(5, *scan.shape).astype(float)
     assert picture.dtype == np.uint8
     np.testing.assert_array_equal(rows[-1], scan)

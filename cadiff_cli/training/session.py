@@ -209,13 +209,16 @@ def finished(
 ) -> Path | None:
     """The weights of a run that took all its steps, where somebody removed its checkpoint.
 
-    ``config`` and ``net`` are the settings of the run and of its network.  None if there are none.
-    Raises ``UsageError`` if the weights are those of another run.
+    ``config`` and ``net`` are the settings of the run and of its network.  None without such
+    weights: those of another run are not ours to use.
     """
     weights, settings = folder / WEIGHTS, folder / SETTINGS
     if not (weights.exists() and settings.exists()) or (folder / CHECKPOINT).exists():
         return None
-    refuse_other_run(settings, identity, config, net)
+    try:
+        refuse_other_run(settings, identity, config, net)
+    except UsageError:
+        return None
     steps = models.load(kind, str(weights)).training["steps"]
     return weights if steps >= config.steps else None
 
