@@ -96,9 +96,13 @@ def is_folder_entry(entry: "os.DirEntry[str]", *, follow_symlinks: bool = True) 
         return False
 
 
-def folders_of(entries: "Iterable[os.DirEntry[str]]", prefix: str) -> Iterator[str]:
-    """Names of the folders among a folder's entries that begin with ``prefix``."""
-    return (x.name for x in entries if x.name.startswith(prefix) and is_folder_entry(x))
+def folders_in(folder: Path, prefix: str) -> list[str]:
+    """Names of the folders in a folder that begin with ``prefix``, sorted.
+
+    Raises the error of ``entries_of``.
+    """
+    entries = (entry for entry in entries_of(folder) if entry.name.startswith(prefix))
+    return sorted(entry.name for entry in entries if is_folder_entry(entry))
 
 
 def is_among(path: Path, files: Iterable[Path | None]) -> bool:

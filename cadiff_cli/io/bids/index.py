@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from cadiff_cli.errors import DataError
-from cadiff_cli.io.files import entries_of, folders_of, names_in
+from cadiff_cli.io.files import folders_in, names_in
 from cadiff_cli.machine import work_folder
 
 if TYPE_CHECKING:
@@ -44,15 +44,18 @@ def _entities(within: str, *, derived: bool = False) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def anat_folders(person: Path) -> list[Path]:
+    """Where the anat folders of a participant are, if there are any: its own, and its sessions'."""
+    return [person / "anat", *(person / name / "anat" for name in folders_in(person, "ses-"))]
+
+
 def anatomical_files(folder: Path) -> list[Path]:
     """NIfTI images of a participant or session in anat, whatever their names; sorted.
 
     No other folder is read: some are for a few people's eyes.  Raises ``MissingInputError`` for one
     that cannot be read.
     """
-    sessions = folders_of(entries_of(folder), "ses-")
-    places = (folder / "anat", *(folder / name / "anat" for name in sessions))
-    images = (place / name for place in places for name in names_in(place))
+    images = (place / name for place in anat_folders(folder) for name in names_in(place))
     return sorted(path for path in images if ".nii" in path.name and path.name[0] != ".")
 
 

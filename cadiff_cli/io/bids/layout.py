@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cadiff_cli.errors import DataError, OutputError, first_few
 from cadiff_cli.io.bids.description import refuse_foreign
+from cadiff_cli.io.bids.index import anat_folders
 from cadiff_cli.io.bids.names import (
     DSEG,
     FINER_MORPH,
@@ -22,14 +23,7 @@ from cadiff_cli.io.bids.names import (
 )
 from cadiff_cli.io.bids.people import People
 from cadiff_cli.io.bids.tables import is_ours, parcellation_of
-from cadiff_cli.io.files import (
-    check_writable,
-    entries_of,
-    folders_of,
-    is_among,
-    names_in,
-    read_json,
-)
+from cadiff_cli.io.files import check_writable, folders_in, is_among, names_in, read_json
 from cadiff_cli.io.provenance import Provenance
 from cadiff_cli.io.volumes import INTRACRANIAL, SUMS, TOTALS, Row, read_rows
 from cadiff_cli.labels.parcellation import Parcellation, load_parcellation
@@ -252,8 +246,8 @@ def finished(out: Path) -> Iterator[Finished]:
 
 def candidates(out: Path) -> Iterator[Candidate]:
     """Every sidecar below ``out`` that may vouch for a result, sorted by path."""
-    for subject in _folders(out, "sub-"):
-        for folder in (subject / "anat", *(x / "anat" for x in _folders(subject, "ses-"))):
+    for subject in folders_in(out, "sub-"):
+        for folder in anat_folders(out / subject):
             beside = {*names_in(folder)}
             sidecars = (name for name in beside if name.endswith("_dseg.json"))
             for name in sorted(x for x in sidecars if LABEL_MAP.search(x) and "_space-" not in x):
@@ -261,8 +255,3 @@ def candidates(out: Path) -> Iterator[Candidate]:
                 path = folder / name
                 if place.folder == folder and is_ours(out, path):
                     yield Candidate(place.stem, path, beside)
-
-
-def _folders(parent: Path, prefix: str) -> list[Path]:
-    """Folders in ``parent`` whose names have the prefix, sorted."""
-    return [parent / name for name in sorted(folders_of(entries_of(parent), prefix))]

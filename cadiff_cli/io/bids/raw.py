@@ -21,7 +21,7 @@ from cadiff_cli.errors import (
     plural,
 )
 from cadiff_cli.io.bids.people import People, read_people
-from cadiff_cli.io.files import entries_of, folders_of
+from cadiff_cli.io.files import folders_in
 from cadiff_cli.text import read_text
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Dataset:
 
     def participants(self) -> list[str]:
         """Labels of the ``sub-`` folders."""
-        return sorted(name[4:] for name in folders_of(entries_of(self.root), "sub-"))
+        return [name[4:] for name in folders_in(self.root, "sub-")]
 
     @cached_property
     def people(self) -> People:
@@ -74,8 +74,8 @@ class Dataset:
 
     def sessions(self) -> list[str]:
         """Labels of the ``ses-`` folders of all participants."""
-        inside = (entries_of(self.root / f"sub-{label}") for label in self.participants())
-        return sorted({name[4:] for entries in inside for name in folders_of(entries, "ses-")})
+        people = (self.root / f"sub-{label}" for label in self.participants())
+        return sorted({name[4:] for person in people for name in folders_in(person, "ses-")})
 
     def require(self, participants: Sequence[str], sessions: Sequence[str] = ()) -> None:
         """Raise ``SelectionError`` for participants or sessions that the dataset does not have."""
