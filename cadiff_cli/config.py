@@ -18,8 +18,8 @@ REVISION = 11
 
 TOLERANCE_MM = 1.0
 """Surfaces that lie so near to each other agree (NSD)."""
-BRAIN_MASK = "brain-mask"
-BRAIN_MASKS = {"cadiff-synth": "brain-mask-synth"}
+DEFAULT_BRAIN = "brain-mask"
+BRAIN_FOR = {"cadiff-synth": "brain-mask-synth"}
 """The network that finds the brain in a head, and those for labels of any contrast: like these they
 learnt from label maps alone, and are free for all use."""
 PARCELS = "nmm138"
@@ -121,7 +121,7 @@ class StripConfig:
     @property
     def network(self) -> str:
         """The network that finds the brain."""
-        return self.model or BRAIN_MASK
+        return self.model or DEFAULT_BRAIN
 
 
 @dataclass(frozen=True)
@@ -237,10 +237,10 @@ class Config:
 
     def for_model(self, model: str) -> "Config":
         """The same with the network that finds brains for ``model``, unless one is named."""
-        if self.strip.model or model not in BRAIN_MASKS:
+        if self.strip.model or model not in BRAIN_FOR:
             return self
         return dataclasses.replace(
-            self, strip=dataclasses.replace(self.strip, model=BRAIN_MASKS[model])
+            self, strip=dataclasses.replace(self.strip, model=BRAIN_FOR[model])
         )
 
     def check(self) -> None:

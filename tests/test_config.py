@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from cadiff_cli.cli.options import made, options_of
-from cadiff_cli.config import BRAIN_MASKS, Config, Machine, Recipe, Request, StripConfig
+from cadiff_cli.config import BRAIN_FOR, Config, Machine, Recipe, Request, StripConfig
 from cadiff_cli.io.releases import BRAIN_FINDER, find_weights
 from cadiff_cli.runner.job import job_of
 
@@ -177,5 +177,5 @@ def test_labels_of_any_contrast_come_with_a_brain_of_any_contrast(tmp_path):
         job, _ = job_of(Request(model=model, template="MNI152NLin2009aSym"), tmp_path)
         assert job.recipe.config.strip.model == wanted
         assert job.recipe.strip_sha256 == find_weights(wanted)[2]
-    for name in ("brain-mask", *BRAIN_MASKS.values()):
+    for name in ("brain-mask", *BRAIN_FOR.values()):
         assert find_weights(name, BRAIN_FINDER)[1] == name

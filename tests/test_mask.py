@@ -268,7 +268,8 @@ def test_a_networks_content_counts_not_its_name():
 
 @pytest.fixture
 def released_mask():
-    from cadiff_cli.io.releases import DEFAULT_BRAIN, weights_folder
+    from cadiff_cli.config import DEFAULT_BRAIN
+    from cadiff_cli.io.releases import weights_folder
 
     if not (weights_folder() / DEFAULT_BRAIN / "model.safetensors").is_file():
         pytest.skip("no released brain-mask network")

@@ -17,14 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cadiff_cli.config import PARCELS, as_dict
+from cadiff_cli.config import DEFAULT_BRAIN, PARCELS, as_dict
 from cadiff_cli.errors import DataError, MissingInputError, changed_meanwhile
 from cadiff_cli.io.files import replacing, sha256
 from cadiff_cli.io.releases import (
     BRAIN_FINDER,
     DEFAULT,
     DEFAULT_ATLAS,
-    DEFAULT_BRAIN,
     METADATA_KEY,
     SEGMENTER,
     find_weights,

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from cadiff_cli.config import BRAIN_MASK, OutputConfig, Request, StripConfig
+from cadiff_cli.config import DEFAULT_BRAIN, OutputConfig, Request, StripConfig
 from cadiff_cli.errors import DataError, MissingInputError
 from cadiff_cli.io.files import sha256
 
@@ -19,7 +19,6 @@ SEGMENTER = "cadiff-1"
 DEFAULT: str = Request.model
 BRAIN_FINDER = "cadiff-brain-1"
 """The format of networks that ``--strip-model`` takes."""
-DEFAULT_BRAIN: str = BRAIN_MASK
 DEFAULT_ATLAS: str = Request.atlas_model
 
 

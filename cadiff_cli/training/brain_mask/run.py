@@ -86,7 +86,8 @@ def train_mask(
     net = new_net(BrainNet, settings, init, config.seed, device, begin=_begin)
     for name, weight in net.named_parameters():
         weight.requires_grad_(name.startswith("skull.") == skull)
-    config = replace(config, coarse_steps=_coarse_steps(config, init))
+    coarse_steps = _coarse_steps(config, init)
+    config = replace(config, coarse_steps=coarse_steps)
     identity = HeadsIdentity(
         net=as_dict(net.config),
         init=init.sha256 if init else None,
@@ -100,7 +101,7 @@ def train_mask(
     if skull:
         parts.append((config, SkullDraws(chosen, config), skull_objective))
     else:
-        if coarse_steps := _coarse_steps(config, init):
+        if coarse_steps:
             # The first network is trained first: the second one needs its output.
             more = coarse_steps < config.steps
             locating = replace(config, steps=coarse_steps, decay=1) if more else config
